@@ -1,0 +1,56 @@
+# Needs Python 3.11 or newer and make; everything else is installed into $(VENV) by the first target that wants it.
+#
+#   make demo      from a spec to a verified operator, with a report
+#   make test      everything that continuous integration checks
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format generate check-generated check-schema pytest clean distclean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SPECS := $(wildcard specs/*.yaml)
+PYTEST_ARGS ?= -n 2 -q
+
+help: ## Show what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+
+$(STAMP): pyproject.toml constraints-cpu.txt tools/setup.sh
+	@tools/setup.sh $(VENV)
+
+install: $(STAMP) ## Create the virtual environment and install nsa_gen into it
+
+demo: $(STAMP) ## Generate, compile and verify llama3_8b's operator; report in build/demo/report.md
+	@$(BIN)/nsa-gen demo
+
+test: lint check-schema check-generated pytest ## Run every check and test
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Format the code, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: $(STAMP) ## Write generated/ and the JSON Schema anew
+	$(BIN)/python -m nsa_gen.spec.schema
+	$(BIN)/nsa-gen generate $(SPECS)
+
+check-generated: $(STAMP) ## Check that generated/ is what the generator writes
+	$(BIN)/nsa-gen generate $(SPECS) --check
+
+check-schema: $(STAMP) ## Check that the JSON Schema is what the models say
+	$(BIN)/python -m nsa_gen.spec.schema --check
+
+pytest: $(STAMP) ## Run the tests alone (PYTEST_ARGS="-k window")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean: ## Remove built files and caches; keep the virtual environment
+	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
+	find nsa_gen tests generated tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## Remove the virtual environment too
+	rm -rf $(VENV)

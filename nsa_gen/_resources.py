@@ -1,0 +1,49 @@
+"""Where things lie: templates and specs (beside the package in a checkout, inside it in a wheel), and the cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _resource_dir(name: str) -> Path:
+    """Return the folder `name`, from the wheel's data if there is any, else from the checkout.
+
+    Raises FileNotFoundError naming both places when neither exists (a broken installation).
+    """
+    installed = _PACKAGE / "_data" / name
+    if installed.is_dir():
+        return installed
+    checkout = _PACKAGE.parent / name
+    if checkout.is_dir():
+        return checkout
+    raise FileNotFoundError(
+        f"nsa_gen's {name} are missing: expected {installed} (installed wheel) or {checkout} (checkout); "
+        "reinstall nsa-gen, or restore the folder in the checkout"
+    )
+
+
+def templates_dir() -> Path:
+    """Return the folder of Jinja templates."""
+    return _resource_dir("templates")
+
+
+def specs_dir() -> Path:
+    """Return the folder of shipped specs (`*.yaml` and the JSON Schema)."""
+    return _resource_dir("specs")
+
+
+CACHE_VARIABLE = "NSA_GEN_CACHE_DIR"
+"""Environment variable that names another folder than the user's cache."""
+
+
+def cache_dir() -> Path:
+    """The folder nsa_gen keeps what it can make again: `$NSA_GEN_CACHE_DIR`, else the platform's user cache."""
+    override = os.environ.get(CACHE_VARIABLE)
+    if override:
+        return Path(override).expanduser().absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("nsa_gen", appauthor=False)

@@ -1,0 +1,72 @@
+"""The command line: one module a command, each of which parses its arguments, calls the room that decides, and prints.
+
+Results go to stdout, progress and errors to stderr. Exit codes:
+
+    0    fine
+    1    the answer is no: a spec is invalid, a file is out of date, a kernel does not fit, a result is wrong
+    2    the call is wrong: an unknown option, a file that does not exist
+    70   a fault of nsa_gen's own; the traceback is shown
+    130  interrupted by Ctrl-C
+    141  the reader of the output went away
+
+Command modules import nothing heavy at the top, so that `nsa-gen --help` needs neither torch nor pydantic nor rich.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+ANSWER_IS_NO = 1
+INTERNAL_FAULT = 70
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: what follows the program's name; `sys.argv[1:]` when None.
+    """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # What is still in Python's buffer has no reader: without another descriptor, Python complains at exit.
+        _send_to_nowhere(sys.stdout)
+        code = BROKEN_PIPE
+    except Exception:
+        traceback.print_exc()
+        print("nsa-gen: this is a fault of nsa_gen itself; please report it with the lines above", file=sys.stderr)
+        code = INTERNAL_FAULT
+    if code == INTERRUPTED:
+        print("nsa-gen: interrupted", file=sys.stderr)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run the typer application and turn its SystemExit into a code."""
+    from nsa_gen.cli.app import app
+
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="nsa-gen")
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
+        return 0 if end.code is None else ANSWER_IS_NO
+    return 0
+
+
+def _send_to_nowhere(stream: object) -> None:
+    """Replace a standard stream's descriptor by /dev/null."""
+    descriptor = getattr(stream, "fileno", lambda: None)()
+    if descriptor is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)

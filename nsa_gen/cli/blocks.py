@@ -1,0 +1,129 @@
+"""A report as a list of blocks, shown on a terminal or written as Markdown: said once, printed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A section's title."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; plain text without markup."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to be copied: commands or a program."""
+
+    text: str
+    language: str = "sh"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under named columns.
+
+    Attributes:
+        columns: the names of the columns; one that starts with ">" is aligned to the right (and shown without it).
+        rows: as many cells in each row as there are columns.
+        footer: a last row set apart from the others, such as a sum.
+        title: what the table shows; shown above it.
+    """
+
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+    footer: Sequence[str] = field(default=())
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        for row in (*self.rows, *([self.footer] if self.footer else [])):
+            if len(row) != len(self.columns):
+                raise ValueError(f"expected {len(self.columns)} cells in a row, got {len(row)}: {list(row)}")
+
+
+Block = Heading | Text | Code | Table
+
+
+def to_markdown(blocks: Iterable[Block]) -> str:
+    """The blocks as one Markdown document."""
+    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
+
+
+def to_terminal(blocks: Iterable[Block], console: Console) -> None:
+    """Print the blocks on a rich console."""
+    for block in blocks:
+        _print(block, console)
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading():
+            return f"{'#' * block.level} {block.text}"
+        case Text():
+            return block.text
+        case Code():
+            return f"```{block.language}\n{block.text}\n```"
+        case Table():
+            names = [name.removeprefix(">") for name in block.columns]
+            rule = ["--:" if name.startswith(">") else "---" for name in block.columns]
+            rows = [names, rule, *block.rows, *([block.footer] if block.footer else [])]
+            lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+            return "\n".join([f"{block.title}\n"] * bool(block.title) + lines)
+
+
+def _print(block: Block, console: Console) -> None:
+    match block:
+        case Heading():
+            console.print()
+            console.rule(f"[bold]{_escape(block.text)}", align="left", style="cyan")
+        case Text():
+            console.print(_escape(block.text))
+        case Code():
+            console.print("\n".join(f"  {line}" for line in block.text.splitlines()), style="cyan", markup=False)
+        case Table():
+            console.print(_rich_table(block))
+
+
+def _rich_table(block: Table) -> object:
+    """The block as a rich table: a word "yes" or "ok" is green, a word "no" or "fails" is red."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    table = RichTable(title=_escape(block.title) or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in block.columns:
+        right = name.startswith(">")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+    for row in block.rows:
+        table.add_row(*map(_coloured, row))
+    if block.footer:
+        table.add_section()
+        table.add_row(*(f"[bold]{_escape(cell)}" for cell in block.footer))
+    return table
+
+
+_COLOURS = {"ok": "green", "yes": "green", "no": "red", "fails": "red"}
+
+
+def _coloured(cell: str) -> str:
+    colour = _COLOURS.get(cell)
+    return f"[{colour}]{cell}[/]" if colour else _escape(cell)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

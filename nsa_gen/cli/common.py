@@ -1,0 +1,195 @@
+"""What the commands share: the SPEC argument, the forms of output, and reading a spec or refusing it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsa_gen.cli import ANSWER_IS_NO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nsa_gen.cli.blocks import Block
+    from nsa_gen.spec import Problem, Spec
+
+
+def require_spec(argument: str) -> str:
+    """Refuse a SPEC that is neither an existing file nor the name of a shipped spec: exit code 2, with a suggestion."""
+    if Path(argument).is_file():
+        if not os.access(argument, os.R_OK):
+            raise typer.BadParameter(f"{argument} cannot be read: permission denied")
+        return argument
+    from nsa_gen.spec import shipped_specs
+
+    shipped = shipped_specs()
+    if argument in shipped:
+        return argument
+    if Path(argument).is_dir():
+        raise typer.BadParameter(f"{argument} is a folder; expected a spec's file, or one of {', '.join(shipped)}")
+    from difflib import get_close_matches
+
+    close = get_close_matches(Path(argument).stem, shipped, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"shipped specs: {', '.join(shipped)}"
+    raise typer.BadParameter(f"no file {argument}, and no shipped spec of that name; {hint}")
+
+
+def _require_specs(arguments: list[str]) -> list[str]:
+    return [require_spec(argument) for argument in arguments]
+
+
+SpecArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC", callback=require_spec, help="A spec's path, or a shipped spec's name.", show_default=False
+    ),
+]
+SpecsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SPEC", callback=_require_specs, help="Specs: paths, or names of shipped ones.", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def print_json(result: Any) -> None:
+    """Print a result for a machine: indented JSON on stdout. Non-finite numbers are refused, since JSON has none."""
+    print(json.dumps(result, indent=2, allow_nan=False))
+
+
+def note(message: str) -> None:
+    """Print a line of progress or of error on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def stop(yes: bool) -> None:
+    """End the command with exit code 1 unless its answer is yes."""
+    if not yes:
+        raise typer.Exit(ANSWER_IS_NO)
+
+
+def read_spec(argument: str, *, as_json: bool) -> Spec:
+    """Load a spec, or print every problem with it and end with exit code 1.
+
+    Args:
+        argument: a path or a shipped spec's name, already through `require_spec`.
+        as_json: print the problems as JSON on stdout rather than as lines on stderr.
+    """
+    return read_specs([argument], as_json=as_json)[0]
+
+
+def read_specs(arguments: Sequence[str], *, as_json: bool) -> list[Spec]:
+    """Load several specs, or print the problems of all of them and end with exit code 1."""
+    specs: list[Spec] = []
+    problems: list[Problem] = []
+    for argument in arguments:
+        spec, found = try_spec(argument)
+        problems += found
+        if spec is not None:
+            specs.append(spec)
+    if problems:
+        if as_json:
+            print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
+        else:
+            note("\n".join(map(str, problems)))
+    stop(not problems)
+    return specs
+
+
+def try_spec(argument: str) -> tuple[Spec | None, tuple[Problem, ...]]:
+    """Load a spec: the spec and no problems, or None and all of its problems."""
+    from nsa_gen.spec import SpecError, load_spec
+
+    try:
+        return load_spec(argument), ()
+    except SpecError as error:
+        return None, error.problems
+
+
+def problem_as_dict(problem: Problem) -> dict[str, Any]:
+    """A problem with its position, for `--json`."""
+    return {
+        "file": str(problem.file),
+        "line": problem.line,
+        "column": problem.column,
+        "field": problem.field,
+        "message": problem.message,
+        "hint": problem.hint,
+    }
+
+
+def split_list(values: Sequence[str]) -> list[str]:
+    """The items of an option that may be repeated and may hold commas: `--target a,b --target c` gives a, b, c."""
+    return [item.strip() for value in values for item in value.split(",") if item.strip()]
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """A command of nsa-gen as one would type it."""
+    import shlex
+
+    return shlex.join(["nsa-gen", *arguments])
+
+
+def output_console() -> Console:
+    """A rich console on stdout. Where stdout is no terminal, tables are as wide as they need to be rather than cut."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=200)
+    return console
+
+
+def show(*blocks: Block) -> None:
+    """Print blocks of a report on stdout."""
+    from nsa_gen.cli.blocks import to_terminal
+
+    to_terminal(blocks, output_console())
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how far something is: a bar on a terminal's stderr, elsewhere a line now and then.
+
+    Gives a function to call with (done, total, what was just done).
+    """
+    if not sys.stderr.isatty():
+        yield _LineProgress(label)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    detail = TextColumn("{task.fields[what]}", style="dim")
+    with Progress(*columns, detail, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None, what="")
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, what=what)
+
+        yield update
+
+
+class _LineProgress:
+    """Progress for a log: the first, the last, and one line every ten seconds in between."""
+
+    INTERVAL = 10.0
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if now >= self._next or done == total:
+            self._next = now + self.INTERVAL
+            note(f"{self._label}: {done}/{total} {what}")

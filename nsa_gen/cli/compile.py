@@ -1,0 +1,77 @@
+"""`nsa-gen compile`: does every kernel of a spec compile for these GPUs and fit on them? No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecsArgument,
+    output_console,
+    print_json,
+    progress_bar,
+    read_specs,
+    split_list,
+    stop,
+)
+
+
+def require_targets(values: list[str]) -> list[str]:
+    """Split `sm_90,gfx942`, refuse unknown names; every known target when none is given."""
+    from nsa_gen.hardware import TARGETS, UnknownGpuError, gpu_for_target
+
+    try:
+        return [gpu_for_target(name).target for name in split_list(values)] or list(TARGETS)
+    except UnknownGpuError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+TargetOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME[,NAME]",
+        callback=require_targets,
+        help="Architectures: sm_80, sm_90, sm_100, sm_120, gfx942; all of them when left out.",
+        show_default=False,
+    ),
+]
+
+
+def compile_(
+    specs: SpecsArgument,
+    target: TargetOption = [],  # noqa: B006  typer copies it
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", "-j", min=1, help="Kernels compiled at the same time.", show_default="number of cores"),
+    ] = os.cpu_count() or 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile kernels for GPUs that are not here.
+
+    Shows registers, spills, shared memory and time of every kernel on every target. Exits 1 when one does not
+    compile or does not fit.
+
+    \b
+    Example:
+      nsa-gen compile llama3_8b --target sm_90,gfx942
+    """
+    loaded = read_specs(specs, as_json=as_json)
+    # Triton's interpreter would replace the compiler; whatever the caller's shell says, this command compiles.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from nsa_gen._resources import cache_dir
+    from nsa_gen.targets import compile_spec, print_report
+
+    reports = []
+    for spec in loaded:
+        with progress_bar(f"compiling {spec.name}") as progress:
+            report = compile_spec(spec, target, jobs=jobs, progress=progress, cache_dir=cache_dir() / "triton")
+        reports.append(report)
+        if not as_json:
+            print_report(report, output_console())
+    ok = all(report.ok for report in reports)
+    if as_json:
+        print_json({"ok": ok, "specs": [report.to_json() for report in reports]})
+    stop(ok)

@@ -1,0 +1,146 @@
+"""`nsa-gen demo`: the other commands in a row on one spec, each shown as it could be typed, and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsa_gen.cli import ANSWER_IS_NO
+from nsa_gen.cli.common import JsonOption, SpecArgument, command_line, note, print_json, read_spec, show, stop
+from nsa_gen.cli.compile import TargetOption
+
+if TYPE_CHECKING:
+    from nsa_gen.cli.blocks import Block
+
+CPU_LENGTHS = "65,97"
+"""Lengths just past a selection block of 64 and well inside the second; the interpreter takes a minute or two."""
+
+GPU_LENGTH = "8192"
+DENSE_LENGTHS = (8192, 65536)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo and what came of it.
+
+    Attributes:
+        command: what follows `nsa-gen`, as one would type it.
+        result: the command's `--json` result.
+        ok: whether its answer was yes.
+        seconds: how long it took, start of Python included.
+    """
+
+    command: tuple[str, ...]
+    result: dict[str, Any]
+    ok: bool
+    seconds: float
+
+
+def demo(
+    spec: SpecArgument = "llama3_8b",
+    out_dir: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder for the package and the report."),
+    ] = Path("build/demo"),
+    target: TargetOption = [],  # noqa: B006  typer copies it
+    as_json: JsonOption = False,
+) -> None:
+    """Run all of the above on one spec.
+
+    Checks, generates, explains, compiles and verifies it, and with a GPU times it too.
+
+    Writes DIR/<name> (the package) and DIR/report.md. Without a GPU the kernels run under Triton's interpreter, at a
+    small length.
+
+    \b
+    Example:
+      nsa-gen demo llama3_8b -o build/demo
+    """
+    read_spec(spec, as_json=as_json)
+    from nsa_gen.cli import demo_report as report
+
+    started = time.monotonic()
+    machine = _run("env").result
+    gpus = machine["gpus"]
+    steps: dict[str, Step] = {}
+    blocks = [*report.opening(spec, machine)]
+
+    def present(new: Sequence[Block]) -> None:
+        blocks.extend(new)
+        if not as_json:
+            show(*new)
+
+    if not as_json:
+        show(*blocks)
+    steps["check"] = _run("check", spec)
+    steps["generate"] = _run("generate", spec, "-o", str(out_dir))
+    package = Path(steps["generate"].result["packages"][0]["path"])
+    present(report.generated(steps["check"], steps["generate"], package))
+    steps["explain"] = _run("explain", spec, "--tokens", "65536", "--gpu", "h100")
+    present(report.explained(steps["explain"]))
+    note(f"compiling every kernel for {', '.join(target)}: a minute or so each")
+    steps["compile"] = _run("compile", spec, "--target", ",".join(target))
+    present(report.compiled(steps["compile"]))
+    note(f"verifying on the CPU, lengths {CPU_LENGTHS}: a few minutes")
+    steps["verify"] = _run("verify", spec, "--device", "cpu", "--length", CPU_LENGTHS)
+    present(report.verified(steps["verify"]))
+    if gpus:
+        steps["verify_gpu"] = _run("verify", spec, "--device", "cuda", "--length", GPU_LENGTH)
+        present(report.verified(steps["verify_gpu"]))
+        present(report.timed(_time_on_gpu(package), gpus[0]["name"]))
+    present(report.closing(package, out_dir / "report.md", steps.values(), time.monotonic() - started))
+    _write(out_dir / "report.md", blocks)
+    ok = all(step.ok for step in steps.values())
+    if as_json:
+        results = {
+            name: {"ok": step.ok, "seconds": step.seconds, "result": step.result} for name, step in steps.items()
+        }
+        print_json({"ok": ok, "report": str(out_dir / "report.md"), "steps": results})
+    stop(ok)
+
+
+def _run(*command: str) -> Step:
+    """Run one command of nsa-gen in a process of its own (triton is either a compiler or an interpreter in a process).
+
+    Its progress goes to our stderr. A command that could not answer at all ends the demo with the command's exit code.
+    """
+    started = time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "nsa_gen", *command, "--json"], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    seconds = time.monotonic() - started
+    if done.returncode not in (0, ANSWER_IS_NO) or not done.stdout.strip():
+        note(f"nsa-gen: the demo stops: {command_line(command)} ended with exit code {done.returncode}")
+        raise typer.Exit(done.returncode or ANSWER_IS_NO)
+    return Step(command, json.loads(done.stdout), done.returncode == 0, seconds)
+
+
+def _time_on_gpu(package_dir: Path) -> list[Any]:
+    """Time the generated package against dense attention in this process, which has not imported triton before."""
+    from nsa_gen.bench import compare_with_dense
+    from nsa_gen.rendering import import_package
+    from nsa_gen.spec import load_spec
+
+    note("timing against dense causal attention")
+    spec = load_spec(package_dir / "spec.yaml")
+    return list(compare_with_dense(import_package(package_dir), spec, DENSE_LENGTHS))
+
+
+def _write(path: Path, blocks: Sequence[Any]) -> None:
+    """Write the report whole or not at all."""
+    from nsa_gen.cli.blocks import to_markdown
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".md.new")
+    scratch.write_text(to_markdown(blocks), encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,79 @@
+"""From a spec to an imported package in one call: generated into the user's cache once, imported from there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from nsa_gen._resources import cache_dir
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+
+def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
+    """Generate a spec's package into the user's cache unless it is there, import it, and return it.
+
+    The package's place in the cache and its module name carry a digest of the generated text, so that a changed spec
+    or a newer nsa_gen gets a package of its own. The same text gives the same module object within a process. Several
+    processes may call this at once: one generates, the others wait.
+
+    Args:
+        spec: a Spec, the path of a spec's file, or the name of a shipped spec.
+
+    Returns:
+        The package, with `nsa_attention`, the single ops, `SPEC` and `explain()`.
+
+    Raises:
+        nsa_gen.spec.SpecError: the spec is invalid or its file does not exist.
+        OSError: the cache cannot be written; set NSA_GEN_CACHE_DIR to a folder that can.
+    """
+    from nsa_gen.rendering import import_package, render
+    from nsa_gen.spec import Spec, load_spec
+
+    loaded = spec if isinstance(spec, Spec) else load_spec(spec)
+    key = f"{loaded.name}_{_digest(render(loaded))}"
+    module_name = f"nsa_gen_package_{key}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    package = cache_dir() / "packages" / key / loaded.name
+    if not package.is_dir():
+        _generate_into(package, loaded)
+    return import_package(package, module_name)
+
+
+def _digest(files: dict[str, str]) -> str:
+    """Twelve hex digits that depend on every path and every byte of a package."""
+    digest = hashlib.sha256()
+    for path, text in sorted(files.items()):
+        for part in (path.encode(), text.encode()):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def _generate_into(package: Path, spec: Spec) -> None:
+    """Generate `package` beside its final place and move it there whole, one process at a time."""
+    from filelock import FileLock
+
+    from nsa_gen.rendering import generate
+
+    home = package.parent
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{home}.lock"):
+        if package.is_dir():
+            return
+        scratch = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+        try:
+            generate(spec, scratch)
+            scratch.chmod(0o755)
+            shutil.rmtree(home, ignore_errors=True)
+            scratch.replace(home)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

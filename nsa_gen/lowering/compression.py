@@ -1,0 +1,148 @@
+"""The compression kernels a spec needs: parameters of phi, saved tensors, tunables and costs."""
+
+from __future__ import annotations
+
+import sympy
+
+from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.program import Argument, Kernel, Output, Resources, Tunable
+from nsa_gen.spec import Spec
+
+
+def compression_parameters(spec: Spec) -> tuple[Argument, ...]:
+    """Learned parameters of phi in the order of the fields of CompressionParameters."""
+    if spec.compression is None:
+        return ()
+    parameters = []
+    phi, position = spec.compression.phi, spec.compression.position
+    for side, kind, learned, dim in (
+        ("key", phi.key, position.key, spec.head_dim.qk),
+        ("value", phi.value, position.value, spec.head_dim.v),
+    ):
+        flattened = str(spec.compression.block * dim)
+        if kind == "weighted":
+            parameters.append(_parameter(f"{side}_weight", "Hkv", str(spec.compression.block)))
+        elif kind == "linear":
+            parameters.append(_parameter(f"{side}_weight", "Hkv", flattened, str(dim)))
+        elif kind == "mlp":
+            parameters.append(_parameter(f"{side}_weight_in", "Hkv", flattened, str(phi.hidden)))
+            parameters.append(_parameter(f"{side}_weight_out", "Hkv", str(phi.hidden), str(dim)))
+        if learned == "learned":
+            parameters.append(_parameter(f"{side}_position", "Hkv", str(spec.compression.block), str(dim)))
+    return tuple(parameters)
+
+
+def _parameter(name: str, *dims: str) -> Argument:
+    return Argument(name, dims, group="compression")
+
+
+def compression_outputs(spec: Spec) -> tuple[Output, ...]:
+    """What compression returns from the forward operator: compressed keys and values, and an mlp's hidden rows."""
+    if spec.compression is None or spec.compression.phi.key == "external":
+        return ()
+    phi = spec.compression.phi
+    sizes = {"k_cmp": spec.head_dim.qk, "v_cmp": spec.head_dim.v}
+    outputs = [Output(name, _rows(spec, size), "q.dtype") for name, size in sizes.items()]
+    for side, kind in (("key", phi.key), ("value", phi.value)):
+        if kind == "mlp":
+            assert phi.hidden is not None
+            outputs.append(Output(f"{side}_hidden", _rows(spec, phi.hidden), "q.dtype", False, saved_by_phi=True))
+    return tuple(outputs)
+
+
+def _rows(spec: Spec, size: int) -> str:
+    return f"(q.shape[0], sequences.compressed_rows, {spec.heads.kv}, {size})"
+
+
+def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
+    """Kernels of phi, forward and backward; keys and values share them."""
+    if spec.compression is None or spec.compression.phi.key == "external":
+        return ()
+    kinds = {spec.compression.phi.key, spec.compression.phi.value}
+    learned = "learned" in (spec.compression.position.key, spec.compression.position.value)
+    backward = "backward" in spec.passes
+    kernels: list[Kernel] = []
+    if kinds & {"mean", "weighted"}:
+        kernels.append(_pool("pool_forward", "forward", "weighted sum of each block's tokens", s.BLOCK_TILE))
+        if backward:
+            kernels.append(_pool("pool_backward_input", "backward", "gradient of a pooled input", s.TOKEN_BLOCK))
+            if "weighted" in kinds:
+                kernels.append(_pool("pool_backward_weight", "backward", "gradient of the weights", s.BLOCK_TILE))
+    if kinds & {"linear", "mlp"}:
+        kernels.append(_linear("linear_forward", "forward", "blocks times a matrix", spec))
+        if backward:
+            kernels.append(_linear("linear_backward_input", "backward", "gradient of a linear layer's input", spec))
+            kernels.append(_linear("linear_backward_weight", "backward", "gradient of a linear layer's weight", spec))
+    return tuple(kernels)
+
+
+def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol) -> Kernel:
+    """A pooling kernel: bound by the bytes of keys and values it passes over once."""
+    columns = sympy.Max(s.PAD_QK, s.PAD_V)
+    moved = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E * (1 + 1 / s.CMP_STRIDE)
+    zero = sympy.Integer(0)
+    return Kernel(
+        name=name,
+        module="compression",
+        branch="cmp",
+        direction=direction,
+        purpose=purpose,
+        schedule="one pass over the tokens",
+        tunables=(Tunable(tile.name, (4, 8, 16, 32, 64)), Tunable("num_warps", (4,)), Tunable("num_stages", (2,))),
+        constraints=(),
+        # Beyond 32 values a thread more tiles in flight gain nothing; the traffic term makes larger tiles win.
+        resources=Resources(zero, 4 * tile * columns, zero, moved * (1 + 1 / tile), sympy.Integer(1)),
+        useful_flops=zero,
+        compulsory_bytes=moved,
+    )
+
+
+#: The tunables of linear kernels: rows of the product, then the tiles of its inner and outer dimension.
+_STEP_TILE, _OUTPUT_BLOCK, _FEATURE_BLOCK, _SHARES = sympy.symbols(
+    "STEP_TILE OUTPUT_BLOCK FEATURE_BLOCK SHARES", positive=True, integer=True
+)
+
+
+def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
+    """A product over flattened blocks, keys and values counted together; the second layer of an mlp is small change."""
+    assert spec.compression is not None
+    wide = 32 if spec.dtype == "float32" else 128
+    widths = tuple(size for size in (16, 32, 64, 128) if size <= wide)
+    rows = s.B * s.T / s.CMP_STRIDE
+    outputs = s.HIDDEN * 2 if spec.compression.phi.hidden else s.Dk + s.Dv
+    features = s.CMP_BLOCK * (s.Dk + s.Dv) / 2
+    flops = 2 * rows * s.Hkv * features * outputs
+    moved = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E + s.Hkv * features * outputs * s.E
+    if name == "linear_backward_input":
+        rows_tile, out, inner, shares = _STEP_TILE, _FEATURE_BLOCK, _OUTPUT_BLOCK, ()
+    elif name == "linear_forward":
+        rows_tile, out, inner, shares = s.BLOCK_TILE, _OUTPUT_BLOCK, _FEATURE_BLOCK, ()
+    else:
+        rows_tile, out, inner = _FEATURE_BLOCK, _OUTPUT_BLOCK, s.BLOCK_TILE
+        shares = (Tunable(_SHARES.name, (4,)),)
+    return Kernel(
+        name=name,
+        module="compression",
+        branch="cmp",
+        direction=direction,
+        purpose=purpose,
+        schedule="implicit matrix product over the blocks",
+        tunables=(
+            Tunable(rows_tile.name, widths),
+            Tunable(out.name, widths),
+            Tunable(inner.name, tuple(size for size in widths if size <= 64)),
+            *shares,
+            Tunable("num_warps", (4, 8)),
+            Tunable("num_stages", (1, 2, 3)),
+        ),
+        constraints=(),
+        resources=Resources(
+            shared_memory=s.NUM_STAGES * inner * (rows_tile + out) * sympy.Max(s.E, 4),
+            registers=rows_tile * out + inner * (rows_tile + out) / 2,
+            flops=flops,
+            traffic=flops / 2 * s.E * (1 / rows_tile + 1 / out),
+            streamed=inner,
+        ),
+        useful_flops=flops,
+        compulsory_bytes=moved,
+    )

@@ -1,0 +1,106 @@
+"""Spec -> Program: every decision about what is generated is taken here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from nsa_gen.hardware import TARGETS, gpu_for_target
+from nsa_gen.lowering import space
+from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
+from nsa_gen.lowering.heads import split_head_dim
+from nsa_gen.lowering.kernels import attention_kernels
+from nsa_gen.lowering.overlap import Overlap, overlap
+from nsa_gen.lowering.program import Argument, Config, Kernel, Output, Program, raw_readers
+from nsa_gen.lowering.symbols import spec_sizes
+from nsa_gen.spec import Spec
+
+#: Fewest rows a matrix unit takes.
+_FEWEST_ROWS = 16
+#: The table of default configurations has one entry an architecture, and this one for Triton's interpreter.
+INTERPRETER = "interpreter"
+
+
+def lower(spec: Spec) -> Program:
+    """Decide the kernels, their sizes, tunables and default configurations for a spec.
+
+    The result depends on the spec alone: same spec, same Program.
+    """
+    qk = split_head_dim(spec.head_dim.qk, "HEAD_DIM_QK")
+    v = split_head_dim(spec.head_dim.v, "HEAD_DIM_V")
+    group_rows = _power_of_two(spec.heads.group)
+    selected_rows = max(group_rows, _FEWEST_ROWS)
+    weights = _overlap(spec)
+    kernels = (*compression_kernels(spec), *attention_kernels(spec))
+    sizes = spec_sizes(spec, qk, v, group_rows, selected_rows, len(weights.weights) if weights else 0)
+    return Program(
+        spec=spec,
+        qk=qk,
+        v=v,
+        group_rows=group_rows,
+        selected_rows=selected_rows,
+        scale=spec.scale_value,
+        scale_log2=spec.scale_value * math.log2(math.e),
+        overlap=weights,
+        arguments=_arguments(spec),
+        outputs=_outputs(spec),
+        kernels=kernels,
+        sizes=sizes,
+        defaults=_defaults(kernels, sizes),
+    )
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _overlap(spec: Spec) -> Overlap | None:
+    if spec.selection is None or spec.compression is None or spec.selection.indices == "input":
+        return None
+    return overlap(spec.compression.block, spec.compression.stride, spec.selection.block)
+
+
+def _arguments(spec: Spec) -> tuple[Argument, ...]:
+    key, value = ("B", "Tkv", "Hkv", "Dk"), ("B", "Tkv", "Hkv", "Dv")
+    arguments = [Argument("q", ("B", "Tq", "Hq", "Dk"))]
+    for position, branch in enumerate(raw_readers(spec)):
+        if position == 0:
+            arguments += [Argument("k", key), Argument("v", value)]
+        elif spec.kv == "per_branch":
+            arguments += [Argument(f"k_{branch}", key), Argument(f"v_{branch}", value)]
+    if spec.compression and spec.compression.phi.key == "external":
+        arguments += [Argument("k_cmp", ("B", "Nc", "Hkv", "Dk")), Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))]
+    if spec.combine.gate != "none":
+        arguments.append(Argument("gates", ("B", "Tq", "Hq", str(len(spec.branches)))))
+    arguments += compression_parameters(spec)
+    if spec.selection and spec.selection.indices == "input":
+        dims = ("B", "Tq", "Hkv", str(spec.selection.count))
+        arguments.append(Argument("indices", dims, dtype="int32", differentiable=False))
+        arguments.append(Argument("counts", dims[:-1], dtype="int32", required=False, differentiable=False))
+    return tuple(arguments)
+
+
+def _outputs(spec: Spec) -> tuple[Output, ...]:
+    o_shape = f"(*q.shape[:3], {spec.head_dim.v})"
+    lse_shape = "q.shape[:3]"
+    alone = len(spec.branches) == 1 and spec.combine.gate == "none"
+    outputs = [Output("o", o_shape, "q.dtype", auxiliary=False)]
+    for branch in spec.branches:
+        if not alone:
+            outputs.append(Output(f"o_{branch}", o_shape, "q.dtype"))
+        outputs.append(Output(f"lse_{branch}", lse_shape, "torch.float32"))
+    if spec.selection and spec.selection.indices == "computed":
+        heads, count = spec.heads.kv, spec.selection.count
+        outputs.append(Output("indices", f"(*q.shape[:2], {heads}, {count})", "torch.int32"))
+        outputs.append(Output("counts", f"(*q.shape[:2], {heads})", "torch.int32"))
+    outputs += compression_outputs(spec)
+    return tuple(outputs)
+
+
+def _defaults(kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[str, dict[str, Config]]:
+    """The cost model's choice for each architecture and kernel."""
+    table = {INTERPRETER: {kernel.name: space.smallest(kernel, sizes) for kernel in kernels}}
+    for target in TARGETS:
+        gpu = gpu_for_target(target)
+        table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
+    return table

@@ -1,0 +1,264 @@
+"""What lowering hands to rendering, the tuner and the cost model: plain frozen data, every decision taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from nsa_gen.lowering.heads import HeadDim
+from nsa_gen.lowering.overlap import Overlap
+from nsa_gen.spec import Spec
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that the operator takes.
+
+    ``dims`` are symbolic: ``("B", "Tq", "Hq", "Dk")``. ``dtype`` is ``"spec"`` or ``"int32"``. ``group`` is
+    ``"tensor"`` for arguments of the public function and ``"compression"`` for fields of CompressionParameters.
+    ``differentiable`` arguments get a gradient.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str = "spec"
+    required: bool = True
+    group: str = "tensor"
+    differentiable: bool = True
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that the forward operator returns and the backward may read.
+
+    ``shape`` and ``dtype`` are Python expressions over the operator's arguments, ``q`` and ``sequences``.
+    ``auxiliary`` ones are shown to users by ``return_aux``; ``saved_by_phi`` ones are phi's own.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    auxiliary: bool = True
+    saved_by_phi: bool = False
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A ``tl.constexpr`` argument of a kernel, or num_warps / num_stages, and the values worth trying."""
+
+    name: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Symbolic use of one program of a kernel, over its tunables and the sizes of the spec.
+
+    ``shared_memory`` is in bytes; ``registers`` counts 32-bit values that must be alive together; ``flops`` is what
+    the matrix units execute for the whole launch, padding and masked tile edges included; ``traffic`` is the bytes
+    that all programs read and write, mostly through L2. ``streamed`` is the rows of the tile that one step of the
+    inner loop brings in: each step costs some time whatever its size.
+    """
+
+    shared_memory: sympy.Expr
+    registers: sympy.Expr
+    flops: sympy.Expr
+    traffic: sympy.Expr
+    streamed: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the package: where it lives, what it is for, and the space the tuner may search.
+
+    ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor.
+    """
+
+    name: str
+    module: str
+    branch: str
+    direction: str
+    purpose: str
+    schedule: str
+    tunables: tuple[Tunable, ...]
+    constraints: tuple[sympy.Basic, ...]
+    resources: Resources
+    useful_flops: sympy.Expr
+    compulsory_bytes: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Config:
+    """Values of a kernel's tunables, num_warps and num_stages included."""
+
+    kernel: str
+    values: tuple[tuple[str, int], ...]
+
+    def mapping(self) -> dict[str, int]:
+        """The values by name."""
+        return dict(self.values)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A lowered spec: all that rendering sees."""
+
+    spec: Spec
+    qk: HeadDim
+    v: HeadDim
+    group_rows: int
+    selected_rows: int
+    scale: float
+    scale_log2: float
+    overlap: Overlap | None
+    arguments: tuple[Argument, ...]
+    outputs: tuple[Output, ...]
+    kernels: tuple[Kernel, ...]
+    sizes: Mapping[sympy.Symbol, int]
+    defaults: Mapping[str, Mapping[str, Config]]
+
+    log2_e: float = 1.4426950408889634
+    ln_2: float = 0.6931471805599453
+
+    @property
+    def gated(self) -> bool:
+        """The operator takes gates."""
+        return self.spec.combine.gate != "none"
+
+    @property
+    def combined(self) -> bool:
+        """A combine step exists: gates, or several branches to add."""
+        return self.gated or len(self.spec.branches) > 1
+
+    @property
+    def backward(self) -> bool:
+        """Backward kernels are generated."""
+        return "backward" in self.spec.passes
+
+    @property
+    def compresses(self) -> bool:
+        """The package computes compressed keys and values itself, as opposed to taking them from the caller."""
+        return self.spec.compression is not None and self.spec.compression.phi.key != "external"
+
+    @property
+    def selects(self) -> bool:
+        """The package computes the selection itself."""
+        return self.spec.selection is not None and self.spec.selection.indices == "computed"
+
+    @property
+    def hidden(self) -> int | None:
+        """Hidden width of an mlp phi."""
+        return self.spec.compression.phi.hidden if self.spec.compression else None
+
+    @property
+    def parameters(self) -> tuple[Argument, ...]:
+        """Learned parameters of phi, in the order of the fields of CompressionParameters."""
+        return tuple(argument for argument in self.arguments if argument.group == "compression")
+
+    @property
+    def tensors(self) -> tuple[Argument, ...]:
+        """Arguments of the public function, parameters of phi apart."""
+        return tuple(argument for argument in self.arguments if argument.group == "tensor")
+
+    @property
+    def differentiable(self) -> tuple[Argument, ...]:
+        """Arguments that get a gradient, in order."""
+        return tuple(argument for argument in self.arguments if argument.differentiable)
+
+    @property
+    def dot_options(self) -> str:
+        """What every tl.dot of the package is called with besides its operands."""
+        if self.spec.dtype != "float32":
+            return ""
+        return f', input_precision="{self.spec.fp32_precision}"'
+
+    @property
+    def combine_formula(self) -> str:
+        """Eq. 5 for the branches present, for a docstring."""
+        if not self.gated:
+            return " + ".join(f"o_{branch}" for branch in self.spec.branches)
+        return " + ".join(f"g_{branch} o_{branch}" for branch in self.spec.branches)
+
+    def branch_index(self, branch: str) -> int:
+        """Position of a branch among the gates."""
+        return self.spec.branches.index(branch)
+
+    def kv(self, branch: str) -> tuple[str, str]:
+        """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
+        readers = raw_readers(self.spec)
+        if self.spec.kv == "shared" or branch == readers[0]:
+            return "k", "v"
+        return f"k_{branch}", f"v_{branch}"
+
+    @property
+    def raw_branches(self) -> tuple[str, ...]:
+        """Branches that read raw keys and values."""
+        return raw_readers(self.spec)
+
+    @property
+    def raw_names(self) -> tuple[str, ...]:
+        """Names of the raw key and value arguments, each once."""
+        return tuple(dict.fromkeys(name for branch in self.raw_branches for name in self.kv(branch)))
+
+    @property
+    def tokens_kv(self) -> str:
+        """Python expression for the number of key tokens."""
+        return f"{self.raw_names[0]}.shape[1]" if self.raw_names else "q.shape[1]"
+
+    def contributors(self, name: str) -> int:
+        """How many branches add to the gradient of a raw key or value argument."""
+        return sum(name in self.kv(branch) for branch in self.raw_branches)
+
+    def accumulates(self, branch: str) -> bool:
+        """Whether a branch's dk and dv kernel adds to what an earlier branch wrote; compression adds last."""
+        if branch == "cmp":
+            return False
+        earlier = self.raw_branches[: self.raw_branches.index(branch)]
+        return any(self.kv(other) == self.kv(branch) for other in earlier if other != "cmp")
+
+    @property
+    def saved_outputs(self) -> tuple[Output, ...]:
+        """Outputs of the forward that the backward reads."""
+        unused = {"o"} if self.combined else set()
+        return tuple(output for output in self.outputs if output.name not in unused)
+
+    @property
+    def schema_inputs(self) -> tuple[str, ...]:
+        """Inputs of the whole operator; those that may be None carry a question mark."""
+        names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
+        return (*names, "cu_seqlens?")
+
+    @property
+    def combine_inputs(self) -> tuple[str, ...]:
+        """Inputs of the combination alone."""
+        outputs = tuple(f"o_{branch}" for branch in self.spec.branches)
+        return (*outputs, "gates") if self.gated else outputs
+
+    def trace_sizes(self, argument: Argument) -> str:
+        """Sizes of an argument as Python source, in terms of ``entries``, ``rows`` and ``compressed``."""
+        sizes = {
+            "B": "entries",
+            "Tq": "rows",
+            "Tkv": "rows",
+            "Nc": "compressed",
+            "Hq": self.spec.heads.query,
+            "Hkv": self.spec.heads.kv,
+            "Dk": self.spec.head_dim.qk,
+            "Dv": self.spec.head_dim.v,
+        }
+        return ", ".join(str(sizes.get(dim, dim)) for dim in argument.dims)
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel of this name; KeyError if the package has none."""
+        for kernel in self.kernels:
+            if kernel.name == name:
+                return kernel
+        raise KeyError(name)
+
+
+def raw_readers(spec: Spec) -> tuple[str, ...]:
+    """Branches that read raw keys and values: all but a compression branch that is given its compressed ones."""
+    external = spec.compression is not None and spec.compression.phi.key == "external"
+    return tuple(branch for branch in spec.branches if not (branch == "cmp" and external))

@@ -1,0 +1,116 @@
+"""The configurations a kernel may run with on a device, and the cost model's choice among them.
+
+Constraints are symbolic and stated once: a kernel's own, and those that every device imposes. The tuner filters its
+candidates with the same functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import sympy
+
+from nsa_gen.hardware import Gpu
+from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.program import Config, Kernel
+
+#: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
+_REGISTER_SHARE = 0.55
+#: Fraction of the matrix units' peak that a Triton kernel reaches, and of the L2's bandwidth over the memory's.
+_MATRIX_EFFICIENCY = 0.6
+_L2_OVER_MEMORY = 2.5
+#: Rows of a streamed tile whose products take as long as the fixed cost of a step: barriers, softmax bookkeeping.
+_STEP_ROWS = 32
+#: float32 products in IEEE precision run on the ordinary units, at about a sixteenth of the bfloat16 matrix rate.
+_IEEE_SLOWDOWN = 16
+#: A call typical of the lengths that matter; the choice depends on it only through edge waste.
+_TYPICAL_CALL = {s.B: 1, s.T: 32768}
+
+
+class NoConfigError(ValueError):
+    """A kernel has no configuration that fits a device."""
+
+
+def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
+    """Every combination of a kernel's tunables that its own constraints do not depend on a device to judge."""
+    names = [tunable.name for tunable in kernel.tunables]
+    for values in itertools.product(*(tunable.values for tunable in kernel.tunables)):
+        yield dict(zip(names, values, strict=True))
+
+
+def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], bool]:
+    """A test of whether a configuration of this kernel is legal on a device."""
+    constraints = [_numeric(constraint, sizes) for constraint in kernel.constraints]
+    shared_memory = _numeric(kernel.resources.shared_memory, sizes)
+    registers = _numeric(kernel.resources.registers, sizes)
+
+    def test(config: dict[str, int]) -> bool:
+        threads = config["num_warps"] * gpu.warp_size
+        return (
+            all(constraint(config) for constraint in constraints)
+            and shared_memory(config) <= gpu.shared_memory_per_block
+            and registers(config) <= threads * gpu.registers_per_thread * _REGISTER_SHARE
+        )
+
+    return test
+
+
+def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
+    """Time of a typical call by the cost model, in seconds: matrix work plus traffic, not overlapped.
+
+    The sum, and not the larger of the two, so that of two compute-bound tiles the one that moves less is preferred.
+    """
+    flops = _numeric(kernel.resources.flops, sizes)
+    traffic = _numeric(kernel.resources.traffic, sizes)
+    streamed = _numeric(kernel.resources.streamed, sizes)
+    rate = gpu.bf16_tflops * 1e12 * _MATRIX_EFFICIENCY / (_IEEE_SLOWDOWN if sizes[s.E] == 4 else 1)
+    bandwidth = gpu.bandwidth_tbs * 1e12 * _L2_OVER_MEMORY
+
+    def seconds(config: dict[str, int]) -> float:
+        return flops(config) / rate * (1 + _STEP_ROWS / streamed(config)) + traffic(config) / bandwidth
+
+    return seconds
+
+
+def choose(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:
+    """The cost model's choice for a device: least modelled time, then deepest pipeline, then fewest warps.
+
+    Raises:
+        NoConfigError: nothing in the space fits the device's shared memory and registers.
+    """
+    test = fits(kernel, sizes, gpu)
+    legal = [config for config in candidates(kernel) if test(config)]
+    if not legal:
+        raise NoConfigError(
+            f"{kernel.name}: no combination of {', '.join(t.name for t in kernel.tunables)} fits {gpu.name} "
+            f"({gpu.shared_memory_per_block} bytes of shared memory a block)"
+        )
+    seconds = modelled_seconds(kernel, sizes, gpu)
+    best = min(legal, key=lambda config: (seconds(config), -config["num_stages"], config["num_warps"]))
+    return Config(kernel.name, tuple(best.items()))
+
+
+def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
+    """The smallest legal tiles: on the interpreter a short sequence then still crosses tile edges."""
+    constraints = [_numeric(constraint, sizes) for constraint in kernel.constraints]
+    best = next(config for config in candidates(kernel) if all(constraint(config) for constraint in constraints))
+    return Config(kernel.name, tuple(best.items()))
+
+
+def _numeric(expression: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dict[str, int]], float]:
+    """An expression over tunables as a function of a configuration, the spec's sizes and a typical call filled in."""
+    names, function = _compiled(expression)
+    fixed = {symbol.name: value for symbol, value in (*sizes.items(), *_TYPICAL_CALL.items())}
+
+    def evaluate(config: dict[str, int]) -> float:
+        return function(*(config[name] if name in config else fixed[name] for name in names))
+
+    return evaluate
+
+
+@functools.cache
+def _compiled(expression: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., float]]:
+    arguments = sorted(expression.free_symbols, key=lambda symbol: symbol.name)
+    return tuple(argument.name for argument in arguments), sympy.lambdify(arguments, expression, modules="math")

@@ -1,0 +1,65 @@
+"""The symbols that costs and constraints are written in, named as in the field's papers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+
+from nsa_gen.lowering.heads import HeadDim
+from nsa_gen.spec import Spec
+
+# Of a call.
+B, T = sympy.symbols("B T", positive=True, integer=True)
+# Of a spec. E is the bytes of an element.
+Hq, Hkv, G, Dk, Dv, E = sympy.symbols("Hq Hkv G Dk Dv E", positive=True, integer=True)
+CMP_BLOCK, CMP_STRIDE = sympy.symbols("l d", positive=True, integer=True)
+SLC_BLOCK, SLC_COUNT = sympy.symbols("L n", positive=True, integer=True)
+WINDOW = sympy.Symbol("w", positive=True, integer=True)
+HIDDEN = sympy.Symbol("hidden", positive=True, integer=True)
+OVERLAPS = sympy.Symbol("overlaps", positive=True, integer=True)
+# Of lowering: head dims and group as the matrix units see them, padded.
+PAD_QK, PAD_V, GROUP_ROWS, SELECTED_ROWS = sympy.symbols(
+    "Dk_padded Dv_padded G_padded G_rows", positive=True, integer=True
+)
+# Tunables.
+QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK = sympy.symbols(
+    "QUERY_BLOCK KEY_BLOCK TOKEN_BLOCK BLOCK_TILE ROW_BLOCK", positive=True, integer=True
+)
+NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, integer=True)
+
+#: Symbols whose value comes with a call.
+CALL_SYMBOLS = (B, T)
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def spec_sizes(
+    spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_rows: int, overlaps: int
+) -> Mapping[sympy.Symbol, int]:
+    """Values of every symbol that a spec decides; symbols of absent branches are left out."""
+    sizes = {
+        Hq: spec.heads.query,
+        Hkv: spec.heads.kv,
+        G: spec.heads.group,
+        Dk: spec.head_dim.qk,
+        Dv: spec.head_dim.v,
+        E: _ELEMENT_BYTES[spec.dtype],
+        PAD_QK: qk.padded,
+        PAD_V: v.padded,
+        GROUP_ROWS: group_rows,
+        SELECTED_ROWS: selected_rows,
+    }
+    if spec.compression:
+        sizes[CMP_BLOCK] = spec.compression.block
+        sizes[CMP_STRIDE] = spec.compression.stride
+        if spec.compression.phi.hidden:
+            sizes[HIDDEN] = spec.compression.phi.hidden
+    if spec.selection:
+        sizes[SLC_BLOCK] = spec.selection.block
+        sizes[SLC_COUNT] = spec.selection.count
+        if overlaps:
+            sizes[OVERLAPS] = overlaps
+    if spec.window:
+        sizes[WINDOW] = spec.window.size
+    return sizes

@@ -1,0 +1,23 @@
+"""The one Jinja environment: strict about undefined names, quiet about white space."""
+
+from __future__ import annotations
+
+import functools
+
+import jinja2
+
+from nsa_gen._resources import templates_dir
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Templates of the generator, from the checkout or the installed package."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_dir()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+        extensions=["jinja2.ext.do"],
+    )

@@ -1,0 +1,322 @@
+"""The leaf values of a spec: what each may be, said once for validation, the JSON Schema and the reference page.
+
+Each class here is put beside a type with `typing.Annotated`. It rejects a value with the same sentence everywhere,
+"expected ..., got ...", and YAML's traps (a boolean or 64.0 for a whole number) with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import keyword
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, get_args
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+REJECTED = "spec_value"
+"""The pydantic error type of every rejected leaf value; its context carries ``message``, ``hint`` and ``index``."""
+
+MAX_DESCRIPTION = 500
+MAX_NAME = 64
+RESERVED_NAMES = ("nsa_gen", "torch", "triton")
+ORDERED_PASSES = ("forward", "backward")
+
+_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def describe(value: object) -> str:
+    """`value` in the words of an error message: ``the string '64'``, ``the boolean true``, ``a list``."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return f"the boolean {str(value).lower()}"
+        case int():
+            return f"the integer {value}"
+        case float():
+            return f"the number {value!r}"
+        case str():
+            shown = value if len(value) <= 40 else value[:37] + "..."
+            return f"the string {shown!r}"
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return f"a value of type {type(value).__name__}"
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A suggestion for a mistyped `word`, or an empty string when nothing is near."""
+    choices = list(choices)
+    if _ALIASES.get(word.lower()) in choices:
+        return f"did you mean {_ALIASES[word.lower()]!r}?"
+    folded = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower()[:80], folded, n=1, cutoff=0.6)
+    return f"did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def join(words: Iterable[str], last: str = "or") -> str:
+    """``a, b or c``."""
+    words = list(words)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def reject(message: str, hint: str = "", index: int | None = None) -> PydanticCustomError:
+    """The error a leaf raises; `index` names the item of a list that is wrong."""
+    template = "{message} ({hint})" if hint else "{message}"
+    return PydanticCustomError(REJECTED, template, {"message": message, "hint": hint, "index": index})
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerRange:
+    """Whole numbers from `minimum` to `maximum`, both included; booleans, 64.0 and strings are refused."""
+
+    minimum: int
+    maximum: int
+    multiple_of: int = 1
+    power_of_two: bool = False
+
+    @property
+    def expected(self) -> str:
+        kind = "a whole number"
+        if self.power_of_two:
+            kind = "a power of two"
+        elif self.multiple_of > 1:
+            kind = f"a multiple of {self.multiple_of}"
+        return f"{kind} in {self.minimum}..{self.maximum}"
+
+    def __contains__(self, value: int) -> bool:
+        if not self.minimum <= value <= self.maximum or value % self.multiple_of:
+            return False
+        return not self.power_of_two or value & (value - 1) == 0
+
+    def values(self) -> tuple[int, ...]:
+        """Every legal value, ascending."""
+        first = -(-self.minimum // self.multiple_of) * self.multiple_of
+        return tuple(filter(self.__contains__, range(first, self.maximum + 1, self.multiple_of)))
+
+    def check(self, value: object) -> int:
+        """`value` itself when legal; raises `PydanticCustomError` when not."""
+        if type(value) is int and value in self:
+            return value
+        raise reject(f"expected {self.expected}, got {describe(value)}", self._mend(value))
+
+    def _mend(self, value: object) -> str:
+        if isinstance(value, bool):
+            return "write the number itself"
+        if isinstance(value, float) and value.is_integer() and int(value) in self:
+            return f"write {int(value)}"
+        if isinstance(value, str):
+            if re.fullmatch(r"[1-9][0-9]{0,9}", value) and int(value) in self:
+                return "remove the quotes"
+            if re.fullmatch(r"[-+]?[0-9][0-9a-fA-FoxXbB_:.]*", value):
+                return "write plain decimal digits, without prefix, leading zero or separator"
+        if type(value) is int:
+            below = [legal for legal in self.values() if legal < value]
+            above = [legal for legal in self.values() if legal > value]
+            near = below[-1:] + above[:1]
+            return (
+                f"the nearest legal value is {near[0]}"
+                if len(near) == 1
+                else f"the nearest are {join(map(str, near), 'and')}"
+            )
+        return ""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, core_schema.int_schema(strict=True))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if self.power_of_two:
+            return {"type": "integer", "enum": list(self.values())}
+        shape = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        return shape | ({"multipleOf": self.multiple_of} if self.multiple_of > 1 else {})
+
+
+RANGES: Mapping[str, IntegerRange] = MappingProxyType(
+    {
+        "heads.query": IntegerRange(1, 1024),
+        "heads.kv": IntegerRange(1, 1024),
+        "head_dim.qk": IntegerRange(16, 256, multiple_of=8),
+        "head_dim.v": IntegerRange(16, 256, multiple_of=8),
+        "compression.block": IntegerRange(1, 256),
+        "compression.stride": IntegerRange(1, 256),
+        "compression.phi.hidden": IntegerRange(16, 1024, multiple_of=16),
+        "selection.block": IntegerRange(16, 256, power_of_two=True),
+        "selection.count": IntegerRange(1, 256),
+        "selection.initial": IntegerRange(0, 256),
+        "selection.local": IntegerRange(0, 256),
+        "window.size": IntegerRange(1, 65536),
+    }
+)
+"""The legal values of every whole-number field, by dotted path."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of the words of the annotated `typing.Literal`."""
+
+    choices: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        return join(self.choices) if len(self.choices) == 2 else f"one of {join(self.choices)}"
+
+    def check(self, value: object) -> str:
+        if isinstance(value, str) and value in self.choices:
+            return value
+        hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+        raise reject(f"expected {self.expected}, got {describe(value)}", hint)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if get_args(source) != self.choices:
+            raise TypeError(f"OneOf{self.choices} stands beside {source}")
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The version of the spec language."""
+
+    known: tuple[int, ...] = (1,)
+
+    @property
+    def expected(self) -> str:
+        return f"the number {join(str(version) for version in self.known)}"
+
+    def check(self, value: object) -> int:
+        if type(value) is int and value in self.known:
+            return value
+        raise reject(f"unknown version: expected {self.expected}, got {describe(value)}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+
+@dataclass(frozen=True, slots=True)
+class PackageName:
+    """An ASCII Python identifier: the name of a folder and of an importable package."""
+
+    pattern: str = r"[A-Za-z][A-Za-z0-9_]*"
+
+    @property
+    def expected(self) -> str:
+        return f"a Python identifier of at most {MAX_NAME} ASCII characters that does not start with an underscore"
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, str):
+            hint = "put it in quotes if it is meant as a name" if isinstance(value, bool) else ""
+            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
+        if not re.fullmatch(self.pattern, value, re.ASCII) or len(value) > MAX_NAME:
+            mended = re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_")[:MAX_NAME]
+            mended = mended if re.match(r"[A-Za-z]", mended) else f"nsa_{mended}" if mended else ""
+            raise reject(
+                f"expected {self.expected}, got {describe(value)}", f"for example {mended!r}" if mended else ""
+            )
+        if keyword.iskeyword(value):
+            raise reject(f"{value!r} is a keyword of Python and cannot be imported", f"for example '{value}_attention'")
+        if value in RESERVED_NAMES:
+            raise reject(f"{value!r} would hide the package of that name", f"for example '{value}_attention'")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        refused = sorted({*keyword.kwlist, *RESERVED_NAMES})
+        return {"type": "string", "pattern": f"^{self.pattern}$", "maxLength": MAX_NAME, "not": {"enum": refused}}
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """Free text, read as one paragraph: each run of white space, line ends included, becomes one space."""
+
+    @property
+    def expected(self) -> str:
+        return f"printable text of at most {MAX_DESCRIPTION} characters"
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, str):
+            hint = "put it in quotes" if isinstance(value, (bool, int, float)) else ""
+            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
+        text = " ".join(value.split())
+        if len(text) > MAX_DESCRIPTION:
+            raise reject(f"expected {self.expected}, got {len(text)} characters")
+        if not text.isprintable():
+            unprintable = next(character for character in text if not character.isprintable())
+            raise reject(f"expected {self.expected}, got the character U+{ord(unprintable):04X} in it")
+        return text
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "maxLength": MAX_DESCRIPTION}
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxScale:
+    """``auto``, or a positive finite number (an integer is read as that number)."""
+
+    @property
+    def expected(self) -> str:
+        return "'auto' or a positive number"
+
+    def check(self, value: object) -> float | str:
+        if value == "auto" and isinstance(value, str):
+            return "auto"
+        if type(value) in (int, float) and 0 < value < 1e30:  # also false for NaN
+            return float(value)
+        hint = did_you_mean(value, ("auto",)) if isinstance(value, str) else ""
+        raise reject(f"expected {self.expected} below 1e30, got {describe(value)}", hint)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        number = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e30}
+        return {"anyOf": [{"const": "auto"}, number]}
+
+    @staticmethod
+    def resolve(scale: float | str, qk: int) -> float:
+        """The factor of the logits: 1/sqrt(qk) for ``auto``, else the number itself."""
+        return 1.0 / math.sqrt(qk) if isinstance(scale, str) else scale
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """``[forward]`` or ``[forward, backward]``, in either order as written, kept in that order."""
+
+    @property
+    def expected(self) -> str:
+        return "a list of forward and, if wanted, backward"
+
+    def check(self, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)):
+            hint = f"write [{value}]" if value in ORDERED_PASSES else ""
+            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
+        for index, item in enumerate(value):
+            if item == "decode":
+                message = "decode kernels are not generated by this version; expected forward or backward"
+                raise reject(message, "remove 'decode'", index)
+            if item not in ORDERED_PASSES:
+                hint = did_you_mean(item, ORDERED_PASSES) if isinstance(item, str) else ""
+                raise reject(f"expected one of {join(ORDERED_PASSES)}, got {describe(item)}", hint, index)
+            if item in value[:index]:
+                raise reject(f"{item!r} is listed twice", "list each pass once", index)
+        if "forward" not in value:
+            got = "an empty list" if not value else "backward without forward"
+            raise reject(f"expected {self.expected}, got {got}", "add 'forward'")
+        return tuple(name for name in ORDERED_PASSES if name in value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        items = {"enum": list(ORDERED_PASSES)}
+        return {"type": "array", "items": items, "uniqueItems": True, "contains": {"const": "forward"}}

@@ -1,0 +1,268 @@
+"""The spec: what is asked for, as frozen records.
+
+A `Spec` that exists is valid: every field is in its range and every rule of `constraints.CONSTRAINTS` holds.
+Specs are read from text by `nsa_gen.spec.parse_spec`; building one in Python raises `pydantic.ValidationError` instead
+of `SpecError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from nsa_gen.spec.constraints import violations
+from nsa_gen.spec.emit import to_yaml
+from nsa_gen.spec.fields import RANGES, OneOf, PackageName, Paragraph, Passes, SoftmaxScale, Version, join
+
+DType = Literal["bfloat16", "float16", "float32"]
+PhiKind = Literal["mean", "weighted", "linear", "mlp", "external"]
+PositionKind = Literal["none", "learned"]
+BranchName = Literal["cmp", "slc", "win"]
+
+BROKEN_CONSTRAINTS = "spec_constraints"
+"""The pydantic error type of a spec whose fields are fine one by one, but not together."""
+
+
+class Record(BaseModel):
+    """A frozen part of a spec that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shorthand: ClassVar[tuple[str, ...]] = ()
+    """The fields that a single value, written in place of the record, stands for."""
+
+    @classmethod
+    def expand(cls, document: Any) -> Any:
+        """`document` with this record's shorthand written out; a mapping is returned as it came."""
+        if cls.shorthand and not isinstance(document, Mapping):
+            return dict.fromkeys(cls.shorthand, document)
+        return document
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, document: Any) -> Any:
+        return document if isinstance(document, Record) else cls.expand(document)
+
+
+class Heads(Record):
+    """Numbers of attention heads; `query` is a multiple of `kv`."""
+
+    query: Annotated[int, RANGES["heads.query"]] = Field(description="Number of query heads.", examples=[32])
+    kv: Annotated[int, RANGES["heads.kv"]] = Field(description="Number of key and value heads.", examples=[8])
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.query // self.kv
+
+
+class HeadDim(Record):
+    """Sizes of a head. `head_dim: 128` is short for both."""
+
+    shorthand = ("qk", "v")
+
+    qk: Annotated[int, RANGES["head_dim.qk"]] = Field(description="Elements of a query or key head.", examples=[128])
+    v: Annotated[int, RANGES["head_dim.v"]] = Field(description="Elements of a value or output head.", examples=[128])
+
+
+class Phi(Record):
+    """How a block becomes one key and one value. `phi: mean` is short for both."""
+
+    shorthand = ("key", "value")
+
+    key: Annotated[PhiKind, OneOf(get_args(PhiKind))] = Field(
+        default="mean",
+        description="For keys: mean; weighted (one learned weight per position); linear (flattened block times a "
+        "matrix); mlp (two layers with a GELU between); external (the caller passes compressed keys).",
+    )
+    value: Annotated[PhiKind, OneOf(get_args(PhiKind))] = Field(
+        default="mean", description="For values: the same choices. external is chosen for both or for neither."
+    )
+    hidden: Annotated[int, RANGES["compression.phi.hidden"]] | None = Field(
+        default=None,
+        description="Width of the mlp's hidden layer; required with an mlp, refused without.",
+        examples=[256],
+    )
+
+
+class Position(Record):
+    """Learned embedding of the position inside a block, added before phi. `position: learned` is short for both."""
+
+    shorthand = ("key", "value")
+
+    key: Annotated[PositionKind, OneOf(get_args(PositionKind))] = Field(default="none", description="For keys.")
+    value: Annotated[PositionKind, OneOf(get_args(PositionKind))] = Field(default="none", description="For values.")
+
+
+class Compression(Record):
+    """The compression branch: attention over one key and value per block."""
+
+    block: Annotated[int, RANGES["compression.block"]] = Field(description="Tokens in a block.", examples=[32])
+    stride: Annotated[int, RANGES["compression.stride"]] = Field(
+        description="Tokens from the start of a block to the start of the next.", examples=[16]
+    )
+    phi: Phi = Field(default=Phi(), description="How a block becomes one key and one value.")
+    position: Position = Field(default=Position(), description="Learned positions inside a block.")
+
+
+class Selection(Record):
+    """The selection branch: attention over the raw tokens of the chosen blocks."""
+
+    block: Annotated[int, RANGES["selection.block"]] = Field(description="Tokens in a block.", examples=[64])
+    count: Annotated[int, RANGES["selection.count"]] = Field(
+        description="Blocks chosen for each query, forced ones included.", examples=[16]
+    )
+    indices: Annotated[Literal["computed", "input"], OneOf(("computed", "input"))] = Field(
+        default="computed",
+        description="computed ranks blocks by the compressed scores; input makes the indices an argument.",
+    )
+    initial: Annotated[int, RANGES["selection.initial"]] = Field(
+        default=1, description="First blocks of the sequence that are always chosen; 0 with indices: input."
+    )
+    local: Annotated[int, RANGES["selection.local"]] = Field(
+        default=2, description="Most recent blocks, the query's own included, always chosen; 0 with indices: input."
+    )
+
+    @classmethod
+    def expand(cls, document: Any) -> Any:
+        if isinstance(document, Mapping) and document.get("indices") == "input":
+            return {"initial": 0, "local": 0, **document}
+        return document
+
+
+class Window(Record):
+    """The window branch: attention over the most recent tokens."""
+
+    size: Annotated[int, RANGES["window.size"]] = Field(
+        description="Keys a query sees, its own included.", examples=[512]
+    )
+
+
+class Combine(Record):
+    """How the outputs of the branches become one."""
+
+    gate: Annotated[Literal["sigmoid", "given", "none"], OneOf(("sigmoid", "given", "none"))] = Field(
+        default="sigmoid",
+        description="sigmoid takes logits per token, query head and branch; given takes gates; none is a plain sum.",
+    )
+
+
+class Spec(Record):
+    """A natively sparse attention operator, version 1 of the language. At least one branch must be present."""
+
+    version: Annotated[Literal[1], Version()] = Field(description="Version of the spec language.")
+    name: Annotated[str, PackageName()] = Field(
+        description="Name of the generated package: a Python identifier.", examples=["llama3_8b"]
+    )
+    description: Annotated[str, Paragraph()] = Field(default="", description="What the operator is for, in a sentence.")
+    heads: Heads = Field(description="Numbers of heads.")
+    head_dim: HeadDim = Field(description="Sizes of a head: one number for both, or qk and v.")
+    dtype: Annotated[DType, OneOf(get_args(DType))] = Field(
+        description="Type of inputs, parameters and outputs; sums, softmax and importance are always float32."
+    )
+    fp32_precision: Annotated[Literal["ieee", "tf32"], OneOf(("ieee", "tf32"))] = Field(
+        default="ieee",
+        description="Products of float32 inputs: exact (ieee) or rounded to tf32; tf32 only with dtype float32.",
+    )
+    scale: Annotated[float | Literal["auto"], SoftmaxScale()] = Field(
+        default="auto", description="Factor of the logits: auto is 1/sqrt(head_dim.qk)."
+    )
+    kv: Annotated[Literal["shared", "per_branch"], OneOf(("shared", "per_branch"))] = Field(
+        default="shared", description="Whether one K and V feed all branches, or each branch has its own."
+    )
+    compression: Compression | None = Field(default=None, description="The compression branch; left out: none.")
+    selection: Selection | None = Field(default=None, description="The selection branch; left out: none.")
+    window: Window | None = Field(default=None, description="The window branch; left out: none.")
+    combine: Combine = Field(default=Combine(), description="How the outputs of the branches become one.")
+    passes: Annotated[tuple[Literal["forward", "backward"], ...], Passes()] = Field(
+        default=("forward", "backward"), description="Passes to generate; backward needs forward."
+    )
+
+    @model_validator(mode="after")
+    def _constraints_hold(self) -> Self:
+        values = flatten(type(self), self)
+        broken = [constraint.explain(values) for constraint in violations(values)]
+        if broken:
+            raise PydanticCustomError(BROKEN_CONSTRAINTS, "{message}", {"message": "; ".join(broken)})
+        return self
+
+    @property
+    def scale_value(self) -> float:
+        """The factor of the logits as a number."""
+        return SoftmaxScale.resolve(self.scale, self.head_dim.qk)
+
+    @property
+    def branches(self) -> tuple[BranchName, ...]:
+        """The branches that are present, in the order cmp, slc, win."""
+        present: dict[BranchName, Record | None] = {"cmp": self.compression, "slc": self.selection, "win": self.window}
+        return tuple(name for name, branch in present.items() if branch is not None)
+
+    def replace(self, **changes: Any) -> Self:
+        """This spec with other values for some of its top-level fields, validated anew.
+
+        Raises:
+            pydantic.ValidationError: when the result is no valid spec (`model_copy` would not notice).
+        """
+        return type(self).model_validate(dict(self) | changes)
+
+    def resolved_yaml(self) -> str:
+        """The canonical text of this spec: every default written out, keys in the model's order.
+
+        Equal specs give equal bytes, and the text reads back as an equal spec. Absent branches, and `hidden` where
+        there is no mlp, are left out.
+        """
+        return to_yaml(self.model_dump(exclude_none=True))
+
+    def digest(self) -> str:
+        """The first 12 hexadecimal digits of the SHA-256 of `resolved_yaml()`."""
+        return hashlib.sha256(self.resolved_yaml().encode()).hexdigest()[:12]
+
+
+@functools.cache
+def record_type(model: type[Record], name: str) -> type[Record] | None:
+    """The record class of field `name` of `model`, or None when the field is a leaf."""
+    annotation = model.model_fields[name].annotation
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Record):
+            return candidate
+    return None
+
+
+def expectation(model: type[Record], name: str) -> str:
+    """What field `name` of `model` expects, in words."""
+    record = record_type(model, name)
+    if record is not None:
+        return f"a mapping with {join(record.model_fields, 'and')}"
+    info = model.model_fields[name]
+    inside_union = [rule for part in get_args(info.annotation) for rule in getattr(part, "__metadata__", ())]
+    return next(rule.expected for rule in (*info.metadata, *inside_union) if hasattr(rule, "expected"))
+
+
+def flatten(model: type[Record], document: Any, prefix: str = "") -> dict[str, object]:
+    """The field values of `document`, a record or the mapping it is read from, by dotted path.
+
+    Shorthand is written out and defaults are filled in. A record's own path holds whether it is present; required
+    fields that are missing, and everything under a value that is no mapping, are left out.
+    """
+    fields = dict(document) if isinstance(document, Record) else model.expand(document)
+    values: dict[str, object] = {}
+    if not isinstance(fields, Mapping):
+        return values
+    for name, info in model.model_fields.items():
+        path = prefix + name
+        record = record_type(model, name)
+        if name not in fields and info.is_required():
+            continue
+        value = fields.get(name, info.default)
+        if record is None:
+            values[path] = value
+            continue
+        values[path] = value is not None
+        if value is not None:
+            values |= flatten(record, value, path + ".")
+    return values

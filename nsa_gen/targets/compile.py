@@ -1,0 +1,331 @@
+"""Compile every kernel of a package for every architecture, on a machine that may have no GPU at all.
+
+What is compiled is what would be launched: see `launches`. A kernel that fails, hangs or takes the compiler down with
+it is a row of the report with its reason; the others are still compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nsa_gen._resources import cache_dir as user_cache_dir
+from nsa_gen.hardware import TARGETS, gpu_for_target
+from nsa_gen.targets.pool import Worker, WorkerFailure, worker_environment
+from nsa_gen.targets.resources import Resources, excess
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+HEAVY_SPILL_BYTES = 128
+"""Local memory of a thread from which a kernel is flagged: 32 registers written out and read back."""
+
+ALL_PASSES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel, as launched, for one architecture.
+
+    Attributes:
+        kernel: the kernel's name.
+        module: the package's module it stands in; empty, and `kernel` "(launches)", when no launch could be recorded.
+        variants: the calls that launch exactly this code: "batched", "packed" or both.
+        target: the architecture, e.g. "sm_90".
+        constants: the kernel's declared constants, tile sizes among them.
+        num_warps, num_stages: launch options; 0 when the launch was not understood.
+        resources: what a block needs; None when it did not compile.
+        shared_memory_limit: bytes of shared memory a block may have on this architecture.
+        seconds: wall time of the compilation in this run.
+        cached: the machine code was there from an earlier run, so `seconds` is the time to find it.
+        reason: why `ok` is False, on one line; empty when it is True.
+        detail: the compiler's whole message, where it failed.
+    """
+
+    kernel: str
+    module: str
+    variants: tuple[str, ...]
+    target: str
+    constants: dict[str, Any] = field(hash=False)
+    num_warps: int
+    num_stages: int
+    resources: Resources | None
+    shared_memory_limit: int
+    seconds: float
+    cached: bool
+    reason: str
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        """The kernel compiled and a block of it fits the device."""
+        return not self.reason
+
+    @property
+    def spills_heavily(self) -> bool:
+        """A thread keeps `HEAVY_SPILL_BYTES` or more in local memory: right, but the tile is too big for its warps."""
+        return bool(self.resources and (self.resources.spill_bytes or 0) >= HEAVY_SPILL_BYTES)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """Every kernel for every architecture asked for.
+
+    Attributes:
+        name: the package's name.
+        rows: one `Compilation` a kernel and architecture; architectures as asked for, kernels in launch order.
+        seconds: wall time of the whole.
+        versions: of python, torch and triton, as the compiling process had them; empty when it could not start.
+    """
+
+    name: str
+    rows: tuple[Compilation, ...]
+    seconds: float
+    versions: dict[str, str] = field(hash=False)
+
+    @property
+    def ok(self) -> bool:
+        """There is at least one row and all of them are ok."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON takes it (`json.dumps` needs nothing more)."""
+        rows = [{**asdict(row), "ok": row.ok, "spills_heavily": row.spills_heavily} for row in self.rows]
+        return json.loads(
+            json.dumps(
+                {"name": self.name, "ok": self.ok, "seconds": self.seconds, "versions": self.versions, "rows": rows}
+            )
+        )
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what was just done), in the caller's process, one call at a time."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    target: str
+    packed: bool
+    variants: tuple[str, ...]
+    listed: dict[str, Any] = field(hash=False)
+
+
+def compile_spec(
+    spec: Spec | str | os.PathLike[str],
+    targets: Iterable[str] = TARGETS,
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    passes: Iterable[str] | None = None,
+    tokens: int = 4096,
+    batch: int = 2,
+    kernel_timeout: float = 300.0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    triton_path: str | os.PathLike[str] | None = None,
+) -> CompileReport:
+    """Compile a spec's kernels ahead of time; needs no GPU and no driver.
+
+    Args:
+        spec: a `Spec` (its package is generated in a temporary folder) or the folder of a generated package.
+        targets: architectures, each of `TARGETS`; repeated ones count once.
+        jobs: worker processes; default as many as CPU cores.
+        progress: called after every kernel.
+        passes: "forward", "backward" or both; default what the spec says, and both for a folder.
+        tokens: sequence length of the traced call; launches do not depend on it but for its divisibility by 16.
+        batch: sequences of the traced call.
+        kernel_timeout: seconds one kernel may take before it is reported as failed and its process ended.
+        cache_dir: where machine code is kept between runs; default the user's cache folder.
+        triton_path: a folder holding another Triton (`pip install --no-deps --target`), compiled with in place of the
+            installed one.
+
+    Raises:
+        UnknownGpuError: an architecture is not in the table.
+        ValueError: no target, or jobs, tokens, batch or kernel_timeout not positive.
+        FileNotFoundError: `spec` names a folder without a package.
+    """
+    started = time.monotonic()
+    wanted = tuple(dict.fromkeys(gpu_for_target(target).target for target in targets))
+    if not wanted:
+        raise ValueError(f"targets: expected at least one of {', '.join(TARGETS)}, got none")
+    jobs = (os.cpu_count() or 1) if jobs is None else jobs
+    for name, value in (("jobs", jobs), ("tokens", tokens), ("batch", batch), ("kernel_timeout", kernel_timeout)):
+        if value <= 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    with tempfile.TemporaryDirectory(prefix="nsa_gen_compile_") as scratch:
+        package, given_passes = _package_of(spec, Path(scratch))
+        opening = {
+            "package": str(package),
+            "tokens": tokens,
+            "batch": batch,
+            "passes": list(passes if passes is not None else given_passes),
+        }
+        cache = Path(cache_dir) if cache_dir is not None else user_cache_dir() / "triton"
+        other_triton = Path(triton_path).resolve() if triton_path is not None else None
+        environment = worker_environment(cache.resolve(), other_triton)
+        rows, versions = _compile_all(opening, environment, wanted, jobs, progress, kernel_timeout)
+    return CompileReport(package.name, rows, time.monotonic() - started, versions)
+
+
+def _package_of(spec: Spec | str | os.PathLike[str], scratch: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder of the package and the passes it has."""
+    if isinstance(spec, str | os.PathLike):
+        folder = Path(spec).resolve()
+        if not (folder / "__init__.py").is_file():
+            raise FileNotFoundError(
+                f"spec: expected a Spec or a generated package's folder (with __init__.py), got {folder}; "
+                "`nsa-gen generate` makes one"
+            )
+        return folder, ALL_PASSES
+    from nsa_gen.rendering import generate
+
+    return Path(generate(spec, scratch)).resolve(), tuple(spec.passes)
+
+
+def _compile_all(
+    opening: dict[str, Any],
+    environment: dict[str, str],
+    targets: tuple[str, ...],
+    jobs: int,
+    progress: Progress | None,
+    timeout: float,
+) -> tuple[tuple[Compilation, ...], dict[str, str]]:
+    tracer = Worker(opening, environment)
+    try:
+        todo, failed, versions = _trace_all(tracer, targets, timeout)
+        rows: list[Compilation | None] = [None] * len(todo)
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(todo)):
+            waiting.put(index)
+        lock = threading.Lock()
+        stop = threading.Event()
+        troubles: list[BaseException] = []
+        done = 0
+
+        def serve(worker: Worker) -> None:
+            nonlocal done
+            try:
+                while not stop.is_set():
+                    try:
+                        index = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    row = _compile_one(worker, todo[index], timeout)
+                    with lock:
+                        rows[index] = row
+                        done += 1
+                        if progress is not None:
+                            progress(done, len(todo), f"{row.kernel} {row.target}")
+            except BaseException as error:
+                troubles.append(error)
+                stop.set()
+            finally:
+                worker.close()
+
+        # The tracer has imported the package already, so it is the first of the workers.
+        workers = [tracer, *(Worker(opening, environment) for _ in range(min(jobs, len(todo)) - 1))]
+        threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            stop.set()
+            for worker in workers:
+                worker.close()
+        if troubles:
+            raise troubles[0]
+    finally:
+        tracer.close()
+    return (*failed, *(row for row in rows if row is not None)), versions
+
+
+def _trace_all(
+    tracer: Worker, targets: tuple[str, ...], timeout: float
+) -> tuple[list[_Job], list[Compilation], dict[str, str]]:
+    """What is to be compiled, equal code once, and a failed row for each call that could not be traced."""
+    todo: list[_Job] = []
+    failed: list[Compilation] = []
+    versions: dict[str, str] = {}
+    for target in targets:
+        found: dict[str, _Job] = {}
+        for packed in (False, True):
+            variant = "packed" if packed else "batched"
+            try:
+                answer = tracer.ask({"do": "trace", "target": target, "packed": packed}, timeout)
+            except WorkerFailure as failure:
+                reason = f"the package's launches could not be recorded: {failure}"
+                failed.append(_untraced(target, variant, "(launches)", "", reason, failure.detail))
+                continue
+            versions = answer["versions"]
+            for refused in answer["refused"]:
+                reason = f"the launch does not fit the kernel: {refused['error']}"
+                failed.append(
+                    _untraced(target, variant, refused["kernel"], refused["module"], reason, refused["detail"])
+                )
+            for listed in answer["launches"]:
+                seen = found.get(listed["key"])
+                variants = (*seen.variants, variant) if seen else (variant,)
+                found[listed["key"]] = _Job(target, seen.packed if seen else packed, variants, listed)
+        todo += found.values()
+    return todo, failed, versions
+
+
+def _untraced(target: str, variant: str, kernel: str, module: str, reason: str, detail: str) -> Compilation:
+    return Compilation(
+        kernel=kernel,
+        module=module,
+        variants=(variant,),
+        target=target,
+        constants={},
+        num_warps=0,
+        num_stages=0,
+        resources=None,
+        shared_memory_limit=gpu_for_target(target).shared_memory_per_block,
+        seconds=0.0,
+        cached=False,
+        reason=reason,
+        detail=detail,
+    )
+
+
+def _compile_one(worker: Worker, job: _Job, timeout: float) -> Compilation:
+    gpu = gpu_for_target(job.target)
+    resources: Resources | None = None
+    cached, detail = False, ""
+    start = time.monotonic()
+    call = {"target": job.target, "packed": job.packed}
+    try:
+        # Known to the worker unless it is a fresh one: then its start and its tracing are not the kernel's time.
+        worker.ask({"do": "trace", **call}, timeout)
+        start = time.monotonic()
+        answer = worker.ask({"do": "compile", **call, "key": job.listed["key"]}, timeout)
+        seconds, cached = answer.pop("seconds"), answer.pop("cached")
+        resources = Resources(**answer)
+        reason = excess(resources, gpu)
+    except WorkerFailure as failure:
+        seconds = time.monotonic() - start
+        reason, detail = str(failure), failure.detail
+    return Compilation(
+        kernel=job.listed["kernel"],
+        module=job.listed["module"],
+        variants=job.variants,
+        target=job.target,
+        constants=job.listed["constants"],
+        num_warps=job.listed["num_warps"],
+        num_stages=job.listed["num_stages"],
+        resources=resources,
+        shared_memory_limit=gpu.shared_memory_per_block,
+        seconds=round(seconds, 3),
+        cached=cached,
+        reason=reason,
+        detail=detail,
+    )

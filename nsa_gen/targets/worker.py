@@ -1,0 +1,184 @@
+"""The process that imports a package, records its launches and compiles them: `python -m nsa_gen.targets.worker`.
+
+A compiler may crash or hang, and Triton decides at import whether it is the interpreter; so all of it happens here,
+in a process the caller may end. One request a line on standard input, one answer a line on what was standard output,
+both JSON (Triton prints to standard output, so that is turned to standard error first).
+
+    {"do": "trace", "target": "sm_90", "packed": false}   -> {"launches": [{"key": ...}, ...], "refused": [...], ...}
+    {"do": "compile", ..., "key": of a launch}            -> {"registers": ..., "seconds": ..., ...}
+    anything that went wrong                              -> {"error": one line, "detail": the whole story}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nsa_gen.hardware import gpu_for_target
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
+
+    from nsa_gen.targets.launches import Specialization
+
+DETAIL_LIMIT = 6000
+
+
+@dataclasses.dataclass
+class _State:
+    """What the process was told when it started, and what it has traced since."""
+
+    package_dir: Path
+    tokens: int
+    batch: int
+    passes: tuple[str, ...]
+    package: ModuleType | None = None
+    traces: dict[tuple[str, bool], _Trace] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """One run of the operator for one architecture.
+
+    Attributes:
+        found: what to compile, by key, in launch order.
+        refused: kernels whose launch does not fit their signature or whose source cannot be read, with the error.
+    """
+
+    found: dict[str, Specialization]
+    refused: list[tuple[JITFunction, Exception]]
+
+
+def _import_package(folder: Path) -> ModuleType:
+    """Import the package in `folder` under the folder's name, without making its neighbours importable."""
+    init = folder / "__init__.py"
+    if not init.is_file():
+        raise FileNotFoundError(f"package: expected a generated package (a folder with __init__.py), got {folder}")
+    found = importlib.util.spec_from_file_location(folder.name, init, submodule_search_locations=[str(folder)])
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[folder.name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _trace(state: _State, target: str, packed: bool) -> _Trace:
+    from nsa_gen.targets.launches import record_launches, specialize
+
+    if (target, packed) in state.traces:
+        return state.traces[target, packed]
+    if state.package is None:
+        state.package = _import_package(state.package_dir)
+    ops = importlib.import_module(f"{state.package.__name__}.ops")
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec(f"{state.package.__name__}.configs") is not None:
+            configs = importlib.import_module(f"{state.package.__name__}.configs")
+            stack.enter_context(configs.use_target(target))
+        launches = stack.enter_context(record_launches())
+        ops.trace(tokens=state.tokens, batch=state.batch, device="meta", packed=packed, passes=state.passes)
+    if not launches:
+        raise RuntimeError(f"{state.package.__name__}.ops.trace launched no kernel for passes {state.passes}")
+    gpu = gpu_for_target(target)
+    trace = _Trace({}, [])
+    for launch in launches:
+        try:
+            one = specialize(launch, gpu)
+        except Exception as error:
+            trace.refused.append((launch.kernel, error))
+        else:
+            trace.found[one.key] = one
+    state.traces[target, packed] = trace
+    return trace
+
+
+def _do_trace(state: _State, target: str, packed: bool) -> dict[str, Any]:
+    import torch
+    import triton
+
+    trace = _trace(state, target, packed)
+    listed = [
+        {
+            "key": one.key,
+            **_whereabouts(state, one.kernel),
+            "num_warps": one.options["num_warps"],
+            "num_stages": one.options["num_stages"],
+            "constants": {name: _plain(value) for name, value in one.constants.items()},
+        }
+        for one in trace.found.values()
+    ]
+    refused = [{**_whereabouts(state, kernel), **describe(error)} for kernel, error in trace.refused]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    return {"launches": listed, "refused": refused, "versions": versions}
+
+
+def _whereabouts(state: _State, kernel: JITFunction) -> dict[str, str]:
+    return {"kernel": kernel.__name__, "module": kernel.module.removeprefix(f"{state.package_dir.name}.")}
+
+
+def _plain(value: Any) -> Any:
+    """A constant as JSON has it: numbers, strings and None as they are, anything else by name."""
+    value = getattr(value, "value", value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _do_compile(state: _State, target: str, packed: bool, key: str) -> dict[str, Any]:
+    import triton
+
+    from nsa_gen.targets.resources import read_resources
+
+    one = _trace(state, target, packed).found[key]
+    cached: list[bool] = []
+    triton.knobs.compilation.listener = lambda **event: cached.append(bool(event["cache_hit"]))
+    start = time.perf_counter()
+    compiled = triton.compile(one.source, target=one.target, options=one.options)
+    seconds = time.perf_counter() - start
+    used = read_resources(compiled, gpu_for_target(target))
+    return {"seconds": seconds, "cached": any(cached), **dataclasses.asdict(used)}
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """An exception as an answer: the innermost message on one line, and the whole story cut to a page."""
+    innermost = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip().strip("^")]
+    where = next((line.strip(" :") for line in str(error).splitlines() if line.startswith("at ")), "")
+    # A compiler's first line says only that it failed; the line with the word says why.
+    said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
+    text = f"{type(innermost).__name__}: {said}" + (f" ({where})" if where and where not in said else "")
+    detail = "".join(traceback.format_exception(error))
+    return {"error": text[:400], "detail": detail[-DETAIL_LIMIT:]}
+
+
+def main() -> None:
+    """Answer requests until standard input ends; the first line gives the package and what to trace."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    opening = json.loads(sys.stdin.readline())
+    state = _State(Path(opening["package"]), opening["tokens"], opening["batch"], tuple(opening["passes"]))
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {"trace": _do_trace, "compile": _do_compile}
+    for line in sys.stdin:
+        request = json.loads(line)
+        handler = handlers[request.pop("do")]
+        try:
+            answer = handler(state, **request)
+        except Exception as error:
+            answer = describe(error)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Verification: a dense oracle, fresh inputs, tolerances with a reason, and a report.
+
+`reference_attention` is the contract in code; `verify` holds a generated package against it.
+"""
+
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.gradients import Reference, reference_gradients
+from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.oracle import OracleResult, reference_attention
+from nsa_gen.verification.report import Row, VerifyReport, print_report
+from nsa_gen.verification.selection import SelectionCheck, check_indices, check_selection
+from nsa_gen.verification.tolerance import Comparison, compare
+from nsa_gen.verification.verify import verify
+
+__all__ = [
+    "Comparison",
+    "Inputs",
+    "OracleParameters",
+    "OracleResult",
+    "Reference",
+    "Row",
+    "SelectionCheck",
+    "VerifyReport",
+    "check_indices",
+    "check_selection",
+    "compare",
+    "make_inputs",
+    "print_report",
+    "reference_attention",
+    "reference_gradients",
+    "verify",
+]

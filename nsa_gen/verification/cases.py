@@ -1,0 +1,93 @@
+"""Which calls a spec is verified with: lengths around every boundary it has, and inputs of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inputs import KINDS
+from nsa_gen.verification.oracle import argument_suffixes
+
+INTERPRETER_LONGEST = 160
+INTERPRETER_TOKENS = 420
+"""On the CPU a program instance costs about 10 ms, and there is one a token, KV head and kernel: with these a spec of
+two KV heads stays below two minutes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `tokens` is Tq, or the lengths of packed sequences; `twice` repeats it to compare bits."""
+
+    tokens: int | tuple[int, ...]
+    tokens_kv: int | None = None
+    kind: str = "gaussian"
+    batch: int = 2
+    twice: bool = True
+
+    @property
+    def label(self) -> str:
+        """A short name for the report."""
+        if isinstance(self.tokens, tuple):
+            shape = f"packed {'+'.join(map(str, self.tokens))}"
+        elif self.tokens_kv is None:
+            shape = f"T={self.tokens}"
+        else:
+            shape = f"Tq={self.tokens} Tkv={self.tokens_kv}"
+        return shape if self.kind == "gaussian" else f"{shape} {self.kind}"
+
+
+def boundary_lengths(p: OracleParameters) -> list[int]:
+    """Lengths at which something begins or ends: 1, l, l', w and n * l' with their neighbours, and a few primes."""
+    found = {1, 2, 37, 1021}
+    for size in (p.compression_block, p.selection_block, p.window):
+        if size is not None:
+            found |= {size - 1, size, size + 1}
+    if p.selection_block is not None:
+        found |= {p.selection_count * p.selection_block + 1, 2 * p.selection_block + 3}
+    return sorted(length for length in found if length >= 1)
+
+
+def default_cases(
+    spec: Any, *, interpreted: bool, lengths: Sequence[int] | None, packed: bool, batch: int
+) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    """The cases of a spec and notes on what was left out. `lengths` replaces the boundary lengths."""
+    p = OracleParameters.from_spec(spec)
+    notes: list[str] = []
+    block = p.selection_block or p.compression_block or 64
+    if lengths is not None:
+        chosen = list(lengths)
+    elif not interpreted:
+        chosen = boundary_lengths(p)
+    else:
+        chosen, left_out = _affordable(p)
+        if left_out:
+            notes.append(
+                f"lengths {', '.join(map(str, left_out))} were left out: the interpreter is slow; "
+                "name them with lengths, or verify on a GPU"
+            )
+    if interpreted:
+        batch = 1
+    cases = [Case(length, batch=batch, twice=not interpreted) for length in chosen]
+    middle = min(INTERPRETER_LONGEST // 2, block + 5) if interpreted else 3 * block + 7
+    if argument_suffixes(p):
+        cases.append(Case(3, tokens_kv=middle + 2, batch=batch, twice=not interpreted))
+    if packed:
+        tail = (p.compression_block or 5) + 3
+        cases.append(Case((min(block + 3, middle), 0, 1, tail), twice=not interpreted))
+    if interpreted:
+        cases += [Case(middle, kind="strided", batch=2), Case(middle, kind="spread", batch=1, twice=False)]
+    else:
+        cases += [Case(middle, kind=kind, batch=batch) for kind in KINDS if kind != "gaussian"]
+    return tuple(cases), tuple(notes)
+
+
+def _affordable(p: OracleParameters) -> tuple[list[int], list[int]]:
+    """The boundary lengths that the interpreter has time for, smallest first, and those it has not."""
+    taken: list[int] = []
+    left_out: list[int] = []
+    for length in boundary_lengths(p):
+        fits = length <= INTERPRETER_LONGEST and sum(taken) + length <= INTERPRETER_TOKENS
+        (taken if fits else left_out).append(length)
+    return taken, left_out

@@ -1,0 +1,294 @@
+"""The pieces of the dense oracle: the semantics page, section by section, in plain PyTorch with dense masks.
+
+Slow, memory-hungry and obviously right. It needs torch and the standard library only, so a fault in lowering, in a
+template or in a kernel cannot reach it. float64 and float32 inputs are computed in their own precision. bfloat16 and
+float16 inputs give the *baseline*: the same computation in plain PyTorch at that dtype (products in the dtype; softmax,
+lse and importance in float32; probabilities rounded to the dtype before they meet the values). The error of a kernel
+is judged against the error of that baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
+
+
+@dataclass(frozen=True)
+class OracleParameters:
+    """What the oracle must know of a spec. A branch is present when its block (or window) is not None."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim_qk: int
+    head_dim_v: int
+    scale: float
+    shared_kv: bool = True
+    compression_block: int | None = None
+    compression_stride: int | None = None
+    phi_key: Phi = "mean"
+    phi_value: Phi = "mean"
+    position_key: bool = False
+    position_value: bool = False
+    selection_block: int | None = None
+    selection_count: int = 0
+    initial: int = 0
+    local: int = 0
+    indices_given: bool = False
+    window: int | None = None
+    gate: Literal["sigmoid", "given", "none"] = "sigmoid"
+    tf32: bool = False
+
+    @classmethod
+    def from_spec(cls, spec: Any) -> OracleParameters:
+        """Read the parameters from a spec (any object with the fields of `nsa_gen.spec.Spec`)."""
+        compression, selection, window = spec.compression, spec.selection, spec.window
+        found: dict[str, Any] = {}
+        if compression is not None:
+            found |= {
+                "compression_block": compression.block,
+                "compression_stride": compression.stride,
+                "phi_key": compression.phi.key,
+                "phi_value": compression.phi.value,
+                "position_key": compression.position.key == "learned",
+                "position_value": compression.position.value == "learned",
+            }
+        if selection is not None:
+            given = selection.indices == "input"
+            found |= {
+                "selection_block": selection.block,
+                "selection_count": selection.count,
+                "initial": 0 if given else selection.initial,
+                "local": 0 if given else selection.local,
+                "indices_given": given,
+            }
+        return cls(
+            query_heads=spec.heads.query,
+            kv_heads=spec.heads.kv,
+            head_dim_qk=spec.head_dim.qk,
+            head_dim_v=spec.head_dim.v,
+            scale=spec.head_dim.qk**-0.5 if spec.scale == "auto" else float(spec.scale),
+            shared_kv=spec.kv == "shared",
+            window=None if window is None else window.size,
+            gate=spec.combine.gate,
+            tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
+            **found,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def external(self) -> bool:
+        """Whether the caller passes compressed keys and values."""
+        return self.compression_block is not None and self.phi_key == "external"
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches present, in the order of the gates."""
+        present = {"cmp": self.compression_block, "slc": self.selection_block, "win": self.window}
+        return tuple(name for name, size in present.items() if size is not None)
+
+    def compressed_blocks(self, tokens: int) -> int:
+        """Nc(tokens): the number of complete compression blocks among the first `tokens` positions."""
+        if self.compression_block is None or self.compression_stride is None:
+            return 0
+        return max(0, (tokens - self.compression_block) // self.compression_stride + 1)
+
+    def selection_blocks(self, tokens: int) -> int:
+        """The number of selection blocks of `tokens` positions, the ragged tail included."""
+        return 0 if self.selection_block is None else -(-tokens // self.selection_block)
+
+    def for_one_kv_head(self) -> OracleParameters:
+        """The same operator with a single KV head and its group."""
+        return replace(self, query_heads=self.group, kv_heads=1)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax, lse and importance for inputs of `dtype`: float64 stays, the rest is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """Round float32 to the 10 mantissa bits a tensor core keeps of a TF32 operand (nearest, ties away)."""
+    rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x)
+
+
+class _Tf32Product(torch.autograd.Function):
+    """A batched product of TF32 operands, in the backward pass too."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return round_to_tf32(a) @ round_to_tf32(b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        g = round_to_tf32(gradients[0])
+        return g @ round_to_tf32(b).transpose(-1, -2), round_to_tf32(a).transpose(-1, -2) @ g
+
+
+def _product(a: Tensor, b: Tensor, tf32: bool) -> Tensor:
+    return _Tf32Product.apply(a, b) if tf32 and a.dtype == torch.float32 else a @ b
+
+
+# Section 1: compression
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, by the error function."""
+    return functional.gelu(x, approximate="none")
+
+
+def _phi(
+    p: OracleParameters, side: str, x: Tensor, learned: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """phi of keys or values: x (T, H, D) -> (Nc, H, D)."""
+    block, stride = p.compression_block, p.compression_stride
+    assert block is not None and stride is not None
+    kind, position = (p.phi_key, p.position_key) if side == "key" else (p.phi_value, p.position_value)
+    tokens, heads, dim = x.shape
+    blocks = x.new_empty(0, heads, block, dim)
+    if tokens >= block:
+        blocks = x.unfold(0, block, stride).permute(0, 1, 3, 2)  # (Nc, H, l, D)
+    if position:
+        blocks = blocks + learned[f"{side}_position"]
+    if kind == "mean":
+        return blocks.mean(2)
+    if kind == "weighted":
+        return (blocks * learned[f"{side}_weight"][..., None]).sum(2)
+    flat = blocks.flatten(2).transpose(0, 1)  # (H, Nc, l * D)
+    if kind == "linear":
+        out = _product(flat, learned[f"{side}_weight"], p.tf32)
+    else:
+        hidden = activation(_product(flat, learned[f"{side}_weight_in"], p.tf32))
+        out = _product(hidden, learned[f"{side}_weight_out"], p.tf32)
+    return out.transpose(0, 1)
+
+
+def compress(
+    p: OracleParameters,
+    k: Tensor,
+    v: Tensor,
+    learned: Mapping[str, Tensor] | None,
+    activation: Callable[[Tensor], Tensor] = gelu,
+) -> tuple[Tensor, Tensor]:
+    """K_cmp (Nc, Hkv, Dk) and V_cmp (Nc, Hkv, Dv) of one sequence's k (T, Hkv, Dk) and v (T, Hkv, Dv)."""
+    return _phi(p, "key", k, learned or {}, activation), _phi(p, "value", v, learned or {}, activation)
+
+
+def overlap_weights(p: OracleParameters, compressed: int, blocks: int) -> Tensor:
+    """Eq. 9's weights |B_i intersect S_j| / d, (compressed, blocks) float64, counted position by position."""
+    block, stride, selection = p.compression_block, p.compression_stride, p.selection_block
+    assert block is not None and stride is not None and selection is not None
+    position = torch.arange(compressed)[:, None] * stride + torch.arange(block)
+    weights = torch.zeros(compressed, blocks, dtype=torch.float64)
+    return weights.scatter_add_(1, position // selection, torch.full(position.shape, 1.0 / stride, dtype=weights.dtype))
+
+
+# Sections 2, 4, 5: one attention under a mask
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, tf32: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention under a dense mask.
+
+    q (H, G, R, Dk), k (H, K, Dk), v (H, K, Dv), visible (H or 1, R, K) bool. Returns o (H, G, R, Dv) in q's dtype,
+    lse (H, G, R) and the probabilities (H, G, R, K), both exact and the lse detached. A row that sees nothing has
+    o = 0, lse = -inf and zero gradients. What a row does not see cannot reach it, be it NaN or inf.
+    """
+    heads, group, rows, dim = q.shape
+    keys = k.shape[1]
+    unseen = ~visible[:, None]
+    blind = unseen.all(-1, keepdim=True)
+    scores = _product(q.reshape(heads, group * rows, dim), k.transpose(1, 2), tf32).view(heads, group, rows, keys)
+    scores = scores.to(exact_dtype(q.dtype)) * scale
+    scores = scores.masked_fill(unseen, -math.inf).masked_fill(blind, 0.0)
+    lse = torch.logsumexp(scores.detach(), -1).masked_fill(blind[..., 0], -math.inf)
+    probabilities = torch.softmax(scores, -1).masked_fill(unseen, 0.0)
+    rounded = probabilities.to(q.dtype).reshape(heads, group * rows, keys)
+
+    # 0 * NaN is NaN: values that are not finite are added by hand, only where they are visible.
+    bad = ~torch.isfinite(v).all(-1)
+    o = _product(rounded, v.masked_fill(bad[..., None], 0.0), tf32).view(heads, group, rows, v.shape[-1])
+    for head, key in bad.nonzero().tolist():
+        seen = visible[head % visible.shape[0], :, key]
+        term = probabilities[head, :, :, key, None].to(q.dtype) * v[head, key]
+        extra = torch.zeros_like(o)
+        extra[head] = torch.where(seen[None, :, None], term, torch.zeros_like(term))
+        o = o + extra
+    return o, lse, probabilities
+
+
+def visible_compressed(p: OracleParameters, t: Tensor, blocks: int) -> Tensor:
+    """(1, R, blocks): compressed block i is visible iff its last raw position is not in the future of t (R,)."""
+    assert p.compression_block is not None and p.compression_stride is not None
+    last = torch.arange(blocks, device=t.device) * p.compression_stride + p.compression_block - 1
+    return (last <= t[:, None])[None]
+
+
+def visible_window(p: OracleParameters, t: Tensor, tokens: int) -> Tensor:
+    """(1, R, tokens): the window's keys, exactly `window` of them once t >= window - 1."""
+    assert p.window is not None
+    key = torch.arange(tokens, device=t.device)
+    return ((key <= t[:, None]) & (key > t[:, None] - p.window))[None]
+
+
+def visible_selected(p: OracleParameters, t: Tensor, tokens: int, indices: Tensor, counts: Tensor | None) -> Tensor:
+    """(H, R, tokens): keys of the chosen blocks of indices (R, H, n), causal; bad and surplus slots are ignored."""
+    assert p.selection_block is not None
+    own = (t // p.selection_block)[:, None, None]
+    used = (indices >= 0) & (indices <= own)
+    if counts is not None:
+        used &= torch.arange(indices.shape[-1], device=t.device) < counts[..., None]
+    chosen = torch.zeros(*indices.shape[:2], p.selection_blocks(tokens) + 1, dtype=torch.bool, device=t.device)
+    unused_slot = chosen.shape[-1] - 1
+    chosen.scatter_(-1, torch.where(used, indices, unused_slot).long(), True)
+    key = torch.arange(tokens, device=t.device)
+    return chosen[..., key // p.selection_block].transpose(0, 1) & (key <= t[:, None])
+
+
+# Section 2 (Eq. 9, 10) and section 3
+
+
+def block_importance(p: OracleParameters, probabilities: Tensor, blocks: int) -> Tensor:
+    """imp (R, H, blocks) of probabilities (H, G, R, Nc): Eq. 9's overlap sum, then Eq. 10's sum over the group."""
+    summed = probabilities.detach().sum(1)  # (H, R, Nc)
+    weights = overlap_weights(p, summed.shape[-1], blocks).to(summed)
+    unknown = torch.isnan(summed)
+    importance = summed.masked_fill(unknown, 0.0) @ weights
+    reached = (unknown.to(summed) @ weights) > 0
+    return importance.masked_fill(reached, math.nan).transpose(0, 1)
+
+
+def select_blocks(p: OracleParameters, importance: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Section 3's choice: importance (R, H, blocks), positions t (R,) -> indices (R, H, n), counts (R, H), int32.
+
+    Forced blocks rank first, then importance, then NaN; ties go to the lower index; future blocks never rank.
+    """
+    assert p.selection_block is not None
+    rows, heads, blocks = importance.shape
+    block = torch.arange(blocks, device=t.device)
+    own = (t // p.selection_block)[:, None, None]
+    forced = (block < p.initial) | (block > own - p.local)
+    rank = importance.detach().masked_fill(torch.isnan(importance), -1.0)  # importance is never negative
+    rank = rank.masked_fill(forced.expand_as(rank), math.inf).masked_fill((block > own).expand_as(rank), -math.inf)
+    value, order = torch.sort(rank, dim=-1, descending=True, stable=True)
+    kept = order.masked_fill(value == -math.inf, blocks)[..., : p.selection_count]
+    kept = torch.sort(kept, dim=-1).values
+    kept = kept.masked_fill(kept == blocks, -1)
+    indices = functional.pad(kept, (0, p.selection_count - kept.shape[-1]), value=-1).to(torch.int32)
+    counts = torch.clamp(own[..., 0] + 1, max=p.selection_count).expand(rows, heads).to(torch.int32)
+    return indices, counts

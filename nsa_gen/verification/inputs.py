@@ -1,0 +1,253 @@
+"""Fresh random inputs for a spec, of several kinds, from a seed.
+
+The same seed, spec and shape give the same numbers on every device: they are drawn on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.oracle import argument_suffixes
+
+Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call and the gradient of its output. Arguments the spec does not take are None.
+
+    Shapes are those of `reference_attention`; `do` is like o. `compression` maps phi's parameters by name.
+    """
+
+    q: Tensor
+    do: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    gates: Tensor | None = None
+    compression: dict[str, Tensor] | None = None
+    k_slc: Tensor | None = None
+    v_slc: Tensor | None = None
+    k_win: Tensor | None = None
+    v_win: Tensor | None = None
+    k_cmp: Tensor | None = None
+    v_cmp: Tensor | None = None
+    indices: Tensor | None = None
+    counts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `reference_attention`, all of them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "do"}
+
+    def differentiable(self) -> dict[str, Tensor]:
+        """What has a gradient, by name; phi's parameters as `compression.<name>`."""
+        skipped = {"do", "compression", "indices", "counts", "cu_seqlens"}
+        found = {
+            f.name: value
+            for f in fields(self)
+            if f.name not in skipped and (value := getattr(self, f.name)) is not None
+        }
+        return found | {f"compression.{name}": value for name, value in (self.compression or {}).items()}
+
+    def replace_differentiable(self, tensors: dict[str, Tensor]) -> Inputs:
+        """A copy with the tensors of `differentiable()` replaced by those given, by the same names."""
+        learned = {name.removeprefix("compression."): x for name, x in tensors.items() if "." in name}
+        plain: dict[str, Any] = {name: x for name, x in tensors.items() if "." not in name}
+        return replace(self, **plain, compression={**(self.compression or {}), **learned} or None)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
+        """A copy with every floating-point tensor in `dtype`, everything on `device`."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = move(value)
+            elif value is not None:
+                changed[field.name] = {name: move(x) for name, x in value.items()}
+        return replace(self, **changed)
+
+
+def parameter_shapes(p: OracleParameters, hidden: int | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of phi's learned parameters, in the order of a package's CompressionParameters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    block = p.compression_block
+    if block is None:
+        return shapes
+    sides = (("key", p.phi_key, p.position_key, p.head_dim_qk), ("value", p.phi_value, p.position_value, p.head_dim_v))
+    for side, kind, position, dim in sides:
+        if kind == "weighted":
+            shapes[f"{side}_weight"] = (p.kv_heads, block)
+        elif kind == "linear":
+            shapes[f"{side}_weight"] = (p.kv_heads, block * dim, dim)
+        elif kind == "mlp":
+            if hidden is None:
+                raise ValueError("hidden: expected a width for an mlp phi, got None; set compression.phi.hidden")
+            shapes[f"{side}_weight_in"] = (p.kv_heads, block * dim, hidden)
+            shapes[f"{side}_weight_out"] = (p.kv_heads, hidden, dim)
+        if position:
+            shapes[f"{side}_position"] = (p.kv_heads, block, dim)
+    return shapes
+
+
+def make_indices(p: OracleParameters, position: Tensor, generator: torch.Generator, hot: bool) -> Tensor:
+    """Random valid indices (R, Hkv, n) int32 for queries at `position` (R,): ascending, -1 on the right.
+
+    Between 0 and n blocks a row; one row in eight holds -1 only. With `hot` every row takes the first n blocks.
+    """
+    assert p.selection_block is not None
+    rows, n = position.shape[0], p.selection_count
+    own = (position // p.selection_block)[:, None, None]
+    blocks = int(position.max()) // p.selection_block + 1 if rows else 1
+    block = torch.arange(blocks)
+    rank = -block.expand(rows, p.kv_heads, blocks).float()
+    wanted = torch.full((rows, p.kv_heads, 1), n)
+    if not hot:
+        rank = torch.rand(rows, p.kv_heads, blocks, generator=generator)
+        wanted = torch.randint(1, n + 1, (rows, p.kv_heads, 1), generator=generator)
+        wanted *= torch.randint(0, 8, (rows, p.kv_heads, 1), generator=generator) > 0
+    order = torch.argsort(rank.masked_fill(block > own, -math.inf), dim=-1, descending=True, stable=True)[..., :n]
+    kept = (order <= own) & (torch.arange(order.shape[-1]) < wanted)
+    order = torch.sort(order.masked_fill(~kept, blocks), dim=-1).values
+    order = order.masked_fill(order == blocks, -1)
+    return torch.nn.functional.pad(order, (0, n - order.shape[-1]), value=-1).to(torch.int32)
+
+
+def make_inputs(
+    spec: Any,
+    *,
+    batch: int = 2,
+    tokens: int | Sequence[int] = 128,
+    tokens_kv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    kind: Kind = "gaussian",
+) -> Inputs:
+    """Random inputs for a spec.
+
+    `tokens` is Tq, or the lengths of packed sequences (then `batch` is not used); `tokens_kv` is Tkv >= Tq, Tq if left
+    out. Kinds:
+
+    - gaussian: unit normal everywhere; phi's parameters are scaled so that K_cmp and V_cmp stay of order 1;
+    - strided: the same numbers, with q, k, v slices of wider rows, as a fused projection gives them;
+    - spread: keys of different tokens give logits up to 40 nats apart;
+    - hot: queries and the first block's keys share a direction, so that all queries choose the same blocks
+      (caller-supplied indices: all rows take the first n blocks);
+    - rising, falling: logits grow, fall steadily with the key's position, by 20 nats in all.
+
+    Raises ValueError for an unknown kind, for tokens_kv < tokens and for packed lengths with tokens_kv.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    p = OracleParameters.from_spec(spec)
+    packed = not isinstance(tokens, int)
+    lengths = list(tokens) if isinstance(tokens, Sequence) else [tokens]
+    if packed and tokens_kv is not None:
+        raise ValueError("tokens_kv: expected None for packed sequences, whose queries and keys are equally many")
+    if tokens_kv is not None and tokens_kv < lengths[0]:
+        raise ValueError(f"tokens_kv: expected at least tokens = {lengths[0]}, got {tokens_kv}")
+    generator = torch.Generator().manual_seed(seed)
+    names = list(dict.fromkeys(argument_suffixes(p).values()))
+    if not packed and not names:
+        tokens_kv = None  # Tkv = Tq: no branch reads raw keys
+    rows = sum(lengths)
+    lead_q: tuple[int, ...] = (rows,) if packed else (batch, rows)
+    keys = rows if packed or tokens_kv is None else tokens_kv
+    lead_kv: tuple[int, ...] = (keys,) if packed else (batch, keys)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found: dict[str, Any] = {"q": draw(*lead_q, p.query_heads, p.head_dim_qk)}
+    for suffix in names:
+        found[f"k{suffix}"] = draw(*lead_kv, p.kv_heads, p.head_dim_qk)
+        found[f"v{suffix}"] = draw(*lead_kv, p.kv_heads, p.head_dim_v)
+    if p.gate != "none":
+        found["gates"] = draw(*lead_q, p.query_heads, len(p.branches))
+    found["do"] = draw(*lead_q, p.query_heads, p.head_dim_v)
+    hidden = None if p.compression_block is None else spec.compression.phi.hidden
+    learned: dict[str, Tensor] = {}
+    for name, shape in parameter_shapes(p, hidden).items():
+        if name.endswith("position"):
+            learned[name] = 0.5 * draw(*shape)
+        elif len(shape) == 2:
+            learned[name] = (1 + 0.5 * draw(*shape)) / math.sqrt(shape[-1])
+        else:
+            learned[name] = draw(*shape) * math.sqrt((2.4 if name.endswith("_out") else 1) / shape[1])
+    if learned:
+        found["compression"] = learned
+    if p.external:
+        blocks = rows // (p.compression_stride or 1) if packed else p.compressed_blocks(keys)
+        lead = (blocks,) if packed else (batch, blocks)
+        found["k_cmp"] = draw(*lead, p.kv_heads, p.head_dim_qk)
+        found["v_cmp"] = draw(*lead, p.kv_heads, p.head_dim_v)
+    if p.indices_given:
+        if packed:
+            position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.arange(0)
+        else:
+            position = torch.arange(keys - rows, keys).repeat(batch)
+        indices = make_indices(p, position, generator, kind == "hot")
+        found["indices"] = indices if packed else indices.view(batch, rows, p.kv_heads, p.selection_count)
+    if packed:
+        found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    if kind in ("spread", "hot", "rising", "falling"):
+        _shape_logits(p, found, kind, generator)
+    inputs = Inputs(**found).to(dtype, device)
+    return _strided(inputs) if kind == "strided" else inputs
+
+
+def _shape_logits(p: OracleParameters, found: dict[str, Any], kind: str, generator: torch.Generator) -> None:
+    """Give all queries a common direction and keys a chosen amount of it: `nats` is the logit it adds."""
+    direction = torch.nn.functional.normalize(torch.randn(p.head_dim_qk, generator=generator), dim=0)
+    strength = 4.0 / p.scale**0.5  # on both sides, so that neither q nor k is out of proportion
+    found["q"] = found["q"] * 0.25 + direction * strength
+    for name in [name for name in found if name.startswith("k")]:
+        k = found[name]
+        tokens = k.shape[-3]
+        if kind == "spread":
+            nats = torch.randint(-40, 41, (tokens,), generator=generator).float()
+            nats = nats * (torch.rand(tokens, generator=generator) < 0.25)
+        elif kind == "hot":
+            nats = 8.0 * (torch.arange(tokens) < (p.selection_block or 64)).float()
+        else:
+            nats = torch.linspace(-10, 10, tokens) if tokens > 1 else torch.zeros(tokens)
+            nats = nats if kind == "rising" else -nats
+        amount = nats / (p.scale * strength)
+        found[name] = k + amount[:, None, None] * direction
+
+
+def _strided(inputs: Inputs) -> Inputs:
+    """The same numbers in tensors whose rows are wider than they need be, as slices of a fused projection are."""
+    changed: dict[str, Tensor] = {}
+    groups = (("q", "k", "v"), ("k_slc", "v_slc"), ("k_win", "v_win"), ("k_cmp", "v_cmp"), ("gates",), ("do",))
+    for group in groups:
+        present = {name: x for name in group if (x := getattr(inputs, name)) is not None}
+        if len({x.shape[:-2] for x in present.values()}) != 1:
+            singles = [{name: x} for name, x in present.items()]
+        else:
+            singles = [present]
+        for tensors in singles:
+            lead = next(iter(tensors.values())).shape[:-2]
+            widths = [x.shape[-2] * x.shape[-1] for x in tensors.values()]
+            like = next(iter(tensors.values()))
+            fused = torch.full((*lead, sum(widths) + 16), math.nan, dtype=like.dtype, device=like.device)
+            start = 0
+            for (name, x), width in zip(tensors.items(), widths, strict=True):
+                view = fused[..., start : start + width].unflatten(-1, x.shape[-2:])
+                view.copy_(x)
+                changed[name] = view
+                start += width
+    return replace(inputs, **changed)

@@ -1,0 +1,339 @@
+"""The dense oracle: what an operator must compute, for whole batches and packed sequences.
+
+`reference_attention` takes the arguments of a generated package's `nsa_attention` and follows the semantics page to the
+letter. Built of `dense`, it needs torch and the standard library only and shares no code with the kernels it judges.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nsa_gen.verification.dense import (
+    OracleParameters,
+    attend,
+    block_importance,
+    compress,
+    exact_dtype,
+    select_blocks,
+    visible_compressed,
+    visible_selected,
+    visible_window,
+)
+
+SCORE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What the operator returns, and everything on the way. Absent pieces are None.
+
+    Shapes are those of the generated package, batched (B, Tq, ...) or packed (T_total, ...): `o` and `o_x`
+    (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, Hkv, n) int32, `counts` (B, Tq, Hkv)
+    int32, `importance` (B, Tq, Hkv, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp` (B, Nc, Hkv, Dv).
+    Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
+    """
+
+    o: Tensor
+    o_cmp: Tensor | None = None
+    lse_cmp: Tensor | None = None
+    o_slc: Tensor | None = None
+    lse_slc: Tensor | None = None
+    o_win: Tensor | None = None
+    lse_win: Tensor | None = None
+    indices: Tensor | None = None
+    counts: Tensor | None = None
+    importance: Tensor | None = None
+    k_cmp: Tensor | None = None
+    v_cmp: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The pieces that are present, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence, its tensors without a batch dimension; a branch that is absent has None.
+
+    `raw_cmp`, `slc`, `win` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when the caller
+    passes them, else by `compress`.
+    """
+
+    tokens: int
+    q: Tensor
+    gates: Tensor | None
+    raw_cmp: tuple[Tensor, Tensor] | None
+    cmp: tuple[Tensor, Tensor] | None
+    slc: tuple[Tensor, Tensor] | None
+    win: tuple[Tensor, Tensor] | None
+    indices: Tensor | None
+    counts: Tensor | None
+
+
+# Sections 6 and 7: the operator
+
+
+def gate_values(p: OracleParameters, gates: Tensor | None, like: Tensor) -> list[Tensor]:
+    """One exact gate (R, Hq, 1) a branch, of gates (R, Hq, branches)."""
+    exact = exact_dtype(like.dtype)
+    if p.gate == "none" or gates is None:
+        return [torch.ones(1, device=like.device, dtype=exact)] * len(p.branches)
+    values = gates.to(exact)
+    if p.gate == "sigmoid":
+        values = torch.sigmoid(values)
+    return [values[..., i, None] for i in range(len(p.branches))]
+
+
+def branch_mask(p: OracleParameters, s: Sequence, branch: str, t: Tensor, indices: Tensor | None) -> Tensor:
+    """The dense mask (H or 1, R, keys) of one branch for queries at positions t (R,)."""
+    if branch == "cmp":
+        assert s.cmp is not None
+        return visible_compressed(p, t, s.cmp[0].shape[0])
+    if branch == "win":
+        return visible_window(p, t, s.tokens)
+    assert indices is not None
+    return visible_selected(p, t, s.tokens, indices, s.counts)
+
+
+def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequence:
+    """Query rows start..stop of a sequence and the keys up to the last one's position (queries align to the end)."""
+    tokens = s.tokens - s.q.shape[0] + stop
+    compressed = p.compressed_blocks(tokens)
+
+    def head(pair: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
+        return None if pair is None else (pair[0][:length], pair[1][:length])
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[start:stop]
+
+    return Sequence(
+        tokens=tokens,
+        q=s.q[start:stop],
+        gates=rows(s.gates),
+        raw_cmp=None,
+        cmp=head(s.cmp, compressed),
+        slc=head(s.slc, tokens),
+        win=head(s.win, tokens),
+        indices=rows(s.indices),
+        counts=rows(s.counts),
+    )
+
+
+def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
+    """All branches and their combination for one sequence whose K_cmp, V_cmp are known. Shapes lack the batch."""
+    rows = s.q.shape[0]
+    t = torch.arange(s.tokens - rows, s.tokens, device=s.q.device)
+    q = s.q.reshape(rows, p.kv_heads, p.group, p.head_dim_qk).permute(1, 2, 0, 3)
+    found: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
+    if s.indices is not None:
+        found["indices"] = s.indices
+        if s.counts is not None:
+            found["counts"] = s.counts
+
+    for branch in p.branches:  # compression comes first: selection needs its importance
+        mask = branch_mask(p, s, branch, t, found.get("indices"))
+        pair = getattr(s, branch)
+        o, lse, probabilities = attend(q, pair[0].transpose(0, 1), pair[1].transpose(0, 1), mask, p.scale, p.tf32)
+        found[f"o_{branch}"] = o.permute(2, 0, 1, 3).reshape(rows, p.query_heads, p.head_dim_v)
+        found[f"lse_{branch}"] = lse.permute(2, 0, 1).reshape(rows, p.query_heads)
+        outputs.append(found[f"o_{branch}"])
+        if branch == "cmp" and p.selection_block is not None and not p.indices_given:
+            found["importance"] = block_importance(p, probabilities, p.selection_blocks(s.tokens))
+            if s.indices is None:
+                found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
+    gates = gate_values(p, s.gates, s.q)
+    o = sum(gate * output.to(gate.dtype) for gate, output in zip(gates, outputs, strict=True))
+    assert isinstance(o, Tensor)
+    return OracleResult(o=o.to(s.q.dtype), **found)
+
+
+def _chunk_rows(p: OracleParameters, s: Sequence, score_bytes: int) -> int:
+    itemsize = torch.finfo(exact_dtype(s.q.dtype)).bits // 8
+    return max(1, score_bytes // max(1, p.query_heads * s.tokens * itemsize))
+
+
+def attend_sequence(p: OracleParameters, s: Sequence, score_bytes: int) -> OracleResult:
+    """`attend_rows` over chunks of query rows, so that one score matrix stays below `score_bytes`."""
+    chunk = _chunk_rows(p, s, score_bytes)
+    blocks = p.selection_blocks(s.tokens)
+    rows = s.q.shape[0]
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, max(rows, 1), chunk):
+        part = attend_rows(p, take_rows(p, s, start, min(start + chunk, rows)))
+        for name, value in part.tensors().items():
+            if name == "importance":
+                value = functional.pad(value, (0, blocks - value.shape[-1]))
+            parts.setdefault(name, []).append(value)
+    return OracleResult(**{name: torch.cat(values) for name, values in parts.items()})
+
+
+def learned_parameters(compression: Any) -> dict[str, Tensor]:
+    """phi's parameters as a mapping: from a mapping, a NamedTuple (a package's CompressionParameters) or None."""
+    if compression is None:
+        return {}
+    named = compression if isinstance(compression, Mapping) else compression._asdict()
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _required(name: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError(f"{name}: expected a tensor for this spec, got None; pass it")
+    return value
+
+
+def argument_suffixes(p: OracleParameters) -> dict[str, str]:
+    """For each branch that reads raw K and V, the suffix of its arguments: "" for k and v, "_win" for k_win, v_win."""
+    readers = [name for name in p.branches if not (name == "cmp" and p.external)]
+    return {name: "" if p.shared_kv or i == 0 else f"_{name}" for i, name in enumerate(readers)}
+
+
+def branch_pairs(p: OracleParameters, tensors: Mapping[str, Tensor | None]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The raw (K, V) of each branch that reads them, of the operator's arguments by name."""
+    return {
+        name: (
+            _required(f"k{suffix}", tensors.get(f"k{suffix}")),
+            _required(f"v{suffix}", tensors.get(f"v{suffix}")),
+        )
+        for name, suffix in argument_suffixes(p).items()
+    }
+
+
+def split_sequences(
+    p: OracleParameters, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None
+) -> list[Sequence]:
+    """The sequences of a call, as views of its arguments (so that writing to a view writes to the argument)."""
+    q = _required("q", tensors.get("q"))
+    pairs = branch_pairs(p, tensors)
+    cmp = None
+    if p.external:
+        cmp = (_required("k_cmp", tensors.get("k_cmp")), _required("v_cmp", tensors.get("v_cmp")))
+    found = []
+    bounds = [0] * (q.shape[0] + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        where: Any = i if cu_seqlens is None else slice(start, stop)
+        mine = {name: None if x is None else x[where] for name, x in tensors.items()}
+        raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
+        tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
+        compressed = p.compressed_blocks(tokens)
+        mine_cmp = None
+        if cmp is not None:
+            first = 0 if cu_seqlens is None else start // (p.compression_stride or 1)
+            source = (cmp[0][i], cmp[1][i]) if cu_seqlens is None else cmp
+            mine_cmp = (source[0][first : first + compressed], source[1][first : first + compressed])
+            if mine_cmp[0].shape[0] < compressed or mine_cmp[1].shape[0] < compressed:
+                raise ValueError(
+                    f"k_cmp, v_cmp: expected {compressed} blocks for a sequence of {tokens} tokens, "
+                    f"got {mine_cmp[0].shape[0]} and {mine_cmp[1].shape[0]}"
+                )
+        found.append(
+            Sequence(
+                tokens=tokens,
+                q=mine["q"],
+                gates=mine.get("gates"),
+                raw_cmp=raw.get("cmp"),
+                cmp=mine_cmp,
+                slc=raw.get("slc"),
+                win=raw.get("win"),
+                indices=mine.get("indices"),
+                counts=mine.get("counts"),
+            )
+        )
+    return found
+
+
+def compressed_rows(p: OracleParameters, cu_seqlens: Tensor) -> Tensor:
+    """Where the compressed blocks of a packed call lie: one row number a block, sequence after sequence (int64)."""
+    bounds = cu_seqlens.tolist()
+    stride = p.compression_stride or 1
+    rows = [
+        torch.arange(p.compressed_blocks(stop - start)) + start // stride for start, stop in itertools.pairwise(bounds)
+    ]
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+
+def _gather(p: OracleParameters, results: list[OracleResult], cu_seqlens: Tensor | None, total: int) -> OracleResult:
+    """Put sequences' results together: stacked, or one after the other (compressed blocks in their packed rows)."""
+    parts = [result.tensors() for result in results]
+    joined: dict[str, Tensor] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if cu_seqlens is None:
+            joined[name] = torch.stack(values)
+        elif name in ("k_cmp", "v_cmp"):
+            blocks = torch.cat(values)
+            packed = blocks.new_zeros(total // (p.compression_stride or 1), *blocks.shape[1:])
+            joined[name] = packed.index_copy(0, compressed_rows(p, cu_seqlens).to(blocks.device), blocks)
+        else:
+            if name == "importance":
+                widest = max(value.shape[-1] for value in values)
+                values = [functional.pad(value, (0, widest - value.shape[-1])) for value in values]
+            joined[name] = torch.cat(values)
+    return OracleResult(**joined)
+
+
+def reference_attention(
+    parameters: OracleParameters,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    gates: Tensor | None = None,
+    *,
+    compression: Any = None,
+    k_slc: Tensor | None = None,
+    v_slc: Tensor | None = None,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    indices: Tensor | None = None,
+    counts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    score_bytes: int = SCORE_BYTES,
+) -> OracleResult:
+    """The operator of a spec, densely, with the arguments of a generated package's `nsa_attention`.
+
+    Shapes: q (B, Tq, Hq, Dk), k (B, Tkv, Hkv, Dk), v (B, Tkv, Hkv, Dv), gates (B, Tq, Hq, branches) with Tq <= Tkv
+    and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,). `compression`
+    is phi's parameters, a mapping or a NamedTuple. Where selection is computed, `indices` (B, Tq, Hkv, n) int32 and
+    `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is computed all the same), for comparisons on
+    equal indices. Query rows are taken in chunks whose scores need at most `score_bytes`.
+
+    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp and phi's parameters. Raises
+    ValueError where the spec needs an argument that is None.
+    """
+    tensors = {
+        "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
+        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts,
+    }  # fmt: skip
+    learned = learned_parameters(compression)
+    if parameters.gate != "none":
+        _required("gates", gates)
+    if parameters.indices_given:
+        _required("indices", indices)
+    sequences = split_sequences(parameters, tensors, cu_seqlens)
+    nothing = not sequences
+    if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
+        zeros = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in tensors.items()}
+        sequences = split_sequences(parameters, zeros, None if cu_seqlens is None else torch.tensor([0, 0]))
+    results = []
+    for sequence in sequences:
+        if sequence.raw_cmp is not None:
+            sequence = replace(sequence, cmp=compress(parameters, *sequence.raw_cmp, learned))
+        result = attend_sequence(parameters, sequence, score_bytes)
+        if sequence.cmp is not None:
+            result = replace(result, k_cmp=sequence.cmp[0], v_cmp=sequence.cmp[1])
+        results.append(result)
+    if nothing and cu_seqlens is not None:
+        cu_seqlens = torch.tensor([0, 0])
+    result = _gather(parameters, results, cu_seqlens, q.shape[0])
+    if nothing and cu_seqlens is None:
+        result = OracleResult(**{name: value[:0] for name, value in result.tensors().items()})
+    return result

@@ -1,0 +1,142 @@
+"""What a verification found: plain data, as JSON and as tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one case. `error` and `bound` are of the measure that came nearest to failing.
+
+    `measure` is row, norm or bias (relative errors, see tolerance.py), selection (shortfall in units of the rounding
+    error) or bits (differing elements of two equal calls). `problem` explains a failure that has no size.
+    """
+
+    case: str
+    quantity: str
+    measure: str
+    error: float
+    bound: float
+    ok: bool
+    problem: str = ""
+
+    @property
+    def usage(self) -> float:
+        """The error as a share of its bound; inf for a failure without a size."""
+        if self.problem:
+            return math.inf
+        if self.bound == 0:
+            return 0.0 if self.error == 0 else math.inf
+        return self.error / self.bound
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the report was made."""
+
+    device: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    python: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome of `verify`.
+
+    `dtype` and `heads` (query, kv) are those verified, which the notes say where they are not the spec's. `cases` are
+    the labels of the calls made, `seconds` the whole time.
+    """
+
+    name: str
+    digest: str
+    dtype: str
+    heads: tuple[int, int]
+    passes: tuple[str, ...]
+    seed: int
+    cases: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    environment: Environment
+
+    @property
+    def ok(self) -> bool:
+        """Something was compared, and every comparison is within its bound."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that are not ok."""
+        return tuple(row for row in self.rows if not row.ok)
+
+    def worst(self) -> tuple[Row, ...]:
+        """For each quantity the row that used most of its bound, in order of first appearance."""
+        found: dict[str, Row] = {}
+        for row in self.rows:
+            if row.quantity not in found or row.usage > found[row.quantity].usage:
+                found[row.quantity] = row
+        return tuple(found.values())
+
+    def to_json(self) -> str:
+        """The report as a JSON object, `ok` included; a number that is not finite becomes null."""
+        document = {"ok": self.ok, **asdict(self)}
+        return json.dumps(_finite(document), indent=2)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_report(report: VerifyReport, console: Console) -> None:
+    """Print the worst row of each quantity, the failures and the notes on a rich console."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    environment = report.environment
+    console.print(
+        f"{report.name} ({report.digest}): {report.dtype}, {report.heads[0]} query and {report.heads[1]} KV heads, "
+        f"{' and '.join(report.passes)}, {len(report.cases)} cases, seed {report.seed}",
+        highlight=False,
+    )
+    console.print(
+        f"{environment.gpu or environment.device}, torch {environment.torch}, triton {environment.triton}",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("quantity", "measure", "error", "bound", "used", "worst case", ""):
+        table.add_column(column, justify="right" if column in ("error", "bound", "used") else "left", no_wrap=True)
+    for row in report.worst():
+        sized = not row.problem
+        table.add_row(
+            row.quantity,
+            row.measure,
+            f"{row.error:.2e}" if sized else "-",
+            f"{row.bound:.2e}" if sized else "-",
+            f"{100 * row.usage:.0f}%" if sized and math.isfinite(row.usage) else "-",
+            escape(row.case),
+            "ok" if row.ok else "[red]FAILED[/red]",
+        )
+    console.print(table)
+    for row in report.failures:
+        what = row.problem or f"{row.measure} error {row.error:.3e}, at most {row.bound:.3e} allowed"
+        console.print(f"[red]failed[/red] {escape(row.case)}: {row.quantity}: {escape(what)}", highlight=False)
+    for note in report.notes:
+        console.print(f"note: {escape(note)}", highlight=False)
+    verdict = "[green]ok[/green]" if report.ok else f"[red]{len(report.failures)} failed[/red]"
+    console.print(f"{verdict}, {len(report.rows)} comparisons in {report.seconds:.1f} s", highlight=False)

@@ -1,0 +1,172 @@
+"""Is a choice of blocks legal, and is it as good as the best?
+
+Two right implementations may choose different blocks where importances differ by less than rounding error. A choice is
+therefore not compared with the oracle's: it is checked for the rules of section 3, and the importance of what was
+chosen against the importance of the best that was not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nsa_gen.verification.dense import OracleParameters, select_blocks
+
+NEGLIGIBLE = 1e-6
+"""Importance (a probability summed over the group) below which a relative error says nothing."""
+
+
+@dataclass(frozen=True)
+class SelectionCheck:
+    """What was found: broken rules (empty: legal), and the choice's worst shortfall against its bound.
+
+    `shortfall` is the largest amount, in units of the tolerance of its row, by which a block left out surpasses a
+    chosen, not forced one; at most 1 is within rounding error.
+    """
+
+    problems: tuple[str, ...]
+    shortfall: float
+
+    @property
+    def ok(self) -> bool:
+        """Legal, and as good as the oracle's choice."""
+        return not self.problems and self.shortfall <= 1.0
+
+
+def query_positions(rows: int, tokens: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Positions (rows,) int64 of the queries of one sequence of `tokens` keys, or of packed sequences."""
+    if cu_seqlens is None:
+        return torch.arange(tokens - rows, tokens)
+    parts = [torch.arange(stop - start) for start, stop in pairwise(cu_seqlens.tolist())]
+    return torch.cat(parts) if parts else torch.arange(0)
+
+
+def _first(name: str, broken: Tensor, shown: Tensor, rule: str) -> list[str]:
+    """One message for the first place where `broken` (rows, heads) holds, and how many more there are."""
+    where = broken.nonzero()
+    if where.shape[0] == 0:
+        return []
+    place = tuple(where[0].tolist())
+    more = f" ({where.shape[0] - 1} more)" if where.shape[0] > 1 else ""
+    return [f"{name}: {rule}; at row {place[0]}, KV head {place[1]} it is {shown[place].tolist()}{more}"]
+
+
+def _flat(x: Tensor, trailing: int) -> Tensor:
+    """Batched or packed to (rows, heads, ...)."""
+    return x.detach().cpu().flatten(0, x.dim() - 2 - trailing)
+
+
+def check_indices(
+    indices: Tensor,
+    counts: Tensor | None = None,
+    *,
+    selection_block: int,
+    tokens: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[str, ...]:
+    """Rules for block indices that a caller supplies; a message for each rule broken, () where all hold.
+
+    indices (B, Tq, Hkv, n) or packed (T_total, Hkv, n) int32, counts the same without n; `tokens` is Tkv (Tq if left
+    out). A legal row has blocks of the past or its own, no block twice, any number of -1; counts, where given, are in
+    0..n. The operator ignores future blocks and reads no count beyond n, but a block given twice is counted twice: it
+    is the caller's error and only found here. Raises ValueError for wrong shapes or dtypes.
+    """
+    if indices.dtype != torch.int32:
+        raise ValueError(f"indices: expected int32, got {indices.dtype}; convert with .to(torch.int32)")
+    expected = 4 if cu_seqlens is None else 3
+    if indices.dim() != expected:
+        raise ValueError(f"indices: expected {expected} dimensions, got shape {tuple(indices.shape)}")
+    if counts is not None and (counts.dtype != torch.int32 or counts.shape != indices.shape[:-1]):
+        raise ValueError(
+            f"counts: expected int32 of shape {tuple(indices.shape[:-1])}, got {counts.dtype} of {tuple(counts.shape)}"
+        )
+    n, rows = indices.shape[-1], indices.shape[-3]
+    position = query_positions(rows, tokens if tokens is not None else rows, cu_seqlens)
+    if cu_seqlens is None:
+        position = position.repeat(indices.shape[0])
+    flat = _flat(indices, 1).long()
+    own = (position // selection_block)[:, None, None]
+    used = flat != -1
+    problems: list[str] = []
+    if counts is not None:
+        number = _flat(counts, 0).long()
+        problems += _first("counts", (number < 0) | (number > n), number, f"expected 0..{n}")
+        used &= torch.arange(n) < number[..., None]
+    problems += _first("indices", ((flat < -1) & used).any(-1), flat, "expected block numbers or -1")
+    problems += _first("indices", ((flat > own) & used).any(-1), flat, "a block in the future of its query")
+    unique = torch.where(used, flat, -2 - torch.arange(n)).sort(-1).values
+    problems += _first("indices", (unique[..., 1:] == unique[..., :-1]).any(-1), flat, "a block is given twice")
+    return tuple(problems)
+
+
+def check_selection(
+    parameters: OracleParameters,
+    indices: Tensor,
+    counts: Tensor,
+    importance: Tensor,
+    *,
+    tolerance: float,
+    tokens: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> SelectionCheck:
+    """Check a computed choice against section 3, ties allowed.
+
+    indices (B, Tq, Hkv, n), counts (B, Tq, Hkv) int32 (packed: no B) are the choice; importance (..., blocks) is the
+    oracle's on the same inputs. Legal: ascending, -1 on the right, min(n, t // l' + 1) blocks, none from the future,
+    none twice, forced ones present. As good: no block left out surpasses a chosen, not forced one by more than
+    `tolerance` times the larger of the two (their sums of up to G * l / d probabilities carry that relative error;
+    blocks below NEGLIGIBLE count as that). Where importance is NaN on both sides, the order is by index.
+    """
+    p = parameters
+    assert p.selection_block is not None
+    n, rows = indices.shape[-1], indices.shape[-3]
+    position = query_positions(rows, tokens if tokens is not None else rows, cu_seqlens)
+    if cu_seqlens is None:
+        position = position.repeat(indices.shape[0])
+    flat, number, value = _flat(indices, 1).long(), _flat(counts, 0).long(), _flat(importance, 1).double()
+    blocks = value.shape[-1]
+    own = position[:, None] // p.selection_block
+    due = torch.clamp(own + 1, max=n).expand(number.shape)
+    slot = torch.arange(n)
+    problems: list[str] = []
+    problems += _first("counts", number != due, number, "expected min(n, t // l' + 1)")
+    used = slot < due[..., None]
+    problems += _first("indices", ((flat < 0) & used).any(-1), flat, "a slot is empty that has a block to hold")
+    problems += _first("indices", ((flat != -1) & ~used).any(-1), flat, "expected -1 beyond the count")
+    problems += _first("indices", (flat > own[..., None]).any(-1), flat, "a block in the future of its query")
+    falling = (flat[..., 1:] <= flat[..., :-1]) & used[..., 1:]
+    problems += _first("indices", falling.any(-1), flat, "expected ascending blocks, none twice")
+
+    chosen = torch.zeros(*flat.shape[:2], blocks + 1, dtype=torch.bool)
+    inside = (flat >= 0) & (flat < blocks)
+    chosen = chosen.scatter(-1, torch.where(inside, flat, blocks), True)[..., :blocks]
+    block = torch.arange(blocks)
+    candidate = (block <= own[..., None]).expand(chosen.shape)
+    forced = ((block < p.initial) | (block > own[..., None] - p.local)) & candidate
+    problems += _first("indices", (forced & ~chosen).any(-1), flat, "a forced block is missing")
+    if problems or blocks == 0 or flat.numel() == 0:
+        return SelectionCheck(tuple(problems), 0.0)
+
+    unknown = torch.isnan(value)
+    rank = value.masked_fill(unknown, -1.0)  # last among candidates, as in the oracle
+    weakest = rank.masked_fill(~(chosen & ~forced), torch.inf).amin(-1)
+    strongest = rank.masked_fill(~(candidate & ~chosen), -torch.inf).amax(-1)
+    gap = (strongest - weakest).clamp(min=0.0)
+    allowed = tolerance * strongest.abs().clamp(min=NEGLIGIBLE)
+    shortfall = torch.where(torch.isfinite(gap), gap / allowed, 0.0)
+    problems += _exact_ties(p, flat, value, position, chosen)
+    return SelectionCheck(tuple(problems), shortfall.max().item())
+
+
+def _exact_ties(p: OracleParameters, flat: Tensor, value: Tensor, position: Tensor, chosen: Tensor) -> list[str]:
+    """Rows whose candidates all have importance 0 (no compressed block visible), or all NaN, take the lower index."""
+    assert p.selection_block is not None
+    block = torch.arange(value.shape[-1])
+    future = block > (position // p.selection_block)[:, None, None]
+    plain = (future | (value == 0)).all(-1) | (future | torch.isnan(value)).all(-1)
+    expected, _ = select_blocks(p, value, position)
+    wrong = plain & (expected.long() != flat).any(-1)
+    return _first("indices", wrong, flat, "equal importances: expected the lower blocks")

@@ -1,0 +1,144 @@
+"""How near is near enough: the error of a kernel against the error of plain PyTorch at the same dtype.
+
+No tolerance is a number somebody liked. The truth is the float64 oracle; the baseline is the same oracle at the dtype
+of the inputs; the bound is twice the baseline's error, plus what one rounding of the result and of its terms may add.
+docs/tolerances.md has the reasons and what each of the three measures catches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+"""A kernel rounds at other places than plain PyTorch, but it has no reason to round more than twice as much."""
+
+HARDWARE_UNITS = {torch.float32: 8.0}
+"""Extra units of rounding error by dtype, 1 where absent. In float32 the operations are no longer free of error beside
+the rounding of the result: exp2 of the hardware has 2 units, the logit's factor log2(e) one, and the sums over tiles of
+keys, rescaled once a tile, the rest. Lower precisions hide all of these."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor against the truth: each measure's error and bound, relative, and where the worst row is.
+
+    `row` is the worst row's error, `norm` the whole tensor's (Frobenius), `bias` the part of the error that is a
+    multiple of the truth. `problem` says what is wrong beyond measure (shape, dtype, a NaN, an infinity), or "".
+    """
+
+    row_error: float
+    row_bound: float
+    norm_error: float
+    norm_bound: float
+    bias_error: float
+    bias_bound: float
+    worst_row: tuple[int, ...]
+    problem: str = ""
+
+    @property
+    def usage(self) -> float:
+        """The largest error as a share of its bound; inf where there is a problem."""
+        if self.problem:
+            return math.inf
+        pairs = (
+            (self.row_error, self.row_bound),
+            (self.norm_error, self.norm_bound),
+            (self.bias_error, self.bias_bound),
+        )
+        return max(error / bound if error > 0 else 0.0 for error, bound in pairs)
+
+    @property
+    def ok(self) -> bool:
+        """Every measure is within its bound and nothing else is wrong."""
+        return self.usage <= 1.0
+
+    def describe(self) -> str:
+        """What is wrong or how near the bounds are, in a line."""
+        if self.problem:
+            return self.problem
+        return (
+            f"worst row {self.worst_row}: {self.row_error:.2e} of {self.row_bound:.2e}; "
+            f"norm {self.norm_error:.2e} of {self.norm_bound:.2e}; bias {self.bias_error:.2e} of {self.bias_bound:.2e}"
+        )
+
+
+def unit_roundoff(dtype: torch.dtype, tf32: bool = False) -> float:
+    """Half the distance from 1 to the next number: the largest relative error of one rounding."""
+    return 2.0**-11 if tf32 else torch.finfo(dtype).eps / 2
+
+
+def _problem(actual: Tensor, truth: Tensor) -> str:
+    if actual.shape != truth.shape:
+        return f"expected shape {tuple(truth.shape)}, got {tuple(actual.shape)}"
+    for name, pattern in (
+        ("NaN", torch.isnan),
+        ("inf", torch.isposinf),
+        ("-inf", torch.isneginf),
+    ):
+        wrong = (pattern(actual) != pattern(truth)).nonzero()
+        if wrong.shape[0]:
+            place = tuple(wrong[0].tolist())
+            return (
+                f"{name} in {wrong.shape[0]} places where only one of the two has it, first at {place}: "
+                f"expected {truth[place].item():.6g}, got {actual[place].item():.6g}"
+            )
+    return ""
+
+
+def compare(
+    actual: Tensor,
+    truth: Tensor,
+    baseline: Tensor,
+    *,
+    dtype: torch.dtype,
+    noise: Tensor | None = None,
+    tf32: bool = False,
+    rows: bool = True,
+) -> Comparison:
+    """Hold `actual` against `truth` (float64 oracle) with the error of `baseline` (the oracle at `dtype`) as the scale.
+
+    All three of one shape (..., D); a row is what the last dimension holds. `rows=False` (lse): an element.
+    `dtype` is that of the operator's inputs. `noise` is the noise scale of each element (`Reference`); left out it is
+    0, and 1 for lse (a logarithm's absolute error is the relative one of its argument). Infinities and NaN must
+    be where the truth has them.
+    """
+    unit = unit_roundoff(dtype, tf32)
+    slack = unit * (1.0 if tf32 else HARDWARE_UNITS.get(dtype, 1.0))
+    problem = _problem(actual, truth)
+    if problem or actual.numel() == 0:
+        return Comparison(0.0, slack, 0.0, slack, 0.0, slack, (), problem)
+    finite = torch.isfinite(truth)
+    truth = truth.double().masked_fill(~finite, 0.0)
+
+    def error_of(x: Tensor) -> Tensor:
+        return torch.where(finite & torch.isfinite(x), x.double() - truth, 0.0)
+
+    errors = [error_of(x) for x in (actual, baseline)]
+    if noise is None:
+        noise = torch.full_like(truth, 0.0 if rows else 1.0)
+    scale = truth.square() + noise.double().square()
+    scale += (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / slack) ** 2  # slack is a subnormal step
+    if not rows:
+        errors, scale, truth = ([e[..., None] for e in errors], scale[..., None], truth[..., None])
+
+    row_scale = scale.sum(-1).sqrt()
+    row = [e.norm(dim=-1) / row_scale for e in errors]
+    worst = torch.unravel_index(row[0].argmax(), row[0].shape)
+    norm = [(e.norm() / row_scale.norm()).item() for e in errors]
+    # A bias shows far below the norm: independent errors average out over the elements, a wrong factor does not.
+    weight = (truth / scale.sqrt()).square().sum().clamp(min=0.01 * truth.numel())  # where the truth is noise: no bias
+    bias = [((e * truth / scale).sum() / weight).abs().item() for e in errors]
+    chance = 4.0 * (FACTOR * norm[1] + slack) / math.sqrt(row_scale.numel())
+    return Comparison(
+        row_error=row[0].max().item(),
+        row_bound=FACTOR * row[1].max().item() + slack,
+        norm_error=norm[0],
+        norm_bound=FACTOR * norm[1] + slack / math.sqrt(3.0),  # a rounding's standard deviation is its largest / sqrt 3
+        bias_error=bias[0],
+        bias_bound=FACTOR * bias[1] + slack / 4 + chance,
+        worst_row=tuple(int(x) for x in worst),
+    )

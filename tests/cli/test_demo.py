@@ -1,0 +1,124 @@
+"""`nsa-gen demo`: the steps in a row, their report, and its exit code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nsa_gen.cli import demo as demo_module
+from nsa_gen.cli.demo import Step
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """What each command of the demo answers, on a machine without a GPU; a test may change it."""
+    package = tmp_path / "out" / "tiny"
+    package.mkdir(parents=True)
+    (package / "spec.yaml").write_text("# resolved\nname: tiny\n")
+    (package / "window_attention.py").write_text('"""Window."""\n\n\n@triton.jit\ndef window_forward():\n    pass\n')
+    kernel = {
+        "kernel": "window_forward",
+        "branch": "win",
+        "direction": "forward",
+        "purpose": "attention over the window",
+        "schedule": "one query block a program",
+        "flops": 4.0e12,
+        "bytes": 2.0e9,
+        "seconds_floor": 0.004,
+        "limited_by": "matrix units",
+        "config": {},
+    }
+    compiled = {
+        "kernel": "window_forward",
+        "target": "sm_90",
+        "ok": True,
+        "reason": "",
+        "spills_heavily": False,
+        "resources": {"registers": 168, "shared_memory": 65536},
+    }
+    row = {"case": "T=65", "quantity": "o", "measure": "row", "error": 1e-6, "bound": 1e-5, "ok": True, "problem": ""}
+    versions = {"nsa_gen": "0.1.0", "torch": "2.13.0", "triton": "3.7.1", "python": "3.11.7 (python)", "cpu_cores": 2}
+    return {
+        "env": ({**versions, "gpus": []}, True),
+        "check": ({"ok": True}, True),
+        "generate": ({"ok": True, "packages": [{"name": "tiny", "path": str(package)}]}, True),
+        "explain": ({"name": "tiny", "tokens": 65536, "gpu": "h100", "kernels": [kernel]}, True),
+        "compile": ({"ok": True, "specs": [{"rows": [compiled]}]}, True),
+        "verify": (
+            {
+                "rows": [row],
+                "heads": [4, 2],
+                "passes": ["forward"],
+                "dtype": "float32",
+                "cases": ["T=65"],
+                "seed": 0,
+                "notes": [],
+            },
+            True,
+        ),
+    }
+
+
+@pytest.fixture
+def commands(answers, monkeypatch):
+    """The commands the demo runs, in order; each is answered from `answers`."""
+    ran = []
+
+    def run(*command):
+        ran.append(command)
+        result, ok = answers[command[0]]
+        return Step(command, result, ok, 1.0)
+
+    monkeypatch.setattr(demo_module, "_run", run)
+    return ran
+
+
+def test_it_runs_the_commands_in_order_and_writes_a_report_of_what_they_said(call, commands, tmp_path):
+    answer = call("demo", "tiny", "-o", "out")
+    assert answer.returncode == 0, answer.stderr
+    assert [command[0] for command in commands] == ["env", "check", "generate", "explain", "compile", "verify"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    for text in (
+        "| window_attention.py | 6 | 1 | Window. |",
+        "| window | 1 | 4.00 TFLOP | 2.00 GB | 4.00 ms | 0 s |",
+        "| window_forward | 168 / 64 KiB |",
+        "| o | row | 1.0e-06 | 1.0e-05 | 10% | T=65 | ok |",
+        "nsa-gen generate tiny -o out",
+    ):
+        assert text in report
+    assert "window_forward" in answer.stdout
+    assert "[" not in report.split("## Next")[0].replace("](", "")  # no markup of the terminal's
+
+
+def test_a_step_whose_answer_is_no_is_in_the_report_and_in_the_exit_code(call, commands, answers, tmp_path):
+    refused = answers["compile"][0]["specs"][0]["rows"][0]
+    refused |= {"ok": False, "reason": "shared memory: 300,000 bytes a block"}
+    answers["compile"] = (answers["compile"][0], False)
+    answer = call("demo", "tiny", "-o", "out", "--json")
+    assert answer.returncode == 1
+    result = json.loads(answer.stdout)
+    assert (result["ok"], result["steps"]["compile"]["ok"], result["steps"]["verify"]["ok"]) == (False, False, True)
+    assert "window_forward on sm_90: shared memory: 300,000 bytes a block" in (tmp_path / "out/report.md").read_text()
+
+
+def test_with_a_gpu_it_verifies_there_too_and_times_it(call, commands, answers, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    answers["env"][0]["gpus"] = [{"name": "H100"}]
+    timing = SimpleNamespace(tokens=8192, forward_ms=2.0, dense_forward_ms=5.0, backward_ms=8.0, dense_backward_ms=12.0)
+    monkeypatch.setattr(demo_module, "_time_on_gpu", lambda package: [timing])
+    assert call("demo", "tiny", "-o", "out").returncode == 0
+    assert ("verify", "tiny", "--device", "cuda", "--length", "8192") in commands
+    assert "| 8,192 | 2.00 | 5.00 | 2.50x | 8.00 | 12.00 | 1.50x |" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_real_thing_ends_well_on_tiny(nsa_gen, tmp_path):
+    answer = nsa_gen("demo", "tiny", "-o", "out", "--target", "sm_90", timeout=900)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (tmp_path / "out" / "tiny" / "__init__.py").is_file()
+    report = (tmp_path / "out" / "report.md").read_text()
+    for heading in ("The spec and the package", "Compiled", "Verified", "Outcome"):
+        assert f"## {heading}" in report
+    assert "| fails |" not in report

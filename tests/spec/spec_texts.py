@@ -1,0 +1,120 @@
+"""Spec texts and strategies shared by the tests of this room."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+from nsa_gen.spec import RANGES, Problem, SpecError, parse_spec
+
+PHI_WITHOUT_PARAMETERS = ("mean", "weighted", "linear")
+
+
+def base_document(**changes: Any) -> dict[str, Any]:
+    """A small valid document with all branches; a change to None removes the field."""
+    document: dict[str, Any] = {
+        "version": 1,
+        "name": "example",
+        "heads": {"query": 8, "kv": 2},
+        "head_dim": 64,
+        "dtype": "float32",
+        "compression": {"block": 32, "stride": 16},
+        "selection": {"block": 64, "count": 16},
+        "window": {"size": 512},
+    }
+    document |= changes
+    return {name: value for name, value in document.items() if value is not None}
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """One top-level field a line, each value in flow style."""
+    return "".join(f"{name}: {flow(value)}\n" for name, value in document.items())
+
+
+def flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {flow(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value, ensure_ascii=False)
+
+
+def problems_of(text: str | bytes, filename: str = "s.yaml") -> tuple[Problem, ...]:
+    """The problems of a text that must be refused."""
+    with pytest.raises(SpecError) as caught:
+        parse_spec(text, filename)
+    return caught.value.problems
+
+
+def only_problem(text: str | bytes) -> Problem:
+    problems = problems_of(text)
+    assert len(problems) == 1, "\n".join(map(str, problems))
+    return problems[0]
+
+
+def _integers(field: str) -> st.SearchStrategy[int]:
+    return st.sampled_from(RANGES[field].values())
+
+
+@st.composite
+def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Documents of valid specs: every branch, phi, gate and precision, in full or in shorthand."""
+    kv = draw(st.integers(1, 8))
+    document = base_document(
+        name=draw(st.sampled_from(["example", "no", "y", "A1_b"])),
+        heads={"query": kv * draw(st.sampled_from([1, 2, 3, 7, 16])), "kv": kv},
+        head_dim=draw(
+            _integers("head_dim.qk")
+            | st.fixed_dictionaries({"qk": _integers("head_dim.qk"), "v": _integers("head_dim.v")})
+        ),
+        dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        scale=draw(st.sampled_from([None, "auto", 1, 0.37, 1e-5, 12345.678, 1e20])),
+        kv=draw(st.sampled_from([None, "shared", "per_branch"])),
+        description=draw(
+            st.none() | st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), max_size=60)
+        ),
+        passes=draw(st.sampled_from([None, ["forward"], ["forward", "backward"], ["backward", "forward"]])),
+        combine=draw(st.sampled_from([None, {}, {"gate": "given"}, {"gate": "none"}])),
+    )
+    if document["dtype"] == "float32" and draw(st.booleans()):
+        document["fp32_precision"] = "tf32"
+    branches = draw(st.sets(st.sampled_from(["compression", "selection", "window"]), min_size=1))
+    selection_block = draw(_integers("selection.block"))
+    document["compression"] = draw(_compressions(selection_block))
+    document["selection"] = draw(_selections(selection_block, "compression" in branches))
+    document["window"] = {"size": draw(st.integers(1, 65536))}
+    return {name: value for name, value in document.items() if name in branches or name not in _BRANCHES}
+
+
+_BRANCHES = ("compression", "selection", "window")
+
+
+@st.composite
+def _compressions(draw: st.DrawFn, selection_block: int) -> dict[str, Any]:
+    stride = draw(st.sampled_from([2**power for power in range(9) if 2**power <= selection_block]))
+    branch: dict[str, Any] = {"stride": stride, "block": stride * draw(st.integers(1, selection_block // stride))}
+    kind = draw(st.sampled_from(["default", "shorthand", "pair", "mlp", "external"]))
+    if kind == "shorthand":
+        branch["phi"] = draw(st.sampled_from(PHI_WITHOUT_PARAMETERS))
+    if kind == "pair":
+        branch["phi"] = {side: draw(st.sampled_from(PHI_WITHOUT_PARAMETERS)) for side in ("key", "value")}
+    if kind == "mlp":
+        side = draw(st.sampled_from(["key", "value"]))
+        branch["phi"] = {side: "mlp", "hidden": draw(_integers("compression.phi.hidden"))}
+    if kind == "external":
+        branch["phi"] = "external"
+    elif draw(st.booleans()):
+        branch["position"] = draw(st.sampled_from(["learned", {"key": "learned"}, {"value": "learned"}]))
+    return branch
+
+
+@st.composite
+def _selections(draw: st.DrawFn, block: int, compressed: bool) -> dict[str, Any]:
+    if not compressed or draw(st.booleans()):
+        return {"block": block, "count": draw(_integers("selection.count")), "indices": "input"}
+    initial, local = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    count = draw(st.integers(max(1, initial + local), 256))
+    return {"block": block, "count": count, "initial": initial, "local": local}

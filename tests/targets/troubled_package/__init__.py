@@ -1,0 +1,1 @@
+"""A stand-in for a generated package whose kernels each have one trouble."""

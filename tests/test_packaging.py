@@ -1,0 +1,96 @@
+"""The project as others install it: a wheel that carries its templates and specs, and works away from the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nsa_gen
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built as `pip install .` builds it, with the build tools already installed."""
+    root = Path(__file__).resolve().parent.parent
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(folder)]
+    built = subprocess.run([*build, str(root)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder the wheel is installed into."""
+    folder = tmp_path_factory.mktemp("installed")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(folder), str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_installed(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in `folder` with the installed nsa_gen before any other."""
+    environment = os.environ | {"PYTHONPATH": str(installed), "NSA_GEN_CACHE_DIR": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_wheel_carries_every_template_and_every_spec(wheel, project_root):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("templates", "specs"):
+        files = [path.relative_to(project_root) for path in (project_root / folder).rglob("*") if path.is_file()]
+        assert files
+        for file in files:
+            assert f"nsa_gen/_data/{file.as_posix()}" in names
+
+
+def test_the_wheel_carries_the_code_and_the_licence_and_no_tests(wheel, project_root):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for module in (project_root / "nsa_gen").rglob("*.py"):
+        assert module.relative_to(project_root).as_posix() in names
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+    assert not [name for name in names if name.startswith(("tests/", "generated/", "tools/"))]
+
+
+def test_the_wheel_s_version_is_the_package_s(wheel):
+    assert wheel.name.split("-")[1] == nsa_gen.__version__
+
+
+def test_an_installed_nsa_gen_checks_a_shipped_spec_from_any_folder(installed, tmp_path):
+    answer = run_installed(installed, tmp_path, "-m", "nsa_gen", "check", "tiny")
+    assert (answer.returncode, answer.stdout) == (0, "tiny: ok\n"), answer.stderr
+
+
+def test_an_installed_nsa_gen_generates_what_the_checkout_generates(installed, tmp_path):
+    from nsa_gen.rendering import render
+    from nsa_gen.spec import load_spec
+
+    answer = run_installed(installed, tmp_path, "-m", "nsa_gen", "generate", "tiny", "-o", "out")
+    assert answer.returncode == 0, answer.stderr
+    assert run_installed(installed, tmp_path, "-c", "import nsa_gen; print(nsa_gen.__file__)").stdout.startswith(
+        str(installed)
+    )
+    texts = {path.name: path.read_text() for path in (tmp_path / "out" / "tiny").rglob("*") if path.is_file()}
+    expected = {Path(path).name: text for path, text in render(load_spec("tiny")).items()}
+    assert texts == expected
+
+
+def test_the_script_s_entry_point_is_the_command_line(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    assert "nsa-gen = nsa_gen.cli:main" in archive.read(name).decode()
+
+
+def test_every_public_name_is_found_in_its_room():
+    for name in nsa_gen.__all__:
+        assert getattr(nsa_gen, name) is not None
+    with pytest.raises(AttributeError, match="tune"):
+        _ = nsa_gen.tune
