@@ -10,8 +10,8 @@ from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import KINDS
 from nsa_gen.verification.oracle import argument_suffixes
 
-INTERPRETER_LONGEST = 160
-INTERPRETER_TOKENS = 420
+INTERPRETER_LONGEST = 130
+INTERPRETER_TOKENS = 240
 """On the CPU a program instance costs about 10 ms, and there is one a token, KV head and kernel: with these a spec of
 two KV heads stays below two minutes."""
 
@@ -75,19 +75,24 @@ def default_cases(
         cases.append(Case(3, tokens_kv=middle + 2, batch=batch, twice=not interpreted))
     if packed:
         tail = (p.compression_block or 5) + 3
-        cases.append(Case((min(block + 3, middle), 0, 1, tail), twice=not interpreted))
+        cases.append(Case((min(block + 3, middle), 0, 1, tail)))
     if interpreted:
-        cases += [Case(middle, kind="strided", batch=2), Case(middle, kind="spread", batch=1, twice=False)]
+        cases.append(Case(middle, kind="strided", batch=2, twice=False))
+        cases += [Case(middle, kind=kind, batch=1, twice=False) for kind in ("spread", "nan")]
     else:
         cases += [Case(middle, kind=kind, batch=batch) for kind in KINDS if kind != "gaussian"]
     return tuple(cases), tuple(notes)
 
 
 def _affordable(p: OracleParameters) -> tuple[list[int], list[int]]:
-    """The boundary lengths that the interpreter has time for, smallest first, and those it has not."""
+    """The boundary lengths that the interpreter has time for, the most telling first, and those it has not."""
+    lengths = boundary_lengths(p)
+    short, selection, window = (size or 0 for size in (p.compression_block, p.selection_block, p.window))
+    telling = (1, short, selection + 1, window + 1, 37, short - 1, selection, window, selection - 1, window - 1)
+    order = [length for length in dict.fromkeys(telling) if length in lengths]
+    order += [length for length in lengths if length not in order]
     taken: list[int] = []
-    left_out: list[int] = []
-    for length in boundary_lengths(p):
-        fits = length <= INTERPRETER_LONGEST and sum(taken) + length <= INTERPRETER_TOKENS
-        (taken if fits else left_out).append(length)
-    return taken, left_out
+    for length in order:
+        if length <= INTERPRETER_LONGEST and sum(taken) + length <= INTERPRETER_TOKENS:
+            taken.append(length)
+    return sorted(taken), [length for length in lengths if length not in taken]

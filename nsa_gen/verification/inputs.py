@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.oracle import argument_suffixes
 
-Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling"]
+Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -146,7 +146,9 @@ def make_inputs(
     - spread: keys of different tokens give logits up to 40 nats apart;
     - hot: queries and the first block's keys share a direction, so that all queries choose the same blocks
       (caller-supplied indices: all rows take the first n blocks);
-    - rising, falling: logits grow, fall steadily with the key's position, by 20 nats in all.
+    - rising, falling: logits grow, fall steadily with the key's position, by 20 nats in all;
+    - nan: two thirds into the keys, one key of the first head and one value of the last hold a NaN (for the forward
+      pass: it must reach the outputs that see it, and only those).
 
     Raises ValueError for an unknown kind, for tokens_kv < tokens and for packed lengths with tokens_kv.
     """
@@ -205,6 +207,10 @@ def make_inputs(
         found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     if kind in ("spread", "hot", "rising", "falling"):
         _shape_logits(p, found, kind, generator)
+    if kind == "nan":
+        for name, x in found.items():
+            if name[0] in "kv" and x.shape[-3]:
+                x[..., x.shape[-3] * 2 // 3, 0 if name[0] == "k" else -1, 0] = math.nan
     inputs = Inputs(**found).to(dtype, device)
     return _strided(inputs) if kind == "strided" else inputs
 

@@ -120,7 +120,7 @@ def compare(
     errors = [error_of(x) for x in (actual, baseline)]
     if noise is None:
         noise = torch.full_like(truth, 0.0 if rows else 1.0)
-    scale = truth.square() + noise.double().square()
+    scale = truth.square() + noise.double().nan_to_num(0.0, 0.0, 0.0).square()
     scale += (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / slack) ** 2  # slack is a subnormal step
     if not rows:
         errors, scale, truth = ([e[..., None] for e in errors], scale[..., None], truth[..., None])

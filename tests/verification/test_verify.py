@@ -115,6 +115,14 @@ def test_rows_that_nobody_wrote_are_found() -> None:
     assert any("NaN" in row.problem for row in report.failures if row.quantity == "o")
 
 
+def test_a_nan_that_reaches_rows_which_do_not_see_it_is_found() -> None:
+    def tamper(o: Tensor, aux: dict) -> Tensor:
+        return o + 0 * o.sum(-3, keepdim=True)
+
+    problems = [row for row in outcome(spec_of(), tamper=tamper).failures if row.problem]
+    assert {row.quantity for row in problems} == {"o"} and all(row.case.endswith("nan") for row in problems)
+
+
 def test_an_lse_of_the_wrong_dtype_and_misshapen_indices_are_found() -> None:
     def half(o: Tensor, aux: dict) -> Tensor:
         aux["lse_win"] = aux["lse_win"].double()
@@ -156,8 +164,8 @@ def test_default_lengths_lie_around_every_boundary() -> None:
     assert {1, 7, 8, 9, 15, 16, 17, 49, 50, 51, 37} <= set(lengths)
     cases, notes = default_cases(spec, interpreted=True, lengths=None, packed=True, batch=2)
     rows = [sum(c.tokens) if isinstance(c.tokens, tuple) else c.tokens for c in cases]
-    assert max(rows) <= 160 and "1021" in notes[0]
-    assert {c.kind for c in cases} >= {"gaussian", "strided", "spread"}
+    assert max(rows) <= 130 and {1, 8, 17, 51, 37} <= set(rows) and "1021" in notes[0]
+    assert {c.kind for c in cases} >= {"gaussian", "strided", "spread", "nan"}
     everywhere, notes = default_cases(spec, interpreted=False, lengths=None, packed=True, batch=2)
     assert notes == () and any(c.tokens == 1021 for c in everywhere) and all(c.twice for c in everywhere)
 
