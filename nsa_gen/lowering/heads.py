@@ -38,6 +38,10 @@ class HeadDim:
         """Variables of all parts, separated by commas, as they stand in a call or an assignment."""
         return ", ".join(self.name(prefix, part) for part in self.parts)
 
+    def listing(self, prefix: str, indent: int) -> str:
+        """Variables of all parts, one a line, as they stand in a list that is laid out so."""
+        return f",\n{' ' * indent}".join(self.name(prefix, part) for part in self.parts)
+
     @property
     def padded(self) -> int:
         """Columns that the matrix units process."""

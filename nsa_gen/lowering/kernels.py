@@ -218,7 +218,7 @@ def _selected_forward(spec: Spec) -> Kernel:
         direction="forward",
         purpose="attention of each token to its selected blocks",
         schedule="query_major: one token a program, its group's heads are the rows",
-        tunables=(_key_tile(spec), *_launch(warps=(2, 4))),
+        tunables=(_key_tile(spec), *_launch(warps=(2, 4, 8))),
         constraints=(),
         resources=Resources(
             shared_memory=(s.SELECTED_ROWS * s.PAD_QK + s.NUM_STAGES * s.KEY_BLOCK * _QK_V) * s.E,
@@ -240,7 +240,7 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
         direction="backward",
         purpose="dq of attention to selected blocks",
         schedule="query_major: one token a program, its group's heads are the rows",
-        tunables=(_key_tile(spec), *_launch(warps=(2, 4))),
+        tunables=(_key_tile(spec), *_launch(warps=(2, 4, 8))),
         constraints=(),
         resources=Resources(
             shared_memory=(s.SELECTED_ROWS * _QK_V + s.NUM_STAGES * s.KEY_BLOCK * _QK_V) * s.E,

@@ -29,10 +29,6 @@ _IEEE_SLOWDOWN = 16
 _TYPICAL_CALL = {s.B: 1, s.T: 32768}
 
 
-class NoConfigError(ValueError):
-    """A kernel has no configuration that fits a device."""
-
-
 def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
     """Every combination of a kernel's tunables that its own constraints do not depend on a device to judge."""
     names = [tunable.name for tunable in kernel.tunables]
@@ -41,15 +37,14 @@ def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
 
 
 def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], bool]:
-    """A test of whether a configuration of this kernel is legal on a device."""
-    constraints = [_numeric(constraint, sizes) for constraint in kernel.constraints]
+    """A test of whether a configuration keeps the kernel's constraints and is expected to fit a device."""
     shared_memory = _numeric(kernel.resources.shared_memory, sizes)
     registers = _numeric(kernel.resources.registers, sizes)
 
     def test(config: dict[str, int]) -> bool:
         threads = config["num_warps"] * gpu.warp_size
         return (
-            all(constraint(config) for constraint in constraints)
+            _keeps(kernel, sizes, config)
             and shared_memory(config) <= gpu.shared_memory_per_block
             and registers(config) <= threads * gpu.registers_per_thread * _REGISTER_SHARE
         )
@@ -77,25 +72,36 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
 def choose(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:
     """The cost model's choice for a device: least modelled time, then deepest pipeline, then fewest warps.
 
-    Raises:
-        NoConfigError: nothing in the space fits the device's shared memory and registers.
+    Where nothing is expected to fit the device, the configuration that needs least of it is chosen: the estimate is
+    on the safe side, and compiling ahead of time tells what is true.
     """
     test = fits(kernel, sizes, gpu)
     legal = [config for config in candidates(kernel) if test(config)]
     if not legal:
-        raise NoConfigError(
-            f"{kernel.name}: no combination of {', '.join(t.name for t in kernel.tunables)} fits {gpu.name} "
-            f"({gpu.shared_memory_per_block} bytes of shared memory a block)"
-        )
+        return _least(kernel, sizes, gpu)
     seconds = modelled_seconds(kernel, sizes, gpu)
     best = min(legal, key=lambda config: (seconds(config), -config["num_stages"], config["num_warps"]))
     return Config(kernel.name, tuple(best.items()))
 
 
+def _least(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:
+    """The configuration whose shared memory, then registers a thread, are least."""
+    shared_memory = _numeric(kernel.resources.shared_memory, sizes)
+    registers = _numeric(kernel.resources.registers, sizes)
+    best = min(
+        (config for config in candidates(kernel) if _keeps(kernel, sizes, config)),
+        key=lambda config: (shared_memory(config), registers(config) / config["num_warps"]),
+    )
+    return Config(kernel.name, tuple(best.items()))
+
+
+def _keeps(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], config: dict[str, int]) -> bool:
+    return all(_numeric(constraint, sizes)(config) for constraint in kernel.constraints)
+
+
 def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
     """The smallest legal tiles: on the interpreter a short sequence then still crosses tile edges."""
-    constraints = [_numeric(constraint, sizes) for constraint in kernel.constraints]
-    best = next(config for config in candidates(kernel) if all(constraint(config) for constraint in constraints))
+    best = next(config for config in candidates(kernel) if _keeps(kernel, sizes, config))
     return Config(kernel.name, tuple(best.items()))
 
 

@@ -7,12 +7,13 @@ import functools
 import jinja2
 
 from nsa_gen._resources import templates_dir
+from nsa_gen.rendering.layout import fit, import_from, tuple_of
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
     """Templates of the generator, from the checkout or the installed package."""
-    return jinja2.Environment(
+    strict = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -21,3 +22,5 @@ def environment() -> jinja2.Environment:
         autoescape=False,
         extensions=["jinja2.ext.do"],
     )
+    strict.globals.update(fit=fit, import_from=import_from, tuple_of=tuple_of)
+    return strict

@@ -38,7 +38,7 @@ def render(spec: Spec) -> dict[str, str]:
         "header": _header(spec),
         "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TARGETS},
         "exports": _exports(program),
-        "spec_literal": python_literal(spec.model_dump(mode="json")),
+        "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
         "explanation": _explanation(program),
     }
     files = {}

@@ -11,7 +11,7 @@ from nsa_gen.verification.inputs import KINDS
 from nsa_gen.verification.oracle import argument_suffixes
 
 INTERPRETER_LONGEST = 130
-INTERPRETER_TOKENS = 240
+INTERPRETER_TOKENS = 180
 """On the CPU a program instance costs about 10 ms, and there is one a token, KV head and kernel: with these a spec of
 two KV heads stays below two minutes."""
 

@@ -19,10 +19,13 @@ from nsa_gen.verification.dense import OracleParameters, compress
 
 BLOCK, STRIDE, HEADS, BATCH, HIDDEN = 4, 2, 2, 2, 32
 LENGTHS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 37)
-PACKED = (0, 13, 13, 14, 51, 54, 61, 61)
+PACKED = (0, 13, 13, 14, 33, 36, 43, 43)
 """Sequence bounds with empty sequences, one of a single token, and starts that the stride does not divide."""
 
 TILES = {
+    "pool_forward": {"BLOCK_TILE": 8},
+    "pool_backward_input": {"TOKEN_BLOCK": 16},
+    "pool_backward_weight": {"BLOCK_TILE": 8},
     "linear_forward": {"BLOCK_TILE": 16, "OUTPUT_BLOCK": 32, "FEATURE_BLOCK": 64},
     "linear_backward_input": {"STEP_TILE": 16, "OUTPUT_BLOCK": 32, "FEATURE_BLOCK": 64},
     "linear_backward_weight": {"BLOCK_TILE": 16, "OUTPUT_BLOCK": 32, "FEATURE_BLOCK": 64, "SHARES": 1},
@@ -311,18 +314,16 @@ def test_float16_rows_and_gradients_are_rounded_once(
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_of_k_and_v_add_to_what_is_there_when_asked(
-    case: Case, dtype: torch.dtype, package_of: Callable[[Case], Package]
+    case: Case, package_of: Callable[[Case], Package]
 ) -> None:
     package = package_of(case)
-    problem = make_problem(package, 15)
+    problem = make_problem(package, 9)
     fresh = run(package, problem).gradients
-    before = {name: torch.randn(fresh[name].shape).to(dtype) for name in ("k", "v")}
-    sums = run(package, problem, before["k"].clone(), before["v"].clone()).gradients
-    for name in ("k", "v"):
-        tolerance = 1e-6 if dtype == torch.float32 else 1e-3
-        assert_near(name, sums[name], before[name].double() + fresh[name].double(), tolerance)
+    k, v = torch.randn(problem.k.shape), torch.randn(problem.v.shape).half()
+    sums = run(package, problem, k.clone(), v.clone()).gradients
+    assert_near("dk", sums["k"], k.double() + fresh["k"].double(), 1e-6)
+    assert_near("dv", sums["v"], v.double() + fresh["v"].double(), 1e-3)
 
 
 @PerCase
@@ -364,7 +365,7 @@ def test_rows_of_a_packed_call_that_belong_to_no_block_are_zero(package_of: Call
         assert not rows[:, gap].any()
 
 
-@pytest.mark.parametrize("shares", [1, 3, 16])
+@pytest.mark.parametrize("shares", [2, 7])
 def test_weight_gradients_do_not_depend_on_how_many_programs_share_the_sum(
     shares: int, package_of: Callable[[Case], Package], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,7 +377,7 @@ def test_weight_gradients_do_not_depend_on_how_many_programs_share_the_sum(
 
 def test_parameters_may_be_strided(package_of: Callable[[Case], Package]) -> None:
     package = package_of(Case("mlp", "linear+"))
-    problem = make_problem(package, 19)
+    problem = make_problem(package, 7)
     dense = run(package, problem)
     for name, parameter in problem.parameters.items():
         problem.parameters[name] = parameter.transpose(1, 2).contiguous().transpose(1, 2)
@@ -388,7 +389,7 @@ def test_parameters_may_be_strided(package_of: Callable[[Case], Package]) -> Non
 
 def test_two_runs_give_the_same_bits(package_of: Callable[[Case], Package]) -> None:
     package = package_of(Case("mlp+", "weighted+"))
-    first, second = (run(package, make_problem(package, PACKED[-1], PACKED)) for _ in range(2))
+    first, second = (run(package, make_problem(package, 21, (0, 21))) for _ in range(2))
     for name, gradient in first.gradients.items():
         assert torch.equal(second.gradients[name], gradient), name
 

@@ -1,0 +1,183 @@
+"""Importance and the choice of blocks: Eq. 9's weights, float32 throughout, underflow, ties, NaN."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_gen.verification import check_selection, reference_attention
+from tests.support import DEVICE, Operator, operator_of
+
+RATIOS = [(16, 16, 16), (8, 4, 16), (32, 16, 64), (16, 8, 32), (4, 4, 16), (12, 4, 16), (1, 1, 16), (16, 2, 32)]
+
+
+def select_with_probabilities(op: Operator, probabilities: Tensor, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """The choice of `rows` queries at the end of `tokens` keys where head g of row r gives compressed block i the
+    probability probabilities[r, g, i]: its logarithm is a coordinate of K_cmp that this row alone looks at."""
+    p = op.parameters
+    blocks = probabilities.shape[-1]
+    q = torch.zeros(1, rows, p.query_heads, p.head_dim_qk)
+    k_cmp = torch.zeros(1, blocks, 1, p.head_dim_qk)
+    for number, (row, head) in enumerate(itertools.product(range(rows), range(p.group))):
+        q[0, row, head, number] = 1.0
+        k_cmp[0, :, 0, number] = probabilities[row, head].clamp(min=1e-38).log()
+    lse = torch.zeros(1, rows, p.query_heads)
+    indices, counts = op.select_blocks(q.to(DEVICE), k_cmp.to(DEVICE), lse.to(DEVICE), tokens=tokens)
+    return indices[0, :, 0].cpu(), counts[0, :, 0].cpu()
+
+
+def enumerated_importance(probabilities: Sequence[float], block: int, stride: int, selection: int, t: int) -> list[float]:
+    """Eq. 9 for one row: every raw position of every visible compressed block adds p / d to the block it lies in."""
+    importance = [0.0] * (t // selection + 1)
+    for i, p in enumerate(probabilities):
+        if i * stride + block - 1 > t:
+            continue
+        for position in range(i * stride, i * stride + block):
+            importance[position // selection] += p / stride
+    return importance
+
+
+@pytest.mark.parametrize(("block", "stride", "selection"), RATIOS)
+def test_overlap_weights_are_those_of_positions_counted_one_by_one(block: int, stride: int, selection: int) -> None:
+    count, rows, group = 3, 8, 2
+    op = operator_of(
+        "cmp slc", gate="none", scale=1.0, compression=(block, stride), block=selection, count=count, initial=0,
+        local=0, passes=("forward",),
+    )  # fmt: skip
+    tokens = 7 * selection + 5
+    blocks = op.parameters.compressed_blocks(tokens)
+    generator = torch.Generator().manual_seed(block + stride)
+    # Most of the mass in few blocks, so that a weight off by one block changes the choice.
+    probabilities = torch.rand(rows, group, blocks, generator=generator).pow(6)
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    indices, counts = select_with_probabilities(op, probabilities, rows, tokens)
+    decided = 0
+    for row in range(rows):
+        t = tokens - rows + row
+        importance = enumerated_importance(probabilities[row].sum(0).tolist(), block, stride, selection, t)
+        order = sorted(range(len(importance)), key=lambda j: (-importance[j], j))
+        assert counts[row] == count
+        if importance[order[count - 1]] - importance[order[count]] > 1e-4:
+            decided += 1
+            assert indices[row].tolist() == sorted(order[:count]), (importance, indices[row].tolist())
+    assert decided >= rows // 2
+
+
+def test_all_the_mass_on_one_compressed_block_selects_the_block_it_lies_in() -> None:
+    op = operator_of("cmp slc", gate="none", scale=1.0, count=1, initial=0, local=0, passes=("forward",))
+    rows, tokens = 8, 87  # l = 8, d = 4, l' = 16: compressed block 3 lies half in block 0, half in block 1
+    blocks = op.parameters.compressed_blocks(tokens)
+    for first in range(0, 16, rows):
+        probabilities = torch.zeros(rows, 2, blocks)
+        for row in range(rows):
+            probabilities[row, :, first + row] = 1.0
+        indices, _ = select_with_probabilities(op, probabilities, rows, tokens)
+        assert indices[:, 0].tolist() == [(first + row) * 4 // 16 for row in range(rows)]
+
+
+def test_visible_blocks_whose_probability_underflows_still_fill_the_slots() -> None:
+    op = operator_of("cmp slc", gate="none", scale=1.0, count=4, initial=0, local=1, passes=("forward",))
+    p, tokens, rows = op.parameters, 87, 3
+    generator = torch.Generator().manual_seed(0)
+    q = torch.zeros(1, rows, 2, 16)
+    q[..., 0] = 1.0
+    k = torch.randn(1, tokens, 1, 16, generator=generator)
+    k[..., 0] = -200.0
+    k[:, 48:64, :, 0] = 200.0  # block 3 takes it all; exp(-400) is 0 in float32 and in float64's float32 range
+    v = torch.randn(1, tokens, 1, 16, generator=generator)
+    _, aux = op.nsa_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), return_aux=True)
+    importance = reference_attention(p, q, k, v).importance
+    assert importance is not None and (importance[..., [0, 1, 5]] == 0).all()
+    # Own block 5, the hot block 3, block 4 (no mass, but neither has 0 and 1), ties to the lower index: 0 and 1.
+    expected = sorted([5, 3, *sorted((j for j in (0, 1, 2, 4)), key=lambda j: (-importance[0, 0, 0, j].item(), j))[:2]])
+    assert (aux.counts == 4).all() and aux.indices.flatten(0, 2).tolist() == [expected] * rows
+
+
+def test_a_float16_operator_ranks_by_float32_importance() -> None:
+    op = operator_of(
+        "cmp slc", gate="none", dtype="float16", phi="external", count=3, initial=0, local=0, passes=("forward",)
+    )
+    p, rows, tokens = op.parameters, 16, 167
+    generator = torch.Generator().manual_seed(1)
+    blocks = p.compressed_blocks(tokens)
+    q = (torch.randn(1, rows, 2, 16, generator=generator) * 2e-3).half()  # nearly uniform attention
+    k_cmp = torch.randn(1, blocks, 1, 16, generator=generator).half()
+    v_cmp = torch.randn(1, blocks, 1, 16, generator=generator).half()
+    # The oracle takes Tkv = Tq of an external phi: give it rows of zeros for the queries before.
+    padded = torch.cat([torch.zeros(1, tokens - rows, 2, 16), q.double()], 1)
+    probabilities = torch.softmax(
+        torch.where(
+            torch.arange(blocks) * 4 + 7 <= torch.arange(tokens)[-rows:, None, None],
+            torch.einsum("rhd,id->rhi", padded[0, -rows:].double(), k_cmp[0, :, 0].double()) * p.scale,
+            -math.inf,
+        ),
+        -1,
+    )
+    importance = torch.zeros(1, rows, 1, p.selection_blocks(tokens), dtype=torch.float64)
+    for i in range(blocks):
+        for position in range(i * 4, i * 4 + 8):
+            importance[0, :, 0, position // 16] += probabilities[:, :, i].sum(1) / 4
+    _, lse = op.compressed_attention(q.to(DEVICE), k_cmp.to(DEVICE), v_cmp.to(DEVICE), tokens=tokens)
+    indices, counts = op.select_blocks(q.to(DEVICE), k_cmp.to(DEVICE), lse, tokens=tokens)
+    tolerance = 64 * 2.0**-24
+    found = check_selection(p, indices, counts, importance, tolerance=tolerance, tokens=tokens)
+    assert found.ok, found
+    # The same choice from importance rounded to half precision is wrong by this measure: the test can fail.
+    coarse = importance.half().double()
+    order = torch.sort(coarse, dim=-1, descending=True, stable=True).indices[..., :3].sort(-1).values
+    wrong = check_selection(p, order.to(torch.int32), counts, importance, tolerance=tolerance, tokens=tokens)
+    assert not wrong.problems and wrong.shortfall > 10
+
+
+def test_equal_importances_go_to_the_lower_block() -> None:
+    op = operator_of("cmp slc", gate="none", scale=1.0, compression=(16, 16), count=3, initial=0, local=1,
+                     passes=("forward",))  # fmt: skip
+    probabilities = torch.full((8, 2, 6), 0.125)
+    probabilities[4:, :, 4] = 0.25  # the rows after the first four prefer block 4
+    indices, counts = select_with_probabilities(op, probabilities, 8, 103)
+    assert (counts == 3).all()
+    assert indices.tolist() == [[0, 1, 6]] * 4 + [[0, 4, 6]] * 4
+
+
+def test_blocks_of_unknown_importance_rank_after_all_others() -> None:
+    op = operator_of("cmp slc", gate="none", scale=1.0, compression=(16, 16), count=3, initial=0, local=0,
+                     passes=("forward",))  # fmt: skip
+    probabilities = torch.tensor([0.3, 0.2, math.nan, 0.0, 0.1, math.nan]).expand(8, 2, 6).clone()
+    indices, _ = select_with_probabilities(op, probabilities, 8, 103)
+    assert indices.tolist() == [[0, 1, 4]] * 8
+    probabilities[..., [0, 1]] = math.nan  # four of seven unknown: 3, 4 and 6 (which no compressed block covers)
+    indices, _ = select_with_probabilities(op, probabilities, 8, 103)
+    assert indices.tolist() == [[3, 4, 6]] * 8
+    probabilities[..., :] = math.nan  # only 6 is known, then the lower indices
+    indices, _ = select_with_probabilities(op, probabilities, 8, 103)
+    assert indices.tolist() == [[0, 1, 6]] * 8
+
+
+def test_a_forced_block_that_is_both_initial_and_local_takes_one_slot() -> None:
+    op = operator_of("cmp slc", gate="none", scale=1.0, compression=(16, 16), count=4, initial=2, local=2,
+                     passes=("forward",))  # fmt: skip
+    probabilities = torch.full((1, 2, 6), 0.125)
+    for tokens, expected in ((16, [0, -1, -1, -1]), (32, [0, 1, -1, -1]), (48, [0, 1, 2, -1]), (96, [0, 1, 4, 5])):
+        blocks = op.parameters.compressed_blocks(tokens)
+        indices, counts = select_with_probabilities(op, probabilities[..., :blocks], 1, tokens)
+        assert indices[0].tolist() == expected and counts[0] == sum(j >= 0 for j in expected)
+
+
+def test_probabilities_are_normalised_a_head_before_they_are_summed_over_the_group() -> None:
+    op = operator_of("cmp slc", gate="none", compression=(16, 16), count=1, initial=0, local=0, passes=("forward",))
+    assert op.parameters.group == 2
+    q = torch.zeros(1, 1, 2, 16)
+    q[0, 0, 0, 0], q[0, 0, 1, 1] = 60.0, 8.0  # the first head has much larger logits, and is undecided
+    k = torch.zeros(1, 48, 1, 16)
+    k[0, :, 0, 0] = 1.0
+    k[0, 16:32, 0, 1] = 1.0  # the second head wants block 1
+    inputs = (q.to(DEVICE), k.to(DEVICE), torch.randn_like(k).to(DEVICE))
+    _, aux = op.nsa_attention(*inputs, return_aux=True)
+    assert aux.indices.flatten().tolist() == [1]
+    assert replace(op.parameters, scale=1.0) != op.parameters  # the scale is 1 / sqrt(Dk) here

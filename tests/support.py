@@ -1,0 +1,163 @@
+"""Small specs, their generated packages, and comparisons with the oracle, for the tests of generated operators.
+
+On the CPU the kernels run in Triton's interpreter, where a program instance costs tens of milliseconds and selected
+attention has one for each token and KV head. So heads and lengths are small, and many tests have few queries at the
+end of many keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_gen.rendering import generate, import_package
+from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Selection, Spec, Window, parse_spec
+from nsa_gen.verification import Inputs, OracleParameters, Row, make_inputs
+from nsa_gen.verification.cases import Case
+from nsa_gen.verification.verify import check_case
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+_packages = tempfile.TemporaryDirectory(prefix="nsa_gen_tests_")
+
+
+def small_spec(
+    branches: str = "cmp slc win",
+    *,
+    group: int = 2,
+    kv_heads: int = 1,
+    dims: tuple[int, int] = (16, 16),
+    dtype: str = "float32",
+    scale: float | str = "auto",
+    kv: str = "shared",
+    gate: str = "sigmoid",
+    phi: str = "mean",
+    phi_value: str | None = None,
+    position: tuple[str, str] = ("none", "none"),
+    compression: tuple[int, int] = (8, 4),
+    block: int = 16,
+    count: int = 3,
+    initial: int = 1,
+    local: int = 1,
+    indices: str = "computed",
+    window: int = 10,
+    passes: tuple[str, ...] = ("forward", "backward"),
+) -> Spec:
+    """A spec of the branches named; compression is (l, d), and block is l'."""
+    present: dict[str, Any] = {}
+    if "cmp" in branches:
+        kinds = Phi(key=phi, value=phi_value or phi, hidden=16 if "mlp" in (phi, phi_value) else None)
+        places = Position(key=position[0], value=position[1])
+        present["compression"] = Compression(block=compression[0], stride=compression[1], phi=kinds, position=places)
+    if "slc" in branches:
+        forced = {} if indices == "input" else {"initial": initial, "local": local}
+        present["selection"] = Selection(block=block, count=count, indices=indices, **forced)
+    if "win" in branches:
+        present["window"] = Window(size=window)
+    spec = Spec(
+        version=1,
+        name="under_test",
+        heads=Heads(query=group * kv_heads, kv=kv_heads),
+        head_dim=HeadDim(qk=dims[0], v=dims[1]),
+        dtype=dtype,
+        scale=scale,
+        kv=kv,
+        combine=Combine(gate=gate),
+        passes=passes,
+        **present,
+    )
+    return parse_spec(spec.resolved_yaml())
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A spec, what the oracle needs of it, and its package: the imported module and the folder it lies in."""
+
+    spec: Spec
+    parameters: OracleParameters
+    module: ModuleType
+    folder: Path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+@functools.cache
+def _built(text: str) -> Operator:
+    spec = parse_spec(text)
+    folder = generate(spec, Path(_packages.name) / spec.digest())
+    return Operator(spec, OracleParameters.from_spec(spec), import_package(folder), folder)
+
+
+def operator_of(spec: Spec | None = None, **changes: Any) -> Operator:
+    """The generated package of a spec, or of `small_spec(**changes)`; generated and imported once a session."""
+    return _built((spec or small_spec(**changes)).resolved_yaml())
+
+
+def inputs_of(op: Operator, tokens: int | tuple[int, ...], **more: Any) -> Inputs:
+    """Random inputs in the spec's dtype, of one batch entry unless told otherwise."""
+    more.setdefault("batch", 1)
+    dtype = getattr(torch, op.spec.dtype)
+    return make_inputs(op.spec, tokens=tokens, dtype=dtype, device=DEVICE, **more)
+
+
+def assert_matches_oracle(
+    op: Operator,
+    tokens: int | tuple[int, ...],
+    *,
+    inputs: Inputs | None = None,
+    gradients: bool = True,
+    **more: Any,
+) -> dict[str, Row]:
+    """Outputs, lse, choice of blocks and, with `gradients`, every gradient agree with the oracle.
+
+    `more` goes to `make_inputs` (tokens_kv, kind, batch, seed). Returns the comparisons by quantity.
+    """
+    inputs = inputs if inputs is not None else inputs_of(op, tokens, **more)
+    case = Case(tokens, tokens_kv=more.get("tokens_kv"), kind=more.get("kind", "gaussian"), twice=False)
+    rows = check_case(op.module, op.parameters, case, inputs, with_gradients=gradients)
+    failures = [row for row in rows if not row.ok]
+    assert not failures, "\n".join(
+        f"{row.quantity}: {row.problem or f'{row.measure} error {row.error:.3e}, bound {row.bound:.3e}'}"
+        for row in failures
+    )
+    found = {row.quantity: row for row in rows}
+    assert "o" in found and (not gradients or "dq" in found)
+    return found
+
+
+def call(op: Operator, inputs: Inputs, **more: Any) -> Any:
+    """`nsa_attention` of a package on `inputs`."""
+    arguments = {name: x for name, x in inputs.arguments().items() if x is not None}
+    if "compression" in arguments:
+        arguments["compression"] = op.CompressionParameters(**arguments["compression"])
+    first = [arguments.pop(name, None) for name in ("q", "k", "v")]
+    return op.nsa_attention(*first, **arguments, **more)
+
+
+def call_with_gradients(op: Operator, inputs: Inputs) -> dict[str, Tensor]:
+    """o, the auxiliary outputs and every gradient for inputs.do, by name; gradients begin with a d."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
+    o, aux = call(op, inputs.replace_differentiable(leaves), return_aux=True)
+    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
+    gradients = {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
+    return {"o": o.detach(), **aux._asdict(), **gradients}
+
+
+def uniform_keys(op: Operator, tokens: int, tokens_kv: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one batch entry with equal logits everywhere, and v[j] = j: o is the mean of the keys seen, and
+    exp(lse) their number."""
+    p, dtype = op.parameters, getattr(torch, op.spec.dtype)
+    keys = tokens_kv or tokens
+    q = torch.randn(1, tokens, p.query_heads, p.head_dim_qk, dtype=dtype, device=DEVICE)
+    k = torch.zeros(1, keys, p.kv_heads, p.head_dim_qk, dtype=dtype, device=DEVICE)
+    number = torch.arange(keys, dtype=dtype, device=DEVICE)[None, :, None, None]
+    return q, k, number.expand(1, keys, p.kv_heads, p.head_dim_v).contiguous()

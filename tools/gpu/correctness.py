@@ -1,0 +1,128 @@
+"""Jobs that hold a generated package against the oracle, or only run it (for a memory checker to watch)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_gen.rendering import import_package
+from nsa_gen.verification.cases import Case
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.report import Row
+from nsa_gen.verification.verify import call_package, check_case, environment, verify
+from tools.gpu.packages import memory_slot, package_of, variant
+
+LONG_FROM = 1024
+"""Lengths from here on are verified with one sequence at a time, and one process in a share of the GPU's memory."""
+
+
+def say(line: str) -> None:
+    """Print a line at once: it is the job's sign of life."""
+    print(line, flush=True)
+
+
+def verify_job(
+    result: dict[str, Any],
+    *,
+    spec: str,
+    dtype: str,
+    lengths: Sequence[int],
+    packed: Sequence[Sequence[int]],
+    device: str,
+    seed: int,
+    root: str,
+    slots: int,
+) -> None:
+    """Verify a shipped spec in a dtype: `verify` at the short lengths and with its own packed batch and input kinds,
+    then the long lengths and the packed batches named here, forward and backward."""
+    meaning = variant(spec, dtype)
+    module = import_package(package_of(meaning, Path(root)))
+    short = [length for length in lengths if length < LONG_FROM]
+    report = verify(meaning, package=module, lengths=short, device=device, seed=seed, progress=say)
+    result.update(json.loads(report.to_json()), ok=False)
+    rows: list[Row] = list(report.rows)
+    labels = list(report.cases)
+    cases = [Case(length, batch=1) for length in lengths if length >= LONG_FROM]
+    cases += [Case(tuple(each)) for each in packed]
+    release(device)
+    if cases:
+        with memory_slot(Path(root) / "memory", slots):
+            parameters = OracleParameters.from_spec(meaning)
+            for number, case in enumerate(cases, 1):
+                say(f"{spec}: {case.label}")
+                labels.append(case.label)
+                result["cases"] = labels
+                rows += _rows_of(module, meaning, parameters, case, device, seed + 1000 + number)
+                result["rows"] = [asdict(row) for row in rows]
+                release(device)
+    result["ok"] = bool(rows) and all(row.ok for row in rows)
+    if not result["ok"]:
+        bad = [row for row in rows if not row.ok]
+        result["error"] = f"{len(bad)} of {len(rows)} comparisons failed"
+    if device == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+
+
+def _rows_of(module: Any, spec: Any, parameters: OracleParameters, case: Case, device: str, seed: int) -> list[Row]:
+    inputs = make_inputs(
+        spec, batch=case.batch, tokens=case.tokens, dtype=getattr(torch, spec.dtype), device=device, seed=seed
+    )
+    return check_case(module, parameters, case, inputs, with_gradients="backward" in spec.passes)
+
+
+def release(device: str) -> None:
+    """Give cached memory back to the GPU, which other processes share."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def touch_job(
+    result: dict[str, Any],
+    *,
+    spec: str,
+    dtype: str,
+    heads: Sequence[int] | None,
+    tokens: int,
+    packed: Sequence[int],
+    device: str,
+    seed: int,
+    root: str,
+) -> None:
+    """Run forward and backward once batched and once packed, without an oracle; outputs must be finite."""
+    meaning = variant(spec, dtype, None if heads is None else (heads[0], heads[1]))
+    module = import_package(package_of(meaning, Path(root)))
+    broken: list[str] = []
+    for number, shape in enumerate((tokens, tuple(packed))):
+        say(f"{spec}: tokens {shape}")
+        inputs = make_inputs(
+            meaning,
+            batch=2,
+            tokens=shape,
+            dtype=getattr(torch, dtype),
+            device=device,
+            seed=seed + number,
+        )
+        broken += [f"tokens {shape}: {name}" for name in not_finite(call_package(module, inputs, True))]
+    result["environment"] = asdict(environment(torch.device(device)))
+    result["ok"] = not broken
+    if broken:
+        result["error"] = f"not finite: {', '.join(broken)}"
+
+
+def not_finite(call: Any) -> list[str]:
+    """Names of outputs and gradients that hold NaN or infinity. Where a row sees nothing its lse is -inf, and the
+    compressed keys of a packed call have rows between sequences that nobody writes."""
+    names = [name for name in call.tensors() if name not in ("indices", "counts", "k_cmp", "v_cmp")]
+    broken = []
+    for name in names:
+        x = call.tensors()[name]
+        bad = torch.isnan(x) | torch.isposinf(x) if name.startswith("lse") else ~torch.isfinite(x)
+        if bad.any():
+            broken.append(name)
+    return broken

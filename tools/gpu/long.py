@@ -1,0 +1,136 @@
+"""A length no dense oracle reaches whole: run it all, and check samples of rows on the keys that they see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_gen.rendering import import_package
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.gradients import Reference, reference_gradients
+from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.report import Row
+from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
+from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
+from nsa_gen.verification.verify import call_package, environment
+from tools.gpu.correctness import not_finite, release, say
+from tools.gpu.packages import package_of, variant
+
+ROWWISE = ("q", "do", "gates", "indices", "counts")
+"""Arguments with a row a query; the others have a row a key."""
+
+
+def long_job(
+    result: dict[str, Any], *, spec: str, dtype: str, tokens: int, rows: int, device: str, seed: int, root: str
+) -> None:
+    """Forward and backward over `tokens` tokens; `rows` rows at the end, in the middle and early on are checked.
+
+    A query's outputs and its dq and dgates depend on no later token, so a sample is a call of its own. The last rows'
+    keys are seen by the last rows only, so for those dk and dv are checked too.
+    """
+    meaning = variant(spec, dtype)
+    if meaning.compression is not None and meaning.compression.phi.key == "external":
+        raise ValueError(f"spec: expected one that compresses its keys itself, got {spec}")
+    module = import_package(package_of(meaning, Path(root)))
+    say(f"{spec}: drawing {tokens} tokens")
+    inputs = make_inputs(meaning, batch=1, tokens=tokens, dtype=getattr(torch, dtype), device=device, seed=seed)
+    result["tokens"] = tokens
+    result["environment"] = asdict(environment(torch.device(device)))
+    result["input_bytes"] = _allocated(device)
+    for name, with_gradients in (("forward_peak_bytes", False), ("peak_bytes", True)):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        say(f"{spec}: forward{' and backward' if with_gradients else ''} at {tokens}")
+        call = call_package(module, inputs, with_gradients)
+        result[name] = _allocated(device, peak=True)
+    result["not_finite"] = not_finite(call)
+    parameters = OracleParameters.from_spec(meaning)
+    found: list[Row] = []
+    for end in (tokens, tokens * 3 // 4 - 1, tokens // 8 + 5):
+        say(f"{spec}: checking rows {end - rows} to {end}")
+        found += check_rows(parameters, inputs, call, end - rows, end)
+        result["rows"] = [asdict(row) for row in found]
+        release(device)
+    bad = [row for row in found if not row.ok]
+    result["ok"] = not bad and not result["not_finite"]
+    if not result["ok"]:
+        finite = f"not finite: {', '.join(result['not_finite'])}; " if result["not_finite"] else ""
+        result["error"] = f"{finite}{len(bad)} of {len(found)} comparisons failed"
+
+
+def _allocated(device: str, peak: bool = False) -> int:
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def take(inputs: Inputs, start: int, end: int, indices: Tensor | None, counts: Tensor | None) -> Inputs:
+    """Rows start..end of batched inputs and the keys up to `end`, with the blocks that were chosen for those rows."""
+    changed: dict[str, Tensor] = {}
+    for name, x in {**inputs.arguments(), "do": inputs.do}.items():
+        if isinstance(x, Tensor) and name != "cu_seqlens":
+            changed[name] = x[:, start:end] if name in ROWWISE else x[:, :end]
+    if indices is not None and counts is not None:
+        changed |= {"indices": indices[:, start:end], "counts": counts[:, start:end]}
+    return replace(inputs, **changed)
+
+
+def check_rows(p: OracleParameters, inputs: Inputs, call: Any, start: int, end: int) -> list[Row]:
+    """Compare rows start..end of a call (batched, no external compression) with the oracle on those rows alone."""
+    sample = take(inputs, start, end, call.aux.get("indices"), call.aux.get("counts"))
+    dtype = inputs.q.dtype
+    base = reference_gradients(p, sample)
+    unit = unit_roundoff(dtype, p.tf32)
+    exact = replace(p, tf32=False)
+    truth = reference_gradients(exact, sample.to(torch.float64), noise_unit=unit)
+    label = f"rows {start} to {end}"
+    last = end == inputs.q.shape[1]
+    rows: list[Row] = []
+
+    def add(quantity: str, actual: Tensor, wanted: Tensor, near: Tensor, noise: Tensor | None, lse: bool) -> None:
+        found = compare(actual, wanted, near, dtype=dtype, noise=noise, tf32=p.tf32, rows=not lse)
+        measures = {
+            "row": (found.row_error, found.row_bound),
+            "norm": (found.norm_error, found.norm_bound),
+            "bias": (found.bias_error, found.bias_bound),
+        }
+        measure = max(measures, key=lambda name: measures[name][0] / measures[name][1])
+        rows.append(Row(label, quantity, measure, *measures[measure], found.ok, found.problem))
+
+    for name, wanted in truth.outputs.tensors().items():
+        if name == "o" or (name in call.aux and name.startswith(("o_", "lse_"))):
+            actual = call.tensors()[name][:, start:end]
+            near, noise = base.outputs.tensors()[name], truth.output_noise.get(name)
+            add(name, actual, wanted, near, noise, name.startswith("lse"))
+    for name, wanted in truth.gradients.items():
+        near, noise = base.gradients[name], truth.gradient_noise[name]
+        if name in ROWWISE:
+            add(f"d{name}", call.gradients[name][:, start:end], wanted, near, noise, False)
+        elif last and "." not in name:
+            own = slice(start, end)
+            add(f"d{name}", call.gradients[name][:, own], wanted[:, own], near[:, own], noise[:, own], False)
+    if p.selection_block is not None and not p.indices_given:
+        rows.append(_selection_row(p, label, sample, base, truth))
+    return rows
+
+
+def _selection_row(p: OracleParameters, label: str, sample: Inputs, base: Reference, truth: Reference) -> Row:
+    exact, near = truth.outputs.importance, base.outputs.importance
+    assert exact is not None and near is not None and sample.indices is not None and sample.counts is not None
+    off = ((near.double() - exact).abs() / exact.clamp(min=NEGLIGIBLE)).max().item()
+    tokens = next(x.shape[1] for name, x in sample.arguments().items() if name.startswith("k") and x is not None)
+    found = check_selection(
+        p,
+        sample.indices,
+        sample.counts,
+        exact,
+        tolerance=FACTOR * off + 8 * unit_roundoff(torch.float32),
+        tokens=tokens,
+    )
+    return Row(label, "selection", "selection", found.shortfall, 1.0, found.ok, "; ".join(found.problems))
