@@ -97,9 +97,14 @@ def _built(text: str) -> Operator:
     return Operator(spec, OracleParameters.from_spec(spec), import_package(folder), folder)
 
 
-def operator_of(spec: Spec | None = None, **changes: Any) -> Operator:
-    """The generated package of a spec, or of `small_spec(**changes)`; generated and imported once a session."""
-    return _built((spec or small_spec(**changes)).resolved_yaml())
+def operator_of_spec(spec: Spec) -> Operator:
+    """The generated package of a spec; generated and imported once a session."""
+    return _built(spec.resolved_yaml())
+
+
+def operator_of(branches: str = "cmp slc win", **changes: Any) -> Operator:
+    """The generated package of `small_spec(branches, **changes)`."""
+    return operator_of_spec(small_spec(branches, **changes))
 
 
 def inputs_of(op: Operator, tokens: int | tuple[int, ...], **more: Any) -> Inputs:

@@ -59,7 +59,6 @@ def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if spec.compression is None or spec.compression.phi.key == "external":
         return ()
     kinds = {spec.compression.phi.key, spec.compression.phi.value}
-    learned = "learned" in (spec.compression.position.key, spec.compression.position.value)
     backward = "backward" in spec.passes
     kernels: list[Kernel] = []
     if kinds & {"mean", "weighted"}:
@@ -119,7 +118,7 @@ def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
         rows_tile, out, inner, shares = s.BLOCK_TILE, _OUTPUT_BLOCK, _FEATURE_BLOCK, ()
     else:
         rows_tile, out, inner = _FEATURE_BLOCK, _OUTPUT_BLOCK, s.BLOCK_TILE
-        shares = (Tunable(_SHARES.name, (4,)),)
+        shares = (Tunable(_SHARES.name, (1, 2, 4)),)
     return Kernel(
         name=name,
         module="compression",

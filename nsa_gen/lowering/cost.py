@@ -9,6 +9,7 @@ import sympy
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Kernel, Program
+from nsa_gen.lowering.space import matrix_rate
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def explain(program: Program, *, tokens: int = 65536, batch: int = 1, gpu_key: s
     if tokens < 1 or batch < 1:
         raise ValueError(f"tokens and batch: expected positive numbers, got tokens={tokens}, batch={batch}")
     device = gpu(gpu_key)
-    return [_estimate(program, kernel, tokens, batch, device) for kernel in program.kernels]
+    return [_estimate(program, kernel, tokens, batch, device) for kernel in program.kernels if kernel.whole]
 
 
 def _estimate(program: Program, kernel: Kernel, tokens: int, batch: int, device: Gpu) -> KernelEstimate:
     sizes = {**program.sizes, s.T: tokens, s.B: batch}
     flops = float(kernel.useful_flops.subs(sizes))
     moved = float(kernel.compulsory_bytes.subs(sizes))
-    compute_seconds = flops / (device.bf16_tflops * 1e12)
+    compute_seconds = flops / matrix_rate(device, program.sizes)
     memory_seconds = moved / (device.bandwidth_tbs * 1e12)
     return KernelEstimate(
         kernel=kernel.name,

@@ -54,9 +54,7 @@ def split_head_dim(size: int, constant: str) -> HeadDim:
     192 = 128 + 64 and 80 = 64 + 16 exactly; 72 becomes 64 + 16 with 8 columns masked; 240 is padded to 256, because
     a fourth part would cost more than 6% of padding.
     """
-    choices = (
-        widths for count in (1, 2, 3) for widths in combinations(_WIDTHS, count) if sum(widths) >= size
-    )
+    choices = (widths for count in (1, 2, 3) for widths in combinations(_WIDTHS, count) if sum(widths) >= size)
     widths = min(choices, key=lambda widths: (sum(widths), len(widths)))
     parts, offset = [], 0
     for width in widths:

@@ -6,6 +6,7 @@ Sizes with a ``_padded`` suffix are what the matrix units process; the floor use
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import sympy
@@ -44,12 +45,11 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if spec.selection:
         forward.append(_selected_forward(spec))
         backward += [_index_keys(), _selected_backward_dq(spec), _selected_backward_dkdv(spec)]
-    forward.append(_combine(spec, "forward"))
-    backward.insert(0, _combine(spec, "backward"))
-    backward.insert(1, _delta())
-    if spec.combine.gate == "none" and len(spec.branches) == 1:
-        forward.pop()
-        backward.pop(0)
+    combined = spec.combine.gate != "none" or len(spec.branches) > 1
+    backward.insert(0, _delta(whole=not combined))
+    if combined:
+        forward.append(_combine(spec, "forward"))
+        backward.insert(0, _combine(spec, "backward"))
     return tuple(forward + backward) if "backward" in spec.passes else tuple(forward)
 
 
@@ -161,7 +161,8 @@ def _banded_backward_dkdv(spec: Spec, band: _Band) -> Kernel:
         constraints=(),
         resources=Resources(
             shared_memory=(s.KEY_BLOCK * _QK_V + s.NUM_STAGES * s.QUERY_BLOCK * _QK_V) * s.E,
-            registers=s.KEY_BLOCK * (_QK_V + 3 * s.QUERY_BLOCK),
+            # Counted twice over: the transposed tiles are kept in both operand layouts (read off ptxas).
+            registers=s.KEY_BLOCK * (_QK_V + 6 * s.QUERY_BLOCK),
             flops=2 * band.computed_pairs * 2 * _QK_V,
             traffic=band.computed_pairs / s.KEY_BLOCK * _QK_V * s.E + 2 * kv_bytes,
             streamed=s.QUERY_BLOCK,
@@ -329,8 +330,9 @@ def _combine(spec: Spec, direction: str) -> Kernel:
     return _elementwise(f"combine_{direction}", "combine", "all", direction, purpose, moved, _rows_tunables())
 
 
-def _delta() -> Kernel:
-    return _elementwise(
-        "attention_delta", "combine", "all", "backward", "delta of one branch used alone",
+def _delta(*, whole: bool) -> Kernel:
+    kernel = _elementwise(
+        "attention_delta", "combine", "all", "backward", "delta of one branch",
         2 * _O_BYTES + _LSE_BYTES, _rows_tunables(),
     )  # fmt: skip
+    return dataclasses.replace(kernel, whole=whole)

@@ -73,7 +73,8 @@ class Resources:
 class Kernel:
     """A kernel of the package: where it lives, what it is for, and the space the tuner may search.
 
-    ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor.
+    ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor. A kernel that is
+    not ``whole`` runs only when a step of the operator is called alone.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Kernel:
     resources: Resources
     useful_flops: sympy.Expr
     compulsory_bytes: sympy.Expr
+    whole: bool = True
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,18 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
     flops = _numeric(kernel.resources.flops, sizes)
     traffic = _numeric(kernel.resources.traffic, sizes)
     streamed = _numeric(kernel.resources.streamed, sizes)
-    rate = gpu.bf16_tflops * 1e12 * _MATRIX_EFFICIENCY / (_IEEE_SLOWDOWN if sizes[s.E] == 4 else 1)
+    rate = matrix_rate(gpu, sizes) * _MATRIX_EFFICIENCY
     bandwidth = gpu.bandwidth_tbs * 1e12 * _L2_OVER_MEMORY
 
     def seconds(config: dict[str, int]) -> float:
         return flops(config) / rate * (1 + _STEP_ROWS / streamed(config)) + traffic(config) / bandwidth
 
     return seconds
+
+
+def matrix_rate(gpu: Gpu, sizes: Mapping[sympy.Symbol, int]) -> float:
+    """Peak FLOP/s of products in the spec's dtype; float32 is taken to be IEEE."""
+    return gpu.bf16_tflops * 1e12 / (_IEEE_SLOWDOWN if sizes[s.E] == 4 else 1)
 
 
 def choose(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:

@@ -8,7 +8,7 @@ def python_literal(value: object, indent: int = 0) -> str:
     inner = " " * (indent + 4)
     closing = " " * indent
     if isinstance(value, dict) and value:
-        rows = (f'{inner}{_text(str(key))}: {python_literal(item, indent + 4)},\n' for key, item in value.items())
+        rows = (f"{inner}{_text(str(key))}: {python_literal(item, indent + 4)},\n" for key, item in value.items())
         return "{\n" + "".join(rows) + closing + "}"
     if isinstance(value, (list, tuple)) and value:
         rows = (f"{inner}{python_literal(item, indent + 4)},\n" for item in value)

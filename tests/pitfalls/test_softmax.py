@@ -106,4 +106,4 @@ def test_rows_that_name_no_block_get_zero_minus_infinity_and_zero_gradients() ->
 @pytest.mark.parametrize(("group", "kv_heads"), [(1, 2), (2, 2), (3, 2), (5, 2), (7, 1), (8, 1), (12, 1), (16, 1), (32, 1)])
 def test_groups_of_any_size_share_one_kv_head(group: int, kv_heads: int) -> None:
     op = operator_of(group=group, kv_heads=kv_heads, count=2)
-    assert_matches_oracle(op, 3, tokens_kv=35, seed=group)
+    assert_matches_oracle(op, 3, tokens_kv=35 if group < 8 else 18, seed=group)

@@ -34,21 +34,28 @@ def verify_job(
     dtype: str,
     lengths: Sequence[int],
     packed: Sequence[Sequence[int]],
+    lengths_only: bool,
     device: str,
     seed: int,
     root: str,
     slots: int,
 ) -> None:
     """Verify a shipped spec in a dtype: `verify` at the short lengths and with its own packed batch and input kinds,
-    then the long lengths and the packed batches named here, forward and backward."""
+    then the long lengths and the packed batches named here, forward and backward. `lengths_only` leaves out `verify`
+    and takes every length by itself."""
     meaning = variant(spec, dtype)
     module = import_package(package_of(meaning, Path(root)))
-    short = [length for length in lengths if length < LONG_FROM]
-    report = verify(meaning, package=module, lengths=short, device=device, seed=seed, progress=say)
-    result.update(json.loads(report.to_json()), ok=False)
-    rows: list[Row] = list(report.rows)
-    labels = list(report.cases)
-    cases = [Case(length, batch=1) for length in lengths if length >= LONG_FROM]
+    rows: list[Row] = []
+    labels: list[str] = []
+    alone = [length for length in lengths if lengths_only or length >= LONG_FROM]
+    if lengths_only:
+        result.update(dtype=dtype, name=spec, seed=seed, environment=asdict(environment(torch.device(device))))
+    else:
+        short = [length for length in lengths if length not in alone]
+        report = verify(meaning, package=module, lengths=short, device=device, seed=seed, progress=say)
+        result.update(json.loads(report.to_json()), ok=False)
+        rows, labels = list(report.rows), list(report.cases)
+    cases = [Case(length, batch=1) for length in alone]
     cases += [Case(tuple(each)) for each in packed]
     release(device)
     if cases:

@@ -1,0 +1,68 @@
+"""Run by test_engineering in its own process: launches and allocations of a package on tensors without storage.
+
+Argument: the package's folder. Prints JSON. Any look at a tensor's values raises, as these have none.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nsa_gen.rendering import import_package
+from nsa_gen.targets.launches import record_launches
+
+
+class Allocations(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def constants_of(launch: Any) -> dict[str, Any]:
+    """The declared constants of a launch and its options, by name."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.keywords
+    declared = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    options = {name: value for name, value in launch.keywords.items() if name not in launch.kernel.arg_names}
+    return {name: value for name, value in named.items() if name in declared} | options
+
+
+def specialized_integers(launch: Any) -> list[str]:
+    """Names of integer arguments beside strides for whose value Triton may compile anew."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    free = {p.name for p in launch.kernel.params if p.do_not_specialize or p.is_constexpr}
+    return sorted(
+        name
+        for name, value in named.items()
+        if isinstance(value, int) and name not in free and not name.startswith("stride_")
+    )
+
+
+def record(package: Any, tokens: int, packed: bool) -> dict[str, Any]:
+    with record_launches() as launches, Allocations() as allocations:
+        package.ops.trace(tokens, 3 if packed else 1, "meta", packed, ("forward", "backward"))
+    return {
+        "kernels": [launch.kernel.__name__ for launch in launches],
+        "constants": [constants_of(launch) for launch in launches],
+        "specialized": sorted({f"{x.kernel.__name__}.{name}" for x in launches for name in specialized_integers(x)}),
+        "grids": [launch.grid for launch in launches],
+        "largest": allocations.largest,
+    }
+
+
+def main() -> None:
+    package = import_package(sys.argv[1])
+    calls = ((4099, False), (131072, False), (262144, False), (4099, True), (131072, True))
+    print(json.dumps({f"{tokens} {packed}": record(package, tokens, packed) for tokens, packed in calls}))
+
+
+if __name__ == "__main__":
+    main()

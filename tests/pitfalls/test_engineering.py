@@ -1,0 +1,108 @@
+"""What must not be in the code: lengths as constants, host reads, hidden state, calls that stall or go away."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_gen.spec import Spec, load_spec, shipped_specs
+from tests.support import call, call_with_gradients, inputs_of, operator_of, operator_of_spec, small_spec
+
+SCRIPT = Path(__file__).parent / "launch_record.py"
+PACKAGES = {
+    "mean": small_spec(kv_heads=2),
+    "mlp": small_spec(kv_heads=2, phi="mlp", phi_value="linear", position=("learned", "learned"), gate="given"),
+    "external_input": small_spec("cmp slc win", phi="external", indices="input", kv="per_branch", gate="none"),
+    "paper": load_spec("nsa_paper"),
+}
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def recorded(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Launches and allocations of a package at several lengths, on tensors without storage."""
+    spec: Spec = PACKAGES[request.param]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), str(operator_of_spec(spec).folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+def test_no_value_of_any_tensor_is_read_on_the_host_cu_seqlens_included(recorded: dict[str, Any]) -> None:
+    # Reading a value of a tensor without storage raises, so that the script would not have come this far.
+    for name in ("4099 False", "4099 True"):
+        kernels = recorded[name]["kernels"]
+        assert any("forward" in kernel for kernel in kernels) and any("dkdv" in kernel for kernel in kernels)
+
+
+def test_the_number_of_launches_does_not_grow_with_the_length(recorded: dict[str, Any]) -> None:
+    assert recorded["4099 False"]["kernels"] == recorded["131072 False"]["kernels"]
+    assert recorded["4099 True"]["kernels"] == recorded["131072 True"]["kernels"]
+
+
+def test_no_constant_of_any_kernel_depends_on_the_sequence_length(recorded: dict[str, Any]) -> None:
+    assert recorded["4099 False"]["constants"] == recorded["131072 False"]["constants"]
+    assert recorded["4099 True"]["constants"] == recorded["131072 True"]["constants"]
+    assert recorded["4099 False"]["grids"] != recorded["131072 False"]["grids"]
+
+
+def test_no_integer_beside_strides_is_specialised_by_its_value(recorded: dict[str, Any]) -> None:
+    for call_name, found in recorded.items():
+        assert found["specialized"] == [], call_name
+
+
+def test_no_table_of_blocks_by_tokens_is_allocated(recorded: dict[str, Any]) -> None:
+    once, twice = recorded["131072 False"]["largest"], recorded["262144 False"]["largest"]
+    assert once >= 131072 and twice <= 2.001 * once  # linear in the length; a table of blocks by tokens quadruples
+
+
+FORBIDDEN = {
+    "block pointers, which Triton 3.9 removes": r"make_block_ptr|tl\.advance\b",
+    "a stall of the device": r"cuda\.synchronize|empty_cache|Event\(",
+    "a read of a tensor on the host": r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|\bnonzero\(",
+    "atomics, whose order changes": r"\btl\.atomic_",
+    "a tuple made by a stray comma": r"^\s*\w+ = [^(\[{#]*[\w)\]],\s*$",
+    "the whole list unrolled at compile time": r"static_range\(.*SELECTION_COUNT",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_generated_sources_are_free_of(what: str) -> None:
+    specs = [*PACKAGES.values(), *(load_spec(name) for name in shipped_specs())]
+    for spec in specs:
+        for path in operator_of_spec(spec).folder.glob("*.py"):
+            found = re.search(FORBIDDEN[what], path.read_text(), re.MULTILINE)
+            assert found is None, f"{spec.name}/{path.name}: {found.group()!r}"
+
+
+def test_two_interleaved_calls_do_not_touch_each_other() -> None:
+    op = operator_of(count=2)
+    problems = [inputs_of(op, 4, tokens_kv=21, seed=1), inputs_of(op, (9, 3), seed=2)]
+    alone = [call_with_gradients(op, inputs) for inputs in problems]
+    started = []
+    for inputs in problems:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
+        started.append((leaves, call(op, inputs.replace_differentiable(leaves))))
+    for number in (0, 1):  # the first call's backward runs after the second call's forward
+        leaves, o = started[number]
+        gradients = torch.autograd.grad(o, list(leaves.values()), problems[number].do)
+        assert torch.equal(o, alone[number]["o"])
+        for name, gradient in zip(leaves, gradients, strict=True):
+            assert torch.equal(gradient, alone[number][f"d{name}"]), name
+
+
+def test_inputs_are_not_written_to() -> None:
+    op = operator_of(count=2)
+    inputs = inputs_of(op, (12, 5), seed=3)
+    before = {name: x.clone() for name, x in inputs.differentiable().items()} | {"do": inputs.do.clone()}
+    call_with_gradients(op, inputs)
+    for name, x in (inputs.differentiable() | {"do": inputs.do}).items():
+        assert torch.equal(x, before[name]), name

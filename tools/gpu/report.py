@@ -1,0 +1,168 @@
+"""What the suite leaves behind: JSON a part, a summary, and a table short enough for the end of a terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tools.gpu.pool import Outcome
+
+LONGEST_TABLE = 58
+
+
+def machine(project: Path) -> dict[str, Any]:
+    """GPU, driver, versions, date and the commit of the checkout (None where it is unknown)."""
+    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
+    name, driver, memory = gpu.splitlines()[0].split(", ") if gpu else (None, None, None)
+    commit = _output("git", "-C", str(project), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(project), "status", "--porcelain", "--untracked-files=no") if commit else None
+    return {
+        "gpu": name,
+        "driver": driver,
+        "gpu_memory_mib": None if memory is None else float(memory),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "triton")},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or None,
+        "commit_is_changed": None if changed is None else bool(changed),
+    }
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def judge_sanitizer(outcome: Outcome, log: str) -> Outcome:
+    """An outcome of a job under compute-sanitizer, with the number of errors that it counted in `log`.
+
+    It is ok if the job is and the sanitizer says, in its last line, that there were none.
+    """
+    counts = re.findall(r"ERROR SUMMARY: (\d+) error", log)
+    errors = int(counts[-1]) if counts else None
+    result = {**(outcome.result or {}), "sanitizer_errors": errors}
+    if errors == 0:
+        return Outcome(outcome.name, outcome.status, outcome.seconds, outcome.detail, result)
+    if outcome.status in ("timed out", "not run"):
+        return Outcome(outcome.name, outcome.status, outcome.seconds, outcome.detail, result)
+    reason = f"compute-sanitizer counted {errors} errors" if errors else "compute-sanitizer gave no error summary"
+    first = "\n".join(line for line in log.splitlines() if line.startswith("========="))[:2000]
+    return Outcome(outcome.name, "failed", outcome.seconds, f"{reason}\n{first or outcome.detail}", result)
+
+
+def as_document(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Outcomes as plain data."""
+    return [
+        {
+            "name": outcome.name,
+            "status": outcome.status,
+            "seconds": round(outcome.seconds, 2),
+            "detail": outcome.detail,
+            "result": outcome.result,
+        }
+        for outcome in outcomes
+    ]
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write JSON with objects and lists that hold no others on one line each, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(_layout(document, "") + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _layout(value: Any, indent: str) -> str:
+    inner = indent + " "
+    children = (
+        list(value.values() if isinstance(value, Mapping) else value) if isinstance(value, Mapping | list) else []
+    )
+    if not any(isinstance(child, Mapping | list | tuple) for child in children):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        lines = (f"{inner}{json.dumps(str(name))}: {_layout(child, inner)}" for name, child in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + _layout(child, inner) for child in value) + f"\n{indent}]"
+
+
+def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[str]:
+    """At most LONGEST_TABLE lines: what is not ok, then each part in short, then the verdict."""
+    everything = [outcome for outcomes in parts.values() for outcome in outcomes]
+    bad = [outcome for outcome in everything if not outcome.ok]
+    lines: list[str] = []
+    for outcome in bad[:14]:
+        lines += [f"{outcome.status.upper()} {outcome.name}: {_why(outcome)}"]
+    if len(bad) > 14:
+        lines.append(f"... and {len(bad) - 14} more that are not ok")
+    for outcome in parts.get("correctness", ()):
+        lines.append(_verified(outcome))
+    for outcome in (*parts.get("long", ()), *parts.get("sanitizer", ())):
+        result = outcome.result or {}
+        facts = [f"{outcome.seconds:.0f} s"]
+        if result.get("peak_bytes"):
+            facts.append(f"peak {result['peak_bytes'] / 2**30:.1f} GiB")
+            facts.append(f"forward {result.get('forward_peak_bytes', 0) / 2**30:.1f} GiB")
+        if result.get("rows"):
+            facts.append(f"{len(result['rows'])} comparisons")
+        if "sanitizer_errors" in result:
+            facts.append(f"{result['sanitizer_errors']} errors")
+        lines.append(f"{outcome.name:<30} {outcome.status:<10} {', '.join(facts)}")
+    lines += _times(parts.get("bench", ()))
+    lines += [f"note: {note}" for note in notes]
+    room = LONGEST_TABLE - 1
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... {len(lines) - room + 1} lines more in the JSON files"]
+    return [*lines, f"{len(everything) - len(bad)} of {len(everything)} jobs ok"]
+
+
+def _why(outcome: Outcome) -> str:
+    result = outcome.result or {}
+    rows = [row for row in result.get("rows", ()) if row.get("ok") is False]
+    text = outcome.detail
+    if rows:
+        row = rows[0]
+        text += f"; {row['case']}: {row['quantity']} {row['problem'] or row['measure']}"
+        if not row["problem"]:
+            text += f" {row['error']:.2e} of {row['bound']:.2e}"
+    last = [line for line in text.strip().splitlines() if line.strip()]
+    text = last[0] if len(last) < 2 else f"{last[0]} ... {last[-1]}"
+    return text[:230]
+
+
+def _verified(outcome: Outcome) -> str:
+    rows = (outcome.result or {}).get("rows", ())
+    used = [(row["error"] / row["bound"], row) for row in rows if row["bound"] and row["error"] is not None]
+    worst = max(used, key=lambda pair: pair[0], default=None)
+    said = "" if worst is None else f"worst {100 * worst[0]:.0f}% {worst[1]['quantity']} at {worst[1]['case']}"
+    return f"{outcome.name:<30} {outcome.status:<10} {outcome.seconds:4.0f} s {len(rows):4d} comparisons {said}"[:140]
+
+
+def _times(outcomes: Sequence[Outcome]) -> list[str]:
+    lines = []
+    for outcome in outcomes:
+        result = outcome.result or {}
+        cells: dict[int, dict[str, dict[str, float]]] = {}
+        for row in result.get("rows", ()):
+            cells.setdefault(row["tokens"], {}).setdefault(row["contender"], {})[row["direction"]] = row["median_ms"]
+        for tokens, contenders in cells.items():
+            shown = (f"{name} {found['forward']:.2f} / {found['backward']:.2f}" for name, found in contenders.items())
+            lines.append(f"{outcome.name} {tokens}, forward / backward ms: {'; '.join(shown)}")
+        top = ", ".join(f"{kernel['kernel'][:44]} {kernel['ms']:.2f}" for kernel in result.get("kernels", ())[:8])
+        if top:
+            lines.append(f"  kernels at {result['profiled_tokens']}, ms: {top}")
+    return lines

@@ -1,0 +1,140 @@
+"""Every check that needs a GPU, and a first table of times, in one call.
+
+    python tools/gpu_suite.py --out DIR [--only correctness,long,sanitizer,bench] [--specs a,b] [--budget SECONDS]
+
+Each check is a process of its own: a crash or a hang costs that check alone. DIR receives a JSON file a part and
+summary.json; the table comes last. Exit status 0: all is well; 1: something failed or was not run; 2: a wrong call.
+On a machine without a GPU, `--device cpu --specs tiny --dtypes float32 --lengths 1,31` runs the correctness part under
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from nsa_gen.spec import shipped_specs  # noqa: E402
+from tools.gpu import plan, report  # noqa: E402
+from tools.gpu.pool import Outcome, run_jobs  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    options = _parse(arguments)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    deadline = started + options.budget
+    summary = {"machine": report.machine(PROJECT), "seed": options.seed, "budget_seconds": options.budget}
+    found: dict[str, list[Outcome]] = {}
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="nsa_gen_gpu_suite_") as scratch:
+        memory = summary["machine"]["gpu_memory_mib"]
+        wanted = plan.Plan(
+            specs=options.specs,
+            parts=options.only,
+            dtypes=options.dtypes,
+            lengths=options.lengths,
+            device=options.device,
+            seed=options.seed,
+            root=Path(scratch) / "packages",
+            lengths_only=options.lengths_only,
+            **({} if memory is None else {"gpu_memory_gb": memory / 1000}),
+        )
+        # Times are taken with the GPU to themselves: whatever is benchmarked comes after all else, one at a time.
+        checks = tuple(part for part in options.only if part != "bench")
+        for parts, workers in ((checks, options.workers), (tuple(set(options.only) - set(checks)), 1)):
+            jobs = {part: wanted.jobs(part) for part in parts}
+            for part in parts:
+                if not jobs[part]:
+                    notes.append(f"{part}: skipped, {_reason(part)}")
+            outcomes = run_jobs(
+                [job for part in parts for job in jobs[part]],
+                folder=Path(scratch) / "jobs",
+                workers=workers,
+                silence=options.timeout,
+                deadline=deadline,
+                on_outcome=lambda outcome: _announce(outcome, started),
+            )
+            by_name = {outcome.name: outcome for outcome in outcomes}
+            for part in parts:
+                found[part] = [by_name[job.name] for job in jobs[part]]
+                if part == "sanitizer":
+                    found[part] = [_judged(outcome, Path(scratch) / "jobs") for outcome in found[part]]
+                report.write_json(out / f"{part}.json", {**summary, "jobs": report.as_document(found[part])})
+    everything = [outcome for outcomes in found.values() for outcome in outcomes]
+    ok = bool(everything) and all(outcome.ok for outcome in everything)
+    lines = report.table(found, notes)
+    statuses = {part: {each.name: each.status for each in outcomes} for part, outcomes in found.items()}
+    seconds = round(time.monotonic() - started, 1)
+    write = {**summary, "ok": ok, "seconds": seconds, "parts": statuses, "notes": notes, "table": lines}
+    report.write_json(out / "summary.json", write)
+    print("\n".join(lines), flush=True)
+    return 0 if ok else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    shipped = tuple(shipped_specs())
+    listed = "comma-separated; all if left out"
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON files")
+    parser.add_argument("--only", default="", help=f"parts: {', '.join(plan.PARTS)} ({listed})")
+    parser.add_argument("--specs", default="", help=f"shipped specs ({listed})")
+    parser.add_argument("--dtypes", default="", help=f"dtypes of the correctness part ({listed})")
+    parser.add_argument("--lengths", default="", help="sequence lengths of the correctness part")
+    parser.add_argument("--lengths-only", action="store_true", help="leave out other kinds of input and packed batches")
+    parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start no job after this long")
+    parser.add_argument("--workers", type=int, default=6, help="processes at a time (6)")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds of silence after which a job is killed")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    parts = plan.PARTS if options.device == "cuda" else ("correctness",)
+    dtypes = plan.DTYPES if options.device == "cuda" else plan.DTYPES[1:]
+    options.only = _choice(parser, "--only", options.only, parts)
+    options.specs = _choice(parser, "--specs", options.specs, shipped)
+    options.dtypes = _choice(parser, "--dtypes", options.dtypes, dtypes)
+    try:
+        options.lengths = tuple(int(length) for length in options.lengths.split(",") if length) or plan.LENGTHS
+    except ValueError:
+        parser.error(f"--lengths: expected numbers and commas, got {options.lengths!r}")
+    if min(options.lengths) < 1:
+        parser.error(f"--lengths: expected positive numbers, got {min(options.lengths)}")
+    if options.workers < 1:
+        parser.error(f"--workers: expected at least 1, got {options.workers}")
+    return options
+
+
+def _choice(parser: argparse.ArgumentParser, option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """What a comma-separated option names, in the order of `known`; all of it where nothing is named."""
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in known:
+            parser.error(f"{option}: expected some of {', '.join(known)}, got {name!r}")
+    return tuple(name for name in known if not named or name in named)
+
+
+def _reason(part: str) -> str:
+    if part == "sanitizer" and plan.sanitizer_program() is None:
+        return "compute-sanitizer is not installed"
+    return "none of its specs was asked for"
+
+
+def _judged(outcome: Outcome, folder: Path) -> Outcome:
+    log = folder / f"{outcome.name.replace(' ', '_')}.log"
+    return report.judge_sanitizer(outcome, log.read_text(errors="replace") if log.exists() else "")
+
+
+def _announce(outcome: Outcome, started: float) -> None:
+    print(f"{time.monotonic() - started:6.1f} s  {outcome.status:<9} {outcome.name}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
