@@ -11,18 +11,21 @@ Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from nsa_gen.spec import shipped_specs  # noqa: E402
 from tools.gpu import plan, report  # noqa: E402
-from tools.gpu.pool import Outcome, run_jobs  # noqa: E402
+from tools.gpu.pool import Job, Outcome, run_jobs  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     deadline = started + options.budget
     summary = {"machine": report.machine(PROJECT), "seed": options.seed, "budget_seconds": options.budget}
-    found: dict[str, list[Outcome]] = {}
-    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="nsa_gen_gpu_suite_") as scratch:
         memory = summary["machine"]["gpu_memory_mib"]
         wanted = plan.Plan(
@@ -48,27 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lengths_only=options.lengths_only,
             **({} if memory is None else {"gpu_memory_gb": memory / 1000}),
         )
+        document = {**summary, "command": " ".join(sys.argv)}
+        jobs = {part: wanted.jobs(part) for part in options.only}
+        notes = [f"{part}: skipped, {_reason(part)}" for part in options.only if not jobs[part]]
+        suite = _Suite(out, Path(scratch) / "jobs", document, jobs, started, deadline, options.timeout)
+        suite.run(tuple(part for part in options.only if part != "bench"), options.workers)
         # Times are taken with the GPU to themselves: whatever is benchmarked comes after all else, one at a time.
-        checks = tuple(part for part in options.only if part != "bench")
-        for parts, workers in ((checks, options.workers), (tuple(set(options.only) - set(checks)), 1)):
-            jobs = {part: wanted.jobs(part) for part in parts}
-            for part in parts:
-                if not jobs[part]:
-                    notes.append(f"{part}: skipped, {_reason(part)}")
-            outcomes = run_jobs(
-                [job for part in parts for job in jobs[part]],
-                folder=Path(scratch) / "jobs",
-                workers=workers,
-                silence=options.timeout,
-                deadline=deadline,
-                on_outcome=lambda outcome: _announce(outcome, started),
-            )
-            by_name = {outcome.name: outcome for outcome in outcomes}
-            for part in parts:
-                found[part] = [by_name[job.name] for job in jobs[part]]
-                if part == "sanitizer":
-                    found[part] = [_judged(outcome, Path(scratch) / "jobs") for outcome in found[part]]
-                report.write_json(out / f"{part}.json", {**summary, "jobs": report.as_document(found[part])})
+        if "bench" in options.only:
+            if "correctness" not in options.only:
+                suite.run_unreported(wanted.compile_for_bench(), options.workers)
+            suite.run(("bench",), 1)
+        found = suite.outcomes
     everything = [outcome for outcomes in found.values() for outcome in outcomes]
     ok = bool(everything) and all(outcome.ok for outcome in everything)
     lines = report.table(found, notes)
@@ -78,6 +69,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.write_json(out / "summary.json", write)
     print("\n".join(lines), flush=True)
     return 0 if ok else 1
+
+
+@dataclass
+class _Suite:
+    """Jobs by part, and what has become of them; the JSON of a part is written anew as each of its jobs ends."""
+
+    out: Path
+    folder: Path
+    document: dict[str, Any]
+    jobs: dict[str, list[Job]]
+    started: float
+    deadline: float
+    silence: float
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+
+    def run(self, parts: Sequence[str], workers: int) -> None:
+        """Run the jobs of several parts together."""
+        part_of = {job.name: part for part in parts for job in self.jobs[part]}
+        for part in parts:
+            self.outcomes[part] = []
+            self._write(part)
+
+        def ended(outcome: Outcome) -> None:
+            part = part_of[outcome.name]
+            self.outcomes[part].append(_judged(outcome, self.folder) if part == "sanitizer" else outcome)
+            self._write(part)
+            self._announce(self.outcomes[part][-1])
+
+        self._run([job for part in parts for job in self.jobs[part]], workers, ended)
+        for part in parts:
+            order = [job.name for job in self.jobs[part]]
+            self.outcomes[part].sort(key=lambda outcome: order.index(outcome.name))
+            self._write(part)
+
+    def run_unreported(self, jobs: Sequence[Job], workers: int) -> None:
+        """Run jobs that only prepare others, which fail for the same reasons and say so."""
+        self._run(jobs, workers, self._announce)
+
+    def _run(self, jobs: Sequence[Job], workers: int, on_outcome: Callable[[Outcome], None]) -> None:
+        run_jobs(
+            jobs,
+            folder=self.folder,
+            workers=workers,
+            silence=self.silence,
+            deadline=self.deadline,
+            on_outcome=on_outcome,
+        )
+
+    def _write(self, part: str) -> None:
+        jobs = report.as_document(self.outcomes[part])
+        report.write_json(self.out / f"{part}.json", {**self.document, "jobs": jobs})
+
+    def _announce(self, outcome: Outcome) -> None:
+        seconds = time.monotonic() - self.started
+        print(f"{seconds:6.1f} s  {outcome.status:<9} {outcome.name}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -132,9 +178,6 @@ def _judged(outcome: Outcome, folder: Path) -> Outcome:
     return report.judge_sanitizer(outcome, log.read_text(errors="replace") if log.exists() else "")
 
 
-def _announce(outcome: Outcome, started: float) -> None:
-    print(f"{time.monotonic() - started:6.1f} s  {outcome.status:<9} {outcome.name}", file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the jobs' processes are ended too
     sys.exit(main())

@@ -16,9 +16,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("tokens", "batch"), [(5, 0), (0, 2), (0, 0), ((0,), 1), ((0, 0), 1), ((), 1)], ids=str
-)
+@pytest.mark.parametrize(("tokens", "batch"), [(5, 0), (0, 2), (0, 0), ((0,), 1), ((0, 0), 1), ((), 1)], ids=str)
 def test_empty_calls_give_empty_outputs_and_zero_gradients(case: str, tokens: int | tuple, batch: int) -> None:
     op = operator_of(**CASES[case])
     inputs = inputs_of(op, tokens, batch=batch)

@@ -59,13 +59,24 @@ def test_batched_outputs_and_gradients_are_those_of_the_oracle(name: str) -> Non
     assert expected <= found.keys()
 
 
-@pytest.mark.parametrize("name", [*list(SPECS)[:5], "selection of the caller alone", "window alone", "compression and window", "float16"])
+PACKED = (
+    "weighted phi, learned positions, given gates",
+    "linear keys, mlp values, a position of keys alone",
+    "external compression, caller's indices, own keys of each branch",
+    "selection of the caller alone",
+    "window alone",
+    "compression and window",
+    "float16",
+)
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_sequences_are_computed_each_as_if_alone(name: str) -> None:
     op = operator_of_spec(SPECS[name])
-    assert_matches_oracle(op, (0, 11, 0, 1, 18, 0), seed=2)
+    assert_matches_oracle(op, (0, 5, 0, 1, 18, 0), seed=2)
 
 
-@pytest.mark.parametrize("name", [*list(SPECS)[:3], "external compression, caller's indices, own keys of each branch"])
+@pytest.mark.parametrize("name", PACKED[:3])
 def test_slices_of_fused_projections_need_no_copy(name: str) -> None:
     op = operator_of_spec(SPECS[name])
     inputs = inputs_of(op, 7, batch=2, kind="strided", seed=3)
@@ -97,7 +108,7 @@ def test_a_forward_only_package_computes_and_has_no_gradient() -> None:
     inputs = inputs_of(op, 3)
     inputs.q.requires_grad_()
     o = call(op, inputs)
-    with pytest.raises((RuntimeError, NotImplementedError), match="grad|backward|autograd"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"grad|backward|autograd"):
         o.sum().backward()
     assert not [path for path in op.folder.glob("*.py") if "_backward_" in path.read_text()]
 

@@ -26,8 +26,9 @@ def steps(op: Operator, inputs, *, k_slc: Tensor | None = None) -> dict[str, Ten
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "given", "none"])
-@pytest.mark.parametrize("lengths", [None, (7, 0, 1, 10)], ids=["batched", "packed"])
+@pytest.mark.parametrize(
+    ("gate", "lengths"), [("sigmoid", None), ("given", None), ("none", None), ("sigmoid", (13, 0, 1, 5))]
+)
 def test_the_steps_make_the_whole_and_so_do_their_gradients(gate: str, lengths: tuple[int, ...] | None) -> None:
     op = operator_of(gate=gate, count=2, phi="weighted", position=("learned", "learned"))
     inputs = inputs_of(op, lengths, seed=1) if lengths else inputs_of(op, 4, tokens_kv=37, seed=1)
@@ -43,7 +44,8 @@ def test_the_steps_make_the_whole_and_so_do_their_gradients(gate: str, lengths: 
     gradients = torch.autograd.grad(found["o"], list(leaves.values()), inputs.do)
     for name, gradient in zip(leaves, gradients, strict=True):
         expected = whole[f"d{name}"]
-        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
+        # Gradients of a position of keys are 0 but for rounding: softmax does not see a shift of all its logits.
+        assert (gradient - expected).norm() <= 1e-5 * max(expected.norm().item(), 1.0), name
 
 
 def test_aux_is_detached_and_has_the_fields_of_the_branches() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_gen.verification import reference_gradients
-from tests.support import DEVICE, assert_matches_oracle, call_with_gradients, inputs_of, operator_of
+from tests.support import DEVICE, assert_matches_oracle, call, call_with_gradients, inputs_of, operator_of
 
 
 @pytest.mark.parametrize("head_dim_v", [192, 256])
@@ -19,10 +19,10 @@ def test_gradients_are_right_for_values_wider_than_128(head_dim_v: int) -> None:
 @pytest.mark.parametrize("count", [1, 3, 5, 13])
 def test_any_number_of_selected_blocks_is_used_in_forward_and_backward(count: int) -> None:
     op = operator_of("cmp slc", count=count, initial=min(1, count - 1), gate="given")
-    inputs = inputs_of(op, 3, tokens_kv=16 * (count + 1) + 3, seed=count)
-    assert_matches_oracle(op, 3, inputs=inputs)
-    found = call_with_gradients(op, inputs)
-    assert (found["counts"] == count).all() and (found["indices"] >= 0).all()
+    inputs = inputs_of(op, 2, tokens_kv=16 * (count + 1) + 3, seed=count)
+    assert_matches_oracle(op, 2, inputs=inputs)
+    _, aux = call(op, inputs, return_aux=True)
+    assert (aux.counts == count).all() and (aux.indices >= 0).all()
 
 
 def test_every_one_of_five_selected_blocks_gets_its_key_and_value_gradients() -> None:
@@ -67,7 +67,7 @@ def test_branches_sum_their_shared_gradients_in_float32_and_round_once() -> None
 
 def test_the_same_call_gives_the_same_bits_forward_and_backward() -> None:
     op = operator_of(group=3, count=2, phi="weighted", position=("learned", "none"))
-    inputs = inputs_of(op, (13, 0, 1, 8), seed=8)
+    inputs = inputs_of(op, (12, 0, 1), seed=8)
     first, second = call_with_gradients(op, inputs), call_with_gradients(op, inputs)
     assert len(first) >= 15
     for name, x in first.items():

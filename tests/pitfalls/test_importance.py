@@ -32,7 +32,9 @@ def select_with_probabilities(op: Operator, probabilities: Tensor, rows: int, to
     return indices[0, :, 0].cpu(), counts[0, :, 0].cpu()
 
 
-def enumerated_importance(probabilities: Sequence[float], block: int, stride: int, selection: int, t: int) -> list[float]:
+def enumerated_importance(
+    probabilities: Sequence[float], block: int, stride: int, selection: int, t: int
+) -> list[float]:
     """Eq. 9 for one row: every raw position of every visible compressed block adds p / d to the block it lies in."""
     importance = [0.0] * (t // selection + 1)
     for i, p in enumerate(probabilities):
@@ -131,7 +133,7 @@ def test_equal_importances_go_to_the_lower_block() -> None:
                      passes=("forward",))  # fmt: skip
     probabilities = torch.full((8, 2, 6), 0.125)
     probabilities[4:, :, 4] = 0.25  # the rows after the first four prefer block 4
-    indices, counts = select_with_probabilities(op, probabilities, 8, 103)
+    indices, counts = select_with_probabilities(op, probabilities, 8, 104)
     assert (counts == 3).all()
     assert indices.tolist() == [[0, 1, 6]] * 4 + [[0, 4, 6]] * 4
 
@@ -140,13 +142,13 @@ def test_blocks_of_unknown_importance_rank_after_all_others() -> None:
     op = operator_of("cmp slc", gate="none", scale=1.0, compression=(16, 16), count=3, initial=0, local=0,
                      passes=("forward",))  # fmt: skip
     probabilities = torch.tensor([0.3, 0.2, math.nan, 0.0, 0.1, math.nan]).expand(8, 2, 6).clone()
-    indices, _ = select_with_probabilities(op, probabilities, 8, 103)
+    indices, _ = select_with_probabilities(op, probabilities, 8, 104)
     assert indices.tolist() == [[0, 1, 4]] * 8
     probabilities[..., [0, 1]] = math.nan  # four of seven unknown: 3, 4 and 6 (which no compressed block covers)
-    indices, _ = select_with_probabilities(op, probabilities, 8, 103)
+    indices, _ = select_with_probabilities(op, probabilities, 8, 104)
     assert indices.tolist() == [[3, 4, 6]] * 8
     probabilities[..., :] = math.nan  # only 6 is known, then the lower indices
-    indices, _ = select_with_probabilities(op, probabilities, 8, 103)
+    indices, _ = select_with_probabilities(op, probabilities, 8, 104)
     assert indices.tolist() == [[0, 1, 6]] * 8
 
 

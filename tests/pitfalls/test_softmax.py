@@ -12,7 +12,7 @@ from tests.support import DEVICE, assert_matches_oracle, call, inputs_of, operat
 
 def test_logits_forty_nats_apart_between_tokens_leave_every_row_its_own_maximum() -> None:
     op = operator_of(count=2)
-    found = assert_matches_oracle(op, 8, tokens_kv=45, kind="spread", seed=1)
+    found = assert_matches_oracle(op, 6, tokens_kv=36, kind="spread", seed=1)
     assert {"o_cmp", "o_slc", "o_win", "dq", "dk", "dv"} <= found.keys()
 
 
@@ -103,7 +103,9 @@ def test_rows_that_name_no_block_get_zero_minus_infinity_and_zero_gradients() ->
         assert o[:, 4].any() == (empty != slice(None))
 
 
-@pytest.mark.parametrize(("group", "kv_heads"), [(1, 2), (2, 2), (3, 2), (5, 2), (7, 1), (8, 1), (12, 1), (16, 1), (32, 1)])
+@pytest.mark.parametrize(
+    ("group", "kv_heads"), [(1, 2), (2, 2), (3, 2), (5, 2), (7, 1), (8, 1), (12, 1), (16, 1), (32, 1)]
+)
 def test_groups_of_any_size_share_one_kv_head(group: int, kv_heads: int) -> None:
     op = operator_of(group=group, kv_heads=kv_heads, count=2)
-    assert_matches_oracle(op, 3, tokens_kv=35 if group < 8 else 18, seed=group)
+    assert_matches_oracle(op, 2, tokens_kv=35 if group < 8 else 18, seed=group)

@@ -95,21 +95,21 @@ def touch_job(
     spec: str,
     dtype: str,
     heads: Sequence[int] | None,
-    tokens: int,
-    packed: Sequence[int],
+    batch: int,
+    shapes: Sequence[int | Sequence[int]],
     device: str,
     seed: int,
     root: str,
 ) -> None:
-    """Run forward and backward once batched and once packed, without an oracle; outputs must be finite."""
+    """Run forward and backward at each shape (a length, or packed lengths), without an oracle; all must be finite."""
     meaning = variant(spec, dtype, None if heads is None else (heads[0], heads[1]))
     module = import_package(package_of(meaning, Path(root)))
     broken: list[str] = []
-    for number, shape in enumerate((tokens, tuple(packed))):
+    for number, shape in enumerate(shapes):
         say(f"{spec}: tokens {shape}")
         inputs = make_inputs(
             meaning,
-            batch=2,
+            batch=batch,
             tokens=shape,
             dtype=getattr(torch, dtype),
             device=device,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.rendering import import_package
+from nsa_gen.spec import Spec
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, reference_gradients
 from nsa_gen.verification.inputs import Inputs, make_inputs
@@ -18,14 +19,23 @@ from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
 from nsa_gen.verification.verify import call_package, environment
 from tools.gpu.correctness import not_finite, release, say
-from tools.gpu.packages import package_of, variant
+from tools.gpu.packages import memory_slot, package_of, variant
 
 ROWWISE = ("q", "do", "gates", "indices", "counts")
 """Arguments with a row a query; the others have a row a key."""
 
 
 def long_job(
-    result: dict[str, Any], *, spec: str, dtype: str, tokens: int, rows: int, device: str, seed: int, root: str
+    result: dict[str, Any],
+    *,
+    spec: str,
+    dtype: str,
+    tokens: int,
+    rows: int,
+    device: str,
+    seed: int,
+    root: str,
+    slots: int,
 ) -> None:
     """Forward and backward over `tokens` tokens; `rows` rows at the end, in the middle and early on are checked.
 
@@ -36,22 +46,30 @@ def long_job(
     if meaning.compression is not None and meaning.compression.phi.key == "external":
         raise ValueError(f"spec: expected one that compresses its keys itself, got {spec}")
     module = import_package(package_of(meaning, Path(root)))
-    say(f"{spec}: drawing {tokens} tokens")
-    inputs = make_inputs(meaning, batch=1, tokens=tokens, dtype=getattr(torch, dtype), device=device, seed=seed)
+    with memory_slot(Path(root) / "memory", slots):
+        _run_and_check(result, meaning, module, tokens, rows, device, seed)
+
+
+def _run_and_check(
+    result: dict[str, Any], spec: Spec, module: Any, tokens: int, rows: int, device: str, seed: int
+) -> None:
+    name, element = spec.name, getattr(torch, spec.dtype)
+    say(f"{name}: drawing {tokens} tokens")
+    inputs = make_inputs(spec, batch=1, tokens=tokens, dtype=element, device=device, seed=seed)
     result["tokens"] = tokens
     result["environment"] = asdict(environment(torch.device(device)))
     result["input_bytes"] = _allocated(device)
-    for name, with_gradients in (("forward_peak_bytes", False), ("peak_bytes", True)):
+    for peak, with_gradients in (("forward_peak_bytes", False), ("peak_bytes", True)):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        say(f"{spec}: forward{' and backward' if with_gradients else ''} at {tokens}")
+        say(f"{name}: forward{' and backward' if with_gradients else ''} at {tokens}")
         call = call_package(module, inputs, with_gradients)
-        result[name] = _allocated(device, peak=True)
+        result[peak] = _allocated(device, peak=True)
     result["not_finite"] = not_finite(call)
-    parameters = OracleParameters.from_spec(meaning)
+    parameters = OracleParameters.from_spec(spec)
     found: list[Row] = []
     for end in (tokens, tokens * 3 // 4 - 1, tokens // 8 + 5):
-        say(f"{spec}: checking rows {end - rows} to {end}")
+        say(f"{name}: checking rows {end - rows} to {end}")
         found += check_rows(parameters, inputs, call, end - rows, end)
         result["rows"] = [asdict(row) for row in found]
         release(device)

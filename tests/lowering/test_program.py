@@ -1,0 +1,274 @@
+"""What holds of every Program: for the shipped specs and for specs that no person chose."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import sympy
+
+from nsa_gen.hardware import TARGETS, UnknownGpuError, gpu, gpu_for_target
+from nsa_gen.lowering import lower, space
+from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.cost import explain
+from nsa_gen.lowering.program import Program
+from nsa_gen.spec import shipped_specs
+from tests.lowering.drawn_specs import specs
+
+SPECS = specs(30)
+PROGRAMS = {name: lower(spec) for name, spec in SPECS.items()}
+every_program = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+TABLES = ("interpreter", *TARGETS)
+
+
+def test_the_drawn_specs_cover_the_language():
+    drawn = [spec for name, spec in SPECS.items() if name.startswith("drawn")]
+    assert {spec.dtype for spec in drawn} == {"bfloat16", "float16", "float32"}
+    assert {spec.combine.gate for spec in drawn} == {"sigmoid", "given", "none"}
+    assert {spec.kv for spec in drawn} == {"shared", "per_branch"}
+    assert {spec.passes for spec in drawn} == {("forward",), ("forward", "backward")}
+    assert len({spec.branches for spec in drawn}) >= 6
+    phis = {
+        kind for spec in drawn if spec.compression for kind in (spec.compression.phi.key, spec.compression.phi.value)
+    }
+    assert {"mean", "weighted", "linear", "mlp", "external"} <= phis
+    assert {spec.selection.indices for spec in drawn if spec.selection} == {"computed", "input"}
+
+
+@every_program
+def test_lowering_twice_gives_equal_programs(program: Program):
+    again = lower(program.spec)
+    assert again == program
+    assert repr(again) == repr(program)
+
+
+@every_program
+def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within_its_constraints(program: Program):
+    names = [kernel.name for kernel in program.kernels]
+    assert len(set(names)) == len(names)
+    assert set(program.defaults) == set(TABLES)
+    for table in TABLES:
+        assert list(program.defaults[table]) == names
+        for kernel in program.kernels:
+            config = program.defaults[table][kernel.name]
+            values = config.mapping()
+            assert config.kernel == kernel.name
+            assert {"num_warps", "num_stages"} <= set(values)
+            assert list(values) == [tunable.name for tunable in kernel.tunables]
+            assert all(values[tunable.name] in tunable.values for tunable in kernel.tunables)
+            for constraint in kernel.constraints:
+                assert bool(substitute(constraint, program, values)), (table, kernel.name, constraint)
+
+
+@every_program
+def test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuration_is_within(program: Program):
+    for target in TARGETS:
+        device = gpu_for_target(target)
+        for kernel in program.kernels:
+            estimate = sympy.lambdify(_tunables(kernel), kernel.resources.shared_memory.subs(program.sizes))
+            chosen = program.defaults[target][kernel.name].mapping()
+            need = estimate(*(chosen[str(symbol)] for symbol in _tunables(kernel)))
+            legal = space.fits(kernel, program.sizes, device)
+            if any(legal(config) for config in space.candidates(kernel)):
+                assert legal(chosen), (target, kernel.name)
+                assert need <= device.shared_memory_per_block, (target, kernel.name)
+            else:
+                least = min(
+                    estimate(*(config[str(symbol)] for symbol in _tunables(kernel)))
+                    for config in space.candidates(kernel)
+                    if all(bool(substitute(c, program, config)) for c in kernel.constraints)
+                )
+                assert need == least, (target, kernel.name)
+
+
+@pytest.mark.parametrize("name", shipped_specs())
+def test_every_default_of_a_shipped_spec_is_expected_to_fit_the_h100_it_is_for(name: str):
+    program, device = PROGRAMS[name], gpu("h100")
+    for kernel in program.kernels:
+        config = program.defaults[device.target][kernel.name].mapping()
+        assert space.fits(kernel, program.sizes, device)(config), (kernel.name, config)
+
+
+@every_program
+def test_costs_are_never_negative_and_every_kernel_moves_something(program: Program):
+    for kernel in program.kernels:
+        for tokens in (1, 100, 65536):
+            call = {s.T: tokens, s.B: 1}
+            config = program.defaults["sm_90"][kernel.name].mapping()
+            assert substitute(kernel.useful_flops, program, {}, call) >= 0
+            assert substitute(kernel.compulsory_bytes, program, {}, call) > 0, kernel.name
+            assert substitute(kernel.resources.flops, program, config, call) >= 0
+            assert substitute(kernel.resources.traffic, program, config, call) > 0, kernel.name
+            assert substitute(kernel.resources.streamed, program, config, call) > 0, kernel.name
+        assert substitute(kernel.resources.shared_memory, program, config) >= 0
+        assert substitute(kernel.resources.registers, program, config) >= 0  # 0: no tile is held
+
+
+@every_program
+def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_tokens_and_all_else_twice(
+    program: Program,
+):
+    for kernel in program.kernels:
+        once, twice, batch = (
+            substitute(kernel.useful_flops, program, {}, {s.T: tokens, s.B: size})
+            for tokens, size in ((2**20, 1), (2**21, 1), (2**20, 2))
+        )
+        quadratic = kernel.name.startswith("compressed_") or kernel.name == "select_blocks"
+        assert twice == (4 if quadratic else 2) * once, kernel.name
+        assert batch == 2 * once, kernel.name
+
+
+@every_program
+def test_bytes_grow_with_the_tokens_and_not_with_their_square(program: Program):
+    for kernel in program.kernels:
+        once, twice = (substitute(kernel.compulsory_bytes, program, {}, {s.T: 2**n, s.B: 1}) for n in (26, 27))
+        assert 1.5 * once < twice <= 2 * once, kernel.name
+
+
+@every_program
+def test_no_formula_has_a_symbol_that_neither_spec_nor_call_nor_tunables_give(program: Program):
+    for kernel in program.kernels:
+        given = {symbol.name for symbol in (*program.sizes, s.B, s.T)}
+        tunables = {tunable.name for tunable in kernel.tunables}
+        for formula in (kernel.useful_flops, kernel.compulsory_bytes):
+            assert {symbol.name for symbol in sympy.sympify(formula).free_symbols} <= given, kernel.name
+        resources = kernel.resources
+        formulas = (
+            resources.shared_memory,
+            resources.registers,
+            resources.flops,
+            resources.traffic,
+            resources.streamed,
+        )
+        for formula in (*formulas, *kernel.constraints):
+            assert {symbol.name for symbol in sympy.sympify(formula).free_symbols} <= given | tunables, kernel.name
+
+
+@every_program
+def test_explain_gives_floors_that_follow_from_the_devices_peaks(program: Program):
+    estimates = explain(program, tokens=8192, batch=2, gpu_key="h100")
+    whole = [kernel.name for kernel in program.kernels if kernel.whole]
+    device = gpu("h100")
+    assert [estimate.kernel for estimate in estimates] == whole
+    for estimate in estimates:
+        assert math.isfinite(estimate.seconds_floor)
+        assert estimate.seconds_floor >= estimate.bytes / (device.bandwidth_tbs * 1e12) > 0
+        assert estimate.seconds_floor >= estimate.flops / (device.bf16_tflops * 1e12)
+        assert estimate.limited_by in ("matrix units", "memory")
+        assert estimate.config == program.defaults["sm_90"][estimate.kernel].mapping()
+
+
+def test_the_papers_compressed_attention_has_the_floor_that_its_flops_give():
+    (estimate,) = [e for e in explain(PROGRAMS["nsa_64x4"], tokens=65536) if e.kernel == "compressed_forward"]
+    # 64 heads, T^2 / (2 * 16) pairs, two products of 128: 2.2e12 multiplications and as many additions.
+    assert estimate.flops == pytest.approx(64 * 65536**2 / 32 * 2 * (128 + 128), rel=0.01)
+    assert estimate.limited_by == "matrix units"
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(0, 1), (1, 0), (-1, 1)])
+def test_explain_refuses_a_call_without_tokens(tokens: int, batch: int):
+    with pytest.raises(ValueError, match="expected positive"):
+        explain(PROGRAMS["tiny"], tokens=tokens, batch=batch)
+
+
+def test_explain_refuses_an_unknown_device():
+    with pytest.raises(UnknownGpuError, match="abacus"):
+        explain(PROGRAMS["tiny"], gpu_key="abacus")
+
+
+@every_program
+def test_arguments_say_what_the_spec_takes(program: Program):
+    spec = program.spec
+    names = [argument.name for argument in program.arguments]
+    assert names[0] == "q"
+    assert len(set(names)) == len(names)
+    assert ("gates" in names) == (spec.combine.gate != "none")
+    given = spec.selection is not None and spec.selection.indices == "input"
+    assert ("indices" in names) == ("counts" in names) == given
+    external = spec.compression is not None and spec.compression.phi.key == "external"
+    assert ("k_cmp" in names) == ("v_cmp" in names) == external
+    readers = [branch for branch in spec.branches if not (branch == "cmp" and external)]
+    raw = [] if not readers else ["k", "v"]
+    if spec.kv == "per_branch":
+        raw += [f"{letter}_{branch}" for branch in readers[1:] for letter in "kv"]
+    assert list(program.raw_names) == raw
+    assert [name for name in names if name in raw] == raw
+
+
+@every_program
+def test_arguments_have_known_dims_and_integers_have_no_gradient(program: Program):
+    known = {"B", "Tq", "Tkv", "Nc", "Hq", "Hkv", "Dk", "Dv"}
+    for argument in program.arguments:
+        assert argument.dtype in ("spec", "int32")
+        assert argument.group in ("tensor", "compression")
+        assert argument.differentiable == (argument.dtype == "spec")
+        assert all(dim in known or dim.isdigit() for dim in argument.dims if argument.group == "tensor")
+    assert [a.name for a in program.arguments if not a.required] in ([], ["counts"])
+    assert (*program.tensors, *program.parameters) == tuple(
+        sorted(program.arguments, key=lambda argument: argument.group != "tensor")
+    )
+
+
+@every_program
+def test_outputs_are_o_then_what_each_branch_leaves_for_the_backward_pass(program: Program):
+    spec = program.spec
+    names = [output.name for output in program.outputs]
+    assert names[0] == "o"
+    assert len(set(names)) == len(names)
+    assert {f"lse_{branch}" for branch in spec.branches} <= set(names)
+    assert ("indices" in names) == ("counts" in names) == program.selects
+    alone = len(spec.branches) == 1 and spec.combine.gate == "none"
+    assert all((f"o_{branch}" in names) != alone for branch in spec.branches)
+    saved = [output.name for output in program.saved_outputs]
+    assert set(saved) <= set(names)
+    assert ("o" in saved) == alone
+
+
+@every_program
+def test_a_spec_without_backward_has_no_backward_kernel_and_one_with_it_has_one_for_each_forward_branch(
+    program: Program,
+):
+    directions = {kernel.direction for kernel in program.kernels}
+    assert directions == set(program.spec.passes)
+    forward = {kernel.branch for kernel in program.kernels if kernel.direction == "forward"}
+    assert set(program.spec.branches) <= forward
+    if program.backward:
+        assert set(program.spec.branches) <= {k.branch for k in program.kernels if k.direction == "backward"}
+
+
+@every_program
+def test_the_first_branch_to_write_a_gradient_stores_it_and_each_later_one_adds(program: Program):
+    for name in program.raw_names:
+        branches = [branch for branch in program.raw_branches if name in program.kv(branch)]
+        assert program.contributors(name) == len(branches) >= 1
+        tiled = [branch for branch in branches if branch != "cmp"]
+        assert [program.accumulates(branch) for branch in tiled] == [number > 0 for number in range(len(tiled))]
+
+
+def test_an_unknown_kernel_is_a_key_error():
+    with pytest.raises(KeyError, match="nonsense"):
+        PROGRAMS["tiny"].kernel("nonsense")
+
+
+def _tunables(kernel) -> list[sympy.Symbol]:
+    """The kernel's tunables as symbols that stand in its shared memory formula."""
+    return sorted(
+        (
+            symbol
+            for symbol in sympy.sympify(kernel.resources.shared_memory).free_symbols
+            if _is_tunable(kernel, symbol)
+        ),
+        key=str,
+    )
+
+
+def _is_tunable(kernel, symbol: sympy.Symbol) -> bool:
+    return symbol.name in {tunable.name for tunable in kernel.tunables}
+
+
+def substitute(formula, program: Program, config: dict[str, int], call: dict[sympy.Symbol, int] | None = None):
+    """A formula's value with the spec's sizes, a configuration and a call filled in, by sympy's own substitution."""
+    formula = sympy.sympify(formula)
+    values = {**program.sizes, **(call or {})}
+    values |= {symbol: config[symbol.name] for symbol in formula.free_symbols if symbol.name in config}
+    return formula.subs(values)

@@ -1,0 +1,224 @@
+"""Writing a package: the same bytes everywhere, all or nothing, and nobody else's files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsa_gen.rendering import RefusedOverwriteError, differences, generate, render
+from nsa_gen.rendering.package import SIGNATURE, templates_digest
+from nsa_gen.spec import load_spec, parse_spec, shipped_specs
+from tests.lowering.drawn_specs import specs
+
+SPECS = specs(25)
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+DIGESTS = """
+import hashlib, sys
+from nsa_gen.rendering import render
+from nsa_gen.spec import load_spec
+for name in sys.argv[1:]:
+    text = "".join(f"{path}\\0{text}\\0" for path, text in render(load_spec(name)).items())
+    print(name, hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def digests(cwd: Path, **environment: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-c", DIGESTS, "nsa_paper", "tiny", "llama3_8b"],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout
+
+
+def test_the_bytes_depend_on_no_process_folder_locale_time_zone_or_hash_seed(tmp_path):
+    plain = digests(tmp_path, PYTHONHASHSEED="0", LC_ALL="C", TZ="UTC")
+    elsewhere = tmp_path / "some where"
+    elsewhere.mkdir()
+    assert plain == digests(elsewhere, PYTHONHASHSEED="4711", LC_ALL="tr_TR.UTF-8", PYTHONUTF8="0", TZ="Asia/Tokyo")
+    assert len(plain.splitlines()) == 3
+
+
+def test_text_beyond_ascii_is_written_in_utf8_whatever_the_locale(tmp_path):
+    text = "version: 1\nname: letters\ndescription: Ünïcode λ 웙\nheads: {query: 2, kv: 1}\nhead_dim: 16\n"
+    (tmp_path / "s.yaml").write_text(f"{text}dtype: float32\nwindow: {{size: 8}}\n", encoding="utf-8")
+    code = "import sys; from nsa_gen.rendering import generate; generate(sys.argv[1], sys.argv[2])"
+    for out, locale in (("a", "C"), ("b", "C.UTF-8")):
+        environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        command = [sys.executable, "-c", code, str(tmp_path / "s.yaml"), str(tmp_path / out)]
+        subprocess.run(command, env=environment, check=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert "Ünïcode λ 웙" in (tmp_path / "a" / "letters" / "spec.yaml").read_text(encoding="utf-8")
+
+
+@every_spec
+def test_every_file_begins_with_a_header_of_four_lines(spec):
+    for name, text in render(spec).items():
+        first, *rest = text.splitlines()[:5]
+        assert first.startswith(f"{SIGNATURE} "), name
+        assert spec.name in first
+        assert rest[0] == f"# spec: {spec.digest()}"
+        assert rest[1] == f"# templates: {templates_digest()}"
+        assert rest[2].startswith("# regenerate: nsa-gen generate ")
+        assert not rest[3].startswith("#"), name
+        if name.endswith(".py"):
+            assert rest[3].startswith('"""'), name
+
+
+@every_spec
+def test_the_spec_in_a_package_reads_back_as_an_equal_spec(spec):
+    assert parse_spec(render(spec)["spec.yaml"]) == spec
+
+
+def test_a_package_regenerates_from_its_own_spec(tmp_path):
+    package = generate(load_spec("nsa_paper"), tmp_path)
+    assert generate(package / "spec.yaml", tmp_path) == package
+    assert differences(package / "spec.yaml", tmp_path) == []
+
+
+def test_generating_again_touches_no_file(tmp_path):
+    package = generate("tiny", tmp_path)
+    before = stamps(tmp_path)
+    assert set(before) == {f"tiny/{name}" for name in render(load_spec("tiny"))}
+    assert generate("tiny", tmp_path) == package
+    assert stamps(tmp_path) == before
+
+
+def test_an_edited_file_is_restored_and_its_neighbours_are_left(tmp_path):
+    package = generate("tiny", tmp_path)
+    right = contents(package)
+    before = stamps(package)
+    (package / "api.py").write_text(f"{SIGNATURE} and edited\n")
+    generate("tiny", tmp_path)
+    assert contents(package) == right
+    after = stamps(package)
+    assert {name for name in after if after[name] != before[name]} == {"api.py"}
+
+
+def test_differences_name_what_was_edited_what_is_missing_and_what_is_stale(tmp_path):
+    package = generate("tiny", tmp_path)
+    assert differences("tiny", tmp_path) == []
+    text = (package / "api.py").read_text()
+    (package / "api.py").write_text(text.replace("import", "inport", 1))
+    (package / "configs.py").unlink()
+    (package / "old.py").write_text(f"{SIGNATURE} long ago\nx = 1\n")
+    (package / "mine.py").write_text("y = 2\n")
+    before = contents(tmp_path)
+    found = differences("tiny", tmp_path)
+    assert len(found) == 3
+    joined = "".join(found)
+    assert "inport" in joined
+    assert "configs.py (generated)" in joined
+    assert "-x = 1" in joined
+    assert "mine.py" not in joined
+    assert contents(tmp_path) == before
+    generate("tiny", tmp_path)
+    assert differences("tiny", tmp_path) == []
+
+
+def test_everything_differs_where_nothing_was_generated(tmp_path):
+    assert len(differences("tiny", tmp_path)) == len(render(load_spec("tiny")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stale_files_of_its_own_are_removed_and_foreign_ones_never(tmp_path):
+    whole = load_spec("tiny")
+    package = generate(whole, tmp_path)
+    (package / "notes.txt").write_text("mine\n")
+    (package / "tuned").mkdir()
+    (package / "tuned" / "h100.json").write_text("{}")
+    (package / "window_test.py").write_text("# Generated by another program\n")
+    assert (package / "window_attention.py").exists()
+    generate(whole.replace(window=None), tmp_path)
+    assert not (package / "window_attention.py").exists()
+    assert (package / "notes.txt").read_text() == "mine\n"
+    assert (package / "tuned" / "h100.json").read_text() == "{}"
+    assert (package / "window_test.py").exists()
+
+
+@pytest.mark.parametrize("name", ["api.py", "spec.yaml", "__init__.py"])
+def test_a_foreign_file_in_the_way_is_refused_before_anything_is_written(tmp_path, name):
+    package = tmp_path / "tiny"
+    package.mkdir()
+    (package / name).write_text("# by hand\n")
+    with pytest.raises(RefusedOverwriteError, match=name):
+        generate("tiny", tmp_path)
+    assert contents(tmp_path) == {f"tiny/{name}": b"# by hand\n"}
+
+
+def test_a_folder_in_the_way_of_a_file_is_refused(tmp_path):
+    (tmp_path / "tiny" / "api.py").mkdir(parents=True)
+    with pytest.raises(RefusedOverwriteError, match=r"api\.py"):
+        generate("tiny", tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_a_replacement_that_fails_leaves_whole_files_and_nothing_temporary(tmp_path, monkeypatch):
+    package = generate("tiny", tmp_path)
+    old = contents(package)
+    changed = load_spec("tiny").replace(scale=0.37)
+    new = {name: text.encode() for name, text in render(changed).items()}
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="No space left"):
+        generate(changed, tmp_path)
+    monkeypatch.undo()
+    found = contents(package)
+    assert set(found) == set(old)
+    assert sum(found[name] != old[name] for name in found) == 3
+    assert all(found[name] in (old[name], new[name]) for name in found)
+    generate(changed, tmp_path)
+    assert contents(package) == new
+
+
+def test_a_first_generation_that_fails_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def failing(source, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        generate("tiny", tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_the_folder_is_given_or_generated_in_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate("tiny").resolve() == tmp_path / "generated" / "tiny"
+    assert generate("tiny", "other/place").resolve() == tmp_path / "other" / "place" / "tiny"
+
+
+def test_files_are_readable_by_others_and_keep_their_mode(tmp_path):
+    package = generate("tiny", tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in package.iterdir()} == {0o644}
+    (package / "api.py").chmod(0o640)
+    (package / "api.py").write_text(f"{SIGNATURE} and edited\n")
+    generate("tiny", tmp_path)
+    assert (package / "api.py").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", shipped_specs())
+def test_what_is_committed_is_what_is_generated(name, project_root):
+    assert differences(name, project_root / "generated") == []

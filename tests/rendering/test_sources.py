@@ -1,0 +1,290 @@
+"""The text of generated packages: lint-clean, self-contained, and quick to make."""
+
+from __future__ import annotations
+
+import ast
+import getpass
+import math
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from nsa_gen._resources import templates_dir
+from nsa_gen.hardware import TARGETS
+from nsa_gen.lowering import lower
+from nsa_gen.rendering import generate, render
+from nsa_gen.rendering.environment import environment
+from nsa_gen.spec import load_spec, shipped_specs
+from tests.lowering.drawn_specs import specs
+
+SPECS = specs(25)
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def modules(spec) -> dict[str, ast.Module]:
+    return {name: ast.parse(text, name) for name, text in render(spec).items() if name.endswith(".py")}
+
+
+@pytest.fixture(scope="module")
+def all_packages(tmp_path_factory) -> Path:
+    """A folder with the packages of all specs."""
+    out = tmp_path_factory.mktemp("packages")
+    for spec in SPECS.values():
+        generate(spec, out)
+    return out
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check", "--diff")], ids=lambda command: command[0])
+def test_ruff_has_nothing_to_say_of_any_package(all_packages, project_root, command):
+    ruff = Path(sys.executable).with_name("ruff")
+    done = subprocess.run(
+        [str(ruff), *command, "--no-cache", "--config", str(project_root / "pyproject.toml"), "."],
+        cwd=all_packages,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
+
+
+@every_spec
+def test_every_module_parses_and_imports_torch_triton_the_standard_library_and_its_own_modules_only(spec):
+    found = modules(spec)
+    own = {name.removesuffix(".py") for name in found}
+    for name, tree in found.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported = [node.module or ""]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, (name, ast.unparse(node))
+                wanted = [node.module] if node.module else [alias.name for alias in node.names]
+                assert set(wanted) <= own, (name, ast.unparse(node))
+                continue
+            else:
+                continue
+            for module in imported:
+                root = module.partition(".")[0]
+                assert root in ("torch", "triton") or root in sys.stdlib_module_names, (name, module)
+
+
+@every_spec
+def test_kernels_and_configurations_name_each_other(spec):
+    found = modules(spec)
+    kernels = {
+        node.name.removesuffix("_kernel"): name.removesuffix(".py")
+        for name, tree in found.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    tables = {}
+    for node in ast.walk(found["configs.py"]):
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "DEFAULTS":
+            tables = ast.literal_eval(node.value)
+    assert set(tables) == {"interpreter", *TARGETS}
+    program = lower(spec)
+    for target, table in tables.items():
+        assert set(table) == set(kernels), target
+        assert table == {name: config.mapping() for name, config in program.defaults[target].items()}
+    assert kernels == {kernel.name: kernel.module for kernel in program.kernels}
+
+
+@every_spec
+def test_every_kernel_is_launched_with_its_own_configuration(spec):
+    sources = {name: text for name, text in render(spec).items() if name.endswith(".py") and name != "configs.py"}
+    for kernel in lower(spec).kernels:
+        source = "".join(sources.values())
+        assert re.search(rf"\b{kernel.name}_kernel\[", source), kernel.name
+        assert f'"{kernel.name}"' in source, kernel.name
+
+
+@every_spec
+def test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch(spec):
+    found = modules(spec)
+    for kernel in lower(spec).kernels:
+        (function,) = (
+            node
+            for node in found[f"{kernel.module}.py"].body
+            if isinstance(node, ast.FunctionDef) and node.name == f"{kernel.name}_kernel"
+        )
+        constants = {
+            argument.arg
+            for argument in function.args.args
+            if argument.annotation is not None and ast.unparse(argument.annotation) == "tl.constexpr"
+        }
+        read = {
+            node.value for node in ast.walk(found[f"{kernel.module}.py"]) if isinstance(node, ast.Constant)
+        }  # such as the number of shares that a sum is divided into: config.pop("SHARES")
+        tiles = {tunable.name for tunable in kernel.tunables} - {"num_warps", "num_stages"}
+        assert tiles <= constants | read, kernel.name
+
+
+@every_spec
+def test_no_date_no_path_of_this_machine_and_no_leftover_of_a_template(spec):
+    private = [str(Path.home()), str(Path.cwd()), str(templates_dir()), "/tmp/", f"/{getpass.getuser()}/"]
+    for name, text in render(spec).items():
+        body = text.replace(spec.description, "")
+        assert not re.search(r"\b20[0-9]{2}-[01][0-9]-[0-3][0-9]\b", body), name
+        assert not any(path in body for path in private if len(path) > 3), name
+        for leftover in ("{{", "}}", "{%", "%}", "{#", "Undefined", "None of None"):
+            assert leftover not in body or (leftover in ("{{", "}}") and 'f"' in body), (name, leftover)
+        assert text.endswith("\n")
+        assert not text.endswith("\n\n")
+        assert "\t" not in body
+        assert "\r" not in body
+
+
+@every_spec
+def test_every_module_and_every_exported_function_says_what_it_does(spec):
+    found = modules(spec)
+    assert all(ast.get_docstring(tree) for tree in found.values())
+    exported = set(_exported(found["__init__.py"]))
+    documented = {
+        node.name
+        for tree in found.values()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node)
+    }
+    defined = {
+        node.name for tree in found.values() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert exported & defined <= documented
+
+
+def _exported(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+@every_spec
+def test_all_names_that_a_package_exports_exist(spec):
+    tree = modules(spec)["__init__.py"]
+    exported = _exported(tree)
+    bound: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign):
+            bound |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            bound.add(node.target.id)
+    assert "nsa_attention" in exported
+    assert set(exported) <= bound
+    assert len(set(exported)) == len(exported)
+
+
+def test_generating_a_shipped_spec_takes_less_than_a_second(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from nsa_gen.rendering import generate\n"
+        "from nsa_gen.spec import load_spec\n"
+        "start = time.process_time()\n"
+        "generate(load_spec(sys.argv[1]), sys.argv[2])\n"
+        "print(time.process_time() - start)\n"
+    )
+    for name in shipped_specs():
+        seconds = math.inf
+        for _ in range(3):  # once, unless other work on the machine got in the way
+            command = [sys.executable, "-c", code, name, str(tmp_path)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds = min(seconds, float(done.stdout))
+            if seconds < 1.0:
+                break
+        assert seconds < 2.0, f"{name}: {seconds:.2f} s, expected less than 1 s (2 s on a busy machine)"
+
+
+def test_an_undefined_name_in_a_template_is_an_error():
+    assert environment().undefined is jinja2.StrictUndefined
+    with pytest.raises(jinja2.UndefinedError, match="no_such_name"):
+        environment().from_string("{{ no_such_name }}").render()
+    with pytest.raises(jinja2.UndefinedError, match="no_such_field"):
+        environment().from_string("{{ spec.no_such_field }}").render(spec=load_spec("tiny"))
+
+
+def test_every_template_is_used_by_some_package():
+    used: set[str] = set()
+    loader = environment().loader
+    assert loader is not None
+    templates = set(loader.list_templates())
+    for name in templates:
+        source = loader.get_source(environment(), name)[0]
+        used |= set(re.findall(r"""["']((?:macros|kernels|package)/[\w./]+\.jinja)["']""", source))
+    rendered = {f"package/{file}.jinja" for spec in SPECS.values() for file in render(spec)}
+    assert templates - used - rendered == set()
+
+
+def test_rendering_imports_neither_torch_nor_triton():
+    code = (
+        "import sys\n"
+        "from nsa_gen.rendering import render\n"
+        "from nsa_gen.spec import load_spec\n"
+        "render(load_spec('nsa_paper'))\n"
+        "print([name for name in ('torch', 'triton') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'a "quoted" word',
+        "it's",
+        "both ' and \"",
+        "back\\slash",
+        "ends with a backslash\\",
+        'ends with a quote"',
+        'three """ quotes',
+        'closes """; import this; """',
+        "new\nline",
+        "λ 웙",
+        "{{ x }} {% y %}",
+        "a word " * 60,
+    ],
+)
+def test_any_description_is_only_text_in_every_module(value):
+    """Whatever a spec's author writes there, it is no code of the package, and SPEC holds it unchanged."""
+    spec = load_spec("tiny").replace(description=value)
+    plain = render(load_spec("tiny"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an invalid escape sequence is only warned of
+        found = modules(spec)
+    for name, tree in found.items():
+        expected = [type(node) for node in ast.parse(plain[name]).body]
+        assert [type(node) for node in tree.body] == expected, name
+    strings = {node.value for tree in found.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert spec.description in strings
+
+
+@every_spec
+def test_every_spec_in_a_package_is_the_spec(spec):
+    """SPEC in the package holds what the model holds."""
+    for tree in modules(spec).values():
+        for node in tree.body:
+            target = node.target if isinstance(node, ast.AnnAssign) else None
+            if isinstance(node, ast.Assign):
+                target = node.targets[0]
+            if getattr(target, "id", "") == "SPEC":
+                literal = next(child for child in ast.walk(node) if isinstance(child, ast.Dict))
+                assert _same(ast.literal_eval(literal), spec.model_dump(mode="json"))
+                return
+    raise AssertionError("no module assigns SPEC")
+
+
+def _same(left: object, right: object) -> bool:
+    """Equal, tuples and lists being one."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[name], right[name]) for name in left)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return left == right
