@@ -90,7 +90,9 @@ def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol) -> Kernel
         tunables=(Tunable(tile.name, (4, 8, 16, 32, 64)), Tunable("num_warps", (4,)), Tunable("num_stages", (2,))),
         constraints=(),
         # Beyond 32 values a thread more tiles in flight gain nothing; the traffic term makes larger tiles win.
-        resources=Resources(zero, 4 * tile * columns, zero, moved * (1 + 1 / tile), sympy.Integer(1)),
+        resources=Resources(
+            zero, 4 * tile * columns, zero, moved * (1 + 1 / tile), sympy.Integer(1), sympy.Integer(64)
+        ),
         useful_flops=zero,
         compulsory_bytes=moved,
     )
@@ -141,6 +143,7 @@ def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
             flops=flops,
             traffic=flops / 2 * s.E * (1 / rows_tile + 1 / out),
             streamed=inner,
+            height=rows_tile,
         ),
         useful_flops=flops,
         compulsory_bytes=moved,

@@ -96,6 +96,7 @@ def _token_tile(spec: Spec, fewest_rows: int = _FEWEST_ROWS) -> tuple[Tunable, t
 # Sizes that recur.
 
 _QK_V = s.PAD_QK + s.PAD_V
+_SCORES = s.SCORES_STAGED * s.QUERY_BLOCK * s.KEY_BLOCK
 _Q_BYTES = s.B * s.T * s.Hq * s.Dk * s.E
 _O_BYTES = s.B * s.T * s.Hq * s.Dv * s.E
 _KV_BYTES = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E
@@ -114,11 +115,12 @@ def _banded_forward(spec: Spec, band: _Band) -> Kernel:
         tunables=(_tile(spec, s.QUERY_BLOCK), _tile(spec, s.KEY_BLOCK), *_launch()),
         constraints=(),
         resources=Resources(
-            shared_memory=(s.QUERY_BLOCK * s.PAD_QK + s.NUM_STAGES * s.KEY_BLOCK * _QK_V) * s.E,
+            shared_memory=(s.QUERY_BLOCK * s.PAD_QK + s.NUM_STAGES * s.KEY_BLOCK * _QK_V + _SCORES) * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * _QK_V,
             traffic=band.computed_pairs / s.QUERY_BLOCK * _QK_V * s.E + _Q_BYTES + _O_BYTES,
             streamed=s.KEY_BLOCK,
+            height=s.QUERY_BLOCK,
         ),
         useful_flops=2 * band.pairs * (s.Dk + s.Dv),
         compulsory_bytes=_Q_BYTES + kv_bytes + _O_BYTES + _LSE_BYTES,
@@ -137,11 +139,12 @@ def _banded_backward_dq(spec: Spec, band: _Band) -> Kernel:
         tunables=(_tile(spec, s.QUERY_BLOCK), _tile(spec, s.KEY_BLOCK), *_launch()),
         constraints=(),
         resources=Resources(
-            shared_memory=(s.QUERY_BLOCK * _QK_V + s.NUM_STAGES * s.KEY_BLOCK * _QK_V) * s.E,
+            shared_memory=(s.QUERY_BLOCK * _QK_V + s.NUM_STAGES * s.KEY_BLOCK * _QK_V + _SCORES) * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * (2 * s.PAD_QK + s.PAD_V),
             traffic=band.computed_pairs / s.QUERY_BLOCK * _QK_V * s.E + _Q_BYTES * 2 + _O_BYTES,
             streamed=s.KEY_BLOCK,
+            height=s.QUERY_BLOCK,
         ),
         useful_flops=2 * band.pairs * s.Dk,
         compulsory_bytes=2 * _Q_BYTES + kv_bytes + _O_BYTES + 2 * _LSE_BYTES,
@@ -160,12 +163,13 @@ def _banded_backward_dkdv(spec: Spec, band: _Band) -> Kernel:
         tunables=(_tile(spec, s.QUERY_BLOCK), _tile(spec, s.KEY_BLOCK), *_launch()),
         constraints=(),
         resources=Resources(
-            shared_memory=(s.KEY_BLOCK * _QK_V + s.NUM_STAGES * s.QUERY_BLOCK * _QK_V) * s.E,
+            shared_memory=(s.KEY_BLOCK * _QK_V + s.NUM_STAGES * s.QUERY_BLOCK * _QK_V + 2 * _SCORES) * s.E,
             # Counted twice over: the transposed tiles are kept in both operand layouts (read off ptxas).
             registers=s.KEY_BLOCK * (_QK_V + 6 * s.QUERY_BLOCK),
             flops=2 * band.computed_pairs * 2 * _QK_V,
             traffic=band.computed_pairs / s.KEY_BLOCK * _QK_V * s.E + 2 * kv_bytes,
             streamed=s.QUERY_BLOCK,
+            height=s.KEY_BLOCK,
         ),
         useful_flops=2 * band.pairs * (2 * s.Dk + 2 * s.Dv),
         compulsory_bytes=_Q_BYTES + 2 * kv_bytes + _O_BYTES + 2 * _LSE_BYTES,
@@ -197,6 +201,7 @@ def _select_blocks(spec: Spec) -> Kernel:
             flops=2 * tiles * s.GROUP_ROWS * s.PAD_QK,
             traffic=tiles / s.TOKEN_BLOCK * s.PAD_QK * s.E + _Q_BYTES,
             streamed=s.BLOCK_TILE,
+            height=rows,
         ),
         useful_flops=2 * s.B * s.Hq * s.T**2 / (2 * s.CMP_STRIDE) * s.Dk,
         compulsory_bytes=_Q_BYTES
@@ -222,11 +227,15 @@ def _selected_forward(spec: Spec) -> Kernel:
         tunables=(_key_tile(spec), *_launch(warps=(2, 4, 8))),
         constraints=(),
         resources=Resources(
-            shared_memory=(s.SELECTED_ROWS * s.PAD_QK + s.NUM_STAGES * s.KEY_BLOCK * _QK_V) * s.E,
+            shared_memory=(
+                s.SELECTED_ROWS * (s.PAD_QK + s.SCORES_STAGED * s.KEY_BLOCK) + s.NUM_STAGES * s.KEY_BLOCK * _QK_V
+            )
+            * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * _QK_V,
             traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * _QK_V * s.E + _Q_BYTES + _O_BYTES,
             streamed=s.KEY_BLOCK,
+            height=s.SELECTED_ROWS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (s.Dk + s.Dv),
         compulsory_bytes=_Q_BYTES + _KV_BYTES + _O_BYTES + _LSE_BYTES + _INDEX_BYTES,
@@ -244,11 +253,15 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
         tunables=(_key_tile(spec), *_launch(warps=(2, 4, 8))),
         constraints=(),
         resources=Resources(
-            shared_memory=(s.SELECTED_ROWS * _QK_V + s.NUM_STAGES * s.KEY_BLOCK * _QK_V) * s.E,
+            shared_memory=(
+                s.SELECTED_ROWS * (_QK_V + s.SCORES_STAGED * s.KEY_BLOCK) + s.NUM_STAGES * s.KEY_BLOCK * _QK_V
+            )
+            * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * (2 * s.PAD_QK + s.PAD_V),
             traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * _QK_V * s.E + 2 * _Q_BYTES + _O_BYTES,
             streamed=s.KEY_BLOCK,
+            height=s.SELECTED_ROWS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * s.Dk,
         compulsory_bytes=2 * _Q_BYTES + _KV_BYTES + _O_BYTES + 2 * _LSE_BYTES + _INDEX_BYTES,
@@ -268,11 +281,12 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
         tunables=(token_tile, _key_tile(spec), *_launch()),
         constraints=constraints,
         resources=Resources(
-            shared_memory=(s.KEY_BLOCK * _QK_V + s.NUM_STAGES * rows * _QK_V) * s.E,
+            shared_memory=(s.KEY_BLOCK * (_QK_V + 2 * s.SCORES_STAGED * rows) + s.NUM_STAGES * rows * _QK_V) * s.E,
             registers=s.KEY_BLOCK * (_QK_V + 3 * rows),
             flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * 2 * _QK_V,
             traffic=s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS / s.KEY_BLOCK * _QK_V * s.E + 2 * _KV_BYTES,
             streamed=rows,
+            height=s.KEY_BLOCK,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (2 * s.Dk + 2 * s.Dv),
         compulsory_bytes=_Q_BYTES + 2 * _KV_BYTES + _O_BYTES + 2 * _LSE_BYTES + 2 * _INDEX_BYTES,
@@ -301,6 +315,7 @@ def _elementwise(
             flops=zero,
             traffic=moved * (1 + 1 / s.ROW_BLOCK) if tiled else moved,
             streamed=sympy.Integer(1),
+            height=sympy.Integer(64),
         ),
         useful_flops=zero,
         compulsory_bytes=moved,

@@ -59,7 +59,8 @@ class Resources:
     ``shared_memory`` is in bytes; ``registers`` counts 32-bit values that must be alive together; ``flops`` is what
     the matrix units execute for the whole launch, padding and masked tile edges included; ``traffic`` is the bytes
     that all programs read and write, mostly through L2. ``streamed`` is the rows of the tile that one step of the
-    inner loop brings in: each step costs some time whatever its size.
+    inner loop brings in: each step costs some time whatever its size. ``height`` is the rows of the products: the
+    matrix units of Hopper and Blackwell take 64 at a time.
     """
 
     shared_memory: sympy.Expr
@@ -67,6 +68,7 @@ class Resources:
     flops: sympy.Expr
     traffic: sympy.Expr
     streamed: sympy.Expr
+    height: sympy.Expr
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,13 @@ _MATRIX_EFFICIENCY = 0.6
 _L2_OVER_MEMORY = 2.5
 #: Rows of a streamed tile whose products take as long as the fixed cost of a step: barriers, softmax bookkeeping.
 _STEP_ROWS = 32
+#: Time of a loop by pipeline depth, relative to a deep one: loads that nothing hides, then some.
+_STAGE_COST = {1: 1.3, 2: 1.05}
+#: Rows that the matrix units of these architectures take at a time.
+_MATRIX_ROWS = 64
+_TALL_TARGETS = ("sm_90", "sm_100")
+#: Architectures whose matrix units do not take probabilities from registers.
+_STAGED_SCORES = ("sm_100",)
 #: float32 products in IEEE precision run on the ordinary units, at about a sixteenth of the bfloat16 matrix rate.
 _IEEE_SLOWDOWN = 16
 #: A call typical of the lengths that matter; the choice depends on it only through edge waste.
@@ -38,7 +45,7 @@ def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
 
 def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], bool]:
     """A test of whether a configuration keeps the kernel's constraints and is expected to fit a device."""
-    shared_memory = _numeric(kernel.resources.shared_memory, sizes)
+    shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
 
     def test(config: dict[str, int]) -> bool:
@@ -52,6 +59,12 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
     return test
 
 
+def shared_memory_of(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
+    """Bytes of shared memory that a block of a configuration is expected to need on a device."""
+    staged = int(gpu.target in _STAGED_SCORES)
+    return _numeric(kernel.resources.shared_memory, {**sizes, s.SCORES_STAGED: staged})
+
+
 def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
     """Time of a typical call by the cost model, in seconds: matrix work plus traffic, not overlapped.
 
@@ -60,11 +73,17 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
     flops = _numeric(kernel.resources.flops, sizes)
     traffic = _numeric(kernel.resources.traffic, sizes)
     streamed = _numeric(kernel.resources.streamed, sizes)
+    height = _numeric(kernel.resources.height, sizes)
+    # Where the matrix units take 64 rows, lower tiles run on the older path at about half the rate.
+    full_height = _MATRIX_ROWS if gpu.target in _TALL_TARGETS and sizes[s.E] < 4 else 1
     rate = matrix_rate(gpu, sizes) * _MATRIX_EFFICIENCY
     bandwidth = gpu.bandwidth_tbs * 1e12 * _L2_OVER_MEMORY
 
     def seconds(config: dict[str, int]) -> float:
-        return flops(config) / rate * (1 + _STEP_ROWS / streamed(config)) + traffic(config) / bandwidth
+        stages = _STAGE_COST.get(config["num_stages"], 1.0)
+        low = 2.0 if height(config) < full_height else 1.0
+        matrix = flops(config) / rate * stages * low * (1 + _STEP_ROWS / streamed(config))
+        return matrix + traffic(config) / bandwidth
 
     return seconds
 
@@ -91,7 +110,7 @@ def choose(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Confi
 
 def _least(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:
     """The configuration whose shared memory, then registers a thread, are least."""
-    shared_memory = _numeric(kernel.resources.shared_memory, sizes)
+    shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
     best = min(
         (config for config in candidates(kernel) if _keeps(kernel, sizes, config)),

@@ -26,6 +26,8 @@ PAD_QK, PAD_V, GROUP_ROWS, SELECTED_ROWS = sympy.symbols(
 QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK = sympy.symbols(
     "QUERY_BLOCK KEY_BLOCK TOKEN_BLOCK BLOCK_TILE ROW_BLOCK", positive=True, integer=True
 )
+# Of a device: 1 where probabilities must pass through shared memory to be multiplied (Blackwell's tcgen05), else 0.
+SCORES_STAGED = sympy.Symbol("scores_staged", nonnegative=True, integer=True)
 NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, integer=True)
 
 #: Symbols whose value comes with a call.

@@ -1,4 +1,4 @@
-"""Reference outputs and gradients in bounded memory, with the noise scale of each.
+"""Reference outputs and gradients in bounded memory, with the noise scale and the drift of each.
 
 One dense score matrix of 64 heads and 8192 tokens in float64 is 34 GB; autograd would keep several. Here the oracle and
 autograd run on one (sequence, KV head, chunk of query rows) at a time and gradients are summed: queries align to the
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nsa_gen.verification import noise
+from nsa_gen.verification import drift, noise
 from nsa_gen.verification.dense import OracleParameters, compress, exact_dtype
 from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import (
@@ -35,13 +35,18 @@ heads and 8192 keys in float64, the noise scale included)."""
 
 @dataclass(frozen=True)
 class Reference:
-    """Outputs and gradients on given indices. `gradients` and both noise mappings go by the names of
-    `Inputs.differentiable()` and of `OracleResult`; the noise scales are empty unless asked for (see `noise`)."""
+    """Outputs and gradients on given indices, by the names of `OracleResult` and of `Inputs.differentiable()`.
+
+    The noise scales and drifts are empty unless asked for. `*_noise` is in units of the dtype's roundoff (see `noise`),
+    `*_drift` a standard deviation in units of float32's (see `drift`).
+    """
 
     outputs: OracleResult
     gradients: dict[str, Tensor]
     output_noise: dict[str, Tensor]
     gradient_noise: dict[str, Tensor]
+    output_drift: dict[str, Tensor]
+    gradient_drift: dict[str, Tensor]
 
 
 def reference_gradients(
@@ -59,8 +64,8 @@ def reference_gradients(
 
     `indices` and `counts` replace those of `inputs` where given (computed selection: the kernel's choice, so that both
     attend to the same blocks). Gradients are summed in float32 (float64 for float64) and rounded once. `noise_unit`,
-    a unit roundoff, adds the noise scales in its units, in float32 (for float64 inputs). Peak memory beyond the inputs
-    and results: about ten times `chunk_bytes`.
+    a unit roundoff, adds the noise scales in its units and the drifts, in float32 (for float64 inputs). Peak memory
+    beyond the inputs and results: about ten times `chunk_bytes`.
     """
     if noise_unit is not None and inputs.q.dtype != torch.float64:
         raise ValueError(f"noise_unit: expected None unless the inputs are float64, got inputs of {inputs.q.dtype}")
@@ -73,39 +78,49 @@ def reference_gradients(
     if parameters.selection_block is not None:
         inputs = replace(inputs, indices=outputs.indices, counts=outputs.counts)
     exact = exact_dtype(inputs.q.dtype)
-    sums = inputs.replace_differentiable({n: torch.zeros_like(x, dtype=exact) for n, x in detached.items()})
-    scales = inputs.replace_differentiable({n: torch.zeros_like(x) for n, x in detached.items()})
-    output_noise = {
-        name: torch.zeros_like(x)
-        for name, x in outputs.tensors().items()
-        if noise_unit is not None and name.startswith("o")
+    sums, scales, drifts, squares = (
+        inputs.replace_differentiable({n: torch.zeros_like(x, dtype=dtype) for n, x in detached.items()})
+        for dtype in (exact, inputs.q.dtype, inputs.q.dtype, inputs.q.dtype)
+    )
+    wanted = {
+        n: x for n, x in outputs.tensors().items() if noise_unit is not None and n.startswith(("o", "lse", "k_", "v_"))
     }
+    output_noise = {name: torch.zeros_like(x) for name, x in wanted.items() if not name.startswith("lse")}
+    output_drift = {name: torch.zeros_like(x) for name, x in wanted.items()}
+    split = [_split(parameters, holder) for holder in (inputs, sums, scales, drifts)]
     calls = zip(
-        _split(parameters, inputs), _split(parameters, sums), _split(parameters, scales),
-        _rows(inputs.do, inputs.cu_seqlens), _rows_of(output_noise, inputs.cu_seqlens, inputs.q), strict=True,
+        *split, _rows(inputs.do, inputs.cu_seqlens),
+        *(_rows_of(parameters, x, inputs, split[0]) for x in (output_noise, output_drift)), strict=True,
     )  # fmt: skip
     one = parameters.for_one_kv_head()
-    for sequence, total, scale, do, out_noise in calls:
+    for *sequence, do, out_noise, out_drift in calls:
         for head in range(parameters.kv_heads):
             work = _Head(
                 one,
-                _head(sequence, parameters, head),
-                _head(total, parameters, head),
-                _head(scale, parameters, head),
+                *(_head(x, parameters, head) for x in sequence),
                 do[:, head * one.query_heads : (head + 1) * one.query_heads],
-                {name: x[:, head * one.query_heads : (head + 1) * one.query_heads] for name, x in out_noise.items()},
+                *(_head_of(x, one.query_heads, head) for x in (out_noise, out_drift)),
                 *(
                     {name: x[head : head + 1] for name, x in (holder.compression or {}).items()}
-                    for holder in (inputs, sums, scales)
+                    for holder in (inputs, sums, scales, drifts, squares)
                 ),
             )
             work.run(chunk_bytes, with_gradients, noise_unit)
+    if noise_unit is not None and with_gradients:
+        blocks = float(sum(parameters.compressed_blocks(sequence.tokens) for sequence in split[0]))
+        for name, x in (drifts.compression or {}).items():
+            assert sums.compression is not None and squares.compression is not None
+            x.add_(drift.chain(blocks, sums.compression[name].square(), squares.compression[name]))
     gradients = {n: x.to(detached[n].dtype) for n, x in sums.differentiable().items()} if with_gradients else {}
     gradient_noise: dict[str, Tensor] = {}
+    gradient_drift: dict[str, Tensor] = {}
     if with_gradients and noise_unit is not None:
-        gradient_noise = {name: x.sqrt().float() for name, x in scales.differentiable().items()}
-    output_noise = {name: x.sqrt().float() for name, x in output_noise.items()}
-    return Reference(outputs, gradients, output_noise, gradient_noise)
+        gradient_noise, gradient_drift = _roots(scales.differentiable()), _roots(drifts.differentiable())
+    return Reference(outputs, gradients, _roots(output_noise), gradient_noise, _roots(output_drift), gradient_drift)
+
+
+def _roots(squares: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.sqrt().float() for name, x in squares.items()}
 
 
 @dataclass(frozen=True)
@@ -116,15 +131,22 @@ class _Head:
     values: Sequence
     sums: Sequence
     noise: Sequence
+    drift: Sequence
     do: Tensor
     output_noise: dict[str, Tensor]
+    output_drift: dict[str, Tensor]
     learned: dict[str, Tensor]
     learned_sums: dict[str, Tensor]
     learned_noise: dict[str, Tensor]
+    learned_drift: dict[str, Tensor]
+    learned_squares: dict[str, Tensor]
 
     def run(self, chunk_bytes: int, with_gradients: bool, noise_unit: float | None) -> None:
         """Add this head's part to the sums, chunk by chunk."""
-        p, values, sums, scales = self.p, self.values, self.sums, self.noise
+        p, values, sums, scales, drifts = self.p, self.values, self.sums, self.noise, self.drift
+        sides: list[drift.PhiSide] = []
+        cmp_noise: drift.Pair | None = None
+        cmp_drift: drift.Pair | None = None
         roots: list[Tensor] = []
         compressed: tuple[Tensor, Tensor] | None = None
         if values.raw_cmp is not None:
@@ -139,7 +161,21 @@ class _Head:
             sums = replace(sums, cmp=(next(like), next(like)))
             k_noise, v_noise = (torch.zeros_like(x) for x in compressed)
             scales = replace(scales, cmp=(k_noise, v_noise))
+            drifts = replace(drifts, cmp=(torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)))
+            if noise_unit is not None:
+                sides = [
+                    drift.phi_side(p, side, x, self.learned, noise_unit)
+                    for side, x in zip(("key", "value"), self.values.raw_cmp or (), strict=True)
+                ]
+                for name, side in zip(("k_cmp", "v_cmp"), sides, strict=True):
+                    self.output_noise[name][:, 0].add_(side.noise)
+                    self.output_drift[name][:, 0].add_(side.variance)
+                cmp_noise = sides[0].noise[:, None], sides[1].noise[:, None]
+                cmp_drift = sides[0].variance[:, None], sides[1].variance[:, None]
 
+        branch_sums: dict[str, drift.Sums] = {}
+        if with_gradients and noise_unit is not None:
+            branch_sums = {branch: drift.Sums.like(getattr(values, branch)) for branch in p.branches}
         rows = values.q.shape[0]
         itemsize = torch.finfo(exact_dtype(values.q.dtype)).bits // 8
         chunk = max(1, chunk_bytes // max(1, p.query_heads * values.tokens * itemsize))
@@ -154,9 +190,21 @@ class _Head:
                     here,
                     take_rows(p, scales, start, stop) if with_gradients else None,
                     self.do[start:stop],
-                    {name: x[start:stop] for name, x in self.output_noise.items()},
+                    {name: x[start:stop] for name, x in self.output_noise.items() if name[0] == "o"},
                     noise_unit,
+                    cmp_noise,
                 )
+                drift.add_rows(
+                    p,
+                    here,
+                    cmp_drift,
+                    take_rows(p, drifts, start, stop) if with_gradients else None,
+                    branch_sums,
+                    self.do[start:stop],
+                    {name: x[start:stop] for name, x in self.output_drift.items() if name[0] in "ol"},
+                )
+        for branch, found_sums in branch_sums.items():
+            found_sums.finish(getattr(drifts, branch))
 
         if compressed is None or not with_gradients or compressed[0].shape[0] == 0:
             return
@@ -168,7 +216,14 @@ class _Head:
                 target += gradient
         if noise_unit is not None:
             assert scales.cmp is not None and scales.raw_cmp is not None
+            assert drifts.cmp is not None and drifts.raw_cmp is not None
             noise.add_compression(p, values.raw_cmp, self.learned, scales.cmp, scales.raw_cmp, self.learned_noise)
+            for side, g, variance, raw_drift in zip(sides, cotangents, drifts.cmp, drifts.raw_cmp, strict=True):
+                blocks, parameters = side.gradients(g[:, 0], variance[:, 0])
+                drift.add_blocks(p, blocks, raw_drift)
+                for name in parameters.keys() & self.learned_drift.keys():
+                    self.learned_drift[name][0].add_(parameters[name][0])
+                    self.learned_squares[name][0].add_(parameters[name][1])
 
 
 def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence, do: Tensor) -> None:
@@ -208,9 +263,30 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     return [x[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _rows_of(tensors: dict[str, Tensor], cu_seqlens: Tensor | None, q: Tensor) -> list[dict[str, Tensor]]:
-    split = {name: _rows(x, cu_seqlens) for name, x in tensors.items()}
-    return [{name: rows[i] for name, rows in split.items()} for i in range(len(_rows(q, cu_seqlens)))]
+def _rows_of(
+    p: OracleParameters, tensors: dict[str, Tensor], inputs: Inputs, sequences: list[Sequence]
+) -> list[dict[str, Tensor]]:
+    """Views of the outputs, a mapping for each sequence; of packed K_cmp and V_cmp the rows that are its blocks."""
+    split = {
+        name: _rows(x, inputs.cu_seqlens) for name, x in tensors.items() if not name.endswith("_cmp") or name[0] in "ol"
+    }
+    found = [{name: rows[i] for name, rows in split.items()} for i in range(len(sequences))]
+    starts = [0] * len(sequences) if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+    for name in tensors.keys() - split.keys():
+        for i, sequence in enumerate(sequences):
+            whole = tensors[name][i] if inputs.cu_seqlens is None else tensors[name]
+            first = starts[i] // (p.compression_stride or 1)
+            found[i][name] = whole[first : first + p.compressed_blocks(sequence.tokens)]
+    return found
+
+
+def _head_of(outputs: dict[str, Tensor], group: int, head: int) -> dict[str, Tensor]:
+    """The part of a sequence's outputs that belongs to one KV head: of K_cmp and V_cmp one head, else its group."""
+    found = {}
+    for name, x in outputs.items():
+        width = group if name[0] in "ol" else 1
+        found[name] = x[:, head * width : (head + 1) * width]
+    return found
 
 
 def _head(s: Sequence, p: OracleParameters, head: int) -> Sequence:

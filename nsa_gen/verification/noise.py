@@ -22,11 +22,18 @@ FLOAT32_UNIT = 2.0**-24
 
 
 def add_rows(
-    p: OracleParameters, s: Sequence, squares: Sequence | None, do: Tensor, outputs: dict[str, Tensor], unit: float
+    p: OracleParameters,
+    s: Sequence,
+    squares: Sequence | None,
+    do: Tensor,
+    outputs: dict[str, Tensor],
+    unit: float,
+    compressed: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Add the squared noise of one KV head's rows to the views `squares` (gradients) and `outputs` (o and o_x).
 
     `p` has one KV head; s.q (R, G, Dk), do (R, G, Dv). `unit` is the roundoff that noise is in units of.
+    `compressed` has the squared noise of K_cmp and V_cmp (Nc, 1, D), None where the caller gave them.
     """
     rows = s.q.shape[0]
     t = torch.arange(s.tokens - rows, s.tokens, device=s.q.device)
@@ -36,13 +43,20 @@ def add_rows(
     gates = [g.expand(rows, p.query_heads, 1).permute(1, 0, 2) for g in gate_values(p, s.gates, q)]
     for number, branch in enumerate(p.branches):
         pair = getattr(s, branch)
-        k, v = pair[0][:, 0], pair[1][:, 0]
+        k, v = (torch.where(torch.isfinite(x[:, 0]), x[:, 0], 0.0) for x in pair)  # 0 * NaN would reach every row
         mask = branch_mask(p, s, branch, t, s.indices)
         o, lse, probabilities = attend(group_first[None], k[None], v[None], mask, p.scale)
         o, probabilities = o[0], probabilities[0]  # (G, R, Dv), (G, R, K)
         mean_key = probabilities @ k if squares is not None else None
         chances = probabilities.square_()
         branch_noise = chances @ v.square()
+        v_noise, score_noise = torch.zeros_like(v), None
+        if compressed is not None and branch == "cmp":  # the keys and values are themselves off
+            v_noise = compressed[1][: v.shape[0], 0]
+            score_noise = (p.scale**2 * group_first.square()) @ compressed[0][: k.shape[0], 0].T
+            moved = chances * score_noise
+            branch_noise += chances @ v_noise + moved @ v.square() - 2 * o * (moved @ v)
+            branch_noise += o.square() * moved.sum(-1, keepdim=True)  # in all sum of p^2 (v - o)^2 score_noise
         gate = gates[number]
         outputs[f"o_{branch}"].add_(branch_noise.permute(1, 0, 2))
         outputs["o"].add_((gate.square() * (branch_noise + o.square())).permute(1, 0, 2))
@@ -52,11 +66,17 @@ def add_rows(
         # The backward pass computes P again as exp(s - lse): both are rounded in float32, in proportion to their size.
         scores = (group_first @ k.T) * p.scale
         magnitude = (scores.abs_() + lse[0, :, :, None].abs()).masked_fill(~mask, 0.0)
-        chances *= 1 + ((FLOAT32_UNIT / unit) * magnitude).square_()
+        spread = ((FLOAT32_UNIT / unit) * magnitude).square_()
+        if score_noise is not None:
+            spread += score_noise
+        chances *= 1 + spread
         do_branch = (gate * do).square()
         delta = (do_branch * o.square()).sum(-1, keepdim=True)
-        ds = chances * (do_branch @ v.square().T + delta) * p.scale**2  # dS = P * (dP - delta)
-        squares.q.add_((ds @ k.square() + p.scale**2 * delta * mean_key.square()).permute(1, 0, 2))
+        ds = chances * (do_branch @ (v.square() + v_noise).T + delta) * p.scale**2  # dS = P * (dP - delta)
+        k_squared = k.square()
+        if compressed is not None and branch == "cmp":
+            k_squared += compressed[0][: k.shape[0], 0]
+        squares.q.add_((ds @ k_squared + p.scale**2 * delta * mean_key.square()).permute(1, 0, 2))
         target_k, target_v = getattr(squares, branch)
         target_k[:, 0].add_(ds.flatten(0, 1).T @ group_first.square().flatten(0, 1))
         target_v[:, 0].add_(chances.flatten(0, 1).T @ do_branch.flatten(0, 1))

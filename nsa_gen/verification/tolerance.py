@@ -26,8 +26,9 @@ keys, rescaled once a tile, the rest. Lower precisions hide all of these."""
 class Comparison:
     """One tensor against the truth: each measure's error and bound, relative, and where the worst row is.
 
-    `row` is the worst row's error, `norm` the whole tensor's (Frobenius), `bias` the part of the error that is a
-    multiple of the truth. `problem` says what is wrong beyond measure (shape, dtype, a NaN, an infinity), or "".
+    `row` is the error of the row nearest its bound (which differs from row to row), `norm` the whole tensor's
+    (Frobenius), `bias` the part of the error that is a multiple of the truth. `problem` says what is wrong beyond
+    measure (shape, dtype, a NaN, an infinity), or "".
     """
 
     row_error: float
@@ -71,6 +72,14 @@ def unit_roundoff(dtype: torch.dtype, tf32: bool = False) -> float:
     return 2.0**-11 if tf32 else torch.finfo(dtype).eps / 2
 
 
+def likely_largest(rows: int) -> float:
+    """How many standard deviations the root mean square of so many independent, normal errors may come to.
+
+    The root mean square of n has itself a standard deviation of 1 / sqrt(2 n): this is 1 and 2.8 of those, 3 for one.
+    """
+    return 1.0 + 2.0 / math.sqrt(rows)
+
+
 def _problem(actual: Tensor, truth: Tensor) -> str:
     if actual.shape != truth.shape:
         return f"expected shape {tuple(truth.shape)}, got {tuple(actual.shape)}"
@@ -96,6 +105,8 @@ def compare(
     *,
     dtype: torch.dtype,
     noise: Tensor | None = None,
+    drift: Tensor | None = None,
+    sources: int | None = None,
     tf32: bool = False,
     rows: bool = True,
 ) -> Comparison:
@@ -103,8 +114,10 @@ def compare(
 
     All three of one shape (..., D); a row is what the last dimension holds. `rows=False` (lse): an element.
     `dtype` is that of the operator's inputs. `noise` is the noise scale of each element (`Reference`); left out it is
-    0, and 1 for lse (a logarithm's absolute error is the relative one of its argument). Infinities and NaN must
-    be where the truth has them.
+    0, and 1 for lse (a logarithm's absolute error is the relative one of its argument). `drift` is the standard
+    deviation of each element that sums in float32 have, in units of its roundoff; left out it is 0. `sources` is
+    how many independent rows of errors it comes from where that may be fewer than rows. Infinities and NaN must be
+    where the truth has them.
     """
     unit = unit_roundoff(dtype, tf32)
     slack = unit * (1.0 if tf32 else HARDWARE_UNITS.get(dtype, 1.0))
@@ -122,22 +135,31 @@ def compare(
         noise = torch.full_like(truth, 0.0 if rows else 1.0)
     scale = truth.square() + noise.double().nan_to_num(0.0, 0.0, 0.0).square()
     scale += (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / slack) ** 2  # slack is a subnormal step
+    moved = torch.zeros_like(truth) if drift is None else drift.double().nan_to_num(0.0, 0.0, 0.0)
+    moved = (moved * unit_roundoff(torch.float32)).masked_fill(~finite, 0.0)
     if not rows:
         errors, scale, truth = ([e[..., None] for e in errors], scale[..., None], truth[..., None])
+        moved = moved[..., None]
 
     row_scale = scale.sum(-1).sqrt()
     row = [e.norm(dim=-1) / row_scale for e in errors]
-    worst = torch.unravel_index(row[0].argmax(), row[0].shape)
+    row_bound = FACTOR * row[1].max() + slack + likely_largest(1) * moved.norm(dim=-1) / row_scale
+    worst = torch.unravel_index((row[0] / row_bound).argmax(), row[0].shape)
     norm = [(e.norm() / row_scale.norm()).item() for e in errors]
+    number = row_scale.numel()
+    independent = number if sources is None else max(1, min(number, sources))
+    wandered = likely_largest(independent) * (moved.norm() / row_scale.norm()).item()
     # A bias shows far below the norm: independent errors average out over the elements, a wrong factor does not.
     weight = (truth / scale.sqrt()).square().sum().clamp(min=0.01 * truth.numel())  # where the truth is noise: no bias
     bias = [((e * truth / scale).sum() / weight).abs().item() for e in errors]
-    chance = 4.0 * (FACTOR * norm[1] + slack) / math.sqrt(row_scale.numel())
+    chance = 4.0 * ((FACTOR * norm[1] + slack) / math.sqrt(number) + wandered / math.sqrt(independent))
     return Comparison(
-        row_error=row[0].max().item(),
-        row_bound=FACTOR * row[1].max().item() + slack,
+        row_error=row[0][worst].item(),
+        row_bound=row_bound[worst].item(),
         norm_error=norm[0],
-        norm_bound=FACTOR * norm[1] + slack / math.sqrt(3.0),  # a rounding's standard deviation is its largest / sqrt 3
+        norm_bound=FACTOR * norm[1]
+        + slack / math.sqrt(3.0)
+        + wandered,  # a rounding's deviation is its largest / sqrt 3
         bias_error=bias[0],
         bias_bound=FACTOR * bias[1] + slack / 4 + chance,
         worst_row=tuple(int(x) for x in worst),

@@ -266,6 +266,8 @@ def check_case(
             base.gradients[name],
             dtype=inputs.q.dtype,
             noise=truth.gradient_noise[name],
+            drift=truth.gradient_drift[name],
+            sources=drift_sources(parameters, inputs, f"d{name}"),
             tf32=parameters.tf32,
         )
         rows.append(_row(case, f"d{name}", comparison))
@@ -292,23 +294,41 @@ def _outputs(call: _Call, truth: Reference) -> list[str]:
     return ["o", *(name for name in truth.outputs.tensors() if name not in skipped and name in call.aux)]
 
 
+def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
+    """How many rows of independent errors a quantity's drift comes from, None where as many as it has rows.
+
+    What depends on K_cmp and V_cmp shares their errors, over all the queries of their group; and the gradients of phi's
+    parameters are sums over the compressed blocks.
+    """
+    if p.compression_block is None or p.external or name.endswith(("_slc", "_win")):
+        return None
+    if inputs.cu_seqlens is not None:
+        return compressed_rows(p, inputs.cu_seqlens).numel() * p.kv_heads
+    keys = inputs.k if inputs.k is not None else inputs.q
+    return keys.shape[0] * p.compressed_blocks(keys.shape[1]) * p.kv_heads
+
+
 def compare_output(
     parameters: OracleParameters, name: str, call: _Call, truth: Reference, base: Reference, inputs: Inputs
 ) -> Comparison:
     """One output against the truth; of packed K_cmp and V_cmp only the rows that are blocks."""
     actual = call.tensors()[name]
     wanted, near = truth.outputs.tensors()[name], base.outputs.tensors()[name]
+    noise, drift = truth.output_noise.get(name), truth.output_drift.get(name)
     if name in ("k_cmp", "v_cmp") and inputs.cu_seqlens is not None:
         kept = compressed_rows(parameters, inputs.cu_seqlens).to(actual.device)
         if actual.shape == wanted.shape:
             actual, wanted, near = actual[kept], wanted[kept], near[kept]
+            noise, drift = (None if x is None else x[kept] for x in (noise, drift))
     lse = name.startswith("lse")
     comparison = compare(
         actual,
         wanted,
         near,
         dtype=inputs.q.dtype,
-        noise=truth.output_noise.get(name),
+        noise=noise,
+        drift=drift,
+        sources=drift_sources(parameters, inputs, name),
         tf32=parameters.tf32,
         rows=not lse,
     )

@@ -65,16 +65,16 @@ def test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuratio
     for target in TARGETS:
         device = gpu_for_target(target)
         for kernel in program.kernels:
-            estimate = sympy.lambdify(_tunables(kernel), kernel.resources.shared_memory.subs(program.sizes))
+            estimate = space.shared_memory_of(kernel, program.sizes, device)
             chosen = program.defaults[target][kernel.name].mapping()
-            need = estimate(*(chosen[str(symbol)] for symbol in _tunables(kernel)))
+            need = estimate(chosen)
             legal = space.fits(kernel, program.sizes, device)
             if any(legal(config) for config in space.candidates(kernel)):
                 assert legal(chosen), (target, kernel.name)
                 assert need <= device.shared_memory_per_block, (target, kernel.name)
             else:
                 least = min(
-                    estimate(*(config[str(symbol)] for symbol in _tunables(kernel)))
+                    estimate(config)
                     for config in space.candidates(kernel)
                     if all(bool(substitute(c, program, config)) for c in kernel.constraints)
                 )
@@ -250,25 +250,9 @@ def test_an_unknown_kernel_is_a_key_error():
         PROGRAMS["tiny"].kernel("nonsense")
 
 
-def _tunables(kernel) -> list[sympy.Symbol]:
-    """The kernel's tunables as symbols that stand in its shared memory formula."""
-    return sorted(
-        (
-            symbol
-            for symbol in sympy.sympify(kernel.resources.shared_memory).free_symbols
-            if _is_tunable(kernel, symbol)
-        ),
-        key=str,
-    )
-
-
-def _is_tunable(kernel, symbol: sympy.Symbol) -> bool:
-    return symbol.name in {tunable.name for tunable in kernel.tunables}
-
-
 def substitute(formula, program: Program, config: dict[str, int], call: dict[sympy.Symbol, int] | None = None):
     """A formula's value with the spec's sizes, a configuration and a call filled in, by sympy's own substitution."""
     formula = sympy.sympify(formula)
-    values = {**program.sizes, **(call or {})}
+    values = {s.SCORES_STAGED: 1, **program.sizes, **(call or {})}
     values |= {symbol: config[symbol.name] for symbol in formula.free_symbols if symbol.name in config}
     return formula.subs(values)

@@ -14,14 +14,15 @@ TARGETS = ("sm_90", "gfx942")
 
 
 def light(spec: Spec) -> bool:
-    """Whether a compiler is quickly done with it: head dims and blocks are not at their largest."""
+    """Whether a compiler is quickly done with it: few kernels, small tiles, and few blocks to select."""
     sizes = [spec.head_dim.qk, spec.head_dim.v]
-    sizes += [spec.selection.block] if spec.selection else []
+    sizes += [spec.selection.block, 4 * spec.selection.count] if spec.selection else []
     sizes += [spec.compression.block, spec.compression.phi.hidden or 0] if spec.compression else []
-    return max(sizes) <= 128 and spec.heads.group <= 8
+    few = len(spec.branches) == 1 or "backward" not in spec.passes
+    return max(sizes) <= 128 and spec.heads.group <= 8 and few
 
 
-CHOSEN = random.Random(2).sample([spec for spec in drawn_specs(60) if light(spec)], 3)
+CHOSEN = random.Random(5).sample([spec for spec in drawn_specs(60) if light(spec)], 3)
 
 
 @pytest.mark.slow

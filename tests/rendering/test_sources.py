@@ -19,7 +19,7 @@ from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.rendering.environment import environment
-from nsa_gen.spec import load_spec, shipped_specs
+from nsa_gen.spec import load_spec
 from tests.lowering.drawn_specs import specs
 
 SPECS = specs(25)
@@ -183,7 +183,8 @@ def test_all_names_that_a_package_exports_exist(spec):
     assert len(set(exported)) == len(exported)
 
 
-def test_generating_a_shipped_spec_takes_less_than_a_second(tmp_path):
+@pytest.mark.parametrize("name", ["nsa_paper", "llama3_8b"])
+def test_generating_a_spec_takes_less_than_a_second(name, tmp_path):
     code = (
         "import sys, time\n"
         "from nsa_gen.rendering import generate\n"
@@ -192,15 +193,14 @@ def test_generating_a_shipped_spec_takes_less_than_a_second(tmp_path):
         "generate(load_spec(sys.argv[1]), sys.argv[2])\n"
         "print(time.process_time() - start)\n"
     )
-    for name in shipped_specs():
-        seconds = math.inf
-        for _ in range(3):  # once, unless other work on the machine got in the way
-            command = [sys.executable, "-c", code, name, str(tmp_path)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds = min(seconds, float(done.stdout))
-            if seconds < 1.0:
-                break
-        assert seconds < 2.0, f"{name}: {seconds:.2f} s, expected less than 1 s (2 s on a busy machine)"
+    seconds = math.inf
+    for _ in range(3):  # once, unless other work on the machine got in the way
+        command = [sys.executable, "-c", code, name, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = min(seconds, float(done.stdout))
+        if seconds < 1.0:
+            break
+    assert seconds < 2.0, f"{seconds:.2f} s, expected less than 1 s (2 s on a busy machine)"
 
 
 def test_an_undefined_name_in_a_template_is_an_error():

@@ -1,0 +1,175 @@
+"""What a mutant is, how it is made of a generated package, and the check that has to catch it."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nsa_gen.rendering import import_package
+from nsa_gen.spec import Spec
+from nsa_gen.verification import Inputs, Row
+from nsa_gen.verification.cases import Case
+from nsa_gen.verification.verify import call_package, check_case
+from tests.mutants.far import far_apart
+from tests.support import Operator, inputs_of, operator_of_spec, small_spec
+
+# Every spec has a scale that is not 1/sqrt(Dk), so that a forgotten one shows.
+SPECS: dict[str, Spec] = {
+    "window": small_spec("win", gate="none", scale=0.37),
+    "selected": small_spec("slc", gate="none", scale=0.37, indices="input"),
+    "compressed": small_spec("cmp", gate="none", scale=0.37),
+    "weighted": small_spec("cmp", gate="none", scale=0.37, phi="weighted", position=("learned", "learned")),
+    "mlp": small_spec("cmp", gate="none", scale=0.37, phi="mlp", phi_value="linear"),
+    "forced": small_spec("cmp slc", gate="none", scale=0.37, count=4, initial=1, local=2),
+    "free": small_spec("cmp slc", gate="none", scale=0.37, count=3, initial=0, local=0),
+    "full": small_spec(scale=0.37),
+}
+
+Alteration = Literal["", "counts", "sharp", "far"]
+"""What a check does to the inputs of its kind: counts one below the slots in use are passed; queries are 60 times
+larger, so that probabilities underflow; rows lie so far apart that their offsets pass 2^31 elements (then the result is
+compared, bit by bit, with that of the same numbers close together)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call of a spec's package, compared with the oracle as `nsa_gen.verification.verify` does it."""
+
+    spec: str
+    tokens: int | tuple[int, ...]
+    tokens_kv: int | None = None
+    kind: str = "gaussian"
+    gradients: bool = False
+    twice: bool = False
+    altered: Alteration = ""
+    seed: int = 0
+
+    @property
+    def case(self) -> Case:
+        """The case of `verify` that this is."""
+        return Case(self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, batch=1, twice=self.twice)
+
+    @property
+    def label(self) -> str:
+        """A short name, such as "window: T=23, forward and backward"."""
+        passes = "forward and backward" if self.gradients else "forward"
+        more = {"counts": ", fewer counts", "sharp": ", sharp", "far": ", rows far apart", "": ""}[self.altered]
+        return f"{self.spec}: {self.case.label}{more}, {passes}{', twice' if self.twice else ''}"
+
+    def inputs(self, op: Operator) -> Inputs:
+        """The inputs of the call; `far` ones are spread out by `run`."""
+        made = inputs_of(op, self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, seed=self.seed)
+        if self.altered == "counts":
+            assert made.indices is not None
+            made = replace(made, counts=((made.indices >= 0).sum(-1) - 1).clamp(min=0).to(torch.int32))
+        if self.altered == "sharp":
+            made = replace(made, q=60.0 * made.q)
+        return made
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Text of one file of a generated package, which occurs exactly `times` times, and what takes its place."""
+
+    file: str
+    old: str
+    new: str
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: what is wrong in words, the edits that make it, the check that catches it.
+
+    `killed_by` are quantities that must fail in the check, and by which the mutant is caught; others may fail too.
+    """
+
+    name: str
+    mistake: str
+    check: Check
+    killed_by: tuple[str, ...]
+    edits: tuple[Edit, ...]
+
+
+class StaleMutantError(Exception):
+    """An edit does not fit the package any more: its template changed, and the mutant has to follow."""
+
+
+def edited(mutant: Mutant, texts: dict[str, str]) -> dict[str, str]:
+    """The files that the mutant changes, by name, of a package whose files are `texts`.
+
+    Raises StaleMutantError where a file is missing or the text to replace is not there as often as it should be.
+    """
+    changed: dict[str, str] = {}
+    for edit in mutant.edits:
+        text = changed.get(edit.file, texts.get(edit.file))
+        if text is None:
+            raise StaleMutantError(f"{mutant.name}: the package of {mutant.check.spec} has no {edit.file}")
+        found = text.count(edit.old)
+        if found != edit.times:
+            raise StaleMutantError(
+                f"{mutant.name}: {edit.file}: expected this text {edit.times} times, found it {found} times; "
+                f"bring the mutant in step with the template:\n{edit.old}"
+            )
+        changed[edit.file] = text.replace(edit.old, edit.new)
+    return changed
+
+
+def source_of(folder: Path) -> dict[str, str]:
+    """The modules of a package, by file name."""
+    return {path.name: path.read_text() for path in folder.glob("*.py")}
+
+
+@functools.cache
+def _workspace() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="nsa_gen_mutants_")
+
+
+def build(mutant: Mutant) -> ModuleType:
+    """Copy the generated package of the mutant's spec, make its edits, import the copy."""
+    op = operator_of_spec(SPECS[mutant.check.spec])
+    changed = edited(mutant, source_of(op.folder))
+    folder = Path(_workspace().name) / mutant.name
+    shutil.copytree(op.folder, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    for name, text in changed.items():
+        (folder / name).write_text(text)
+    return import_package(folder)
+
+
+def run(check: Check, module: ModuleType | None = None) -> list[Row]:
+    """The comparisons of a check, one a quantity, of `module` or else of the package as it is generated."""
+    op = operator_of_spec(SPECS[check.spec])
+    module = module or op.module
+    inputs = check.inputs(op)
+    if check.altered == "far":
+        return _compare_far(check, module, inputs)
+    return check_case(module, op.parameters, check.case, inputs, with_gradients=check.gradients)
+
+
+def failures(check: Check, module: ModuleType | None = None) -> dict[str, str]:
+    """What is wrong with each quantity that fails in a check; {} where all is well."""
+    return {
+        row.quantity: row.problem or f"{row.measure} error {row.error:.2e}, bound {row.bound:.2e}"
+        for row in run(check, module)
+        if not row.ok
+    }
+
+
+def _compare_far(check: Check, module: ModuleType, inputs: Inputs) -> list[Row]:
+    near = call_package(module, inputs, False).tensors()
+    with far_apart({name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None}) as spread:
+        far = call_package(module, inputs.replace_differentiable({**inputs.differentiable(), **spread}), False)
+
+    def row(name: str, x: Tensor) -> Row:
+        differing = float((x != near[name]).sum())
+        return Row(check.label, name, "bits", differing, 0.0, differing == 0)
+
+    return [row(name, x) for name, x in far.tensors().items()]
