@@ -8,6 +8,7 @@ import jinja2
 
 from nsa_gen._resources import templates_dir
 from nsa_gen.rendering.layout import fit, import_from, tuple_of
+from nsa_gen.rendering.literals import number
 
 
 @functools.cache
@@ -22,5 +23,5 @@ def environment() -> jinja2.Environment:
         autoescape=False,
         extensions=["jinja2.ext.do"],
     )
-    strict.globals.update(fit=fit, import_from=import_from, tuple_of=tuple_of)
+    strict.globals.update(fit=fit, import_from=import_from, number=number, tuple_of=tuple_of)
     return strict

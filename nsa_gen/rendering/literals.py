@@ -1,6 +1,10 @@
-"""Python literals laid out as a formatter would."""
+"""Python literals laid out as a formatter would, and text that may stand in a docstring whatever it says."""
 
 from __future__ import annotations
+
+import textwrap
+
+from nsa_gen.rendering.layout import LINE_LENGTH
 
 
 def python_literal(value: object, indent: int = 0) -> str:
@@ -8,12 +12,31 @@ def python_literal(value: object, indent: int = 0) -> str:
     inner = " " * (indent + 4)
     closing = " " * indent
     if isinstance(value, dict) and value:
-        rows = (f"{inner}{_text(str(key))}: {python_literal(item, indent + 4)},\n" for key, item in value.items())
+        rows = (_row(f"{inner}{_text(str(key))}: {python_literal(item, indent + 4)},") for key, item in value.items())
         return "{\n" + "".join(rows) + closing + "}"
     if isinstance(value, (list, tuple)) and value:
-        rows = (f"{inner}{python_literal(item, indent + 4)},\n" for item in value)
+        rows = (_row(f"{inner}{python_literal(item, indent + 4)},") for item in value)
         return "[\n" + "".join(rows) + closing + "]"
-    return _text(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return _text(value)
+    return number(value) if isinstance(value, float) else repr(value)
+
+
+def number(value: float) -> str:
+    """A float's shortest exact notation, as formatters write it: 1e20, not 1e+20."""
+    return repr(value).replace("e+", "e")
+
+
+def docstring_text(text: str) -> str:
+    """Text wrapped to the line length and escaped, to stand between the triple quotes of a docstring."""
+    escaped = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    return "\n".join(textwrap.wrap(escaped, LINE_LENGTH - 4, break_on_hyphens=False))
+
+
+def _row(line: str) -> str:
+    """A line of a literal; a string that is too long stays whole."""
+    last = line.rsplit("\n", 1)[-1]
+    return f"{line}  # noqa: E501\n" if len(last) > LINE_LENGTH else f"{line}\n"
 
 
 def _text(value: str) -> str:

@@ -16,7 +16,7 @@ from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering.environment import environment
-from nsa_gen.rendering.literals import python_literal
+from nsa_gen.rendering.literals import docstring_text, python_literal
 from nsa_gen.spec import Spec, load_spec
 
 #: Where packages go unless told otherwise, relative to the current directory.
@@ -40,6 +40,7 @@ def render(spec: Spec) -> dict[str, str]:
         "exports": _exports(program),
         "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
         "explanation": _explanation(program),
+        "summary": docstring_text(f"{spec.name}: {spec.description or 'native sparse attention'}"),
     }
     files = {}
     for name in _modules(program):

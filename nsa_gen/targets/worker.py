@@ -12,12 +12,14 @@ both JSON (Triton prints to standard output, so that is turned to standard error
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -162,8 +164,16 @@ def describe(error: BaseException) -> dict[str, str]:
     return {"error": text[:400], "detail": detail[-DETAIL_LIMIT:]}
 
 
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that happens; Linux only, elsewhere a no-op."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
     """Answer requests until standard input ends; the first line gives the package and what to trace."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     opening = json.loads(sys.stdin.readline())

@@ -34,7 +34,7 @@ SPECS: dict[str, Spec] = {
 }
 
 Alteration = Literal["", "counts", "sharp", "far"]
-"""What a check does to the inputs of its kind: counts one below the slots in use are passed; queries are 60 times
+"""What a check does to the inputs of its kind: counts one below the slots in use are passed; queries are 600 times
 larger, so that probabilities underflow; rows lie so far apart that their offsets pass 2^31 elements (then the result is
 compared, bit by bit, with that of the same numbers close together)."""
 
@@ -71,7 +71,7 @@ class Check:
             assert made.indices is not None
             made = replace(made, counts=((made.indices >= 0).sum(-1) - 1).clamp(min=0).to(torch.int32))
         if self.altered == "sharp":
-            made = replace(made, q=60.0 * made.q)
+            made = replace(made, q=600.0 * made.q)
         return made
 
 

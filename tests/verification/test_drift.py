@@ -196,7 +196,7 @@ def compressed(p: OracleParameters, inputs: Inputs, product: Product) -> dict[st
     for side, x in (("key", inputs.k), ("value", inputs.v)):
         assert x is not None and p.compression_block is not None and p.compression_stride is not None
         blocks = x[0].unfold(0, p.compression_block, p.compression_stride).permute(1, 0, 3, 2)  # (H, Nc, l, D)
-        if side == "key":
+        if side == "key" and p.position_key:
             blocks = blocks + learned["key_position"]
         if p.phi_key == "mean":
             out = product(torch.full((1, blocks.shape[2]), 1 / blocks.shape[2]), blocks)[:, :, 0]

@@ -17,7 +17,7 @@ from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
-from nsa_gen.verification.verify import call_package, environment
+from nsa_gen.verification.verify import call_package, drift_sources, environment
 from tools.gpu.correctness import not_finite, release, say
 from tools.gpu.packages import memory_slot, package_of, variant
 
@@ -110,8 +110,19 @@ def check_rows(p: OracleParameters, inputs: Inputs, call: Any, start: int, end: 
     last = end == inputs.q.shape[1]
     rows: list[Row] = []
 
-    def add(quantity: str, actual: Tensor, wanted: Tensor, near: Tensor, noise: Tensor | None, lse: bool) -> None:
-        found = compare(actual, wanted, near, dtype=dtype, noise=noise, tf32=p.tf32, rows=not lse)
+    def add(
+        quantity: str,
+        actual: Tensor,
+        wanted: Tensor,
+        near: Tensor,
+        noise: Tensor | None,
+        drift: Tensor | None,
+    ) -> None:
+        lse = quantity.startswith("lse")
+        sources = drift_sources(p, sample, quantity)
+        found = compare(
+            actual, wanted, near, dtype=dtype, noise=noise, drift=drift, sources=sources, tf32=p.tf32, rows=not lse
+        )
         measures = {
             "row": (found.row_error, found.row_bound),
             "norm": (found.norm_error, found.norm_bound),
@@ -123,15 +134,16 @@ def check_rows(p: OracleParameters, inputs: Inputs, call: Any, start: int, end: 
     for name, wanted in truth.outputs.tensors().items():
         if name == "o" or (name in call.aux and name.startswith(("o_", "lse_"))):
             actual = call.tensors()[name][:, start:end]
-            near, noise = base.outputs.tensors()[name], truth.output_noise.get(name)
-            add(name, actual, wanted, near, noise, name.startswith("lse"))
+            noise, drift = truth.output_noise.get(name), truth.output_drift.get(name)
+            add(name, actual, wanted, base.outputs.tensors()[name], noise, drift)
     for name, wanted in truth.gradients.items():
-        near, noise = base.gradients[name], truth.gradient_noise[name]
+        near, noise, drift = base.gradients[name], truth.gradient_noise[name], truth.gradient_drift[name]
         if name in ROWWISE:
-            add(f"d{name}", call.gradients[name][:, start:end], wanted, near, noise, False)
+            add(f"d{name}", call.gradients[name][:, start:end], wanted, near, noise, drift)
         elif last and "." not in name:
             own = slice(start, end)
-            add(f"d{name}", call.gradients[name][:, own], wanted[:, own], near[:, own], noise[:, own], False)
+            parts = (x[:, own] for x in (call.gradients[name], wanted, near, noise, drift))
+            add(f"d{name}", *parts)
     if p.selection_block is not None and not p.indices_given:
         rows.append(_selection_row(p, label, sample, base, truth))
     return rows
