@@ -31,10 +31,11 @@ as it is generated, so it is the mistake that fails. A mutant that survives fail
 is no longer in the package: when a template changes, its mutants change with it.
 
 A check is one call of the package of a small spec, compared with the float64 oracle as `nsa-gen verify` does it; `T` is
-the length, a packed batch is the list of its sequences' lengths. Three kinds of check go beyond the calls that `verify`
-makes by itself: *fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times larger, so that
-probabilities underflow to 0) and *rows far apart* (offsets beyond 2^31 elements, in a sparse file; compared bit by bit
-with the same numbers close together). The last column names quantities that fail, as the report of `verify` names them.
+the length, a packed batch is the list of its sequences' lengths. Lengths and seeds are chosen for the mutants here;
+`verify` derives its own from a spec's boundaries. Three kinds of check alter the inputs in a way of their own:
+*fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times larger, so that probabilities
+underflow to 0) and *rows far apart* (offsets beyond 2^31 elements, in a sparse file; compared bit by bit with the same
+numbers close together). The last column names quantities that fail, as the report of `verify` names them.
 
 The checks run under Triton's interpreter, whose tile sizes are known: what a mutant reads or writes out of turn lies
 inside the tensors then. On a machine with a GPU they are skipped.
