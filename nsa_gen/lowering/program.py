@@ -60,7 +60,8 @@ class Resources:
     the matrix units execute for the whole launch, padding and masked tile edges included; ``traffic`` is the bytes
     that all programs read and write, mostly through L2. ``streamed`` is the rows of the tile that one step of the
     inner loop brings in: each step costs some time whatever its size. ``height`` is the rows of the products: the
-    matrix units of Hopper and Blackwell take 64 at a time.
+    matrix units of Hopper and Blackwell take 64 at a time. ``programs`` is how many programs there are, where they may
+    be too few, or too unequal, to fill a device.
     """
 
     shared_memory: sympy.Expr
@@ -69,6 +70,7 @@ class Resources:
     traffic: sympy.Expr
     streamed: sympy.Expr
     height: sympy.Expr
+    programs: sympy.Expr = sympy.oo
 
 
 @dataclass(frozen=True)

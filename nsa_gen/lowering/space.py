@@ -17,12 +17,12 @@ from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Config, Kernel
 
 #: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
-_REGISTER_SHARE = 0.55
+_REGISTER_SHARE = 0.7
 #: Fraction of the matrix units' peak that a Triton kernel reaches, and of the L2's bandwidth over the memory's.
 _MATRIX_EFFICIENCY = 0.6
 _L2_OVER_MEMORY = 2.5
 #: Rows of a streamed tile whose products take as long as the fixed cost of a step: barriers, softmax bookkeeping.
-_STEP_ROWS = 32
+_STEP_ROWS = 16
 #: Time of a loop by pipeline depth, relative to a deep one: loads that nothing hides, then some.
 _STAGE_COST = {1: 1.3, 2: 1.05}
 #: Rows that the matrix units of these architectures take at a time.
@@ -74,6 +74,7 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
     traffic = _numeric(kernel.resources.traffic, sizes)
     streamed = _numeric(kernel.resources.streamed, sizes)
     height = _numeric(kernel.resources.height, sizes)
+    programs = _numeric(kernel.resources.programs, sizes)
     # Where the matrix units take 64 rows, lower tiles run on the older path at about half the rate.
     full_height = _MATRIX_ROWS if gpu.target in _TALL_TARGETS and sizes[s.E] < 4 else 1
     rate = matrix_rate(gpu, sizes) * _MATRIX_EFFICIENCY
@@ -82,7 +83,8 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
     def seconds(config: dict[str, int]) -> float:
         stages = _STAGE_COST.get(config["num_stages"], 1.0)
         low = 2.0 if height(config) < full_height else 1.0
-        matrix = flops(config) / rate * stages * low * (1 + _STEP_ROWS / streamed(config))
+        idle = 1 + gpu.sm_count / programs(config)
+        matrix = flops(config) / rate * stages * low * idle * (1 + _STEP_ROWS / streamed(config))
         return matrix + traffic(config) / bandwidth
 
     return seconds

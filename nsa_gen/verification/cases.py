@@ -7,24 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import KINDS
+from nsa_gen.verification.inputs import kinds_of
 from nsa_gen.verification.oracle import argument_suffixes
 
 INTERPRETER_LONGEST = 130
 INTERPRETER_TOKENS = 180
 """On the CPU a program instance costs about 10 ms, and there is one a token, KV head and kernel: with these a spec of
 two KV heads stays below two minutes."""
+INTERPRETER_KEYS = 2600
+"""Keys of the cases with few queries, of which the interpreter takes some 10 ms for 100."""
+FEW = 6
+"""Queries of the cases that put more blocks in the past than there are slots."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `tokens` is Tq, or the lengths of packed sequences; `twice` repeats it to compare bits."""
+    """One call: `tokens` is Tq, or the lengths of packed sequences.
+
+    `twice` repeats it to compare bits; `gradients=False` leaves out the backward pass.
+    """
 
     tokens: int | tuple[int, ...]
     tokens_kv: int | None = None
     kind: str = "gaussian"
     batch: int = 2
     twice: bool = True
+    gradients: bool = True
 
     @property
     def label(self) -> str:
@@ -80,8 +88,37 @@ def default_cases(
         cases.append(Case(middle, kind="strided", batch=2, twice=False))
         cases += [Case(middle, kind=kind, batch=1, twice=False) for kind in ("spread", "nan")]
     else:
-        cases += [Case(middle, kind=kind, batch=batch) for kind in KINDS if kind != "gaussian"]
+        cases += [Case(middle, kind=kind, batch=batch) for kind in kinds_of(p) if kind != "gaussian"]
+    if lengths is None:
+        contested, left_out = _contested(p, interpreted, batch)
+        cases += contested
+        if left_out:
+            notes.append(
+                f"cases with up to {left_out} keys, more blocks than slots, were left out: the interpreter is slow; "
+                "verify on a GPU"
+            )
     return tuple(cases), tuple(notes)
+
+
+def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list[Case], int]:
+    """Few queries behind more blocks than there are slots, so that importance decides, and how many keys are too many.
+
+    With Tkv = (n + 2) l' + 2 a NaN two thirds into the keys makes every importance NaN but that of the last queries'
+    own block, of which nothing is visible yet.
+    """
+    if p.selection_block is None:
+        return [], 0
+    block, count = p.selection_block, p.selection_count
+    many, torn = (count + 4) * block - 2, (count + 2) * block + 2
+    if interpreted and many > INTERPRETER_KEYS:
+        return [], many
+    rows = FEW if interpreted else max(FEW, min(4 * block, 256))
+    twice = not interpreted
+    if p.indices_given:
+        return [Case(rows, many, kind, batch, twice, twice or kind == "counts") for kind in ("gaussian", "counts")], 0
+    found = [Case(rows + 2, many, "gaussian", batch, twice, not interpreted)]
+    found += [Case(rows, many, kind, batch, twice, not interpreted) for kind in ("ties", "abyss")]
+    return [*found, Case(min(rows, torn), torn, "nan", batch, twice, False)], 0
 
 
 def _affordable(p: OracleParameters) -> tuple[list[int], list[int]]:

@@ -17,8 +17,17 @@ from torch import Tensor
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.oracle import argument_suffixes
 
-Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "nan"]
+Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "abyss", "ties", "counts", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)
+ABYSS = 300.0
+"""Standard deviation, in nats, of the compressed logits of kind `abyss`: exp(-104) is 0 in float32."""
+
+
+def kinds_of(p: OracleParameters) -> tuple[str, ...]:
+    """The kinds that say something of a spec: `counts` needs indices from the caller, `ties` and `abyss` a choice."""
+    computed = p.selection_block is not None and not p.indices_given
+    telling = {"counts": p.indices_given, "ties": computed, "abyss": computed}
+    return tuple(kind for kind in KINDS if telling.get(kind, True))
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,9 @@ def make_inputs(
     - hot: queries and the first block's keys share a direction, so that all queries choose the same blocks
       (caller-supplied indices: all rows take the first n blocks);
     - rising, falling: logits grow, fall steadily with the key's position, by 20 nats in all;
+    - abyss: compressed logits hundreds of nats apart, so that most probabilities underflow to 0 in float32;
+    - ties: every selection block holds the same keys, so that blocks have equal importances to the last bit;
+    - counts: caller-supplied indices come with counts, many below the slots in use;
     - nan: two thirds into the keys, one key of the first head and one value of the last hold a NaN (for the forward
       pass: it must reach the outputs that see it, and only those).
 
@@ -203,10 +215,18 @@ def make_inputs(
             position = torch.arange(keys - rows, keys).repeat(batch)
         indices = make_indices(p, position, generator, kind == "hot")
         found["indices"] = indices if packed else indices.view(batch, rows, p.kv_heads, p.selection_count)
+        if kind == "counts":
+            shape = found["indices"].shape[:-1]
+            found["counts"] = torch.randint(0, p.selection_count + 1, shape, generator=generator, dtype=torch.int32)
     if packed:
         found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     if kind in ("spread", "hot", "rising", "falling"):
         _shape_logits(p, found, kind, generator)
+    if kind == "abyss" and p.compression_block is not None:
+        averaged = p.compression_block**0.5 if p.phi_key == "mean" else 1.0  # a mean of l keys is that much smaller
+        found["q"] = found["q"] * (ABYSS * averaged / (p.scale * p.head_dim_qk**0.5))
+    if kind == "ties" and p.selection_block is not None:
+        _repeat_keys(p, found)
     if kind == "nan":
         for name, x in found.items():
             if name[0] in "kv" and x.shape[-3]:
@@ -233,6 +253,17 @@ def _shape_logits(p: OracleParameters, found: dict[str, Any], kind: str, generat
             nats = nats if kind == "rising" else -nats
         amount = nats / (p.scale * strength)
         found[name] = k + amount[:, None, None] * direction
+
+
+def _repeat_keys(p: OracleParameters, found: dict[str, Any]) -> None:
+    """Let the keys repeat with the period of a selection block, compressed keys with theirs."""
+    assert p.selection_block is not None
+    for name in [name for name in found if name.startswith("k")]:
+        x = found[name]
+        period = p.selection_block
+        if name == "k_cmp":
+            period //= p.compression_stride or 1
+        found[name] = x.index_select(x.dim() - 3, torch.arange(x.shape[-3]) % period)
 
 
 def _strided(inputs: Inputs) -> Inputs:

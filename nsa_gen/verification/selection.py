@@ -13,10 +13,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.dense import OracleParameters, select_blocks
+from nsa_gen.verification.dense import OracleParameters
 
 NEGLIGIBLE = 1e-6
 """Importance (a probability summed over the group) below which a relative error says nothing."""
+EQUAL = 1e-12
+"""Relative difference of two float64 importances that are equal: their rounding, far below that of float32."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def check_selection(
     oracle's on the same inputs. Legal: ascending, -1 on the right, min(n, t // l' + 1) blocks, none from the future,
     none twice, forced ones present. As good: no block left out surpasses a chosen, not forced one by more than
     `tolerance` times the larger of the two (their sums of up to G * l / d probabilities carry that relative error;
-    blocks below NEGLIGIBLE count as that). Where importance is NaN on both sides, the order is by index.
+    blocks below NEGLIGIBLE count as that). Where importances are equal, or NaN on both sides, the order is by index.
     """
     p = parameters
     assert p.selection_block is not None
@@ -157,16 +159,19 @@ def check_selection(
     gap = (strongest - weakest).clamp(min=0.0)
     allowed = tolerance * strongest.abs().clamp(min=NEGLIGIBLE)
     shortfall = torch.where(torch.isfinite(gap), gap / allowed, 0.0)
-    problems += _exact_ties(p, flat, value, position, chosen)
+    problems += _ties(flat, rank, chosen & ~forced, candidate & ~chosen, weakest, strongest)
     return SelectionCheck(tuple(problems), shortfall.max().item())
 
 
-def _exact_ties(p: OracleParameters, flat: Tensor, value: Tensor, position: Tensor, chosen: Tensor) -> list[str]:
-    """Rows whose candidates all have importance 0 (no compressed block visible), or all NaN, take the lower index."""
-    assert p.selection_block is not None
-    block = torch.arange(value.shape[-1])
-    future = block > (position // p.selection_block)[:, None, None]
-    plain = (future | (value == 0)).all(-1) | (future | torch.isnan(value)).all(-1)
-    expected, _ = select_blocks(p, value, position)
-    wrong = plain & (expected.long() != flat).any(-1)
-    return _first("indices", wrong, flat, "equal importances: expected the lower blocks")
+def _ties(flat: Tensor, rank: Tensor, taken: Tensor, left: Tensor, weakest: Tensor, strongest: Tensor) -> list[str]:
+    """Where the weakest block taken and the strongest one left are equal, the lower must be taken; NaN equals NaN.
+
+    Equal means to within the rounding of float64: blocks of the same keys, or of none that is visible yet.
+    """
+    blocks = rank.shape[-1]
+    block = torch.arange(blocks)
+    margin = EQUAL * strongest.abs()
+    equal = torch.isfinite(strongest) & torch.isfinite(weakest) & ((strongest - weakest).abs() <= margin)
+    highest = torch.where(taken & (rank <= (weakest + margin)[..., None]), block, -1).amax(-1)
+    lowest = torch.where(left & (rank >= (strongest - margin)[..., None]), block, blocks).amin(-1)
+    return _first("indices", equal & (lowest < highest), flat, "equal importances: expected the lower blocks")

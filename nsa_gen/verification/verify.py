@@ -8,16 +8,14 @@ import platform
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from nsa_gen.verification.calls import Call, call_package
 from nsa_gen.verification.cases import Case, default_cases
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, reference_gradients
@@ -31,18 +29,6 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 INTERPRETER_KV_HEADS = 2
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a package returned for one call: the output, the auxiliary tensors and the gradients, by name."""
-
-    o: Tensor
-    aux: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"o": self.o, **self.aux, **{f"d{name}": x for name, x in self.gradients.items()}}
 
 
 def verify(
@@ -98,9 +84,8 @@ def verify(
                 kind=case.kind,  # type: ignore[arg-type]
             )
             try:
-                rows += check_case(
-                    module, parameters, case, inputs, with_gradients="backward" in wanted and case.kind != "nan"
-                )
+                gradients = "backward" in wanted and case.gradients and case.kind != "nan"
+                rows += check_case(module, parameters, case, inputs, with_gradients=gradients)
             except Exception as error:
                 error.add_note(f"while verifying {spec.name}, {case.label}, seed {seed + number}")
                 raise
@@ -203,42 +188,6 @@ def _nvidia_driver() -> str:
 # One case
 
 
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Inside, memory that is allocated and not written holds NaN, and integers their largest value."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*", category=UserWarning)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def call_package(module: Any, inputs: Inputs, with_gradients: bool) -> _Call:
-    """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do."""
-    leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
-    arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
-    if isinstance(compression := arguments.get("compression"), Mapping):
-        arguments["compression"] = module.CompressionParameters(**compression)
-    positional = [arguments.pop(name, None) for name in ("q", "k", "v")]
-    with poisoned_memory():
-        o, aux = module.nsa_attention(*positional, **arguments, return_aux=True)
-        found: Sequence[Tensor | None] = ()
-        if with_gradients:
-            found = torch.autograd.grad(o, list(leaves.values()), inputs.do, allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), found, strict=with_gradients)
-    }
-    named = {name: x for name, x in aux._asdict().items() if x is not None}
-    return _Call(o.detach(), named, gradients)
-
-
 def check_case(
     module: Any, parameters: OracleParameters, case: Case, inputs: Inputs, *, with_gradients: bool
 ) -> list[Row]:
@@ -255,7 +204,8 @@ def check_case(
     truth = reference_gradients(replace(parameters, tf32=False), exact, *chosen, **common, noise_unit=unit)
 
     rows = [
-        _row(case, name, compare_output(parameters, name, call, truth, base, inputs)) for name in _outputs(call, truth)
+        comparison_row(case.label, name, compare_output(parameters, name, call, truth, base, inputs))
+        for name in _outputs(call, truth)
     ]
     if computed:
         rows.append(_selection_row(parameters, case, inputs, call, truth, base))
@@ -270,13 +220,13 @@ def check_case(
             sources=drift_sources(parameters, inputs, f"d{name}"),
             tf32=parameters.tf32,
         )
-        rows.append(_row(case, f"d{name}", comparison))
+        rows.append(comparison_row(case.label, f"d{name}", comparison))
     if case.twice:
         rows.append(_bits_row(case, call, call_package(module, inputs, with_gradients), parameters, inputs))
     return rows
 
 
-def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: _Call) -> str:
+def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
     """What is wrong with the form of the indices and counts that a package returns, or ""."""
     lead = (*inputs.q.shape[:-2], p.kv_heads)
     for name, shape in (("indices", (*lead, p.selection_count)), ("counts", lead)):
@@ -288,7 +238,7 @@ def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: _Call) -> str:
     return ""
 
 
-def _outputs(call: _Call, truth: Reference) -> list[str]:
+def _outputs(call: Call, truth: Reference) -> list[str]:
     """The floating-point outputs to compare: o, and what the oracle and the package's auxiliary outputs both name."""
     skipped = ("indices", "counts", "importance", "o")
     return ["o", *(name for name in truth.outputs.tensors() if name not in skipped and name in call.aux)]
@@ -309,7 +259,7 @@ def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
 
 
 def compare_output(
-    parameters: OracleParameters, name: str, call: _Call, truth: Reference, base: Reference, inputs: Inputs
+    parameters: OracleParameters, name: str, call: Call, truth: Reference, base: Reference, inputs: Inputs
 ) -> Comparison:
     """One output against the truth; of packed K_cmp and V_cmp only the rows that are blocks."""
     actual = call.tensors()[name]
@@ -337,7 +287,8 @@ def compare_output(
     return replace(comparison, problem=comparison.problem or problem)
 
 
-def _row(case: Case, quantity: str, comparison: Comparison) -> Row:
+def comparison_row(case: str, quantity: str, comparison: Comparison) -> Row:
+    """A comparison as a row of a report: the measure that came nearest to its bound."""
     measures = {
         "row": (comparison.row_error, comparison.row_bound),
         "norm": (comparison.norm_error, comparison.norm_bound),
@@ -345,11 +296,11 @@ def _row(case: Case, quantity: str, comparison: Comparison) -> Row:
     }
     name = max(measures, key=lambda measure: measures[measure][0] / measures[measure][1])
     error, bound = measures[name]
-    return Row(case.label, quantity, name, error, bound, comparison.ok, comparison.problem)
+    return Row(case, quantity, name, error, bound, comparison.ok, comparison.problem)
 
 
 def _selection_row(
-    p: OracleParameters, case: Case, inputs: Inputs, call: _Call, truth: Reference, base: Reference
+    p: OracleParameters, case: Case, inputs: Inputs, call: Call, truth: Reference, base: Reference
 ) -> Row:
     exact, near = truth.outputs.importance, base.outputs.importance
     assert exact is not None and near is not None
@@ -369,7 +320,7 @@ def _selection_row(
     return Row(case.label, "selection", "selection", found.shortfall, 1.0, found.ok, "; ".join(found.problems))
 
 
-def _bits_row(case: Case, first: _Call, second: _Call, p: OracleParameters, inputs: Inputs) -> Row:
+def _bits_row(case: Case, first: Call, second: Call, p: OracleParameters, inputs: Inputs) -> Row:
     """Elements that differ between two equal calls, padding between packed compressed blocks left out."""
     differing = 0
     other = second.tensors()

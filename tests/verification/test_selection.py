@@ -91,6 +91,18 @@ def test_equal_importances_must_take_the_lower_blocks() -> None:
         assert any("lower blocks" in problem for problem in check(indices, counts, importance).problems)
 
 
+def test_two_equal_importances_among_others_must_take_the_lower_block() -> None:
+    indices, counts, importance = right_choice()
+    row = (1, TOKENS - 1, 0)
+    importance[row] = torch.tensor([1, 2, 9, 5, 5, 1, 5, 0, 0, 0], dtype=torch.float64)
+    for third, right in ((3, True), (4, False), (6, False)):
+        indices[row] = torch.tensor([0, 2, third, 9], dtype=torch.int32)
+        assert check(indices, counts, importance).ok == right
+    importance[(*row, 3)] *= 1 + 1e-9  # within the rounding of float32, but not equal
+    indices[row] = torch.tensor([0, 2, 4, 9], dtype=torch.int32)
+    assert check(indices, counts, importance).ok
+
+
 def test_choosing_nan_over_a_number_is_found() -> None:
     indices, counts, importance = right_choice()
     row = (1, TOKENS - 1, 0)

@@ -1,0 +1,62 @@
+"""Calling a generated package: outputs, auxiliary tensors and gradients by name, in poisoned memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_gen.verification.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a package returned for one call: the output, the auxiliary tensors and the gradients, by name."""
+
+    o: Tensor
+    aux: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"o": self.o, **self.aux, **{f"d{name}": x for name, x in self.gradients.items()}}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, memory that is allocated and not written holds NaN, and integers their largest value."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*", category=UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def call_package(module: Any, inputs: Inputs, with_gradients: bool) -> Call:
+    """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do."""
+    leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
+    arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
+    if isinstance(compression := arguments.get("compression"), Mapping):
+        arguments["compression"] = module.CompressionParameters(**compression)
+    positional = [arguments.pop(name, None) for name in ("q", "k", "v")]
+    with poisoned_memory():
+        o, aux = module.nsa_attention(*positional, **arguments, return_aux=True)
+        found: Sequence[Tensor | None] = ()
+        if with_gradients:
+            found = torch.autograd.grad(o, list(leaves.values()), inputs.do, allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=with_gradients)
+    }
+    named = {name: x for name, x in aux._asdict().items() if x is not None}
+    return Call(o.detach(), named, gradients)

@@ -1,0 +1,286 @@
+"""Properties that every generated operator has, whatever its numbers are: metamorphic relations and hygiene.
+
+Each is a function of a `Trial` that returns rows of a report. `PROPERTIES` names them and says to which specs and cases
+they apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nsa_gen.verification import relations
+from nsa_gen.verification.calls import Call, call_package, poisoned_memory
+from nsa_gen.verification.cases import Case
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.gradients import reference_gradients
+from nsa_gen.verification.hygiene import GuardBands, synchronises
+from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.oracle import argument_suffixes
+from nsa_gen.verification.report import Row
+from nsa_gen.verification.tolerance import compare, unit_roundoff
+from nsa_gen.verification.verify import check_case, comparison_row
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A package, one call of it and how to make another spec's package (None: it cannot be made here)."""
+
+    spec: Spec
+    module: Any
+    case: Case
+    seed: int = 0
+    device: str = "cpu"
+    build: Callable[[Spec], Any] | None = None
+
+    @property
+    def parameters(self) -> OracleParameters:
+        """What the oracle knows of the spec."""
+        return OracleParameters.from_spec(self.spec)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the call has a backward pass."""
+        return self.case.gradients and "backward" in self.spec.passes and self.case.kind != "nan"
+
+    def inputs(self, *, kind: str | None = None, shift: int = 0) -> Inputs:
+        """The call's inputs; others of the same shapes for another `kind` or another `shift` of the seed."""
+        case = self.case
+        return make_inputs(
+            self.spec,
+            batch=case.batch,
+            tokens=case.tokens,
+            tokens_kv=case.tokens_kv,
+            dtype=getattr(torch, self.spec.dtype),
+            device=self.device,
+            seed=self.seed + shift,
+            kind=kind or case.kind,  # type: ignore[arg-type]
+        )
+
+    def call(self, inputs: Inputs, *, gradients: bool | None = None) -> Call:
+        """The package on `inputs`."""
+        return call_package(self.module, inputs, self.gradients if gradients is None else gradients)
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property by its check, the words for it, and whether it applies to a spec and a case."""
+
+    check: Callable[[Trial], list[Row]]
+    applies: Callable[[OracleParameters, Case], bool]
+
+
+def agrees_with_the_oracle(trial: Trial) -> list[Row]:
+    """Outputs, gradients and the choice of blocks are the oracle's, within the tolerances."""
+    case = replace(trial.case, twice=False)
+    return check_case(trial.module, trial.parameters, case, trial.inputs(), with_gradients=trial.gradients)
+
+
+def future_has_no_influence(trial: Trial) -> list[Row]:
+    """Rows up to a token have the same bits whatever comes after it; in the forward pass, NaN too."""
+    p, inputs = trial.parameters, trial.inputs()
+    keep = relations.kept(p, inputs)
+    other = relations.mixed(inputs, trial.inputs(kind="gaussian", shift=1_000_003), keep)
+    first = relations.past(trial.call(inputs), keep)
+    rows = [_bits(trial, "future", first, relations.past(trial.call(other), keep))]
+    torn = relations.torn(other, keep)
+    blind = {name: x for name, x in first.items() if not name.startswith("d")}
+    found = relations.past(trial.call(torn, gradients=False), keep)
+    return [*rows, _bits(trial, "future of NaN", blind, found)]
+
+
+def wide_enough_is_dense(trial: Trial) -> list[Row]:
+    """Selected blocks that hold every key, and a window as wide as the keys, are torch's causal attention."""
+    p, inputs = trial.parameters, trial.inputs()
+    call = trial.call(inputs, gradients=False)
+    suffixes = argument_suffixes(p)
+    rows = []
+    for branch in dense_branches(p, trial.case):
+        k, v = (getattr(inputs, f"{x}{suffixes[branch]}") for x in "kv")
+        tokens = k.shape[1]
+        plain = replace(p, compression_block=None, selection_block=None, window=tokens, gate="none", shared_kv=True)
+        one = Inputs(q=inputs.q, do=inputs.do, k=k, v=v)
+        base = reference_gradients(plain, one, with_gradients=False)
+        unit = unit_roundoff(inputs.q.dtype, p.tf32)
+        exact = reference_gradients(
+            replace(plain, tf32=False), one.to(torch.float64), with_gradients=False, noise_unit=unit
+        )
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=k.device).tril()[tokens - inputs.q.shape[1] :]
+        q64, k64, v64 = (x.double().transpose(1, 2) for x in (inputs.q, k, v))
+        truth = functional.scaled_dot_product_attention(
+            q64, k64, v64, attn_mask=seen, scale=p.scale, enable_gqa=True
+        ).transpose(1, 2)
+        near, noise, drift = base.outputs.o_win, exact.output_noise["o_win"], exact.output_drift["o_win"]
+        assert near is not None
+        comparison = compare(
+            call.aux[f"o_{branch}"], truth, near, dtype=inputs.q.dtype, noise=noise, drift=drift, tf32=p.tf32
+        )
+        rows.append(comparison_row(trial.case.label, f"dense: o_{branch}", comparison))
+    return rows
+
+
+def packed_is_sequence_by_sequence(trial: Trial) -> list[Row]:
+    """A packed batch gives what its sequences give by themselves."""
+    p, inputs = trial.parameters, trial.inputs()
+    alone = [trial.call(one) for one in relations.sequences(p, inputs)]
+    call = trial.call(inputs)
+    return relations.near(trial.case.label, "packed", p, inputs, call.tensors(), relations.joined(p, inputs, alone))
+
+
+def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
+    """The first tokens by themselves, then the rest behind all keys, give what one call gives."""
+    p, inputs = trial.parameters, trial.inputs()
+    parts = [trial.call(part, gradients=False).tensors() for part in relations.chunks(p, inputs)]
+    whole = trial.call(inputs, gradients=False).tensors()
+    kept = {name: x for name, x in whole.items() if name not in ("k_cmp", "v_cmp")}
+    expected = {name: torch.cat([part[name] for part in parts], 1) for name in kept}
+    return relations.near(trial.case.label, "chunks", p, inputs, kept, expected)
+
+
+def batch_entries_are_alone(trial: Trial) -> list[Row]:
+    """Entries of a batch in another order give the same bits in that order; sums over the batch are left out."""
+    inputs = trial.inputs()
+    learned = inputs.compression
+    turned = replace(relations.mapped(inputs, lambda name, x: x.flip(0)), compression=learned)
+    first, second = (
+        {name: x for name, x in trial.call(each).tensors().items() if not name.startswith("dcompression")}
+        for each in (inputs, turned)
+    )
+    return [_bits(trial, "batch order", first, {name: x.flip(0) for name, x in second.items()})]
+
+
+def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
+    """Each query head with a KV head of its own, a copy of its group's, gives the same outputs."""
+    assert trial.build is not None
+    p, inputs = trial.parameters, trial.inputs()
+    heads = {"query": p.query_heads, "kv": p.query_heads}
+    spec = type(trial.spec).model_validate({**trial.spec.model_dump(), "heads": heads})
+    module = trial.build(spec)
+    apart = relations.repeated(inputs, p.group)
+    call, other = trial.call(inputs, gradients=False).tensors(), call_package(module, apart, False).tensors()
+    kept = ["o"] if comparable_without_groups(p) else []
+    kept += [f"{x}_{branch}" for branch in p.branches for x in ("o", "lse") if branch != "slc" or p.indices_given]
+    rows = {name: call[name] for name in kept}
+    return relations.near(trial.case.label, "repeated KV heads", p, inputs, rows, {n: other[n] for n in kept})
+
+
+def doubled_values_double_the_output(trial: Trial) -> list[Row]:
+    """v twice as large gives outputs, and do twice as large gradients, twice as large to the last bit."""
+    p, inputs = trial.parameters, trial.inputs()
+    doubled = relations.mapped(inputs, lambda name, x: 2 * x if name[0] == "v" or name == "value_position" else x)
+    first, second = trial.call(inputs), trial.call(doubled, gradients=False)
+    branches = [branch for branch in p.branches if branch != "cmp" or p.phi_value != "mlp"]
+    names = [f"o_{branch}" for branch in branches]
+    if len(branches) == len(p.branches) and inputs.q.dtype != torch.float16:  # subnormal branches round differently
+        names.append("o")
+    before = {name: relations.normal(first.tensors()[name]) for name in names}
+    after = {name: second.tensors()[name] for name in names}
+    expected = {name: torch.where(x == 0, after[name], 2 * x) for name, x in before.items()}
+    return [_bits(trial, "doubled v", expected, after)]
+
+
+def same_inputs_same_bits(trial: Trial) -> list[Row]:
+    """Two equal calls, forward and backward, have the same bits."""
+    p, inputs = trial.parameters, trial.inputs()
+    first, second = (relations.written(p, inputs, trial.call(inputs).tensors()) for _ in range(2))
+    return [_bits(trial, "repeated", first, second)]
+
+
+def writes_only_its_own(trial: Trial) -> list[Row]:
+    """Nothing is written beside an allocated tensor, and what is read there (NaN) reaches no result."""
+    p, inputs = trial.parameters, trial.inputs()
+    free = relations.written(p, inputs, trial.call(inputs).tensors())
+    with GuardBands() as guard:
+        call = trial.call(inputs)
+    damage = "; ".join(guard.damage())
+    row = Row(trial.case.label, "guard bands", "bits", float(bool(damage)), 0.0, not damage, damage)
+    return [row, _bits(trial, "within guard bands", free, relations.written(p, inputs, call.tensors()))]
+
+
+def host_never_waits(trial: Trial) -> list[Row]:
+    """The public call, forward and backward, does not synchronise the host with the GPU."""
+    inputs = trial.inputs()
+    leaves = {n: x.detach().requires_grad_(trial.gradients) for n, x in inputs.differentiable().items()}
+    arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
+    if isinstance(compression := arguments.get("compression"), Mapping):
+        arguments["compression"] = trial.module.CompressionParameters(**compression)
+    positional = [arguments.pop(name, None) for name in ("q", "k", "v")]
+
+    def run() -> None:
+        o = trial.module.nsa_attention(*positional, **arguments)
+        if trial.gradients:
+            torch.autograd.grad(o, list(leaves.values()), inputs.do, allow_unused=True)
+
+    waited = synchronises(run)
+    return [Row(trial.case.label, "synchronisation", "bits", float(bool(waited)), 0.0, not waited, waited)]
+
+
+def dense_branches(p: OracleParameters, case: Case) -> list[str]:
+    """The branches that see every past key in a case."""
+    if isinstance(case.tokens, tuple):
+        return []
+    keys = case.tokens if case.tokens_kv is None else case.tokens_kv
+    found = []
+    if p.selection_block is not None and not p.indices_given and keys <= p.selection_count * p.selection_block:
+        found.append("slc")
+    if p.window is not None and keys <= p.window:
+        found.append("win")
+    return found
+
+
+def comparable_without_groups(p: OracleParameters) -> bool:
+    """Whether no block is chosen by the sum over a group, which repeated KV heads do not have."""
+    return p.selection_block is None or p.indices_given
+
+
+def _batched(case: Case) -> bool:
+    return not isinstance(case.tokens, tuple)
+
+
+def _divisible(p: OracleParameters, case: Case) -> bool:
+    square = case.tokens_kv is None or case.tokens_kv == case.tokens
+    return _batched(case) and square and isinstance(case.tokens, int) and case.tokens > 1 and bool(argument_suffixes(p))
+
+
+def _quiet(case: Case) -> bool:
+    return case.kind != "nan"
+
+
+PROPERTIES: dict[str, Property] = {
+    "oracle": Property(agrees_with_the_oracle, lambda p, case: True),
+    "future": Property(future_has_no_influence, lambda p, case: _quiet(case)),
+    "dense": Property(wide_enough_is_dense, lambda p, case: _quiet(case) and bool(dense_branches(p, case))),
+    "packed": Property(packed_is_sequence_by_sequence, lambda p, case: not _batched(case) and _quiet(case)),
+    "chunks": Property(prefill_in_two_chunks_is_one, lambda p, case: _divisible(p, case) and _quiet(case)),
+    "batch": Property(batch_entries_are_alone, lambda p, case: _batched(case) and case.batch > 1),
+    "groups": Property(
+        group_is_repeated_kv_heads,
+        lambda p, case: (
+            1 < p.group
+            and p.query_heads <= 8
+            and _quiet(case)
+            and (comparable_without_groups(p) or p.branches[0] == "cmp")
+        ),
+    ),
+    "doubled": Property(doubled_values_double_the_output, lambda p, case: _quiet(case)),
+    "bits": Property(same_inputs_same_bits, lambda p, case: True),
+    "guards": Property(writes_only_its_own, lambda p, case: True),
+    "waiting": Property(host_never_waits, lambda p, case: torch.cuda.is_available()),
+}
+"""Every property by a short name."""
+
+
+def _bits(trial: Trial, name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Row:
+    """One row: elements that differ between two results of the same names, NaN equal to NaN."""
+    differing = relations.differing(first, second)
+    total = sum(differing.values())
+    problem = ", ".join(f"{count} elements of {x} differ" for x, count in differing.items() if count)
+    return Row(trial.case.label, name, "bits", float(total), 0.0, total == 0, problem)

@@ -1,0 +1,268 @@
+"""Inputs and results of related calls: the past of a call, its sequences, its chunks, its batch, its groups."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nsa_gen.verification.calls import Call
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.gradients import reference_gradients
+from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.oracle import compressed_rows
+from nsa_gen.verification.report import Row
+from nsa_gen.verification.tolerance import compare, unit_roundoff
+from nsa_gen.verification.verify import comparison_row, drift_sources
+
+COMPRESSED = ("k_cmp", "v_cmp")
+BY_QUERY = ("q", "do", "gates", "indices", "counts")
+
+
+def mapped(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """`inputs` with `change(name, tensor)` in the place of each tensor, phi's parameters by their own names."""
+    changed: dict[str, object] = {}
+    for field in fields(inputs):
+        value = getattr(inputs, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(field.name, value)
+        elif value is not None:
+            changed[field.name] = {name: change(name, x) for name, x in value.items()}
+    return replace(inputs, **changed)  # type: ignore[arg-type]
+
+
+def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many elements of each tensor differ; every element where shapes do. NaN equals NaN."""
+    assert first.keys() == second.keys()
+    found = {}
+    for name, x in first.items():
+        y = second[name]
+        if x.shape != y.shape:
+            found[name] = max(x.numel(), y.numel(), 1)
+        else:
+            found[name] = int(((x != y) & ~((x != x) & (y != y))).sum())
+    return found
+
+
+def normal(x: Tensor) -> Tensor:
+    """x with 0 for subnormal numbers, which do not keep their bits when they are doubled."""
+    return torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, torch.zeros_like(x), x)
+
+
+def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Results without the padding between packed compressed blocks, which nobody writes."""
+    if inputs.cu_seqlens is None:
+        return dict(tensors)
+    rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
+    padded = (*COMPRESSED, *(f"d{name}" for name in COMPRESSED))
+    return {name: x[rows] if name in padded else x for name, x in tensors.items()}
+
+
+# The past
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which query rows, keys and compressed blocks (their dimension's length, bool) lie in the past of a token."""
+
+    dim: int
+    queries: Tensor
+    keys: Tensor
+    blocks: Tensor
+
+    def of(self, name: str) -> Tensor | None:
+        """The mask for an input of this name, None for what has no token dimension."""
+        if name in COMPRESSED:
+            return self.blocks
+        if name in BY_QUERY:
+            return self.queries
+        return self.keys if name.split("_")[0] in ("k", "v") else None
+
+
+def _raw_keys(inputs: Inputs) -> int:
+    """Tkv of a batched call."""
+    raw = next((x for x in (inputs.k, inputs.k_slc, inputs.k_win) if x is not None), inputs.q)
+    return raw.shape[1]
+
+
+def kept(p: OracleParameters, inputs: Inputs) -> Kept:
+    """The first half of each sequence's queries, and the keys and blocks that the last of them may see."""
+    device = inputs.q.device
+    packed = inputs.cu_seqlens is not None
+    if inputs.cu_seqlens is not None:
+        bounds = list(pairwise(inputs.cu_seqlens.tolist()))
+        rows = tokens = inputs.q.shape[0]
+        blocks = tokens // (p.compression_stride or 1)
+    else:
+        rows, tokens = inputs.q.shape[1], _raw_keys(inputs)
+        bounds, blocks = [(0, rows)], p.compressed_blocks(tokens)
+    queries, keys, compressed = (torch.zeros(n, dtype=torch.bool) for n in (rows, tokens, blocks))
+    for start, stop in bounds:
+        half = (stop - start + 1) // 2
+        seen = half if packed else tokens - rows + half
+        queries[start : start + half] = True
+        keys[start : start + seen] = True
+        first = start // (p.compression_stride or 1)
+        compressed[first : first + p.compressed_blocks(seen)] = True
+    return Kept(0 if packed else 1, *(x.to(device) for x in (queries, keys, compressed)))
+
+
+def _column(mask: Tensor, x: Tensor, dim: int) -> Tensor:
+    return mask.view(*(1,) * dim, -1, *(1,) * (x.dim() - dim - 1))
+
+
+def mixed(inputs: Inputs, others: Inputs, keep: Kept) -> Inputs:
+    """The past of `inputs` and the future of `others`."""
+
+    def change(name: str, x: Tensor) -> Tensor:
+        mask, other = keep.of(name), getattr(others, name, None)
+        return x if mask is None or other is None else torch.where(_column(mask, x, keep.dim), x, other)
+
+    return mapped(inputs, change)
+
+
+def torn(inputs: Inputs, keep: Kept) -> Inputs:
+    """NaN in every key and value of the future, compressed ones too."""
+
+    def change(name: str, x: Tensor) -> Tensor:
+        mask = None if name in BY_QUERY else keep.of(name)
+        return x if mask is None else x.masked_fill(~_column(mask, x, keep.dim), torch.nan)
+
+    return mapped(inputs, change)
+
+
+def past(call: Call, keep: Kept) -> dict[str, Tensor]:
+    """The results of the rows kept: outputs, blocks, and the gradients of queries and gates."""
+    found = {}
+    for name, x in call.tensors().items():
+        if name in COMPRESSED:
+            found[name] = x.index_select(keep.dim, keep.blocks.nonzero()[:, 0])
+        elif name in ("dq", "dgates") or not name.startswith("d"):
+            found[name] = x.index_select(keep.dim, keep.queries.nonzero()[:, 0])
+    return found
+
+
+# Sequences, chunks, groups
+
+
+def sequences(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
+    """The sequences of a packed call that are not empty, each as a batch of one."""
+    assert inputs.cu_seqlens is not None
+    found = []
+    for start, stop in pairwise(inputs.cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        first = start // (p.compression_stride or 1)
+        blocks = slice(first, first + p.compressed_blocks(stop - start))
+
+        def cut(name: str, x: Tensor, rows: slice = slice(start, stop), blocks: slice = blocks) -> Tensor:
+            if name in COMPRESSED:
+                return x[blocks][None]
+            return x[rows][None] if name in BY_QUERY or name.split("_")[0] in ("k", "v") else x
+
+        one = mapped(replace(inputs, compression=None, cu_seqlens=None), cut)
+        found.append(replace(one, compression=inputs.compression))
+    return found
+
+
+def joined(p: OracleParameters, inputs: Inputs, calls: Sequence[Call]) -> dict[str, Tensor]:
+    """The results of `sequences(p, inputs)` in the layout of the packed call; gradients of parameters added up."""
+    assert inputs.cu_seqlens is not None
+    found: dict[str, Tensor] = {}
+    rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
+    for name in calls[0].tensors():
+        parts = [call.tensors()[name] for call in calls]
+        if name.startswith("dcompression"):
+            found[name] = torch.stack([part.double() for part in parts]).sum(0)
+        elif name.removeprefix("d") in COMPRESSED:
+            total = inputs.q.shape[0] // (p.compression_stride or 1)
+            blocks = torch.cat([part[0] for part in parts])
+            found[name] = blocks.new_zeros(total, *blocks.shape[1:]).index_copy(0, rows, blocks)
+        else:
+            found[name] = torch.cat([part[0] for part in parts])
+    return found
+
+
+def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
+    """A batched call with Tq = Tkv as two: the first third of the tokens, then the rest behind all keys."""
+    tokens = inputs.q.shape[1]
+    cut = max(1, tokens // 3)
+
+    def first(name: str, x: Tensor) -> Tensor:
+        return x[:, : p.compressed_blocks(cut)] if name in COMPRESSED else x[:, :cut]
+
+    def second(name: str, x: Tensor) -> Tensor:
+        return x[:, cut:] if name in BY_QUERY else x
+
+    plain = replace(inputs, compression=None)
+    return [replace(mapped(plain, change), compression=inputs.compression) for change in (first, second)]
+
+
+def repeated(inputs: Inputs, group: int) -> Inputs:
+    """The same call with a KV head for each query head."""
+
+    def change(name: str, x: Tensor) -> Tensor:
+        if name in ("q", "do", "gates", "cu_seqlens"):
+            return x
+        learned = name.startswith(("key_", "value_"))
+        dim = 0 if learned else x.dim() - (1 if name == "counts" else 2)
+        return x.repeat_interleave(group, dim).contiguous()
+
+    return mapped(inputs, change)
+
+
+def near(
+    label: str,
+    title: str,
+    p: OracleParameters,
+    inputs: Inputs,
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+) -> list[Row]:
+    """Two results of the same operator are as near as the tolerances allow a result and the truth to be.
+
+    Where rounding made them choose different blocks, what depends on the choice is not compared.
+    """
+    computed = p.selection_block is not None and not p.indices_given and "indices" in actual
+    chosen = (actual["indices"], actual["counts"]) if computed else (None, None)
+    same = not computed or torch.equal(actual["indices"], expected["indices"])
+    gradients = any(name.startswith("d") for name in actual)
+    base = reference_gradients(p, inputs, *chosen, with_gradients=gradients)
+    unit = unit_roundoff(inputs.q.dtype, p.tf32)
+    exact = reference_gradients(
+        replace(p, tf32=False), inputs.to(torch.float64), *chosen, with_gradients=gradients, noise_unit=unit
+    )
+    lookups = [
+        {**outputs, **{f"d{name}": x for name, x in slopes.items()}}
+        for outputs, slopes in (
+            (base.outputs.tensors(), base.gradients),
+            (exact.output_noise, exact.gradient_noise),
+            (exact.output_drift, exact.gradient_drift),
+        )
+    ]
+    found = []
+    for name in itertools.filterfalse(("indices", "counts").__contains__, actual):
+        if not same and not name.endswith(("_cmp", "_win")):
+            continue
+        parts = [actual[name], expected[name], *(each.get(name) for each in lookups)]
+        if inputs.cu_seqlens is not None:
+            parts = [None if x is None else written(p, inputs, {name: x})[name] for x in parts]
+        x, wanted, rounded, noise, drift = parts
+        assert x is not None and wanted is not None and rounded is not None
+        comparison = compare(
+            x,
+            wanted.double(),
+            rounded,
+            dtype=inputs.q.dtype,
+            noise=noise,
+            drift=drift,
+            sources=drift_sources(p, inputs, name),
+            tf32=p.tf32,
+            rows=not name.startswith("lse"),
+        )
+        found.append(comparison_row(label, f"{title}: {name}", comparison))
+    return found
