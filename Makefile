@@ -6,13 +6,15 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format generate check-generated check-schema pytest clean distclean
+.PHONY: help install demo test lint format generate check-generated check-schema pytest compile-versions clean distclean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SPECS := $(wildcard specs/*.yaml)
 PYTEST_ARGS ?= -n 2 -q
+# The oldest Triton supported and the newest there is; the tests run on the one in between.
+TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -25,7 +27,7 @@ install: $(STAMP) ## Create the virtual environment and install nsa_gen into it
 demo: $(STAMP) ## Generate, compile and verify llama3_8b's operator; report in build/demo/report.md
 	@$(BIN)/nsa-gen demo
 
-test: lint check-schema check-generated pytest ## Run every check and test
+test: lint check-schema check-generated pytest compile-versions ## Run every check and test
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -47,6 +49,12 @@ check-schema: $(STAMP) ## Check that the JSON Schema is what the models say
 
 pytest: $(STAMP) ## Run the tests alone (PYTEST_ARGS="-k window")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(TRITONS): $(VENV)/triton-%: | $(STAMP)
+	rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
+
+compile-versions: $(STAMP) $(TRITONS) ## Compile for every target with the oldest and the newest Triton
+	$(BIN)/python tools/compile_versions.py $(TRITONS)
 
 clean: ## Remove built files and caches; keep the virtual environment
 	rm -rf build dist .hypothesis .pytest_cache .ruff_cache

@@ -129,8 +129,17 @@ def test_a_named_python_that_does_not_exist_is_refused_by_name(checkout):
 
 
 def test_make_installs_before_anything_else_and_runs_every_check():
+    # These tests may run under a make of their own, whose flags would be handed on.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
     plan = subprocess.run(
-        ["make", "--dry-run", "test", "VENV=no_such_environment"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "test", "VENV=no_such_environment"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     assert plan[0].startswith("tools/setup.sh")
     for step in ("ruff check", "ruff format --check", "nsa_gen.spec.schema --check", "--check", "pytest"):

@@ -53,7 +53,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "window_backward_dkdv": {"QUERY_BLOCK": 16, "KEY_BLOCK": 16, "num_warps": 4, "num_stages": 1},
         "index_keys": {"num_warps": 1, "num_stages": 1},
         "selected_backward_dq": {"KEY_BLOCK": 16, "num_warps": 4, "num_stages": 1},
-        "selected_backward_dkdv": {"TOKEN_BLOCK": 1, "KEY_BLOCK": 16, "num_warps": 4, "num_stages": 1},
+        "selected_backward_dkdv": {"TOKEN_BLOCK": 1, "KEY_BLOCK": 16, "num_warps": 2, "num_stages": 1},
     },
     "sm_80": {
         "pool_forward": {"BLOCK_TILE": 32, "num_warps": 4, "num_stages": 2},
@@ -155,7 +155,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "pool_forward": {"BLOCK_TILE": 64, "num_warps": 4, "num_stages": 2},
         "pool_backward_input": {"TOKEN_BLOCK": 64, "num_warps": 4, "num_stages": 2},
         "compressed_forward": {"QUERY_BLOCK": 128, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1},
-        "select_blocks": {"TOKEN_BLOCK": 8, "BLOCK_TILE": 16, "num_warps": 4, "num_stages": 3},
+        "select_blocks": {"TOKEN_BLOCK": 8, "BLOCK_TILE": 16, "num_warps": 4, "num_stages": 2},
         "window_forward": {"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 2},
         "selected_forward": {"KEY_BLOCK": 32, "num_warps": 4, "num_stages": 2},
         "combine_forward": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},
@@ -173,7 +173,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "window_backward_dkdv": {"QUERY_BLOCK": 32, "KEY_BLOCK": 64, "num_warps": 4, "num_stages": 2},
         "index_keys": {"num_warps": 1, "num_stages": 1},
         "selected_backward_dq": {"KEY_BLOCK": 32, "num_warps": 4, "num_stages": 2},
-        "selected_backward_dkdv": {"TOKEN_BLOCK": 2, "KEY_BLOCK": 64, "num_warps": 4, "num_stages": 2},
+        "selected_backward_dkdv": {"TOKEN_BLOCK": 2, "KEY_BLOCK": 64, "num_warps": 2, "num_stages": 2},
     },
 }
 

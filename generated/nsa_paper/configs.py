@@ -67,7 +67,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "window_backward_dkdv": {"QUERY_BLOCK": 16, "KEY_BLOCK": 16, "num_warps": 4, "num_stages": 1},
         "index_keys": {"num_warps": 1, "num_stages": 1},
         "selected_backward_dq": {"KEY_BLOCK": 16, "num_warps": 4, "num_stages": 1},
-        "selected_backward_dkdv": {"TOKEN_BLOCK": 1, "KEY_BLOCK": 16, "num_warps": 4, "num_stages": 1},
+        "selected_backward_dkdv": {"TOKEN_BLOCK": 1, "KEY_BLOCK": 16, "num_warps": 2, "num_stages": 1},
     },
     "sm_80": {
         "linear_forward": {
@@ -270,7 +270,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         },
         "compressed_forward": {"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "select_blocks": {"TOKEN_BLOCK": 8, "BLOCK_TILE": 16, "num_warps": 4, "num_stages": 2},
-        "window_forward": {"QUERY_BLOCK": 64, "KEY_BLOCK": 16, "num_warps": 4, "num_stages": 3},
+        "window_forward": {"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "selected_forward": {"KEY_BLOCK": 32, "num_warps": 4, "num_stages": 2},
         "combine_forward": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "combine_backward": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},
@@ -287,7 +287,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "window_backward_dkdv": {"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 2},
         "index_keys": {"num_warps": 1, "num_stages": 1},
         "selected_backward_dq": {"KEY_BLOCK": 32, "num_warps": 4, "num_stages": 2},
-        "selected_backward_dkdv": {"TOKEN_BLOCK": 2, "KEY_BLOCK": 64, "num_warps": 4, "num_stages": 1},
+        "selected_backward_dkdv": {"TOKEN_BLOCK": 2, "KEY_BLOCK": 64, "num_warps": 2, "num_stages": 1},
     },
 }
 

@@ -104,9 +104,10 @@ def _rich_table(block: Table) -> object:
     from rich.table import Table as RichTable
 
     table = RichTable(title=_escape(block.title) or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for name in block.columns:
+    for index, name in enumerate(block.columns):
         right = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+        # Names in the first column and numbers are never broken; descriptions are, where the terminal is narrow.
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right or index == 0)
     for row in block.rows:
         table.add_row(*map(_coloured, row))
     if block.footer:

@@ -51,6 +51,10 @@ def verify(
             metavar="N[,N]", callback=require_lengths, help="Sequence lengths.", show_default="a set around the blocks"
         ),
     ] = [],  # noqa: B006  typer copies it
+    examples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Random calls and properties instead.", show_default="fixed cases"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +69,10 @@ def verify(
     Example:
       nsa-gen verify tiny --device cpu
       nsa-gen verify llama3_8b --device cuda --length 8192,8193
+      nsa-gen verify tiny --device cpu --examples 20 --seed 1
     """
+    if examples is not None and length:
+        raise typer.BadParameter("--length: examples draw their own lengths; use --length or --examples")
     loaded = read_spec(spec, as_json=as_json)
     chosen = _choose(device)
     if chosen == "cpu":
@@ -82,7 +89,16 @@ def verify(
         adapt(loaded, interpreted=chosen == "cpu", dtype=kind, fixed=False)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    report = verify_spec(loaded, lengths=tuple(length) or None, dtype=kind, device=chosen, seed=seed, progress=note)
+    report = verify_spec(
+        loaded,
+        lengths=tuple(length) or None,
+        dtype=kind,
+        device=chosen,
+        seed=seed,
+        examples=examples,
+        source=str(spec),
+        progress=note,
+    )
     if as_json:
         print(report.to_json())
     else:

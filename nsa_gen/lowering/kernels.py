@@ -300,7 +300,7 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
         direction="backward",
         purpose="dk and dv of selected blocks",
         schedule="key_major: a block gathers the tokens of its inverted list",
-        tunables=(token_tile, _key_tile(spec), *_launch()),
+        tunables=(token_tile, _key_tile(spec), *_launch(warps=(2, 4, 8))),
         constraints=(*constraints, _height_rule(s.KEY_BLOCK)),
         resources=Resources(
             shared_memory=(s.KEY_BLOCK * (_QK_V + 2 * s.SCORES_STAGED * rows) + s.NUM_STAGES * rows * _QK_V) * s.E,

@@ -25,6 +25,8 @@ _L2_OVER_MEMORY = 2.5
 _STEP_ROWS = 16
 #: Time of a loop by pipeline depth, relative to a deep one: loads that nothing hides, then some.
 _STAGE_COST = {1: 1.3, 2: 1.05}
+#: AMD's pipeliner overlaps two stages; Triton 3.7 fails on some loops that ask it for more.
+_DEEPEST_PIPELINE = {"cuda": 8, "hip": 2}
 #: Rows that the matrix units of these architectures take at a time.
 _MATRIX_ROWS = 64
 _TALL_TARGETS = ("sm_90", "sm_100")
@@ -52,6 +54,7 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
         threads = config["num_warps"] * gpu.warp_size
         return (
             _keeps(kernel, sizes, config)
+            and config["num_stages"] <= _DEEPEST_PIPELINE[gpu.backend]
             and shared_memory(config) <= gpu.shared_memory_per_block
             and registers(config) <= threads * gpu.registers_per_thread * _REGISTER_SHARE
         )

@@ -3,6 +3,7 @@
 `reference_attention` is the contract in code; `verify` holds a generated package against it.
 """
 
+from nsa_gen.verification.asserting import assert_verified
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, reference_gradients
 from nsa_gen.verification.inputs import Inputs, make_inputs
@@ -21,6 +22,7 @@ __all__ = [
     "Row",
     "SelectionCheck",
     "VerifyReport",
+    "assert_verified",
     "check_indices",
     "check_selection",
     "compare",

@@ -20,6 +20,10 @@ FEW = 6
 """Queries of the cases that put more blocks in the past than there are slots."""
 
 
+FORWARD_ONLY = ("nan", "abyss")
+"""Kinds of input whose gradients say nothing: they are NaN, or decided by which probabilities underflow."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One call: `tokens` is Tq, or the lengths of packed sequences.

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nsa_gen.verification import relations
-from nsa_gen.verification.calls import Call, call_package, poisoned_memory
-from nsa_gen.verification.cases import Case
+from nsa_gen.verification.calls import Call, call_package
+from nsa_gen.verification.cases import FORWARD_ONLY, Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.hygiene import GuardBands, synchronises
@@ -49,7 +49,7 @@ class Trial:
     @property
     def gradients(self) -> bool:
         """Whether the call has a backward pass."""
-        return self.case.gradients and "backward" in self.spec.passes and self.case.kind != "nan"
+        return self.case.gradients and "backward" in self.spec.passes and self.case.kind not in FORWARD_ONLY
 
     def inputs(self, *, kind: str | None = None, shift: int = 0) -> Inputs:
         """The call's inputs; others of the same shapes for another `kind` or another `shift` of the seed."""
@@ -106,7 +106,15 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
     for branch in dense_branches(p, trial.case):
         k, v = (getattr(inputs, f"{x}{suffixes[branch]}") for x in "kv")
         tokens = k.shape[1]
-        plain = replace(p, compression_block=None, selection_block=None, window=tokens, gate="none", shared_kv=True)
+        plain = replace(
+            p,
+            compression_block=None,
+            selection_block=None,
+            indices_given=False,
+            window=tokens,
+            gate="none",
+            shared_kv=True,
+        )
         one = Inputs(q=inputs.q, do=inputs.do, k=k, v=v)
         base = reference_gradients(plain, one, with_gradients=False)
         unit = unit_roundoff(inputs.q.dtype, p.tf32)
@@ -173,9 +181,11 @@ def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
 
 
 def doubled_values_double_the_output(trial: Trial) -> list[Row]:
-    """v twice as large gives outputs, and do twice as large gradients, twice as large to the last bit."""
+    """v twice as large gives outputs twice as large, to the last bit."""
     p, inputs = trial.parameters, trial.inputs()
-    doubled = relations.mapped(inputs, lambda name, x: 2 * x if name[0] == "v" or name == "value_position" else x)
+    doubled = relations.mapped(
+        inputs, lambda name, x: 2 * x if name.split("_")[0] == "v" or name == "value_position" else x
+    )
     first, second = trial.call(inputs), trial.call(doubled, gradients=False)
     branches = [branch for branch in p.branches if branch != "cmp" or p.phi_value != "mlp"]
     names = [f"o_{branch}" for branch in branches]
@@ -264,7 +274,7 @@ PROPERTIES: dict[str, Property] = {
     "groups": Property(
         group_is_repeated_kv_heads,
         lambda p, case: (
-            1 < p.group
+            p.group > 1
             and p.query_heads <= 8
             and _quiet(case)
             and (comparable_without_groups(p) or p.branches[0] == "cmp")

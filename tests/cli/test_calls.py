@@ -113,7 +113,8 @@ def test_a_reader_that_goes_away_is_no_error_message(arguments, tmp_path):
 
 def test_ctrl_c_ends_with_130_and_one_line(tmp_path):
     program = (
-        "import sys, time, nsa_gen.spec\n"
+        "import signal, sys, time, nsa_gen.spec\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a caller in the background has it ignored
         "def wait(_):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
         "nsa_gen.spec.load_spec = wait\n"
         "from nsa_gen.cli import main\n"

@@ -39,7 +39,8 @@ def flow(value: Any) -> str:
         return "{" + ", ".join(f"{name}: {flow(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(flow, value)) + "]"
-    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value, ensure_ascii=False)
+    plain = isinstance(value, str) and value.isidentifier() and value.lower() not in ("null", "true", "false")
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def problems_of(text: str | bytes, filename: str = "s.yaml") -> tuple[Problem, ...]:

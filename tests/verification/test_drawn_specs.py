@@ -1,0 +1,132 @@
+"""Specs and calls that no person chose: generated kernels have the properties, and a seed names an example."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from nsa_gen.spec import Spec
+from nsa_gen.verification import OracleParameters, assert_verified, verify
+from nsa_gen.verification.examples import drawn_case, drawn_trial
+from nsa_gen.verification.inputs import kinds_of
+from nsa_gen.verification.properties import PROPERTIES, Trial
+from nsa_gen.verification.strategies import cases, properties, specs
+from tests.support import DEVICE, operator_of_spec, small_spec
+from tests.verification.test_verify import package
+from tests.verification.verification_specs import spec_of
+
+NIGHTLY = os.environ.get("NSA_GEN_PROFILE") == "nightly"
+quiet = functools.partial(
+    settings, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@quiet(max_examples=300 if NIGHTLY else 12)
+@given(st.data())
+def test_kernels_of_drawn_specs_have_drawn_properties(data: st.DataObject) -> None:
+    spec = data.draw(specs())
+    case = data.draw(cases(spec))
+    name = data.draw(properties(spec, case))
+    op = operator_of_spec(spec)
+    trial = Trial(spec, op.module, case, 1, DEVICE.type, lambda other: operator_of_spec(other).module)
+    assert [row for row in PROPERTIES[name].check(trial) if not row.ok] == [], spec.resolved_yaml()
+
+
+def test_drawn_specs_reach_every_branch_phi_and_gate() -> None:
+    seen: set[object] = set()
+
+    @quiet(max_examples=150, phases=(Phase.generate,))
+    @given(specs())
+    def draw(spec: Spec) -> None:
+        seen.update([*spec.branches, spec.combine.gate, spec.kv, spec.dtype, spec.passes])
+        if spec.compression is not None:
+            seen.update([f"key {spec.compression.phi.key}", f"value {spec.compression.phi.value}"])
+        if spec.selection is not None:
+            seen.add(spec.selection.indices)
+
+    draw()
+    kinds = ("mean", "weighted", "linear", "mlp", "external")
+    expected = {"cmp", "slc", "win", "sigmoid", "given", "none", "shared", "per_branch", "float16", "float32"}
+    expected |= {"computed", "input", ("forward",), ("forward", "backward")}
+    assert expected | {f"{side} {kind}" for side in ("key", "value") for kind in kinds} <= seen
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+@pytest.mark.parametrize("given_indices", [True, False])
+def test_drawn_cases_cover_every_form_and_kind_within_their_limits(interpreted: bool, given_indices: bool) -> None:
+    p = OracleParameters.from_spec(spec_of(indices_given=given_indices))
+    drawn = [drawn_case(p, random.Random(seed).choice, interpreted=interpreted) for seed in range(600)]
+    packed = [case.tokens for case in drawn if isinstance(case.tokens, tuple)]
+    assert {case.kind for case in drawn} == set(kinds_of(p))
+    assert any(0 in lengths for lengths in packed) and any(1 in lengths for lengths in packed)
+    assert any(case.tokens_kv for case in drawn) and {case.batch for case in drawn} == {1, 2}
+    assert all(sum(lengths) > 0 for lengths in packed)
+    most = max(sum(case.tokens) if isinstance(case.tokens, tuple) else case.tokens for case in drawn)
+    assert most <= (14 if interpreted else 1104)
+
+
+def test_an_example_is_the_same_alone_as_in_a_longer_run() -> None:
+    spec = spec_of(branches="win")
+    module = package(spec)
+    long = verify(spec, package=module, device="cpu", examples=6, seed=10)
+    short = verify(spec, package=module, device="cpu", examples=1, seed=13)
+    assert long.ok and len(long.cases) == 6 and short.cases == long.cases[3:4]
+    assert drawn_trial(spec, module, 13, "cpu", None)[1].seed == 13
+
+
+def test_a_failed_example_says_how_to_repeat_it() -> None:
+    spec = spec_of(branches="win")
+    wrong = package(spec, tamper=lambda o, aux: 1.1 * o + 0.1)
+    report = verify(spec, package=wrong, device="cpu", examples=8, seed=0, source="my.yaml")
+    assert not report.ok
+    (note,) = report.notes
+    assert "nsa-gen verify my.yaml --examples 1 --seed " in note
+    seed = int(note.split("--seed ")[1].split()[0])
+    assert not verify(spec, package=wrong, device="cpu", examples=1, seed=seed).ok
+    assert spec.resolved_yaml() in verify(spec, package=wrong, device="cpu", examples=8).notes[0]
+
+
+def test_examples_refuse_what_they_would_ignore() -> None:
+    spec = spec_of(branches="win")
+    with pytest.raises(ValueError, match="lengths"):
+        verify(spec, package=package(spec), device="cpu", examples=1, lengths=[3])
+    with pytest.raises(ValueError, match="at least 1"):
+        verify(spec, package=package(spec), device="cpu", examples=0)
+
+
+def test_a_project_asserts_that_its_package_is_right() -> None:
+    op = operator_of_spec(small_spec("win", gate="none"))
+    for given_package in (op.module, op.folder, str(op.folder)):
+        report = assert_verified(given_package, lengths=[3], packed=False, device=DEVICE.type)
+        assert report.ok and report.digest == op.spec.digest()
+    with pytest.raises(TypeError, match="package_or_spec"):
+        assert_verified(3)
+
+
+def test_the_assertion_lists_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = operator_of_spec(small_spec("win", gate="none"))
+    right = op.module.nsa_attention
+
+    def wrong(*arguments: object, **more: object) -> object:
+        o, aux = right(*arguments, **more)
+        return 1.1 * o, aux
+
+    monkeypatch.setattr(op.module, "nsa_attention", wrong)
+    with pytest.raises(AssertionError, match=r"under_test .*\n  T=3: o: "):
+        assert_verified(op.module, lengths=[3], packed=False, device=DEVICE.type)
+
+
+def test_the_pages_example_of_a_projects_test_passes(project_root: Path) -> None:
+    page = (project_root / "docs" / "verification.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/verification.md", "exec"), names)
+    names["test_attention_is_right"]()
+    assert all(f"\n| {name} | " in page for name in PROPERTIES)

@@ -1,0 +1,130 @@
+"""Each property passes a right package and fails one that breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_gen.spec import Spec
+from nsa_gen.verification.cases import Case
+from nsa_gen.verification.hygiene import GuardBands
+from nsa_gen.verification.properties import PROPERTIES, Trial
+from tests.support import DEVICE, operator_of_spec, small_spec
+from tests.verification.test_verify import package
+from tests.verification.verification_specs import spec_of
+
+BATCHED, PACKED = Case(21, batch=2), Case((19, 0, 1, 11))
+WHERE = {
+    "oracle": BATCHED,
+    "future": BATCHED,
+    "dense": Case(9, batch=2),
+    "packed": PACKED,
+    "chunks": BATCHED,
+    "batch": BATCHED,
+    "groups": BATCHED,
+    "doubled": BATCHED,
+    "bits": BATCHED,
+    "guards": PACKED,
+}
+
+
+def failing(name: str, spec: Spec, module: object, case: Case | None = None) -> list[str]:
+    trial = Trial(spec, module, case or WHERE[name], 5, "cpu", build=package)
+    assert PROPERTIES[name].applies(trial.parameters, trial.case)
+    rows = PROPERTIES[name].check(trial)
+    assert rows
+    return [row.quantity for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize("phi", ["linear", "external"])
+@pytest.mark.parametrize("name", WHERE)
+def test_a_right_package_has_the_property(name: str, phi: str) -> None:
+    spec = spec_of(phi=phi, position="none" if phi == "external" else "learned", kv="per_branch")
+    assert failing(name, spec, package(spec)) == []
+    given = spec_of(branches="slc win", indices_given=True)
+    assert failing(name, given, package(given)) == []
+
+
+def reads_all_rows(o: Tensor, aux: dict) -> Tensor:
+    return o + 1e-6 * o.mean(-3, keepdim=True)
+
+
+def reads_the_batch(o: Tensor, aux: dict) -> Tensor:
+    return o * torch.arange(1, o.shape[0] + 1)[:, None, None, None]
+
+
+def depends_on_the_length(o: Tensor, aux: dict) -> Tensor:
+    return o * (1 + 1e-3 * o.shape[-3])
+
+
+def adds_a_constant(o: Tensor, aux: dict) -> Tensor:
+    return o + 0.01
+
+
+def writes_past_its_end(o: Tensor, aux: dict) -> Tensor:
+    x = torch.empty(64)
+    if x.untyped_storage().nbytes() > 64 * 4:  # with bands around it; without them torch would refuse
+        x.as_strided((3,), (1,), x.storage_offset() + 64).fill_(0.0)
+    return o
+
+
+MISTAKES: dict[str, Callable[[Tensor, dict], Tensor]] = {
+    "oracle": adds_a_constant,
+    "future": reads_all_rows,
+    "packed": depends_on_the_length,
+    "chunks": depends_on_the_length,
+    "batch": reads_the_batch,
+    "doubled": adds_a_constant,
+    "guards": writes_past_its_end,
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_package_that_breaks_the_property_fails(name: str) -> None:
+    spec = spec_of()
+    assert failing(name, spec, package(spec, tamper=MISTAKES[name]))
+
+
+def test_a_window_too_narrow_is_not_dense() -> None:
+    spec = spec_of(branches="win")
+    assert failing("dense", spec, package(spec, change=lambda p: replace(p, window=3))) == ["dense: o_win"]
+
+
+def test_heads_that_read_another_groups_keys_are_not_repeated_heads() -> None:
+    spec = spec_of(branches="win")
+    right = package(spec)
+
+    def swapped(q: Tensor, k: Tensor, v: Tensor, *rest: object, **more: object) -> object:
+        return right.nsa_attention(q, k.flip(-2), v, *rest, **more)
+
+    wrong = SimpleNamespace(nsa_attention=swapped)
+    assert set(failing("groups", spec, wrong)) == {f"repeated KV heads: {name}" for name in ("o", "o_win", "lse_win")}
+
+
+def test_results_that_change_from_call_to_call_have_other_bits() -> None:
+    calls = iter(range(10))
+    spec = spec_of(branches="win")
+    module = package(spec, tamper=lambda o, aux: o * (1 + 2.0**-23 * (next(calls) % 2)))
+    assert failing("bits", spec, module) == ["repeated"]
+
+
+def test_guard_bands_see_writes_on_either_side_and_keep_values_and_strides() -> None:
+    with GuardBands() as guard:
+        x, y = torch.zeros(4, 6), torch.full((3,), 7, dtype=torch.int32)
+        z = torch.empty_like(x.t())
+        assert guard.guarded == 3 and guard.damage() == []
+        y.as_strided((2,), (1,), y.storage_offset() - 2).fill_(1)
+    assert x.eq(0).all() and y.tolist() == [7, 7, 7] and z.stride() == x.t().stride() and z.isnan().all()
+    assert len(guard.damage()) == 1 and "2 elements written before a torch.int32" in guard.damage()[0]
+
+
+@pytest.mark.parametrize("name", ["future", "guards", "doubled"])
+def test_generated_kernels_have_the_property(name: str) -> None:
+    op = operator_of_spec(small_spec(scale=0.37))
+    trial = Trial(op.spec, op.module, Case(3, tokens_kv=21, batch=1), 5, DEVICE.type)
+    assert [row for row in PROPERTIES[name].check(trial) if not row.ok] == []
