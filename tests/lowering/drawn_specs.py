@@ -25,6 +25,23 @@ def structure(spec: Spec) -> tuple[object, ...]:
     )
 
 
+def features(spec: Spec) -> set[tuple[str, object]]:
+    """Choices of the language that a spec makes."""
+    made: set[tuple[str, object]] = {
+        ("branches", spec.branches),
+        ("gate", spec.combine.gate),
+        ("kv", spec.kv),
+        ("passes", spec.passes),
+        ("dtype", spec.dtype),
+    }
+    if spec.compression:
+        phi, position = spec.compression.phi, spec.compression.position
+        made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
+    if spec.selection:
+        made.add(("indices", spec.selection.indices))
+    return made
+
+
 @functools.cache
 def drawn_specs(count: int) -> tuple[Spec, ...]:
     """`count` specs of different structure out of everything the language allows, named drawn_0, drawn_1, ..."""
@@ -44,10 +61,19 @@ def drawn_specs(count: int) -> tuple[Spec, ...]:
         found.setdefault(structure(spec), spec)
 
     draw()
-    # Hypothesis begins with simple examples and tries neighbours of one example in a row: take them from everywhere.
     assert len(found) >= count
-    chosen = [list(found.values())[number * len(found) // count] for number in range(count)]
-    return tuple(spec.replace(name=f"drawn_{number}") for number, spec in enumerate(chosen))
+    # What is drawn changes with hypothesis' version and the project's sources. So: first a spec for every feature that
+    # was drawn at all, then others from everywhere, since neighbours of one example come in a row.
+    pool = list(found.values())
+    covered: set[tuple[str, object]] = set()
+    telling = []
+    for number, spec in enumerate(pool):
+        if features(spec) - covered:
+            telling.append(number)
+            covered |= features(spec)
+    spread = [number * len(pool) // count for number in range(count)]
+    numbers = list(dict.fromkeys([*telling, *spread, *range(len(pool))]))[:count]
+    return tuple(pool[number].replace(name=f"drawn_{index}") for index, number in enumerate(numbers))
 
 
 @functools.cache
