@@ -192,10 +192,6 @@ class Program:
             return " + ".join(f"o_{branch}" for branch in self.spec.branches)
         return " + ".join(f"g_{branch} o_{branch}" for branch in self.spec.branches)
 
-    def branch_index(self, branch: str) -> int:
-        """Position of a branch among the gates."""
-        return self.spec.branches.index(branch)
-
     def kv(self, branch: str) -> tuple[str, str]:
         """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
         readers = raw_readers(self.spec)

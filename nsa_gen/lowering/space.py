@@ -47,13 +47,14 @@ def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
 
 def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], bool]:
     """A test of whether a configuration keeps the kernel's constraints and is expected to fit a device."""
+    keeps = _keeping(kernel, sizes)
     shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
 
     def test(config: dict[str, int]) -> bool:
         threads = config["num_warps"] * gpu.warp_size
         return (
-            _keeps(kernel, sizes, config)
+            keeps(config)
             and config["num_stages"] <= _DEEPEST_PIPELINE[gpu.backend]
             and shared_memory(config) <= gpu.shared_memory_per_block
             and registers(config) <= threads * gpu.registers_per_thread * _REGISTER_SHARE
@@ -118,19 +119,21 @@ def _least(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Confi
     shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
     best = min(
-        (config for config in candidates(kernel) if _keeps(kernel, sizes, config)),
+        filter(_keeping(kernel, sizes), candidates(kernel)),
         key=lambda config: (shared_memory(config), registers(config) / config["num_warps"]),
     )
     return Config(kernel.name, tuple(best.items()))
 
 
-def _keeps(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], config: dict[str, int]) -> bool:
-    return all(_numeric(constraint, sizes)(config) for constraint in kernel.constraints)
+def _keeping(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dict[str, int]], bool]:
+    """A test of whether a configuration keeps the kernel's own constraints, whatever the device."""
+    constraints = [_numeric(constraint, sizes) for constraint in kernel.constraints]
+    return lambda config: all(constraint(config) for constraint in constraints)
 
 
 def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
     """The smallest legal tiles: on the interpreter a short sequence then still crosses tile edges."""
-    best = next(config for config in candidates(kernel) if _keeps(kernel, sizes, config))
+    best = next(filter(_keeping(kernel, sizes), candidates(kernel)))
     return Config(kernel.name, tuple(best.items()))
 
 

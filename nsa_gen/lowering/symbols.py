@@ -30,9 +30,6 @@ QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK, HEAD_SPLITS = sympy.
 SCORES_STAGED = sympy.Symbol("scores_staged", nonnegative=True, integer=True)
 NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, integer=True)
 
-#: Symbols whose value comes with a call.
-CALL_SYMBOLS = (B, T)
-
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
