@@ -1,0 +1,142 @@
+"""Kernels of the branches whose visible keys are one moving range: compressed blocks and the window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.common import (
+    FP32,
+    LSE_BYTES,
+    O_BYTES,
+    Q_BYTES,
+    QK_V,
+    SCORES,
+    TWO_ACCUMULATORS,
+    height_rule,
+    launch,
+    tile,
+)
+from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.spec import Spec
+
+
+@dataclass(frozen=True)
+class Band:
+    """A branch whose visible keys are one moving range: pairs of (query, key) it must and does compute."""
+
+    op: str
+    module: str
+    branch: str
+    keys: str
+    pairs: sympy.Expr
+    computed_pairs: sympy.Expr
+    key_rows: sympy.Expr
+
+
+def bands(spec: Spec) -> list[Band]:
+    """The banded branches of a spec, in the order in which they run."""
+    found = []
+    if spec.compression:
+        rows = s.B * s.T / s.CMP_STRIDE
+        pairs = s.B * s.Hq * s.T**2 / (2 * s.CMP_STRIDE)
+        # A query tile computes whole key tiles up to the staircase's highest step.
+        edge = s.B * s.Hq * s.T * (s.QUERY_BLOCK / s.CMP_STRIDE + s.KEY_BLOCK) / 2
+        found.append(Band("compressed", "compressed_attention", "cmp", "compressed blocks", pairs, pairs + edge, rows))
+    if spec.window:
+        pairs = s.B * s.Hq * s.T * s.WINDOW
+        computed = s.B * s.Hq * s.T * (s.WINDOW + s.QUERY_BLOCK + s.KEY_BLOCK)
+        found.append(Band("window", "window_attention", "win", "raw keys", pairs, computed, s.B * s.T))
+    return found
+
+
+def forward_kernel(spec: Spec, band: Band) -> Kernel:
+    """o and lse of a branch."""
+    kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
+    return Kernel(
+        name=f"{band.op}_forward",
+        module=band.module,
+        branch=band.branch,
+        direction="forward",
+        purpose=f"attention of query tiles to {band.keys}",
+        schedule="query tiles stream key tiles",
+        tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
+        constraints=(height_rule(s.QUERY_BLOCK),),
+        resources=Resources(
+            # An edge tile's values are stored again without what must not leak from invisible keys.
+            shared_memory=(s.QUERY_BLOCK * s.PAD_QK + s.KEY_BLOCK * (s.NUM_STAGES * QK_V + s.PAD_V) + SCORES) * s.E,
+            registers=s.QUERY_BLOCK * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
+            flops=2 * band.computed_pairs * QK_V,
+            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + O_BYTES,
+            streamed=s.KEY_BLOCK,
+            height=s.QUERY_BLOCK,
+        ),
+        useful_flops=2 * band.pairs * (s.Dk + s.Dv),
+        compulsory_bytes=Q_BYTES + kv_bytes + O_BYTES + LSE_BYTES,
+    )
+
+
+def backward_kernels(spec: Spec, band: Band) -> list[Kernel]:
+    """Gradients of a branch, in the order in which they run."""
+    return [_dq_kernel(spec, band), _dkdv_kernel(spec, band)]
+
+
+def _dq_kernel(spec: Spec, band: Band) -> Kernel:
+    kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
+    return Kernel(
+        name=f"{band.op}_backward_dq",
+        module=band.module,
+        branch=band.branch,
+        direction="backward",
+        purpose=f"dq of attention to {band.keys}",
+        schedule="query tiles stream key tiles",
+        tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
+        constraints=(height_rule(s.QUERY_BLOCK),),
+        resources=Resources(
+            shared_memory=(s.QUERY_BLOCK * QK_V + s.NUM_STAGES * s.KEY_BLOCK * QK_V + SCORES) * s.E,
+            registers=s.QUERY_BLOCK * (s.PAD_QK + 3 * s.KEY_BLOCK),
+            flops=2 * band.computed_pairs * (2 * s.PAD_QK + s.PAD_V),
+            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES * 2 + O_BYTES,
+            streamed=s.KEY_BLOCK,
+            height=s.QUERY_BLOCK,
+        ),
+        useful_flops=2 * band.pairs * s.Dk,
+        compulsory_bytes=2 * Q_BYTES + kv_bytes + O_BYTES + 2 * LSE_BYTES,
+    )
+
+
+def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
+    kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
+    tunables = [tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK)]
+    traffic = band.computed_pairs / s.KEY_BLOCK * QK_V * s.E + 2 * kv_bytes
+    programs = sympy.oo
+    if band.branch == "cmp":
+        # Few key tiles, of very unequal work: the group's heads are shared out, and the shares added up.
+        group = spec.heads.group
+        tunables.append(Tunable(s.HEAD_SPLITS.name, tuple(split for split in (1, 2, 4, 8, 16, 32) if split <= group)))
+        traffic += (s.HEAD_SPLITS - 1) * band.key_rows * s.Hkv * (s.Dk + s.Dv) * FP32 * 3
+        programs = band.key_rows / s.KEY_BLOCK * s.Hkv * s.HEAD_SPLITS
+    return Kernel(
+        name=f"{band.op}_backward_dkdv",
+        module=band.module,
+        branch=band.branch,
+        direction="backward",
+        purpose=f"dk and dv of {band.keys}",
+        schedule="key tiles stream the query tiles of the group's heads",
+        # Two groups of 4 warps on 128 rows: 71 ms where one on 64 rows takes 45 (H100, 64 heads on 4, 65536 tokens).
+        tunables=(*tunables, *launch(warps=(4,))),
+        constraints=(height_rule(s.KEY_BLOCK),),
+        resources=Resources(
+            shared_memory=(s.KEY_BLOCK * QK_V + s.NUM_STAGES * s.QUERY_BLOCK * QK_V + 2 * SCORES) * s.E,
+            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 3 * s.QUERY_BLOCK),
+            flops=2 * band.computed_pairs * 2 * QK_V,
+            traffic=traffic,
+            streamed=s.QUERY_BLOCK,
+            height=s.KEY_BLOCK,
+            programs=programs,
+        ),
+        useful_flops=2 * band.pairs * (2 * s.Dk + 2 * s.Dv),
+        compulsory_bytes=Q_BYTES + 2 * kv_bytes + O_BYTES + 2 * LSE_BYTES,
+    )
