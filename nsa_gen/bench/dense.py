@@ -1,96 +1,135 @@
-"""A generated operator beside dense causal attention on the GPU at hand: forward and backward, one sequence."""
+"""Dense causal attention on the same q, k and v: the attention that a sparse one is to save.
+
+It computes another function than sparse attention, so a ratio says what sparsity saves, not which of two
+implementations of one thing is better.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING
+import importlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.bench.contenders import Prepared, keys_and_values, leaves_of, not_importable
+from nsa_gen.verification.inputs import Inputs
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
-WARM_UP, REPEATS = 3, 10
 
+class Sdpa:
+    """One backend of torch's scaled_dot_product_attention, by the name it has in torch.nn.attention.SDPBackend.
 
-@dataclass(frozen=True)
-class DenseComparison:
-    """Median times, in milliseconds, of one sequence of `tokens` tokens.
-
-    `dense` is torch's scaled_dot_product_attention, causal, with the same heads and head dims; it computes another
-    function, so the ratio says what sparsity saves, not which of two implementations of one thing is better.
+    KV heads are handed over as they are where the backend takes fewer of them than query heads, and are repeated
+    beforehand, outside the timing, where it does not; the note says so.
     """
 
-    tokens: int
-    forward_ms: float
-    backward_ms: float
-    dense_forward_ms: float
-    dense_backward_ms: float
+    dense = True
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name = name
+        self._backend = backend
+
+    def missing(self) -> str:
+        from torch.nn.attention import SDPBackend
+
+        return "" if hasattr(SDPBackend, self._backend) else f"this torch has no SDPBackend.{self._backend}"
+
+    def refuses(self, spec: Spec, tokens: int) -> str:
+        return _no_float32(spec) if self._backend != "EFFICIENT_ATTENTION" else ""
+
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        grouped = self._prepared(spec, inputs, repeat=1)
+        if spec.heads.group == 1:
+            return grouped
+        # A backend tells whether it takes grouped heads by running: torch has no question for it.
+        k, v = keys_and_values(inputs)
+        tokens = min(256, inputs.q.shape[1])
+        short = replace(inputs, q=inputs.q[:, :tokens], k=k[:, :tokens], v=v[:, :tokens], do=inputs.do[:, :tokens])
+        trial = self._prepared(spec, short, repeat=1)
+        try:
+            torch.autograd.grad(trial.call(), trial.leaves, trial.do)
+        except RuntimeError:
+            return self._prepared(spec, inputs, repeat=spec.heads.group)
+        return grouped
+
+    def _prepared(self, spec: Spec, inputs: Inputs, repeat: int) -> Prepared:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        k, v = keys_and_values(inputs)
+        wide = (inputs.q, k, v) if repeat == 1 else (inputs.q, *(x.repeat_interleave(repeat, 2) for x in (k, v)))
+        leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in wide))
+        backend = SDPBackend.__members__[self._backend]
+        grouped = leaves[0].shape[1] != leaves[1].shape[1]
+        scale = spec.scale_value
+
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    *leaves, is_causal=True, scale=scale, enable_gqa=grouped
+                )
+
+        note = "" if repeat == 1 else f"KV heads repeated {repeat} times beforehand: it takes no grouped heads"
+        return Prepared(call, tuple(leaves), inputs.do.transpose(1, 2).contiguous(), note)
 
 
-def compare_with_dense(package: ModuleType, spec: Spec, lengths: Sequence[int]) -> Iterator[DenseComparison]:
-    """Time a generated package's operator and dense causal attention at each length, on the current CUDA device.
+class FlashAttention4:
+    """FlashAttention-4 of the package flash-attn-4 (its CuTe kernels), which serves Hopper and Blackwell."""
 
-    Inputs are one sequence of gaussian numbers in the spec's dtype. Times are medians of ten calls after three, by
-    CUDA events; compilation is not in them.
+    name = "fa4"
+    dense = True
 
-    Raises:
-        RuntimeError: torch sees no GPU.
-        ValueError: the operator has no keys and values of its own to compare on (external compression alone).
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("compare_with_dense: expected a GPU, torch sees none")
-    for tokens in lengths:
-        inputs = make_inputs(spec, batch=1, tokens=tokens, dtype=getattr(torch, spec.dtype), device="cuda")
-        if inputs.k is None or inputs.v is None:
-            raise ValueError(f"{spec.name} takes no k and v, so there is no dense attention of the same shape")
-        yield DenseComparison(tokens, *_time(*_operator(package, inputs)), *_time(*_dense(inputs, spec.scale_value)))
+    def missing(self) -> str:
+        return not_importable(("flash_attn.cute", "cutlass"), "flash-attn-4")
 
+    def refuses(self, spec: Spec, tokens: int) -> str:
+        return _no_float32(spec)
 
-Call = Callable[[], Tensor]
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        attend: Any = importlib.import_module("flash_attn.cute").flash_attn_func
+        leaves = leaves_of(inputs.q, *keys_and_values(inputs))
+        scale = spec.scale_value
 
+        def call() -> Tensor:
+            found = attend(*leaves, softmax_scale=scale, causal=True)
+            return found[0] if isinstance(found, tuple) else found
 
-def _operator(package: ModuleType, inputs: Inputs) -> tuple[Call, list[Tensor], Tensor]:
-    """The operator as a call without arguments, the tensors it has gradients for, and the gradient of its output."""
-    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.differentiable().items()}
-    ready = inputs.replace_differentiable(leaves)
-    arguments = {name: value for name, value in ready.arguments().items() if value is not None}
-    if "compression" in arguments:
-        arguments["compression"] = package.CompressionParameters(**arguments["compression"])
-    for required in ("q", "k", "v"):
-        arguments.setdefault(required, None)
-    return lambda: package.nsa_attention(**arguments), list(leaves.values()), inputs.do
+        return Prepared(call, tuple(leaves), inputs.do)
 
 
-def _dense(inputs: Inputs, scale: float) -> tuple[Call, list[Tensor], Tensor]:
-    """Dense causal attention on the same q, k and v, in torch's (B, H, T, D) layout."""
-    assert inputs.k is not None and inputs.v is not None
-    leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+class FlexAttention:
+    """torch's FlexAttention, compiled, with a causal block mask."""
 
-    def call() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, enable_gqa=True)
+    name = "flex"
+    dense = True
 
-    return call, leaves, inputs.do.transpose(1, 2)
+    def missing(self) -> str:
+        return not_importable(("torch.nn.attention.flex_attention",), "torch with FlexAttention")
+
+    def refuses(self, spec: Spec, tokens: int) -> str:
+        return ""
+
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        tokens = inputs.q.shape[1]
+        mask = create_block_mask(_causal, None, None, tokens, tokens, device=inputs.q.device)
+        leaves = leaves_of(*(x.transpose(1, 2).contiguous() for x in (inputs.q, *keys_and_values(inputs))))
+        compiled: Any = torch.compile(flex_attention, dynamic=False)
+        grouped, scale = spec.heads.group > 1, spec.scale_value
+        return Prepared(
+            lambda: compiled(*leaves, block_mask=mask, scale=scale, enable_gqa=grouped),
+            tuple(leaves),
+            inputs.do.transpose(1, 2).contiguous(),
+        )
 
 
-def _time(call: Call, leaves: list[Tensor], do: Tensor) -> tuple[float, float]:
-    """Median milliseconds of the call and of its backward pass."""
-    forward: list[float] = []
-    backward: list[float] = []
-    for _ in range(WARM_UP + REPEATS):
-        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        start.record()
-        o = call()
-        middle.record()
-        torch.autograd.grad(o, leaves, do, allow_unused=True)
-        end.record()
-        end.synchronize()
-        forward.append(start.elapsed_time(middle))
-        backward.append(middle.elapsed_time(end))
-    return statistics.median(forward[WARM_UP:]), statistics.median(backward[WARM_UP:])
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _no_float32(spec: Spec) -> str:
+    return "it takes bfloat16 and float16 only" if spec.dtype == "float32" else ""

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from nsa_gen import __version__
 from nsa_gen.cli import BROKEN_PIPE
+from nsa_gen.cli.bench import bench
 from nsa_gen.cli.check import check
 from nsa_gen.cli.compile import compile_
 from nsa_gen.cli.demo import demo
@@ -78,6 +79,7 @@ for _name, _command in (
     ("explain", explain),
     ("compile", compile_),
     ("verify", verify),
+    ("bench", bench),
     ("demo", demo),
     ("env", env),
 ):

@@ -1,0 +1,128 @@
+"""Inputs drawn on the device they are timed on: one sequence, independent numbers or numbers that resemble a model's.
+
+`nsa_gen.verification.inputs` draws on the CPU, so that a failure is the same everywhere; half a billion numbers take
+longer there than all that is timed here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inputs import Inputs, make_inputs
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+InputKind = Literal["independent", "correlated"]
+INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
+
+RHO = 0.95
+"""Correlation of neighbouring queries of correlated inputs."""
+CLUSTERS, CLUSTER_SHARE, RUN_TOKENS = 64, 0.8, 128
+"""Correlated keys: directions a KV head has, the share of a key that is its direction, mean length of a run of one."""
+ROWS_AT_ONCE = 4096
+
+
+def draw_inputs(
+    spec: Spec, tokens: int, *, device: torch.device | str, seed: int = 0, kind: InputKind = "independent"
+) -> Inputs:
+    """One sequence of `tokens` tokens in the spec's dtype, drawn on `device`.
+
+    independent: unit normal everywhere. correlated: q_t = rho q_(t-1) + sqrt(1 - rho^2) noise with rho = 0.95, and each
+    key is 0.8 times one of 64 directions of its head plus 0.6 times noise, where a direction lasts 128 tokens on
+    average; both have unit variance. Learned parameters of phi are those of `make_inputs`; a spec that takes indices
+    gets random distinct blocks, the query's own among them.
+
+    Raises ValueError for an unknown kind.
+    """
+    if kind not in INPUT_KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(INPUT_KINDS)}, got {kind!r}")
+    p = OracleParameters.from_spec(spec)
+    dtype = getattr(torch, spec.dtype)
+    # A short sequence names the arguments that the spec takes, and brings phi's parameters, which no length changes.
+    small = make_inputs(spec, batch=1, tokens=p.selection_block or 64, dtype=dtype, device=device, seed=seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn: dict[str, Any] = {}
+    for name, x in {**small.arguments(), "do": small.do}.items():
+        if not isinstance(x, Tensor):
+            continue
+        rows = p.compressed_blocks(tokens) if name in ("k_cmp", "v_cmp") else tokens
+        shape = (1, rows, *x.shape[2:])
+        if name == "indices":
+            drawn[name] = _draw_indices(p, tokens, device, generator)
+        elif kind == "correlated" and name == "q":
+            drawn[name] = _autoregressive(shape, device, generator).to(dtype)
+        elif kind == "correlated" and name.startswith("k"):
+            drawn[name] = _clustered(shape, device, generator).to(dtype)
+        else:
+            drawn[name] = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    return replace(small, **drawn)
+
+
+def _autoregressive(shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator) -> Tensor:
+    """Unit normal numbers, float32, of which neighbours along dim 1 correlate by RHO."""
+    x = torch.randn(shape, generator=generator, device=device).flatten(2)[0]
+    # Within a chunk the recurrence is a triangular matrix; from chunk to chunk the last row is carried.
+    step = torch.arange(min(256, shape[1]), device=device)
+    power = (step[:, None] - step).float()
+    matrix = torch.where(power >= 0, RHO ** power.clamp(min=0), 0.0) * math.sqrt(1 - RHO**2)
+    carried = torch.randn(x.shape[1:], generator=generator, device=device)
+    for start in range(0, shape[1], len(step)):
+        rows = x[start : start + len(step)]
+        decay = RHO ** (step[: len(rows), None] + 1.0)
+        rows.copy_(matrix[: len(rows), : len(rows)] @ rows + decay * carried)
+        carried = rows[-1].clone()
+    return x.view(shape)
+
+
+def _clustered(shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator) -> Tensor:
+    """Unit normal numbers, float32, that share a direction of their head in runs along dim 1."""
+    _, tokens, heads, dim = shape
+    directions = torch.randn(heads, CLUSTERS, dim, generator=generator, device=device)
+    starts = torch.rand(tokens, heads, generator=generator, device=device) < 1 / RUN_TOKENS
+    run = starts.cumsum(0)
+    of_run = torch.randint(CLUSTERS, (tokens + 1, heads), generator=generator, device=device)
+    cluster = of_run.gather(0, run)
+    x = torch.randn(shape, generator=generator, device=device)
+    for head in range(heads):
+        shared = directions[head][cluster[:, head]]
+        x[0, :, head].mul_(math.sqrt(1 - CLUSTER_SHARE**2)).add_(shared, alpha=CLUSTER_SHARE)
+    return x
+
+
+def _draw_indices(p: OracleParameters, tokens: int, device: torch.device | str, generator: torch.Generator) -> Tensor:
+    """Valid indices (1, T, Hkv, n) int32: the query's own block and random earlier ones, ascending, then -1."""
+    assert p.selection_block is not None
+    blocks = -(-tokens // p.selection_block)
+    n = min(p.selection_count, blocks)
+    found = torch.full((1, tokens, p.kv_heads, p.selection_count), -1, dtype=torch.int32, device=device)
+    block = torch.arange(blocks, device=device)
+    for start in range(0, tokens, ROWS_AT_ONCE):
+        own = torch.arange(start, min(start + ROWS_AT_ONCE, tokens), device=device)[:, None, None] // p.selection_block
+        rank = torch.rand(own.shape[0], p.kv_heads, blocks, generator=generator, device=device)
+        rank = rank.masked_fill(block == own, 2.0).masked_fill(block > own, -1.0)
+        best, chosen = rank.topk(n, dim=-1)
+        chosen = chosen.masked_fill(best < 0, blocks).sort(dim=-1).values
+        found[0, start : start + own.shape[0], :, :n] = chosen.masked_fill(chosen == blocks, -1)
+    return found
+
+
+def selection_overlap(indices: Tensor) -> float | None:
+    """The mean share of a query's blocks that the query before it has selected too; None for fewer than two queries.
+
+    `indices` is (B, T, Hkv, n) int32 with -1 for empty slots, as a package's auxiliary outputs hold it.
+    """
+    both = chosen = 0
+    for start in range(1, indices.shape[1], ROWS_AT_ONCE):
+        later = indices[:, start : start + ROWS_AT_ONCE]
+        earlier = indices[:, start - 1 : start - 1 + later.shape[1]]
+        used = later >= 0
+        both += int(((later[..., None] == earlier[..., None, :]).any(-1) & used).sum())
+        chosen += int(used.sum())
+    return both / chosen if chosen else None

@@ -1,0 +1,128 @@
+"""Figures of a benchmark: speed-up over the best dense attention by length and by group size. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nsa_gen.bench.contenders import OURS
+from nsa_gen.bench.records import Results
+from nsa_gen.bench.summary import BOTH, Entry, Key, best_dense, entries, speed_up
+
+DIRECTIONS = ("forward", "backward", BOTH)
+TITLES = {"forward": "forward", "backward": "backward", BOTH: "forward and backward"}
+MARKERS = "osD^vP*X"
+
+
+class MatplotlibMissing(RuntimeError):
+    """Plots were asked for and matplotlib is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__("plots need matplotlib: pip install 'nsa-gen[bench]'")
+
+
+def plot_by_length(results: Results, path: Path, *, workloads: Sequence[str] | None = None) -> None:
+    """Draw speed-up against length: a row of axes a workload and kind of inputs, a column a pass. PNG, SVG or PDF.
+
+    `workloads` are those to draw, all if left out.
+
+    Raises:
+        MatplotlibMissing: it is not installed.
+        ValueError: there is nothing to draw.
+    """
+    found = entries(results.rows)
+    names = list(dict.fromkeys(key.workload for key in found))
+    lines = [
+        (name, kind)
+        for name in names
+        if workloads is None or name in workloads
+        for kind in dict.fromkeys(key.inputs for key in found if key.workload == name)
+    ]
+    panels = [{key: each for key, each in found.items() if (key.workload, key.inputs) == line} for line in lines]
+    titles = [f"{name}, {kind} inputs" for name, kind in lines]
+    _draw(panels, titles, lambda key, each: key.tokens, "tokens", path)
+
+
+def plot_by_group(results: Results, path: Path) -> None:
+    """Draw speed-up against group size, of the sweep over groups. Raises like `plot_by_length`."""
+    found = entries(row for row in results.rows if row.part == "groups")
+    tokens = next((key.tokens for key in found), 0)
+    _draw([found], [f"{tokens:,} tokens"], _group, "query heads a KV head", path)
+
+
+def _group(key: Key, found: Sequence[Entry]) -> int:
+    return next(iter(found[0].rows.values())).group
+
+
+def _draw(
+    panels: Sequence[Mapping[Key, Sequence[Entry]]],
+    titles: Sequence[str],
+    place: Callable[[Key, Sequence[Entry]], int],
+    label: str,
+    path: Path,
+) -> None:
+    pyplot = _pyplot()
+    shown = [
+        (panel, title)
+        for panel, title in zip(panels, titles, strict=True)
+        if any(best_dense(found, direction) for found in panel.values() for direction in DIRECTIONS)
+    ]
+    if not shown:
+        raise ValueError("nothing to plot: no sequence has the times of a dense contender")
+    figure, axes = pyplot.subplots(
+        len(shown), len(DIRECTIONS), figsize=(12, 3.4 * len(shown)), squeeze=False, layout="constrained"
+    )
+    everyone = dict.fromkeys(each.contender for panel, _ in shown for found in panel.values() for each in found)
+    colours = {name: f"C{number}" for number, name in enumerate(name for name in everyone if name != OURS)}
+    for (panel, title), row in zip(shown, axes, strict=True):
+        for direction, ax in zip(DIRECTIONS, row, strict=True):
+            places = sorted({place(key, found) for key, found in panel.items()})
+            for number, name in enumerate(everyone):
+                points = sorted(
+                    (place(key, found), ratio)
+                    for key, found in panel.items()
+                    if (ratio := speed_up(found, name, direction)) is not None
+                )
+                if points:
+                    ours = name == OURS
+                    ax.plot(
+                        *zip(*points, strict=True),
+                        marker=MARKERS[number % len(MARKERS)],
+                        label=name,
+                        color="black" if ours else colours[name],
+                        linewidth=2.2 if ours else 1.2,
+                        zorder=3 if ours else 2,
+                    )
+            ax.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log", base=2)
+            ax.set_xticks(places, [_short(each) for each in places])
+            ax.xaxis.minorticks_off()
+            ax.yaxis.set_major_formatter(lambda value, position: f"{value:g}x")
+            ax.set_title(f"{title}: {TITLES[direction]}", fontsize=9)
+            ax.set_xlabel(label, fontsize=9)
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel("speed-up over the best dense", fontsize=9)
+    handles: dict[str, Any] = {}
+    for ax in axes.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _short(value: int) -> str:
+    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MatplotlibMissing from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

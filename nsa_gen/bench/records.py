@@ -1,0 +1,251 @@
+"""What a benchmark found, as plain data: rows that a worker appends one by one, and the whole as a JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pass of one contender on one sequence.
+
+    Attributes:
+        workload, part, inputs, tokens: the task it belongs to.
+        heads: (query, KV) heads.
+        head_dim: (query and key, value) head dims.
+        dtype: of the inputs.
+        contender: its name.
+        dense: whether it computes dense attention.
+        direction: "forward" or "backward".
+        median_ms, low_ms, high_ms: median and quartiles; None where there is no time.
+        repeats: how many samples there are.
+        peak_bytes: most memory in use beside the inputs, from the start of the forward on.
+        graph: whether a CUDA graph was timed.
+        note: what a reader must know of this contender.
+        refusal: why it was not tried.
+        error: the first line of what it failed with.
+        flops, bytes, floor_ms: of our own operator: what no schedule avoids, and the least time for it at the peaks of
+            the GPU; None for others, and floor_ms where the GPU is not in the hardware table.
+    """
+
+    workload: str
+    part: str
+    inputs: str
+    tokens: int
+    heads: tuple[int, int]
+    head_dim: tuple[int, int]
+    dtype: str
+    contender: str
+    dense: bool
+    direction: str
+    median_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    repeats: int = 0
+    peak_bytes: int | None = None
+    graph: bool = False
+    note: str = ""
+    refusal: str = ""
+    error: str = ""
+    flops: float | None = None
+    bytes: float | None = None
+    floor_ms: float | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads[0] // self.heads[1]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel of our operator in one profiled pass; see `nsa_gen.bench.breakdown.KernelTime`."""
+
+    workload: str
+    inputs: str
+    tokens: int
+    kernel: str
+    branch: str
+    direction: str
+    ms: float
+    launches: int
+    flops: float
+    bytes: float
+    floor_ms: float | None
+    limited_by: str
+
+
+@dataclass(frozen=True)
+class OverlapRow:
+    """Which share of a query's selected blocks the query before it has selected too."""
+
+    workload: str
+    inputs: str
+    tokens: int
+    overlap: float
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """What became of a check: faults of our operator against the oracle, or a contender's distance from our output.
+
+    `difference` is the norm of the difference of the two outputs over the norm of ours, at `tokens` tokens. Packages
+    that choose blocks or round otherwise differ by some percent; a wrong one differs by more than half.
+    """
+
+    workload: str
+    tokens: int
+    contender: str
+    faults: tuple[str, ...] = ()
+    difference: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """How a task ended: "ok", or "not run" or "failed" with the reason."""
+
+    workload: str
+    inputs: str
+    tokens: int
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+Record = Row | KernelRow | OverlapRow | CheckRow | TaskRow
+_KINDS: dict[str, type[Any]] = {
+    "row": Row,
+    "kernel": KernelRow,
+    "overlap": OverlapRow,
+    "check": CheckRow,
+    "task": TaskRow,
+}
+_LISTS = {"row": "rows", "kernel": "kernels", "overlap": "overlaps", "check": "checks", "task": "tasks"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A benchmark as a whole. `machine` holds GPU, driver, versions and commit; `settings` seeds, budget and so on."""
+
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+    kernels: tuple[KernelRow, ...] = ()
+    overlaps: tuple[OverlapRow, ...] = ()
+    checks: tuple[CheckRow, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
+
+    @classmethod
+    def of(cls, records: Iterable[Record], machine: Mapping[str, Any], settings: Mapping[str, Any]) -> Results:
+        """Sort records by kind."""
+        lists: dict[str, list[Any]] = {name: [] for name in _LISTS.values()}
+        for record in records:
+            lists[_LISTS[_kind(record)]].append(record)
+        return cls(machine, settings, **{name: tuple(found) for name, found in lists.items()})
+
+    def to_document(self) -> dict[str, Any]:
+        """The results as JSON has them."""
+        lists = {name: [_without_defaults(record) for record in getattr(self, name)] for name in _LISTS.values()}
+        return {"machine": dict(self.machine), "settings": dict(self.settings), **lists}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Results:
+        """The opposite of `to_document`. Raises ValueError for what is no such document."""
+        try:
+            lists = {
+                name: tuple(_from_json(_KINDS[kind], record) for record in document[name])
+                for kind, name in _LISTS.items()
+            }
+            return cls(document["machine"], document["settings"], **lists)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected the JSON of a benchmark: {type(error).__name__}: {error}") from error
+
+
+def to_line(record: Record) -> str:
+    """A record as one line of JSON."""
+    return json.dumps({"record": _kind(record), **asdict(record)}, allow_nan=False)
+
+
+def from_line(line: str) -> Record:
+    """A record from its line."""
+    found = json.loads(line)
+    return _from_json(_KINDS[found.pop("record")], found)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a file; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [from_line(line) for line in lines if line.endswith("\n")]
+
+
+def write_json(path: Path, results: Results) -> None:
+    """Write results whole or not at all, a record a line."""
+    parts = []
+    for name, value in results.to_document().items():
+        body = json.dumps(value)
+        if isinstance(value, list) and value:
+            body = "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {body}")
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def read_results(path: Path) -> Results:
+    """Results from their JSON, or from the journal (.jsonl) of a session that was cut short.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    if path.suffix != ".jsonl":
+        return Results.from_document(json.loads(path.read_text(encoding="utf-8")))
+    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        opening = json.loads(head)
+        records = [from_line(line) for line in lines if line.endswith("\n")]
+        return Results.of(records, opening["machine"], opening["settings"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the journal of a benchmark: {type(error).__name__}: {error}") from error
+
+
+def merge(several: Sequence[Results]) -> Results:
+    """Several results as one, with the machine and settings of the first; of records of one thing the last counts.
+
+    Raises:
+        ValueError: they are of different GPUs, whose times cannot be compared.
+    """
+    names = {str(each.machine.get("gpu")) for each in several}
+    if len(names) > 1:
+        raise ValueError(f"results: expected those of one GPU, got {' and '.join(sorted(names))}")
+    lists: dict[str, tuple[Any, ...]] = {}
+    for name in _LISTS.values():
+        last = {_identity(record): record for each in several for record in getattr(each, name)}
+        lists[name] = tuple(last.values())
+    return Results(several[0].machine, several[0].settings, **lists)
+
+
+def _identity(record: Record) -> tuple[Any, ...]:
+    """What a record is about: two with the same are two answers to one question."""
+    names = ("part", "workload", "inputs", "tokens", "contender", "direction", "kernel")
+    return tuple(getattr(record, name, None) for name in names)
+
+
+def _kind(record: Record) -> str:
+    return next(kind for kind, each in _KINDS.items() if isinstance(record, each))
+
+
+def _without_defaults(record: Record) -> dict[str, Any]:
+    """A record's fields, those left out that say nothing."""
+    defaults = {each.name: each.default for each in fields(record)}
+    return {name: value for name, value in asdict(record).items() if value != defaults[name]}
+
+
+def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})

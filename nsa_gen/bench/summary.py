@@ -1,0 +1,161 @@
+"""What the rows of a benchmark say together: speed-ups over the best dense attention, and where they cross 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from nsa_gen.bench.records import KernelRow, Row
+
+BOTH = "both"
+"""Forward and backward together."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One sequence that contenders were timed on."""
+
+    workload: str
+    inputs: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender on one sequence: a row a pass."""
+
+    contender: str
+    dense: bool
+    rows: Mapping[str, Row]
+
+    def ms(self, direction: str) -> float | None:
+        """Milliseconds of a pass, or of "both" passes; None where there is no time."""
+        if direction != BOTH:
+            row = self.rows.get(direction)
+            return None if row is None else row.median_ms
+        found = [self.ms("forward"), self.ms("backward")]
+        return None if None in found else sum(ms for ms in found if ms is not None)
+
+    @property
+    def spread(self) -> float | None:
+        """The widest distance between quartiles, as a share of the median."""
+        found = [
+            (row.high_ms - row.low_ms) / row.median_ms
+            for row in self.rows.values()
+            if row.median_ms and row.low_ms is not None and row.high_ms is not None
+        ]
+        return max(found, default=None)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most memory beside the inputs in any pass."""
+        return max((row.peak_bytes for row in self.rows.values() if row.peak_bytes is not None), default=None)
+
+    @property
+    def problem(self) -> str:
+        """Why there is not a time for every pass; empty if there is."""
+        return "; ".join(dict.fromkeys(row.refusal or row.error for row in self.rows.values() if row.median_ms is None))
+
+    @property
+    def note(self) -> str:
+        return next((row.note for row in self.rows.values() if row.note), "")
+
+
+def entries(rows: Iterable[Row]) -> dict[Key, list[Entry]]:
+    """The rows by sequence and contender, in the order of the rows."""
+    gathered: dict[Key, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        key = Key(row.workload, row.inputs, row.tokens)
+        gathered.setdefault(key, {}).setdefault(row.contender, {})[row.direction] = row
+    return {
+        key: [Entry(name, next(iter(found.values())).dense, found) for name, found in contenders.items()]
+        for key, contenders in gathered.items()
+    }
+
+
+def best_dense(found: Sequence[Entry], direction: str) -> Entry | None:
+    """The quickest dense contender of one sequence in a pass or in both; None if none has a time."""
+    timed = [(ms, each) for each in found if each.dense and (ms := each.ms(direction)) is not None]
+    return min(timed, key=lambda pair: pair[0])[1] if timed else None
+
+
+def speed_up(found: Sequence[Entry], contender: str, direction: str) -> float | None:
+    """The best dense contender's time over a contender's; above 1 the contender is quicker."""
+    best = best_dense(found, direction)
+    mine = next((each.ms(direction) for each in found if each.contender == contender), None)
+    if best is None or not mine:
+        return None
+    ms = best.ms(direction)
+    assert ms is not None
+    return ms / mine
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a contender begins to be quicker than the best dense attention.
+
+    `tokens` is None where the lengths measured do not hold it: `side` says whether it lies "below" the shortest or
+    "above" the longest, and is "at" where it was found.
+    """
+
+    side: Literal["below", "at", "above"]
+    tokens: float | None
+    shortest: int
+    longest: int
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return f"{self.tokens:,.0f} tokens"
+        edge = self.shortest if self.side == "below" else self.longest
+        return f"{self.side} {edge:,} tokens"
+
+
+def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
+    """The length from which on the speed-up stays above 1, from the speed-ups at several lengths; None without any.
+
+    Between two lengths both logarithms are taken to lie on a line.
+    """
+    if not speed_ups:
+        return None
+    points = sorted(speed_ups.items())
+    shortest, longest = points[0][0], points[-1][0]
+    if points[-1][1] < 1:
+        return Crossing("above", None, shortest, longest)
+    for (short, low), (long, high) in reversed(list(pairwise(points))):
+        if low < 1:
+            share = math.log(1 / low) / math.log(high / low)
+            return Crossing("at", short * (long / short) ** share, shortest, longest)
+    return Crossing("below", None, shortest, longest)
+
+
+@dataclass(frozen=True)
+class BranchTime:
+    """The kernels of one branch in one pass, added up. `floor_ms` is None where the GPU's peaks are not known."""
+
+    branch: str
+    direction: str
+    ms: float
+    flops: float
+    bytes: float
+    floor_ms: float | None
+
+
+def branch_times(kernels: Iterable[KernelRow]) -> list[BranchTime]:
+    """Kernels of one profiled task by branch and pass."""
+    groups: dict[tuple[str, str], list[KernelRow]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.branch, kernel.direction), []).append(kernel)
+    return [
+        BranchTime(
+            branch,
+            direction,
+            sum(kernel.ms for kernel in found),
+            sum(kernel.flops for kernel in found),
+            sum(kernel.bytes for kernel in found),
+            None if all(k.floor_ms is None for k in found) else sum(k.floor_ms or 0.0 for k in found),
+        )
+        for (branch, direction), found in groups.items()
+    ]

@@ -1,0 +1,195 @@
+"""What is measured: shapes of attention as models have them, lengths, and the tasks that these make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nsa_gen.spec import Spec
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement: contenders in turn on one sequence of one spec.
+
+    Attributes:
+        workload: the name its rows carry.
+        part: the part of a comparison that it belongs to.
+        spec: the operator.
+        tokens: length of the sequence.
+        inputs: kind of inputs, see `nsa_gen.bench.inputs.draw_inputs`.
+        contenders: names in `nsa_gen.bench.registry.CONTENDERS`; our own operator always comes first.
+        passes: "forward", "backward".
+        seconds: time for the timed rounds.
+        profile: whether our kernels are profiled one by one.
+        check: do not time; verify our operator at a ragged length, and compare the sparse contenders' outputs with its.
+    """
+
+    workload: str
+    part: str
+    spec: Spec
+    tokens: int
+    inputs: str = "independent"
+    contenders: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ("forward", "backward")
+    seconds: float = 4.0
+    profile: bool = False
+    check: bool = False
+
+    @property
+    def label(self) -> str:
+        """The task in words, for progress."""
+        what = "checking" if self.check else f"{self.tokens:,} tokens, {self.inputs}"
+        return f"{self.workload}: {what}"
+
+
+def nsa_spec(name: str, query_heads: int, kv_heads: int, qk: int = 128, v: int = 128) -> Spec:
+    """The NSA paper's setting with mean phi, bfloat16: l = 32, d = 16, l' = 64, n = 16 (1 + 2 forced), w = 512."""
+    return Spec.model_validate(
+        {
+            "version": 1,
+            "name": name,
+            "heads": {"query": query_heads, "kv": kv_heads},
+            "head_dim": {"qk": qk, "v": v},
+            "dtype": "bfloat16",
+            "compression": {"block": 32, "stride": 16, "phi": "mean"},
+            "selection": {"block": 64, "count": 16, "initial": 1, "local": 2},
+            "window": {"size": 512},
+            "combine": {"gate": "sigmoid"},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the comparison with other packages: specs by workload, lengths, kinds of inputs.
+
+    `lengths_of_inputs` gives the lengths of each kind of inputs; our kernels are profiled where `profiled` says so.
+    """
+
+    name: str
+    title: str
+    specs: tuple[tuple[str, Spec], ...]
+    lengths_of_inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    profiled: tuple[int, ...] = ()
+
+
+GROUPS = ((1, 8), (2, 8), (4, 8), (7, 4), (8, 4), (16, 4), (32, 4))
+"""Group sizes of the sweep, each with its KV heads: with fewer than 32 query heads a GPU would not be full."""
+GROUP_TOKENS = 32 * KIB
+BREAK_EVEN_LENGTHS = (2 * KIB, 3 * KIB, 4 * KIB, 6 * KIB, 8 * KIB, 12 * KIB, 16 * KIB)
+
+
+def _shape(query_heads: int, kv_heads: int) -> Spec:
+    """The setting at head dim 128. Parts that share a shape share the spec, and so its check and its kernels."""
+    return nsa_spec(f"bench_{query_heads}x{kv_heads}", query_heads, kv_heads)
+
+
+def parts() -> dict[str, Part]:
+    """The parts of the comparison, by name, in the order they are run."""
+    long = (32 * KIB, 64 * KIB, 8 * KIB, 128 * KIB)
+    both = ("independent", "correlated")
+    found = (
+        Part(
+            "A",
+            "A: 64 query and 4 KV heads, head dim 128 (groups of 16)",
+            (("A", _shape(64, 4)),),
+            tuple((kind, long) for kind in both),
+            (8 * KIB, 64 * KIB),
+        ),
+        Part(
+            "B",
+            "B: 32 query and 8 KV heads, head dim 128 (groups of 4)",
+            (("B", _shape(32, 8)),),
+            tuple((kind, long) for kind in both),
+            (8 * KIB, 64 * KIB),
+        ),
+        Part(
+            "C",
+            "C: 16 query and 16 KV heads, head dim 128 (groups of 1)",
+            (("C", _shape(16, 16)),),
+            tuple((kind, (32 * KIB, 8 * KIB)) for kind in both),
+            (32 * KIB,),
+        ),
+        Part(
+            "D",
+            "D: 64 query and 4 KV heads, head dims 192 and 128, the paper's",
+            (("D", nsa_spec("bench_64x4_192", 64, 4, 192, 128)),),
+            tuple((kind, (64 * KIB, 8 * KIB)) for kind in both),
+            (64 * KIB,),
+        ),
+        Part(
+            "groups",
+            f"Group sizes at {GROUP_TOKENS:,} tokens, head dim 128",
+            tuple((f"G{group}", _shape(group * kv, kv)) for group, kv in GROUPS),
+            (("independent", (GROUP_TOKENS,)),),
+        ),
+        Part(
+            "breakeven",
+            "Break-even length, head dim 128",
+            (("even16", _shape(64, 4)), ("even4", _shape(32, 8))),
+            (("independent", BREAK_EVEN_LENGTHS),),
+        ),
+    )
+    return {part.name: part for part in found}
+
+
+def comparison_tasks(chosen: Iterable[Part], contenders: Sequence[str], *, seconds: float = 4.0) -> list[Task]:
+    """The tasks of parts of the comparison: one check of each spec first, then all that is timed."""
+    chosen = list(chosen)
+    first: dict[str, Task] = {}
+    for part in chosen:
+        for workload, spec in part.specs:
+            check = Task(workload, part.name, spec, CHECK_TOKENS, contenders=tuple(contenders), check=True)
+            first.setdefault(spec.digest(), check)
+    timed = [
+        Task(
+            workload,
+            part.name,
+            spec,
+            tokens,
+            kind,
+            tuple(contenders),
+            seconds=seconds,
+            profile=kind == "independent" and tokens in part.profiled,
+        )
+        for part in chosen
+        for kind, lengths in part.lengths_of_inputs
+        for workload, spec in part.specs
+        for tokens in lengths
+    ]
+    return [*first.values(), *timed]
+
+
+CHECK_TOKENS = 2 * KIB
+"""Where the outputs of other packages are compared with ours: long enough that most blocks are left out."""
+
+
+def spec_tasks(
+    spec: Spec,
+    *,
+    lengths: Sequence[int],
+    inputs: Sequence[str],
+    contenders: Sequence[str],
+    passes: Sequence[str],
+    seconds: float = 4.0,
+) -> list[Task]:
+    """The tasks of one spec: a check, then each kind of inputs at each length; the longest one is profiled."""
+    common = {"contenders": tuple(contenders), "passes": tuple(passes)}
+    timed = [
+        Task(
+            spec.name,
+            spec.name,
+            spec,
+            tokens,
+            kind,
+            **common,
+            seconds=seconds,
+            profile=tokens == max(lengths) and kind == inputs[0],
+        )
+        for kind in inputs
+        for tokens in lengths
+    ]
+    return [Task(spec.name, spec.name, spec, CHECK_TOKENS, **common, check=True), *timed]

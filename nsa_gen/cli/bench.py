@@ -1,0 +1,171 @@
+"""`nsa-gen bench`: how quick is a generated operator on the GPU at hand, beside dense attention and other packages?"""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, split_list, stop
+from nsa_gen.cli.verify import require_lengths
+
+if TYPE_CHECKING:
+    from nsa_gen.bench.records import Results
+
+DEFAULT_LENGTHS = (8192, 32768, 65536)
+
+
+class Pass(StrEnum):
+    """Passes that can be timed."""
+
+    forward = "forward"
+    backward = "backward"
+
+
+class InputKind(StrEnum):
+    """Kinds of random inputs."""
+
+    independent = "independent"
+    correlated = "correlated"
+
+
+def _require(kind: type[StrEnum], values: list[str]) -> list[str]:
+    """Split `a,b` and refuse what is no member of an enumeration."""
+    items = split_list(values)
+    for item in items:
+        if item not in list(kind):
+            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {item!r}")
+    return list(dict.fromkeys(items))
+
+
+def _require_passes(values: list[str]) -> list[str]:
+    found = _require(Pass, values)
+    if found == [Pass.backward]:
+        raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
+    return [name for name in Pass if name in found]
+
+
+def _require_inputs(values: list[str]) -> list[str]:
+    return _require(InputKind, values)
+
+
+def bench(
+    spec: SpecArgument,
+    against: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAMES",
+            help="Contenders: dense (cudnn, fa2, fa4), flex, efficient, peers (fla, sfnsa, nsa-triton, fsa), none.",
+            show_default="dense and peers that are installed",
+        ),
+    ] = [],  # noqa: B006  typer copies it
+    tokens: Annotated[
+        list[str],
+        typer.Option(metavar="N[,N]", callback=require_lengths, help="Lengths.", show_default="8192,32768,65536"),
+    ] = [],  # noqa: B006
+    passes: Annotated[
+        list[str],
+        typer.Option(metavar="NAMES", callback=_require_passes, help="Passes to time.", show_default="the spec's"),
+    ] = [],  # noqa: B006
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KINDS",
+            callback=_require_inputs,
+            help="Random inputs: independent, correlated (as in a model).",
+            show_default="independent",
+        ),
+    ] = [],  # noqa: B006
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Draw speed-ups by length: .png, .svg or .pdf."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="SECONDS", help="Start nothing new after so long.", show_default="no limit"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Time an operator beside dense attention and other packages.
+
+    Every contender takes its turn in every round. The operator is verified first. A contender that fails is a line of
+    the report. Needs a GPU; without one, see what the operator must cost: nsa-gen explain.
+
+    \b
+    Example:
+      nsa-gen bench llama3_8b
+      nsa-gen bench llama3_8b --against dense --tokens 8192,65536 --inputs independent,correlated --plot speed.png
+    """
+    loaded = read_spec(spec, as_json=as_json)
+    wanted = tuple(passes) or tuple(loaded.passes)
+    if missing := [name for name in wanted if name not in loaded.passes]:
+        raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
+    from nsa_gen.bench.registry import DEFAULT_NAMES, choose
+
+    names = [] if split_list(against) == ["none"] else split_list(against) or list(DEFAULT_NAMES)
+    try:
+        contenders = choose(names)
+    except ValueError as error:
+        raise typer.BadParameter(f"--against: {error}") from None
+    if not against:
+        contenders = [each for each in contenders if not each.missing()]
+    _require_gpu(str(spec))
+    from nsa_gen.bench.session import Session, run_session
+    from nsa_gen.bench.workloads import spec_tasks
+
+    tasks = spec_tasks(
+        loaded,
+        lengths=tuple(tokens) or DEFAULT_LENGTHS,
+        inputs=tuple(inputs) or ("independent",),
+        contenders=[each.name for each in contenders],
+        passes=wanted,
+    )
+    with tempfile.TemporaryDirectory(prefix="nsa_gen_bench_") as folder:
+        session = Session(Path(folder), 1e9 if budget is None else budget, seed, progress=note)
+        results = run_session(session, tasks, {"spec": loaded.resolved_yaml()})
+    if as_json:
+        print_json(results.to_document())
+    else:
+        from nsa_gen.cli.bench_report import report_blocks
+
+        show(*report_blocks(results))
+    if plot is not None:
+        _plot(results, plot)
+    stop(_ours_is_timed(results))
+
+
+def _require_gpu(spec: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        note(
+            "nsa-gen: bench times kernels on a GPU, and torch sees none here (see nsa-gen env). "
+            f"What the operator must cost on one: nsa-gen explain {spec} --tokens 65536 --gpu h100"
+        )
+        raise typer.Exit(2)
+
+
+def _ours_is_timed(results: Results) -> bool:
+    """Whether our operator was right and has a time for everything that was asked for."""
+    from nsa_gen.bench.contenders import OURS
+
+    mine = [row for row in results.rows if row.contender == OURS]
+    return (
+        bool(mine) and all(row.median_ms is not None for row in mine) and all(t.status == "ok" for t in results.tasks)
+    )
+
+
+def _plot(results: Results, path: Path) -> None:
+    """Draw, or say why not: figures that took minutes are not thrown away for a missing library."""
+    from nsa_gen.bench.plots import MatplotlibMissing, plot_by_length
+
+    try:
+        plot_by_length(results, path)
+    except (MatplotlibMissing, ValueError) as error:
+        note(f"nsa-gen: no plot: {error}")
+    else:
+        note(f"wrote {path}")

@@ -1,0 +1,262 @@
+"""The results of a benchmark as tables, for `nsa-gen bench` and for the comparison with other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nsa_gen.bench.contenders import OURS
+from nsa_gen.bench.records import KernelRow, Results, Row
+from nsa_gen.bench.summary import (
+    BOTH,
+    BranchTime,
+    Entry,
+    Key,
+    branch_times,
+    crossing,
+    entries,
+    speed_up,
+)
+from nsa_gen.cli.blocks import Block, Heading, Table, Text
+from nsa_gen.cli.tables import BRANCH_NAMES
+
+DIRECTIONS = ("forward", "backward", BOTH)
+
+
+def report_blocks(results: Results) -> list[Block]:
+    """Everything that a benchmark found: the machine, then times, costs, branches, and what was not measured."""
+    found = entries(row for row in results.rows if row.part not in ("groups", "breakeven"))
+    blocks: list[Block] = [Text(_machine(results))]
+    for workload in dict.fromkeys(key.workload for key in found):
+        mine = {key: each for key, each in found.items() if key.workload == workload}
+        blocks.append(Heading(_title(workload, mine)))
+        for inputs in dict.fromkeys(key.inputs for key in mine):
+            blocks.append(times_table({key: each for key, each in mine.items() if key.inputs == inputs}, results))
+        blocks += _if_any(cost_table(row for row in results.rows if row.workload == workload))
+        for kernels in _profiles(results.kernels, workload):
+            blocks.append(branch_table(kernels))
+    blocks += group_blocks(results) + crossing_blocks(results)
+    return blocks + closing_blocks(results)
+
+
+def _machine(results: Results) -> str:
+    on, settings = results.machine, results.settings
+    versions = ", ".join(
+        f"{name} {on[name]}" for name in ("torch", "triton", "flash-attn-4", "nsa_gen") if on.get(name) is not None
+    )
+    facts = (
+        on.get("gpu") or "unknown GPU",
+        f"driver {on.get('driver') or 'unknown'}",
+        versions,
+        f"commit {(on.get('commit') or 'unknown')[:12]}",
+        on.get("date"),
+        f"seed {settings.get('seed', 0)}",
+    )
+    return (
+        f"{', '.join(filter(None, facts))}. Medians of rounds in which every contender takes its turn; one sequence. "
+        "Speed-ups are over the quickest dense contender of the same column; memory is what the passes need beside "
+        "their inputs."
+    )
+
+
+def _title(workload: str, found: dict[Key, list[Entry]]) -> str:
+    row = _row(next(iter(found.values()))[0])
+    dims = str(row.head_dim[0]) if row.head_dim[0] == row.head_dim[1] else f"{row.head_dim[0]} and {row.head_dim[1]}"
+    heads = f"{row.heads[0]} query and {row.heads[1]} KV heads (groups of {row.group}), head dim {dims}, {row.dtype}"
+    return f"{workload}: {heads}"
+
+
+def times_table(found: dict[Key, list[Entry]], results: Results) -> Table:
+    """Milliseconds, speed-ups and memory of every contender at every length, of one workload and kind of inputs."""
+    overlaps = {(row.workload, row.inputs, row.tokens): row.overlap for row in results.overlaps}
+    rows = []
+    inputs = next(iter(found)).inputs
+    shares = []
+    for key in sorted(found, key=lambda key: key.tokens):
+        if (overlap := overlaps.get((key.workload, key.inputs, key.tokens))) is not None:
+            shares.append(f"{100 * overlap:.0f}% at {key.tokens:,}")
+        timed = [each for each in found[key] if any(row.median_ms is not None for row in each.rows.values())]
+        for number, each in enumerate(timed):
+            rows.append(
+                (
+                    f"{key.tokens:,}" if number == 0 else "",
+                    each.contender,
+                    *(_ms(each.ms(direction)) for direction in DIRECTIONS),
+                    *(_ratio(speed_up(found[key], each.contender, direction)) for direction in DIRECTIONS),
+                    "-" if each.spread is None else f"{100 * each.spread:.1f}%",
+                    "-" if each.peak_bytes is None else f"{each.peak_bytes / 2**30:.2f}",
+                )
+            )
+    said = f"; neighbouring queries share {', '.join(shares)} of their blocks" if shares else ""
+    return Table(
+        (
+            ">tokens",
+            "contender",
+            ">forward ms",
+            ">backward ms",
+            ">both ms",
+            ">forward",
+            ">backward",
+            ">both",
+            ">spread",
+            ">peak GiB",
+        ),
+        rows,
+        title=f"{inputs} inputs{said}",
+    )
+
+
+def cost_table(rows: Iterable[Row]) -> Table | None:
+    """Achieved arithmetic and traffic of our operator, and its share of the floor; None where it has no time."""
+    cells = []
+    for row in sorted(rows, key=lambda row: (row.inputs, row.tokens)):
+        if row.median_ms is None or row.flops is None or row.bytes is None:
+            continue
+        seconds = row.median_ms / 1000
+        cells.append(
+            (
+                row.inputs,
+                f"{row.tokens:,}",
+                row.direction,
+                _ms(row.median_ms),
+                f"{row.flops / seconds / 1e12:.0f}",
+                f"{row.bytes / seconds / 1e12:.2f}",
+                _ms(row.floor_ms),
+                "-" if row.floor_ms is None else f"{100 * row.floor_ms / row.median_ms:.0f}%",
+            )
+        )
+    columns = ("inputs", ">tokens", "pass", ">ms", ">TFLOP/s", ">TB/s", ">floor ms", ">of the floor")
+    title = f"{OURS}: what no schedule avoids, over the time taken; the floor is what the GPU's peaks allow"
+    return Table(columns, cells, title=title) if cells else None
+
+
+def _profiles(kernels: Sequence[KernelRow], workload: str) -> list[list[KernelRow]]:
+    groups: dict[Key, list[KernelRow]] = {}
+    for kernel in kernels:
+        if kernel.workload == workload:
+            groups.setdefault(Key(workload, kernel.inputs, kernel.tokens), []).append(kernel)
+    return list(groups.values())
+
+
+def branch_table(kernels: Sequence[KernelRow]) -> Table:
+    """GPU time of our operator by branch, of one profiled forward and backward."""
+    times = branch_times(kernels)
+    rows = []
+    for branch in dict.fromkeys(one.branch for one in times):
+        passes = {one.direction: one for one in times if one.branch == branch}
+        rows.append(
+            (BRANCH_NAMES.get(branch, branch), *_pass_cells(passes, "forward"), *_pass_cells(passes, "backward"))
+        )
+    sums = [_ms(sum(one.ms for one in times if one.direction == direction)) for direction in ("forward", "backward")]
+    columns = ("branch", ">forward ms", ">TFLOP/s", ">of the floor", ">backward ms", ">TFLOP/s", ">of the floor")
+    one = kernels[0]
+    return Table(
+        columns,
+        rows,
+        footer=("sum", sums[0], "", "", sums[1], "", ""),
+        title=f"{OURS} by branch, {one.tokens:,} tokens, {one.inputs} inputs, as profiled",
+    )
+
+
+def _pass_cells(passes: dict[str, BranchTime], direction: str) -> tuple[str, str, str]:
+    one = passes.get(direction)
+    if one is None:
+        return "-", "-", "-"
+    rate = f"{one.flops / one.ms / 1e9:.0f}" if one.flops else "-"
+    return _ms(one.ms), rate, "-" if one.floor_ms is None else f"{100 * one.floor_ms / one.ms:.0f}%"
+
+
+def group_blocks(results: Results) -> list[Block]:
+    """Speed-ups by group size, forward and backward together, and in each pass."""
+    found = entries(row for row in results.rows if row.part == "groups")
+    if not found:
+        return []
+    names = list(dict.fromkeys(each.contender for members in found.values() for each in members if not each.dense))
+    blocks: list[Block] = [Heading(f"Group sizes at {next(iter(found)).tokens:,} tokens")]
+    for direction in (BOTH, "forward", "backward"):
+        rows = []
+        for members in sorted(found.values(), key=lambda members: _row(members[0]).group):
+            row = _row(members[0])
+            shown = (_ratio(speed_up(members, name, direction)) for name in names)
+            rows.append((f"{row.group}", f"{row.heads[0]}/{row.heads[1]}", *shown))
+        title = "forward and backward" if direction == BOTH else direction
+        columns = (">group", ">heads", *(f">{name}" for name in names))
+        blocks.append(Table(columns, rows, title=f"Speed-up over the best dense, {title}"))
+    return blocks
+
+
+def crossing_blocks(results: Results) -> list[Block]:
+    """The length from which on each sparse contender beats the best dense attention."""
+    found = entries(row for row in results.rows if row.part == "breakeven")
+    rows = []
+    for workload in dict.fromkeys(key.workload for key in found):
+        mine = {key.tokens: each for key, each in found.items() if key.workload == workload}
+        row = _row(next(iter(mine.values()))[0])
+        for name in dict.fromkeys(each.contender for members in mine.values() for each in members if not each.dense):
+            cells = []
+            for direction in DIRECTIONS:
+                ratios = {tokens: speed_up(members, name, direction) for tokens, members in mine.items()}
+                cells.append(crossing({tokens: ratio for tokens, ratio in ratios.items() if ratio is not None}))
+            if any(cells):
+                heads = f"{row.heads[0]}/{row.heads[1]}"
+                rows.append((f"{row.group}", heads, name, *(str(cell or "-") for cell in cells)))
+    if not rows:
+        return []
+    columns = (">group", ">heads", "contender", ">forward", ">backward", ">both")
+    return [Heading("Break-even against the best dense"), Table(columns, rows)]
+
+
+def closing_blocks(results: Results) -> list[Block]:
+    """What a reader must know beside the figures: checks, notes, and what was not measured."""
+    lines: list[str] = []
+    for check in results.checks:
+        if check.faults:
+            lines.append(f"{check.workload}: {check.contender} is wrong: {'; '.join(check.faults)}")
+        elif check.error:
+            lines.append(f"{check.workload}: {check.contender} failed its check: {check.error}")
+    differences: dict[str, list[float]] = {}
+    for check in results.checks:
+        if check.difference is not None:
+            differences.setdefault(check.contender, []).append(check.difference)
+    for name, sizes in differences.items():
+        span = " to ".join(dict.fromkeys(f"{100 * size:.1f}%" for size in (min(sizes), max(sizes))))
+        lines.append(f"{name}: its output differs from {OURS}'s by {span} in norm")
+    lines += dict.fromkeys(f"{row.contender}: {row.note}" for row in results.rows if row.note)
+    missing: dict[str, list[str]] = {}
+    for key, members in entries(results.rows).items():
+        for each in members:
+            if each.problem:
+                failed = [name for name, row in each.rows.items() if row.median_ms is None]
+                passes = f" {failed[0]}" if len(failed) < len(each.rows) else ""
+                place = f"{key.workload} {key.tokens:,}" + ("" if key.inputs == "independent" else f" {key.inputs}")
+                missing.setdefault(f"{each.contender}{passes}: {each.problem}", []).append(place)
+    lines += [f"{what} ({_places(places)})" for what, places in missing.items()]
+    lines += [
+        f"{task.workload}, {task.tokens:,} tokens, {task.inputs}: {task.status}: {task.reason}"
+        for task in results.tasks
+        if task.status != "ok"
+    ]
+    return [Heading("Notes"), Text("\n".join(f"- {line}" for line in lines))] if lines else []
+
+
+def _places(places: Sequence[str], most: int = 4) -> str:
+    shown = list(dict.fromkeys(places))
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
+
+
+def _row(each: Entry) -> Row:
+    return next(iter(each.rows.values()))
+
+
+def _if_any(block: Block | None) -> list[Block]:
+    return [] if block is None else [block]
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"

@@ -1,0 +1,131 @@
+"""`nsa-gen bench`: what it asks for, what it prints, and that it does not pretend without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nsa_gen.bench import session as session_module
+from nsa_gen.bench.records import Results, TaskRow
+from tests.bench.fakes import pair, sample_results
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The tasks that a session is asked for; the answer is in `asked.results`. A GPU is pretended."""
+
+    class Asked:
+        tasks = ()
+        budget = None
+        results = sample_results()
+
+    found = Asked()
+
+    def run_session(session, tasks, settings):
+        found.tasks, found.budget = tuple(tasks), session.budget
+        return found.results
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(session_module, "run_session", run_session)
+    return found
+
+
+def test_without_a_gpu_it_says_so_offers_explain_and_ends_with_2(call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    answer = call("bench", "tiny")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "torch sees none" in answer.stderr and "nsa-gen explain tiny" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--against", "dense,nonsense"], "nonsense"),
+        (["--tokens", "8k"], "'8k'"),
+        (["--passes", "forward,sideways"], "'sideways'"),
+        (["--passes", "backward"], "needs its forward"),
+        (["--inputs", "zeros"], "'zeros'"),
+        (["--budget", "0"], "budget"),
+    ],
+)
+def test_a_wrong_call_ends_with_2_and_names_what_is_wrong(call, arguments, named):
+    answer = call("bench", "tiny", *arguments)
+    assert answer.returncode == 2 and named in answer.stderr
+
+
+def test_a_pass_that_the_spec_does_not_have_is_a_wrong_call(call, tmp_path):
+    spec = tmp_path / "forward.yaml"
+    spec.write_text(
+        "version: 1\nname: forward\ndtype: float32\nheads: {query: 2, kv: 1}\nhead_dim: 16\nwindow: {size: 16}\n"
+        "passes: [forward]\n"
+    )
+    answer = call("bench", str(spec), "--passes", "forward,backward")
+    assert answer.returncode == 2 and "no backward pass" in answer.stderr
+
+
+def test_an_invalid_spec_ends_with_1_and_its_problems(call, invalid_spec):
+    answer = call("bench", str(invalid_spec))
+    assert answer.returncode == 1 and f"{invalid_spec}:4:" in answer.stderr
+
+
+def test_the_help_has_an_example_and_says_what_may_be_asked(call):
+    text = call("bench", "--help").stdout
+    assert "nsa-gen bench llama3_8b" in text and "--json" in text and "fla" in text
+
+
+def test_it_measures_what_the_options_say(call, asked):
+    answer = call(
+        "bench", "tiny", "--against", "fla,cudnn", "--tokens", "100,300", "--inputs", "correlated,independent",
+        "--passes", "forward", "--budget", "60",
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    check, *timed = asked.tasks
+    assert check.check and asked.budget == 60
+    assert [(task.inputs, task.tokens) for task in timed] == [
+        (kind, tokens) for kind in ("correlated", "independent") for tokens in (100, 300)
+    ]
+    assert {task.contenders for task in asked.tasks} == {("cudnn", "fla")}
+    assert {task.passes for task in asked.tasks} == {("forward",)}
+
+
+def test_left_to_itself_it_takes_the_contenders_that_are_installed(call, asked):
+    assert call("bench", "llama3_8b").returncode == 0
+    assert set(asked.tasks[0].contenders) >= {"cudnn", "fa2"}
+    assert "fsa" not in asked.tasks[0].contenders
+    assert {task.tokens for task in asked.tasks if not task.check} == {8192, 32768, 65536}
+
+
+def test_against_none_times_the_operator_alone(call, asked):
+    assert call("bench", "tiny", "--against", "none").returncode == 0
+    assert {task.contenders for task in asked.tasks} == {()}
+
+
+def test_the_report_is_a_table_and_the_json_the_whole(call, asked):
+    text = call("bench", "tiny").stdout
+    assert "neighbouring queries share" in text and "of the floor" in text
+    assert json.loads(call("bench", "tiny", "--json").stdout) == json.loads(json.dumps(asked.results.to_document()))
+
+
+def test_a_plot_is_written_where_it_is_asked_for(call, asked, tmp_path):
+    pytest.importorskip("matplotlib")
+    answer = call("bench", "tiny", "--plot", "speed.png")
+    assert answer.returncode == 0 and "wrote speed.png" in answer.stderr
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_operator_without_a_time_ends_with_1(call, asked):
+    asked.results = Results(rows=tuple(pair("nsa_gen", None, None, error="wrong, so not timed: o 3 of 1")))
+    answer = call("bench", "tiny", "--plot", "speed.png")
+    assert answer.returncode == 1
+    assert "wrong, so not timed" in answer.stdout and "no plot" in answer.stderr
+
+
+def test_a_task_that_was_not_run_ends_with_1(call, asked):
+    asked.results = Results(
+        rows=tuple(pair("nsa_gen", 1.0, 2.0)),
+        tasks=(TaskRow("A", "independent", 9, "not run", "the budget was spent"),),
+    )
+    answer = call("bench", "tiny")
+    assert answer.returncode == 1 and "not run: the budget was spent" in answer.stdout

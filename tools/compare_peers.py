@@ -1,0 +1,121 @@
+"""The operator beside dense attention and the public packages of native sparse attention, in one call on one GPU.
+
+    python tools/compare_peers.py --out DIR [--budget SECONDS] [--only A,B,C,D,groups,breakeven] [--against NAMES]
+    python tools/compare_peers.py --out DIR --from FILE [FILE ...]
+
+The first measures; the second draws tables and plots from comparison.json or records.jsonl of earlier calls, and needs
+no GPU. DIR receives records.jsonl (each figure as soon as it is known), comparison.json, comparison.md, by_length.png
+and by_group.png. Packages that cannot be imported are named as missing; docs/bench.md says how to bring them along.
+Exit status 0: our operator has a time for everything; 1: it has not; 2: a wrong call, or no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from nsa_gen.bench.contenders import OURS  # noqa: E402
+from nsa_gen.bench.plots import MatplotlibMissing, plot_by_group, plot_by_length  # noqa: E402
+from nsa_gen.bench.records import Results, merge, read_results, write_json  # noqa: E402
+from nsa_gen.bench.registry import DEFAULT_NAMES, choose  # noqa: E402
+from nsa_gen.bench.session import Session, run_session  # noqa: E402
+from nsa_gen.bench.workloads import comparison_tasks, parts  # noqa: E402
+from nsa_gen.cli.bench_report import report_blocks  # noqa: E402
+from nsa_gen.cli.blocks import to_markdown  # noqa: E402
+from nsa_gen.cli.common import show  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure or read, then write and print the report; return the exit status."""
+    options = _parse(arguments)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    if options.source:
+        try:
+            results = merge([read_results(path) for path in options.source])
+        except (OSError, ValueError) as error:
+            say(f"compare_peers: {error}")
+            return 2
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            say("compare_peers: torch sees no GPU; --from FILE draws the report of an earlier run")
+            return 2
+        results = _measure(options)
+    write_json(out / "comparison.json", results)
+    blocks = report_blocks(results)
+    (out / "comparison.md").write_text(to_markdown(blocks), encoding="utf-8")
+    show(*blocks)
+    for name, draw in (("by_length.png", _draw_lengths), ("by_group.png", plot_by_group)):
+        try:
+            draw(results, out / name)
+        except (MatplotlibMissing, ValueError) as error:
+            say(f"no {name}: {error}")
+    mine = [row for row in results.rows if row.contender == OURS]
+    complete = bool(mine) and all(row.median_ms is not None for row in mine)
+    return 0 if complete and all(task.status == "ok" for task in results.tasks) else 1
+
+
+def _measure(options: argparse.Namespace) -> Results:
+    chosen = [part for name, part in parts().items() if name in options.only]
+    names = [each.name for each in choose(options.against)]
+    tasks = comparison_tasks(chosen, names, seconds=options.seconds)
+    with tempfile.TemporaryDirectory(prefix="nsa_gen_compare_") as folder:
+        session = Session(
+            Path(folder),
+            options.budget,
+            options.seed,
+            journal=options.out / "records.jsonl",
+            workers=options.workers,
+            progress=say,
+        )
+        return run_session(session, tasks, {"parts": list(options.only), "contenders": names})
+
+
+def _draw_lengths(results: Results, path: Path) -> None:
+    left_out = {row.workload for row in results.rows if row.part in ("groups", "breakeven")}
+    plot_by_length(results, path, workloads=[row.workload for row in results.rows if row.workload not in left_out])
+
+
+def say(line: str) -> None:
+    """A line of progress on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    known = tuple(parts())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--only", default="", help=f"parts, comma-separated: {', '.join(known)} (all)")
+    parser.add_argument("--against", default=",".join(DEFAULT_NAMES), help="contenders, comma-separated (%(default)s)")
+    parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=4.0, help="about how long a sequence is timed (4)")
+    parser.add_argument("--workers", type=int, default=6, help="processes that check and compile side by side (6)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from", dest="source", type=Path, nargs="+", metavar="FILE", help="draw from results instead")
+    options = parser.parse_args(arguments)
+    named = [name.strip() for name in options.only.split(",") if name.strip()]
+    if unknown := [name for name in named if name not in known]:
+        parser.error(f"--only: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    options.only = tuple(name for name in known if not named or name in named)
+    options.against = [name.strip() for name in options.against.split(",") if name.strip()]
+    try:
+        choose(options.against)
+    except ValueError as error:
+        parser.error(f"--against: {error}")
+    if options.workers < 1:
+        parser.error(f"--workers: expected at least 1, got {options.workers}")
+    return options
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the workers are ended too
+    sys.exit(main())
