@@ -1,16 +1,19 @@
 """Every check that needs a GPU, and a first table of times, in one call.
 
-    python tools/gpu_suite.py --out DIR [--only correctness,long,sanitizer,bench] [--specs a,b] [--budget SECONDS]
+    python tools/gpu_suite.py --out DIR [--only correctness,examples,...] [--specs a,b] [--budget SECONDS]
 
 Each check is a process of its own: a crash or a hang costs that check alone. DIR receives a JSON file a part and
-summary.json; the table comes last. Exit status 0: all is well; 1: something failed or was not run; 2: a wrong call.
-On a machine without a GPU, `--device cpu --specs tiny --dtypes float32 --lengths 1,31` runs the correctness part under
-Triton's interpreter.
+summary.json, written anew as each check ends, and in DIR/jobs the log and the result so far of each that runs: being
+killed loses nothing that was found. The table comes last. Exit status 0: all is well; 1: something failed or was not
+run; 2: a wrong call. On a machine without a GPU, `--device cpu --specs tiny --only correctness,examples` runs those
+parts under Triton's interpreter; `repeats`, `hygiene`, `far` and `soak` run there at tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from nsa_gen.spec import shipped_specs  # noqa: E402
-from tools.gpu import plan, report  # noqa: E402
+from tools.gpu import plan, report, sanitizer  # noqa: E402
 from tools.gpu.pool import Job, Outcome, run_jobs  # noqa: E402
 
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     deadline = started + options.budget
     summary = {"machine": report.machine(PROJECT), "seed": options.seed, "budget_seconds": options.budget}
+    document = {**summary, "command": " ".join(sys.argv)}
     with tempfile.TemporaryDirectory(prefix="nsa_gen_gpu_suite_") as scratch:
         memory = summary["machine"]["gpu_memory_mib"]
         wanted = plan.Plan(
@@ -47,28 +51,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             root=Path(scratch) / "packages",
             lengths_only=options.lengths_only,
+            workers=options.workers,
+            examples=options.examples,
+            soak_seconds=options.soak_seconds,
             **({} if memory is None else {"gpu_memory_gb": memory / 1000}),
         )
-        document = {**summary, "command": " ".join(sys.argv)}
         jobs = {part: wanted.jobs(part) for part in options.only}
         notes = [f"{part}: skipped, {_reason(part)}" for part in options.only if not jobs[part]]
-        suite = _Suite(out, Path(scratch) / "jobs", document, jobs, started, deadline, options.timeout)
-        suite.run(tuple(part for part in options.only if part != "bench"), options.workers)
-        # Times are taken with the GPU to themselves: whatever is benchmarked comes after all else, one at a time.
-        if "bench" in options.only:
-            if "correctness" not in options.only:
-                suite.run_unreported(wanted.compile_for_bench(), options.workers)
-            suite.run(("bench",), 1)
-        found = suite.outcomes
+        suite = _Suite(out, document, jobs, started, deadline, options.timeout)
+        try:
+            for phase in plan.PHASES:
+                suite.run(tuple(part for part in options.only if part in phase), options.workers)
+            # Times are taken with the GPU to themselves: what is benchmarked comes after all else, one at a time.
+            if "bench" in options.only:
+                if "correctness" not in options.only:
+                    suite.run_unreported(wanted.compile_for_bench(), options.workers)
+                suite.run(("bench",), 1)
+        except BaseException as error:
+            notes.append(f"interrupted: {type(error).__name__}")
+            _conclude(suite, summary, notes)
+            raise
+    ok = _conclude(suite, summary, notes)
+    shutil.rmtree(suite.folder, ignore_errors=True)  # all of it is in the JSON files
+    return 0 if ok else 1
+
+
+def _conclude(suite: _Suite, summary: dict[str, Any], notes: Sequence[str]) -> bool:
+    """Write the summary and print the table; whether all is well."""
+    found = suite.outcomes
     everything = [outcome for outcomes in found.values() for outcome in outcomes]
-    ok = bool(everything) and all(outcome.ok for outcome in everything)
+    interrupted = any(note.startswith("interrupted") for note in notes)
+    ok = bool(everything) and all(outcome.ok for outcome in everything) and not interrupted
     lines = report.table(found, notes)
     statuses = {part: {each.name: each.status for each in outcomes} for part, outcomes in found.items()}
-    seconds = round(time.monotonic() - started, 1)
-    write = {**summary, "ok": ok, "seconds": seconds, "parts": statuses, "notes": notes, "table": lines}
-    report.write_json(out / "summary.json", write)
+    totals = {part: report.totals(found[part]) for part in ("examples", "soak") if part in found}
+    seconds = round(time.monotonic() - suite.started, 1)
+    write = {**summary, "ok": ok, "seconds": seconds, "totals": totals, "parts": statuses, "notes": list(notes)}
+    report.write_json(suite.out / "summary.json", {**write, "table": lines})
     print("\n".join(lines), flush=True)
-    return 0 if ok else 1
+    return ok
 
 
 @dataclass
@@ -76,13 +97,17 @@ class _Suite:
     """Jobs by part, and what has become of them; the JSON of a part is written anew as each of its jobs ends."""
 
     out: Path
-    folder: Path
     document: dict[str, Any]
     jobs: dict[str, list[Job]]
     started: float
     deadline: float
     silence: float
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where jobs write their logs and results."""
+        return self.out / "jobs"
 
     def run(self, parts: Sequence[str], workers: int) -> None:
         """Run the jobs of several parts together."""
@@ -119,11 +144,13 @@ class _Suite:
 
     def _write(self, part: str) -> None:
         jobs = report.as_document(self.outcomes[part])
-        report.write_json(self.out / f"{part}.json", {**self.document, "jobs": jobs})
+        totals = {"totals": report.totals(self.outcomes[part])} if part in ("examples", "soak") else {}
+        report.write_json(self.out / f"{part}.json", {**self.document, **totals, "jobs": jobs})
 
     def _announce(self, outcome: Outcome) -> None:
         seconds = time.monotonic() - self.started
-        print(f"{seconds:6.1f} s  {outcome.status:<9} {outcome.name}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody listens any more; the files are what counts
+            print(f"{seconds:6.1f} s  {outcome.status:<9} {outcome.name}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -133,16 +160,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON files")
     parser.add_argument("--only", default="", help=f"parts: {', '.join(plan.PARTS)} ({listed})")
     parser.add_argument("--specs", default="", help=f"shipped specs ({listed})")
-    parser.add_argument("--dtypes", default="", help=f"dtypes of the correctness part ({listed})")
+    parser.add_argument("--dtypes", default="", help=f"dtypes of correctness and examples ({listed})")
     parser.add_argument("--lengths", default="", help="sequence lengths of the correctness part")
     parser.add_argument("--lengths-only", action="store_true", help="leave out other kinds of input and packed batches")
+    parser.add_argument("--examples", type=int, metavar="N", help="examples in all (2240; 300 on the CPU)")
+    parser.add_argument(
+        "--soak-seconds", type=float, default=600.0, metavar="S", help="how long random specs are drawn and run (600)"
+    )
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start no job after this long")
     parser.add_argument("--workers", type=int, default=6, help="processes at a time (6)")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds of silence after which a job is killed")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    parts = plan.PARTS if options.device == "cuda" else ("correctness",)
+    parts = plan.PARTS if options.device == "cuda" else plan.CPU_PARTS
     dtypes = plan.DTYPES if options.device == "cuda" else plan.DTYPES[1:]
     options.only = _choice(parser, "--only", options.only, parts)
     options.specs = _choice(parser, "--specs", options.specs, shipped)
@@ -153,6 +184,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--lengths: expected numbers and commas, got {options.lengths!r}")
     if min(options.lengths) < 1:
         parser.error(f"--lengths: expected positive numbers, got {min(options.lengths)}")
+    if options.examples is not None and options.examples < 1:
+        parser.error(f"--examples: expected at least 1, got {options.examples}")
+    if options.soak_seconds <= 0:
+        parser.error(f"--soak-seconds: expected a positive number, got {options.soak_seconds:g}")
     if options.workers < 1:
         parser.error(f"--workers: expected at least 1, got {options.workers}")
     return options
@@ -168,14 +203,14 @@ def _choice(parser: argparse.ArgumentParser, option: str, text: str, known: Sequ
 
 
 def _reason(part: str) -> str:
-    if part == "sanitizer" and plan.sanitizer_program() is None:
+    if part == "sanitizer" and sanitizer.program() is None:
         return "compute-sanitizer is not installed"
     return "none of its specs was asked for"
 
 
 def _judged(outcome: Outcome, folder: Path) -> Outcome:
     log = folder / f"{outcome.name.replace(' ', '_')}.log"
-    return report.judge_sanitizer(outcome, log.read_text(errors="replace") if log.exists() else "")
+    return sanitizer.judge(outcome, log.read_text(errors="replace") if log.exists() else "")
 
 
 if __name__ == "__main__":

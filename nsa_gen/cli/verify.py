@@ -55,12 +55,19 @@ def verify(
         int | None,
         typer.Option(min=1, metavar="N", help="Random calls and properties instead.", show_default="fixed cases"),
     ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="One property and call, such as 'oracle: B=2 T=21 spread'."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an operator with a dense reference.
 
     Random inputs; outputs, every gradient and the selection, against a reference in float64.
+
+    With --examples the calls and the properties to check are drawn, and a failing one is made as small as it can be;
+    the report ends with the command that repeats it.
 
     On the CPU the kernels run under Triton's interpreter, which is slow and whose bfloat16 is wrong: bfloat16 specs are
     verified in float32 there, and the report says so.
@@ -71,8 +78,10 @@ def verify(
       nsa-gen verify llama3_8b --device cuda --length 8192,8193
       nsa-gen verify tiny --device cpu --examples 20 --seed 1
     """
-    if examples is not None and length:
-        raise typer.BadParameter("--length: examples draw their own lengths; use --length or --examples")
+    if (examples is not None or example is not None) and length:
+        raise typer.BadParameter("--length: examples have their own lengths; use --length or --examples")
+    if examples is not None and example is not None:
+        raise typer.BadParameter("--example: names one example; use --example or --examples")
     loaded = read_spec(spec, as_json=as_json)
     chosen = _choose(device)
     if chosen == "cpu":
@@ -82,11 +91,14 @@ def verify(
         os.environ.pop("TRITON_INTERPRET", None)
     from nsa_gen.verification import print_report
     from nsa_gen.verification import verify as verify_spec
+    from nsa_gen.verification.examples import require_example
     from nsa_gen.verification.verify import adapt
 
     kind = dtype.value if dtype else None
     try:
-        adapt(loaded, interpreted=chosen == "cpu", dtype=kind, fixed=False)
+        run, _ = adapt(loaded, interpreted=chosen == "cpu", dtype=kind, fixed=False)
+        if example is not None:
+            require_example(run, example, seed, chosen)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     report = verify_spec(
@@ -96,6 +108,7 @@ def verify(
         device=chosen,
         seed=seed,
         examples=examples,
+        example=example,
         source=str(spec),
         progress=note,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,22 @@ def poisoned_memory() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def call_package(module: Any, inputs: Inputs, with_gradients: bool) -> Call:
-    """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do."""
-    leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
-    arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
+def arguments_of(module: Any, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+    """What a package's nsa_attention is called with: q, k and v by position, the rest that is present by name."""
+    arguments = {n: x for n, x in inputs.arguments().items() if x is not None}
     if isinstance(compression := arguments.get("compression"), Mapping):
         arguments["compression"] = module.CompressionParameters(**compression)
-    positional = [arguments.pop(name, None) for name in ("q", "k", "v")]
-    with poisoned_memory():
+    return [arguments.pop(name, None) for name in ("q", "k", "v")], arguments
+
+
+def call_package(module: Any, inputs: Inputs, with_gradients: bool, *, poisoned: bool = True) -> Call:
+    """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do.
+
+    Poisoned memory brings torch's deterministic algorithms with it; without it torch's are those of any user.
+    """
+    leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
+    positional, arguments = arguments_of(module, inputs.replace_differentiable(leaves))
+    with poisoned_memory() if poisoned else nullcontext():
         o, aux = module.nsa_attention(*positional, **arguments, return_aux=True)
         found: Sequence[Tensor | None] = ()
         if with_gradients:

@@ -28,7 +28,8 @@ FORWARD_ONLY = ("nan", "abyss")
 class Case:
     """One call: `tokens` is Tq, or the lengths of packed sequences.
 
-    `twice` repeats it to compare bits; `gradients=False` leaves out the backward pass.
+    `twice` repeats it to compare bits; `gradients=False` leaves out the backward pass; `other_schedules` calls the
+    package by the schedules that are not its defaults.
     """
 
     tokens: int | tuple[int, ...]
@@ -37,6 +38,7 @@ class Case:
     batch: int = 2
     twice: bool = True
     gradients: bool = True
+    other_schedules: bool = False
 
     @property
     def label(self) -> str:
@@ -47,7 +49,8 @@ class Case:
             shape = f"T={self.tokens}"
         else:
             shape = f"Tq={self.tokens} Tkv={self.tokens_kv}"
-        return shape if self.kind == "gaussian" else f"{shape} {self.kind}"
+        kind = "" if self.kind == "gaussian" else f" {self.kind}"
+        return f"{shape}{kind}{', other schedules' if self.other_schedules else ''}"
 
 
 def boundary_lengths(p: OracleParameters) -> list[int]:
@@ -93,6 +96,10 @@ def default_cases(
         cases += [Case(middle, kind=kind, batch=1, twice=False) for kind in ("spread", "nan")]
     else:
         cases += [Case(middle, kind=kind, batch=batch) for kind in kinds_of(p) if kind != "gaussian"]
+    if p.selection_block is not None:
+        rows = min(middle, 11) if interpreted else middle
+        late = middle + 2 if argument_suffixes(p) else None
+        cases.append(Case(rows, tokens_kv=late, batch=batch, twice=not interpreted, other_schedules=True))
     if lengths is None:
         contested, left_out = _contested(p, interpreted, batch)
         cases += contested

@@ -1,36 +1,114 @@
-"""Random examples of a spec: a call and a property, drawn from a seed, run and reported."""
+"""Random examples of a spec: a call and a property, drawn from a seed, run, and repeated from a line of text."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+import re
+import shlex
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nsa_gen.verification.cases import Case, boundary_lengths
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import kinds_of
+from nsa_gen.verification.drawing import Pick
+from nsa_gen.verification.inputs import KINDS, kinds_of
 from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.properties import PROPERTIES, Trial
 from nsa_gen.verification.report import Row
+from nsa_gen.verification.schedules import drawn_schedules
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
-T = TypeVar("T")
 PRIMES = (1, 2, 3, 5, 7, 11, 13, 37, 127, 509, 1021)
 INTERPRETER_QUERIES = 10
 INTERPRETER_KEYS = 260
 GPU_TOKENS = 1100
 
 
-class Pick(Protocol):
-    """Chooses one of several options: `random.Random(seed).choice`, or a strategy's draw."""
+@dataclass(frozen=True)
+class Example:
+    """One call of a package, the seed of its inputs, and the property that it must have."""
 
-    def __call__(self, options: Sequence[T], /) -> T: ...
+    property: str
+    case: Case
+    seed: int
+
+    @property
+    def text(self) -> str:
+        """Property and call in words that `parse_example` reads: `oracle: B=2 T=21 spread`."""
+        batch = "" if isinstance(self.case.tokens, tuple) else f"B={self.case.batch} "
+        return f"{self.property}: {batch}{self.case.label}"
+
+    def applies(self, p: OracleParameters, device: str) -> bool:
+        """Whether a spec can have this call, and the property says something of it on a device."""
+        possible = self.case.kind in kinds_of(p) and (self.case.tokens_kv is None or bool(argument_suffixes(p)))
+        return possible and _applies(self.property, p, self.case, device)
+
+
+@dataclass(frozen=True)
+class ExampleResult:
+    """An example and the rows it gave; an exception is a row too."""
+
+    example: Example
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Something was compared, and all of it is within its bound."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def failing(self) -> frozenset[str]:
+        """The quantities that are wrong."""
+        return frozenset(row.quantity for row in self.rows if not row.ok)
+
+
+_SHAPE = re.compile(
+    r"(?P<property>\w+): "
+    r"(packed (?P<packed>\d+(\+\d+)*)|B=(?P<batch>\d+) (T=(?P<tokens>\d+)|Tq=(?P<q>\d+) Tkv=(?P<kv>\d+)))"
+    r"( (?P<kind>\w+))?"
+)
+
+
+def parse_example(text: str, seed: int) -> Example:
+    """The example that `Example.text` describes; ValueError where it describes none."""
+    found = _SHAPE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(
+            f"example: expected a property and a call such as 'oracle: B=2 T=21 spread', 'oracle: B=1 Tq=3 Tkv=20' or "
+            f"'packed: packed 3+0+9', got {text!r}"
+        )
+    name, kind = found["property"], found["kind"] or "gaussian"
+    if name not in PROPERTIES:
+        raise ValueError(f"example: expected a property out of {', '.join(PROPERTIES)}, got {name!r}")
+    if kind not in KINDS:
+        raise ValueError(f"example: expected a kind of input out of {', '.join(KINDS)}, got {kind!r}")
+    if found["packed"] is not None:
+        lengths = tuple(int(length) for length in found["packed"].split("+"))
+        return Example(name, Case(lengths, kind=kind, batch=1, twice=False), seed)
+    tokens, tokens_kv = (found["tokens"], None) if found["tokens"] else (found["q"], int(found["kv"]))
+    if tokens_kv is not None and tokens_kv < int(tokens):
+        raise ValueError(f"example: expected Tkv of at least Tq, got {text!r}")
+    case = Case(int(tokens), tokens_kv=tokens_kv, kind=kind, batch=int(found["batch"]), twice=False)
+    return Example(name, case, seed)
+
+
+def require_example(spec: Spec, text: str, seed: int, device: str) -> Example:
+    """The example that `text` describes; ValueError where it describes none, or none that applies to the spec."""
+    example = parse_example(text, seed)
+    if not example.applies(OracleParameters.from_spec(spec), device):
+        raise ValueError(f"example: expected a property and a call that {spec.name} can have on {device}, got {text!r}")
+    return example
 
 
 def drawn_case(p: OracleParameters, pick: Pick, *, interpreted: bool) -> Case:
-    """A call: batched, late queries behind more keys, or packed with empty and one-token sequences; of any kind.
+    """A call: batched, late queries behind more keys, or packed; empty now and then; of any kind.
 
     Lengths lie around the spec's boundaries or are primes, as far as the interpreter has time for them.
     """
@@ -45,28 +123,50 @@ def drawn_case(p: OracleParameters, pick: Pick, *, interpreted: bool) -> Case:
     if form == "packed":
         parts = pick((1, 2, 3, 4))
         sequences = tuple(pick((0, 1, *lengths)) for _ in range(parts))
-        while sum(sequences) > rows + 4 or not any(sequences):
+        while sum(sequences) > rows + 4:
             sequences = (*sequences[:-2], max(1, min(sum(sequences[-2:]) // 2, rows)))
         return Case(sequences, kind=kind, batch=1, twice=False)
-    tokens, tokens_kv = pick(lengths), None
+    tokens, tokens_kv = pick((*lengths, *lengths, 0)), None
     if form == "late":
         tokens_kv = pick([length for length in sorted(near) if tokens <= length <= most])
-    batch = pick((1, 2)) if 2 * tokens <= rows else 1
+    batch = pick((1, 2, 1, 2, 1, 2, 0)) if 2 * tokens <= rows else 1
     return Case(tokens, tokens_kv=tokens_kv, kind=kind, batch=batch, twice=False)
 
 
-def drawn_property(p: OracleParameters, case: Case, pick: Pick) -> str:
-    """The name of a property that applies to a case."""
-    return pick([name for name, property in PROPERTIES.items() if property.applies(p, case)])
+def drawn_property(p: OracleParameters, case: Case, pick: Pick, device: str) -> str:
+    """The name of a property that applies to a case on a device, "cpu" or "cuda"."""
+    return pick([name for name in PROPERTIES if _applies(name, p, case, device)])
 
 
-def drawn_trial(
-    spec: Spec, module: Any, seed: int, device: str, build: Callable[[Spec], Any] | None
-) -> tuple[str, Trial]:
-    """The example of a seed: a property's name and the trial to check it on."""
+def _applies(name: str, p: OracleParameters, case: Case, device: str) -> bool:
+    property = PROPERTIES[name]
+    return property.applies(p, case) and (device == "cuda" or not property.cuda)
+
+
+def drawn_example(spec: Spec, seed: int, device: str) -> Example:
+    """The example of a seed, which depends on nothing else."""
     p, pick = OracleParameters.from_spec(spec), random.Random(seed).choice
     case = drawn_case(p, pick, interpreted=device == "cpu")
-    return drawn_property(p, case, pick), Trial(spec, module, case, seed, device, build)
+    return Example(drawn_property(p, case, pick, device), case, seed)
+
+
+def run_example(
+    spec: Spec, module: Any, example: Example, device: str, build: Callable[[Spec], Any] | None = None
+) -> ExampleResult:
+    """Check an example, by schedules drawn from its seed.
+
+    An exception, of the package or of a CUDA device, is a failure that tells it.
+    """
+    trial = Trial(spec, module, example.case, example.seed, device, build)
+    try:
+        with drawn_schedules(module, torch.device(device), example.seed):
+            rows = PROPERTIES[example.property].check(trial)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told = " ".join(str(error).split())[:600]
+        problem = f"raised {type(error).__name__}: {told} ({where.filename}:{where.lineno})"
+        rows = [Row(example.case.label, type(error).__name__, "raised", math.inf, 0.0, False, problem)]
+    return ExampleResult(example, tuple(rows))
 
 
 def run_examples(
@@ -78,33 +178,22 @@ def run_examples(
     *,
     build: Callable[[Spec], Any] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[list[str], list[Row], list[int]]:
-    """Labels and rows of examples `seed`, `seed + 1`, ..., and the seeds of those that failed.
+) -> Iterator[ExampleResult]:
+    """Run the examples of `seed`, `seed + 1`, ..., one as each is asked for.
 
     The example of a seed is the same whatever the run it is part of, so that it can be repeated by itself.
     """
-    labels: list[str] = []
-    rows: list[Row] = []
-    failed: list[int] = []
     for number in range(seed, seed + count):
-        name, trial = drawn_trial(spec, module, number, device, build)
-        labels.append(f"{name}: {trial.case.label}")
+        example = drawn_example(spec, number, device)
         if progress is not None:
-            progress(f"{spec.name}: example {number - seed + 1} of {count}, seed {number}: {labels[-1]}")
-        try:
-            found = PROPERTIES[name].check(trial)
-        except Exception as error:
-            error.add_note(f"while verifying {spec.name}, {labels[-1]}, seed {number}")
-            raise
-        if not all(row.ok for row in found):
-            failed.append(number)
-        rows += found
-    return labels, rows, failed
+            progress(f"{spec.name}: example {number - seed + 1} of {count}, seed {number}: {example.text}")
+        yield run_example(spec, module, example, device, build)
 
 
-def reproduction(spec: Spec, seed: int, device: str, dtype: str | None, source: str | None) -> str:
-    """The command that repeats the example of one seed; with the spec's text where it has no file."""
+def reproduction(spec: Spec, example: Example, device: str, dtype: str | None, source: str | None) -> str:
+    """The command that repeats an example; with the spec's text where it has no file."""
     file = source or f"{spec.name}.yaml"
     more = f" --dtype {dtype}" if dtype else ""
-    command = f"nsa-gen verify {file} --examples 1 --seed {seed} --device {device}{more}"
+    told = shlex.quote(example.text)
+    command = f"nsa-gen verify {file} --example {told} --seed {example.seed} --device {device}{more}"
     return command if source else f"{command}\nwith {file}:\n{spec.resolved_yaml()}"

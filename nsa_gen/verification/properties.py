@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from nsa_gen.verification import relations
-from nsa_gen.verification.calls import Call, call_package
+from nsa_gen.verification.calls import Call, arguments_of, call_package
 from nsa_gen.verification.cases import FORWARD_ONLY, Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.hygiene import GuardBands, synchronises
 from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.memory import ALLOCATOR_BYTES, measured, memory_bound
 from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.tolerance import compare, unit_roundoff
@@ -72,10 +73,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Property:
-    """A property by its check, the words for it, and whether it applies to a spec and a case."""
+    """A property by its check, whether it applies to a spec and a case, and whether only a CUDA device can have it."""
 
     check: Callable[[Trial], list[Row]]
     applies: Callable[[OracleParameters, Case], bool]
+    cuda: bool = False
 
 
 def agrees_with_the_oracle(trial: Trial) -> list[Row]:
@@ -144,13 +146,16 @@ def packed_is_sequence_by_sequence(trial: Trial) -> list[Row]:
 
 
 def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
-    """The first tokens by themselves, then the rest behind all keys, give what one call gives."""
+    """The first tokens by themselves, then the rest behind all keys, give what one call gives.
+
+    Gradients too: those of queries and gates lie one behind the other, those of keys and values add up.
+    """
     p, inputs = trial.parameters, trial.inputs()
-    parts = [trial.call(part, gradients=False).tensors() for part in relations.chunks(p, inputs)]
-    whole = trial.call(inputs, gradients=False).tensors()
+    parts = [trial.call(part).tensors() for part in relations.chunks(p, inputs)]
+    whole = trial.call(inputs).tensors()
     kept = {name: x for name, x in whole.items() if name not in ("k_cmp", "v_cmp")}
-    expected = {name: torch.cat([part[name] for part in parts], 1) for name in kept}
-    return relations.near(trial.case.label, "chunks", p, inputs, kept, expected)
+    expected, rounded = relations.rejoined(parts, kept)
+    return relations.near(trial.case.label, "chunks", p, inputs, kept, expected, rounded)
 
 
 def batch_entries_are_alone(trial: Trial) -> list[Row]:
@@ -166,35 +171,53 @@ def batch_entries_are_alone(trial: Trial) -> list[Row]:
 
 
 def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
-    """Each query head with a KV head of its own, a copy of its group's, gives the same outputs."""
+    """Each query head with a KV head of its own, a copy of its group's, gives the same outputs.
+
+    Where no choice of blocks depends on the group, the same gradients too: a KV head's are the sum of its copies'.
+    """
     assert trial.build is not None
     p, inputs = trial.parameters, trial.inputs()
     heads = {"query": p.query_heads, "kv": p.query_heads}
     spec = type(trial.spec).model_validate({**trial.spec.model_dump(), "heads": heads})
     module = trial.build(spec)
     apart = relations.repeated(inputs, p.group)
-    call, other = trial.call(inputs, gradients=False).tensors(), call_package(module, apart, False).tensors()
-    kept = ["o"] if comparable_without_groups(p) else []
+    whole = comparable_without_groups(p)
+    gradients = trial.gradients and whole
+    call, other = trial.call(inputs, gradients=gradients), call_package(module, apart, gradients)
+    kept = ["o"] if whole else []
     kept += [f"{x}_{branch}" for branch in p.branches for x in ("o", "lse") if branch != "slc" or p.indices_given]
-    rows = {name: call[name] for name in kept}
-    return relations.near(trial.case.label, "repeated KV heads", p, inputs, rows, {n: other[n] for n in kept})
+    kept += [f"d{name}" for name in call.gradients]
+    expected, rounded = relations.regrouped(other, p.group, kept)
+    rows = {name: call.tensors()[name] for name in kept}
+    return relations.near(trial.case.label, "repeated KV heads", p, inputs, rows, expected, rounded)
 
 
 def doubled_values_double_the_output(trial: Trial) -> list[Row]:
-    """v twice as large gives outputs twice as large, to the last bit."""
+    """v twice as large gives outputs twice as large, to the last bit.
+
+    With the same gradient of the output, the gradients of v and of its compression's positions stay what they are, and
+    all others double.
+    """
     p, inputs = trial.parameters, trial.inputs()
     doubled = relations.mapped(
         inputs, lambda name, x: 2 * x if name.split("_")[0] == "v" or name == "value_position" else x
     )
-    first, second = trial.call(inputs), trial.call(doubled, gradients=False)
     branches = [branch for branch in p.branches if branch != "cmp" or p.phi_value != "mlp"]
-    names = [f"o_{branch}" for branch in branches]
-    if len(branches) == len(p.branches) and inputs.q.dtype != torch.float16:  # subnormal branches round differently
-        names.append("o")
-    before = {name: relations.normal(first.tensors()[name]) for name in names}
-    after = {name: second.tensors()[name] for name in names}
+    # In float16 branches and gradients below its normal numbers are rounded to another precision.
+    linear = len(branches) == len(p.branches) and inputs.q.dtype != torch.float16
+    gradients = trial.gradients and linear
+    first, second = (trial.call(each, gradients=gradients).tensors() for each in (inputs, doubled))
+    names = [f"o_{branch}" for branch in branches] + (["o"] if linear else [])
+    before = {name: relations.normal(first[name]) for name in names}
+    after = {name: second[name] for name in names}
     expected = {name: torch.where(x == 0, after[name], 2 * x) for name, x in before.items()}
-    return [_bits(trial, "doubled v", expected, after)]
+    rows = [_bits(trial, "doubled v", expected, after)]
+    if gradients:
+        slopes = {name: x for name, x in first.items() if relations.is_gradient(name)}
+        wanted = {n: x if relations.is_gradient_of_values(n) else 2 * x for n, x in slopes.items()}
+        found = {name: second[name] for name in slopes}
+        rows.append(_bits(trial, "doubled v: gradients", *relations.not_tiny(wanted, found)))
+    return rows
 
 
 def same_inputs_same_bits(trial: Trial) -> list[Row]:
@@ -219,10 +242,7 @@ def host_never_waits(trial: Trial) -> list[Row]:
     """The public call, forward and backward, does not synchronise the host with the GPU."""
     inputs = trial.inputs()
     leaves = {n: x.detach().requires_grad_(trial.gradients) for n, x in inputs.differentiable().items()}
-    arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
-    if isinstance(compression := arguments.get("compression"), Mapping):
-        arguments["compression"] = trial.module.CompressionParameters(**compression)
-    positional = [arguments.pop(name, None) for name in ("q", "k", "v")]
+    positional, arguments = arguments_of(trial.module, inputs.replace_differentiable(leaves))
 
     def run() -> None:
         o = trial.module.nsa_attention(*positional, **arguments)
@@ -231,6 +251,20 @@ def host_never_waits(trial: Trial) -> list[Row]:
 
     waited = synchronises(run)
     return [Row(trial.case.label, "synchronisation", "bits", float(bool(waited)), 0.0, not waited, waited)]
+
+
+def memory_is_bounded(trial: Trial) -> list[Row]:
+    """Forward and backward allocate no more on a CUDA device than the formula of `memory_bound`."""
+    inputs = trial.inputs()
+    hidden = None if trial.spec.compression is None else trial.spec.compression.phi.hidden
+    bound = memory_bound(trial.parameters, inputs, hidden)
+    trial.call(inputs)  # what is allocated once, by the first call, is no part of it
+    found = measured(trial.module, inputs, trial.gradients)
+    rows = []
+    for name, used, most in zip(("forward", "backward"), found, (bound.forward, bound.backward), strict=True):
+        most += ALLOCATOR_BYTES
+        rows.append(Row(trial.case.label, f"memory: {name}", "bytes", float(used), float(most), used <= most))
+    return rows if trial.gradients else rows[:1]
 
 
 def dense_branches(p: OracleParameters, case: Case) -> list[str]:
@@ -268,7 +302,10 @@ PROPERTIES: dict[str, Property] = {
     "oracle": Property(agrees_with_the_oracle, lambda p, case: True),
     "future": Property(future_has_no_influence, lambda p, case: _quiet(case)),
     "dense": Property(wide_enough_is_dense, lambda p, case: _quiet(case) and bool(dense_branches(p, case))),
-    "packed": Property(packed_is_sequence_by_sequence, lambda p, case: not _batched(case) and _quiet(case)),
+    "packed": Property(
+        packed_is_sequence_by_sequence,
+        lambda p, case: isinstance(case.tokens, tuple) and any(case.tokens) and _quiet(case),
+    ),
     "chunks": Property(prefill_in_two_chunks_is_one, lambda p, case: _divisible(p, case) and _quiet(case)),
     "batch": Property(batch_entries_are_alone, lambda p, case: _batched(case) and case.batch > 1),
     "groups": Property(
@@ -283,7 +320,8 @@ PROPERTIES: dict[str, Property] = {
     "doubled": Property(doubled_values_double_the_output, lambda p, case: _quiet(case)),
     "bits": Property(same_inputs_same_bits, lambda p, case: True),
     "guards": Property(writes_only_its_own, lambda p, case: True),
-    "waiting": Property(host_never_waits, lambda p, case: torch.cuda.is_available()),
+    "waiting": Property(host_never_waits, lambda p, case: True, cuda=True),
+    "memory": Property(memory_is_bounded, lambda p, case: True, cuda=True),
 }
 """Every property by a short name."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
@@ -215,6 +215,75 @@ def repeated(inputs: Inputs, group: int) -> Inputs:
     return mapped(inputs, change)
 
 
+def rejoined(
+    parts: Sequence[Mapping[str, Tensor]], names: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results of two `chunks` in the layout of the whole call, and what was rounded once more on the way.
+
+    Rows of queries lie one behind the other. Gradients of keys, values and compressed blocks add up over the chunks,
+    which all begin at the first of them; those of phi's parameters do as they are.
+    """
+    expected: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    for name in names:
+        pieces = [part[name] for part in parts]
+        if not is_gradient(name) or name in ("dq", "dgates"):
+            expected[name] = torch.cat(pieces, 1)
+            continue
+        exact = [piece.double() for piece in pieces]
+        if not name.startswith("dcompression"):
+            longest = max(piece.shape[1] for piece in exact)
+            exact = [_lengthened(piece, longest) for piece in exact]
+        expected[name] = torch.stack(exact).sum(0)
+        rounded[name] = torch.stack(exact).square().sum(0).sqrt()
+    return expected, rounded
+
+
+def _lengthened(x: Tensor, tokens: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(x.shape[0], tokens - x.shape[1], *x.shape[2:])], 1)
+
+
+def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results of a `repeated` call with as many KV heads as before, and what was rounded once more on the way.
+
+    The gradient of a KV head, and of its parameters, is the sum of its copies'.
+    """
+    expected: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    tensors = call.tensors()
+    for name in names:
+        x = tensors[name]
+        if not is_gradient(name) or name in ("dq", "dgates"):
+            expected[name] = x
+            continue
+        dim = 0 if name.startswith("dcompression") else x.dim() - 2
+        copies = x.double().unflatten(dim, (x.shape[dim] // group, group))
+        expected[name] = copies.sum(dim + 1)
+        rounded[name] = copies.square().sum(dim + 1).sqrt()
+    return expected, rounded
+
+
+def is_gradient(name: str) -> bool:
+    """Whether a result is a gradient, by its name."""
+    return name.startswith("d")
+
+
+def is_gradient_of_values(name: str) -> bool:
+    """Whether a gradient is that of v, v_cmp, v_slc, v_win or of a learned position of values."""
+    return name.startswith("dv") or name == "dcompression.value_position"
+
+
+TINY = 2.0**-60
+"""Gradients below this are sums of which terms may lie below the smallest normal float32, where doubling rounds."""
+
+
+def not_tiny(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Two results with 0 for the elements that are tiny in both."""
+    both = {name: (x.abs() < TINY) & (second[name].abs() < TINY) for name, x in first.items()}
+    a, b = ({name: x.masked_fill(both[name], 0.0) for name, x in each.items()} for each in (first, second))
+    return a, b
+
+
 def near(
     label: str,
     title: str,
@@ -222,9 +291,11 @@ def near(
     inputs: Inputs,
     actual: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
+    more_rounded: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
     """Two results of the same operator are as near to each other as each must be to the truth.
 
+    `more_rounded` are sizes, by name, of what one of them rounded once more than the operator does: it counts as noise.
     Where rounding made them choose different blocks, what depends on the choice is not compared.
     """
     computed = p.selection_block is not None and not p.indices_given and "indices" in actual
@@ -249,11 +320,13 @@ def near(
     for name in itertools.filterfalse(("indices", "counts").__contains__, actual):
         if not same and not name.endswith(("_cmp", "_win")):
             continue
-        parts = [actual[name], expected[name], *(each.get(name) for each in lookups)]
+        parts = [actual[name], expected[name], *(each.get(name) for each in lookups), (more_rounded or {}).get(name)]
         if inputs.cu_seqlens is not None:
             parts = [None if x is None else written(p, inputs, {name: x})[name] for x in parts]
-        x, wanted, rounded, truth, noise, drift = parts
+        x, wanted, rounded, truth, noise, drift, again = parts
         assert x is not None and wanted is not None and rounded is not None and truth is not None
+        if again is not None:
+            noise = torch.hypot(again.double(), torch.zeros_like(truth) if noise is None else noise)
         comparison = compare(
             x,
             wanted.double(),

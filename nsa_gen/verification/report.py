@@ -16,7 +16,8 @@ class Row:
     """One quantity of one case. `error` and `bound` are of the measure that came nearest to failing.
 
     `measure` is row, norm or bias (relative errors, see tolerance.py), selection (shortfall in units of the rounding
-    error) or bits (differing elements of two equal calls). `problem` explains a failure that has no size.
+    error), bits (differing elements of two equal calls), bytes (memory allocated) or raised (an exception). `problem`
+    explains a failure that has no size.
     """
 
     case: str
@@ -50,11 +51,34 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class ExampleRecord:
+    """A drawn example in the words that `nsa-gen verify --example` reads, its seed, and whether all was well."""
+
+    seed: int
+    example: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The smallest failing example that was found: the text of its spec, and the command that repeats it.
+
+    `tries` is how many examples were run to find it.
+    """
+
+    command: str
+    example: str
+    seed: int
+    spec: str
+    tries: int
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """The outcome of `verify`.
 
     `dtype` and `heads` (query, kv) are those verified, which the notes say where they are not the spec's. `cases` are
-    the labels of the calls made, `seconds` the whole time.
+    the labels of the calls made, `seconds` the whole time. `examples` and `reproduction` are those of drawn examples.
     """
 
     name: str
@@ -68,6 +92,8 @@ class VerifyReport:
     notes: tuple[str, ...]
     seconds: float
     environment: Environment
+    examples: tuple[ExampleRecord, ...] = ()
+    reproduction: Reproduction | None = None
 
     @property
     def ok(self) -> bool:

@@ -22,6 +22,7 @@ from nsa_gen.verification.gradients import Reference, reference_gradients
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.oracle import compressed_rows
 from nsa_gen.verification.report import Environment, Row, VerifyReport
+from nsa_gen.verification.schedules import other_schedules
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, Comparison, compare, unit_roundoff
 
@@ -43,6 +44,7 @@ def verify(
     seed: int = 0,
     batch: int = 2,
     examples: int | None = None,
+    example: str | None = None,
     source: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
@@ -56,8 +58,10 @@ def verify(
     called with a line before each case.
 
     With `examples`, that many random calls take the place of the fixed ones, each with one of the properties of
-    `properties.PROPERTIES`; example i is drawn from seed + i alone. The notes of a failed report say how to repeat the
-    first failure, with `source`, the spec's file, where it is given.
+    `properties.PROPERTIES`; example i is drawn from seed + i alone. With `example`, a line such as
+    "oracle: B=2 T=21 spread", it is that one, with inputs of `seed`. A failed report has the smallest failing example
+    that could be found and the command that repeats it (`reproduction`, and the notes), with `source`, the spec's file,
+    where it is given.
 
     Memory freed before each call is poisoned, so that a result nobody wrote shows as NaN. Raises ValueError for a
     dtype or pass that cannot be had, RuntimeError where the CPU is asked for and Triton is imported without its
@@ -69,13 +73,9 @@ def verify(
     original = spec
     spec, notes = adapt(spec, interpreted=interpreted, dtype=dtype, fixed=package is not None)
     wanted = _passes(spec, passes)
-    if examples is not None:
-        if examples < 1:
-            raise ValueError(f"examples: expected at least 1, got {examples}")
-        if lengths is not None:
-            raise ValueError("lengths: expected None with examples, which draw their own lengths")
-        if wanted != tuple(spec.passes):
-            raise ValueError("passes: expected the spec's own with examples")
+    drawing = examples is not None or example is not None
+    if drawing:
+        _refuse_with_examples(examples, example, lengths, wanted == tuple(spec.passes))
     cases, more = default_cases(spec, interpreted=interpreted, lengths=lengths, packed=packed, batch=batch)
     parameters = OracleParameters.from_spec(spec)
     rows: list[Row] = []
@@ -83,17 +83,25 @@ def verify(
         if interpreted and not hasattr(package, "nsa_attention"):
             _enable_interpreter()
         module = _module(spec, package, Path(folder))
-        labels = tuple(case.label for case in cases)
-        if examples is not None:
-            from nsa_gen.verification.examples import reproduction, run_examples
+        if drawing:
+            from nsa_gen.verification.reporting import report_examples
 
-            drawn, rows, failed = run_examples(
-                spec, module, examples, seed, where.type, build=_builder(Path(folder)), progress=progress
+            return report_examples(
+                original,
+                spec,
+                module,
+                count=examples,
+                text=example,
+                seed=seed,
+                device=where,
+                dtype=dtype,
+                source=source,
+                build=_builder(Path(folder)),
+                vary_spec=package is None,
+                notes=notes,
+                progress=progress,
             )
-            labels, cases, more = tuple(drawn), (), ()
-            if failed:
-                again = reproduction(original, failed[0], where.type, dtype, source)
-                more = (f"{len(failed)} of {examples} examples failed; to repeat the first: {again}",)
+        labels = tuple(case.label for case in cases)
         for number, case in enumerate(cases, 1):
             if progress is not None:
                 progress(f"{spec.name}: case {number} of {len(cases)}: {case.label}")
@@ -126,6 +134,19 @@ def verify(
         seconds=time.perf_counter() - started,
         environment=environment(where),
     )
+
+
+def _refuse_with_examples(
+    examples: int | None, example: str | None, lengths: Sequence[int] | None, own_passes: bool
+) -> None:
+    if examples is not None and example is not None:
+        raise ValueError("example: expected None with examples, which are drawn; pass one of the two")
+    if examples is not None and examples < 1:
+        raise ValueError(f"examples: expected at least 1, got {examples}")
+    if lengths is not None:
+        raise ValueError("lengths: expected None with examples, which have lengths of their own")
+    if not own_passes:
+        raise ValueError("passes: expected the spec's own with examples")
 
 
 def adapt(spec: Spec, *, interpreted: bool, dtype: str | None, fixed: bool) -> tuple[Spec, tuple[str, ...]]:
@@ -227,6 +248,11 @@ def check_case(
     module: Any, parameters: OracleParameters, case: Case, inputs: Inputs, *, with_gradients: bool
 ) -> list[Row]:
     """Every comparison of one call: one row a quantity."""
+    if case.other_schedules:
+        plain = replace(case, other_schedules=False)
+        with other_schedules(module, inputs.q.device):
+            rows = check_case(module, parameters, plain, inputs, with_gradients=with_gradients)
+        return [replace(row, case=case.label) for row in rows]
     call = call_package(module, inputs, with_gradients)
     computed = parameters.selection_block is not None and not parameters.indices_given
     if computed and (problem := _misshapen_choice(parameters, inputs, call)):

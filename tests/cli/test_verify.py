@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -19,6 +20,67 @@ def test_tiny_is_right_on_the_cpu_whatever_the_shell_says_of_the_interpreter(nsa
     assert (report["name"], report["seed"], report["environment"]["device"]) == ("tiny", 3, "cpu")
     assert {"o", "dq", "dk", "dv", "dgates"} <= {row["quantity"] for row in report["rows"]}
     assert "case 1 of" in answer.stderr
+
+
+WINDOW = """\
+version: 1
+name: window_alone
+heads: {query: 2, kv: 1}
+head_dim: 16
+dtype: float32
+window: {size: 7}
+"""
+
+
+@pytest.mark.slow
+def test_examples_are_drawn_from_their_seeds_and_one_of_them_is_repeated_by_its_words(nsa_gen, tmp_path):
+    path = tmp_path / "window_alone.yaml"
+    path.write_text(WINDOW)
+    drawn = nsa_gen("verify", str(path), "--device", "cpu", "--examples", "4", "--seed", "5", "--json", timeout=600)
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    report = json.loads(drawn.stdout)
+    assert report["ok"] is True and report["reproduction"] is None
+    assert [each["seed"] for each in report["examples"]] == [5, 6, 7, 8] and all(
+        each["ok"] for each in report["examples"]
+    )
+    assert report["cases"] == [each["example"] for each in report["examples"]]
+    assert "example 4 of 4, seed 8" in drawn.stderr
+    words = report["examples"][2]["example"]
+    again = nsa_gen("verify", str(path), "--device", "cpu", "--example", words, "--seed", "7", "--json", timeout=600)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads(again.stdout)["examples"] == [report["examples"][2]]
+
+
+def test_a_failing_example_ends_with_the_command_that_repeats_the_smallest(call, monkeypatch, tmp_path):
+    from tests.verification.test_shrinking import too_wide
+
+    path = tmp_path / "window_alone.yaml"
+    path.write_text(WINDOW.replace("size: 7", "size: 2"))
+    room = importlib.import_module("nsa_gen.verification.verify")
+    monkeypatch.setattr(room, "_module", lambda spec, package, folder: too_wide(spec))
+    monkeypatch.setattr(room, "_builder", lambda folder: too_wide)
+    answer = call("verify", str(path), "--device", "cpu", "--examples", "40", "--json")
+    assert answer.returncode == 1
+    smallest = json.loads(answer.stdout)["reproduction"]
+    assert smallest["example"].endswith("B=1 T=2") and "size: 1" in smallest["spec"]
+    assert f"--example '{smallest['example']}' --seed {smallest['seed']} --device cpu" in smallest["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--examples", "3", "--length", "5"], "--length"),
+        (["--examples", "3", "--example", "oracle: B=1 T=3"], "--example"),
+        (["--example", "oracle: B=1 T=3", "--length", "5"], "--length"),
+        (["--example", "oracle of T=3"], "expected a property and a call"),
+        (["--example", "waiting: B=1 T=3"], "can have on cpu"),
+        (["--examples", "0"], "--examples"),
+    ],
+)
+def test_examples_that_cannot_be_had_are_a_wrong_call(call, arguments, said):
+    answer = call("verify", "tiny", "--device", "cpu", *arguments)
+    assert answer.returncode == 2
+    assert said in " ".join(answer.stderr.split())
 
 
 def test_bfloat16_under_the_interpreter_is_a_wrong_call(nsa_gen):

@@ -103,7 +103,83 @@ def test_heads_that_read_another_groups_keys_are_not_repeated_heads() -> None:
         return right.nsa_attention(q, k.flip(-2), v, *rest, **more)
 
     wrong = SimpleNamespace(nsa_attention=swapped)
-    assert set(failing("groups", spec, wrong)) == {f"repeated KV heads: {name}" for name in ("o", "o_win", "lse_win")}
+    found = {name.removeprefix("repeated KV heads: ") for name in failing("groups", spec, wrong)}
+    assert found == {"o", "o_win", "lse_win", "dq", "dk", "dv", "dgates"}
+
+
+def backward_off_by(factor: float, **which: object) -> Callable[[Spec], SimpleNamespace]:
+    """A package with a right forward whose gradient is too large by a factor in calls of some lengths or KV heads."""
+
+    def build(spec: Spec) -> SimpleNamespace:
+        def tamper(o: Tensor, aux: dict) -> Tensor:
+            wrong = o.shape[-3] == which.get("tokens") or spec.heads.kv == which.get("kv_heads")
+            return factor * o + (1 - factor) * o.detach() if wrong else o
+
+        return package(spec, tamper=tamper)
+
+    return build
+
+
+@pytest.mark.parametrize("phi", ["linear", "external"])
+def test_a_gradient_that_is_wrong_in_one_chunk_alone_is_found(phi: str) -> None:
+    spec = spec_of(branches="cmp win", phi=phi)
+    found = failing("chunks", spec, backward_off_by(1.01, tokens=7)(spec), Case(21, batch=2))
+    names = {name.removeprefix("chunks: ") for name in found}
+    assert {"dq", "dk", "dv", "dgates"} <= names and not names & {"o", "o_cmp", "lse_win"}
+
+
+def test_a_gradient_that_is_wrong_where_heads_share_keys_is_found() -> None:
+    spec, build = spec_of(branches="cmp win", phi="linear", position="learned"), backward_off_by(1.01, kv_heads=2)
+    trial = Trial(spec, build(spec), BATCHED, 5, "cpu", build=build)
+    names = {
+        row.quantity.removeprefix("repeated KV heads: ") for row in PROPERTIES["groups"].check(trial) if not row.ok
+    }
+    # A position moves all compressed keys alike, which softmax does not see: its gradient is rounding alone.
+    parameters = {f"dcompression.{name}" for name in ("key_weight", "value_weight")}
+    assert names - {"dcompression.value_position"} == {"dq", "dk", "dv", "dgates"} | parameters
+
+
+def test_gradients_of_packed_compressed_keys_are_those_of_repeated_heads() -> None:
+    spec = spec_of(branches="cmp", phi="external")
+    rows = PROPERTIES["groups"].check(Trial(spec, package(spec), PACKED, 5, "cpu", build=package))
+    assert "repeated KV heads: dk_cmp" in {row.quantity for row in rows} and all(row.ok for row in rows)
+
+
+def test_gradients_are_not_compared_where_the_groups_choice_of_blocks_is_part_of_them() -> None:
+    spec = spec_of()
+    rows = PROPERTIES["groups"].check(Trial(spec, package(spec), BATCHED, 5, "cpu", build=package))
+    assert not [row.quantity for row in rows if row.quantity.startswith("repeated KV heads: d")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_doubled_values_double_but_for_those_of_the_values(dtype: str) -> None:
+    spec = spec_of(phi="linear", position="learned", position_value="learned", dtype=dtype)
+    assert failing("doubled", spec, package(spec)) == []
+    rows = PROPERTIES["doubled"].check(Trial(spec, package(spec), BATCHED, 5, "cpu"))
+    assert [row.quantity for row in rows] == ["doubled v", "doubled v: gradients"]
+
+    class Shifted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, *gradients: Tensor) -> Tensor:
+            return gradients[0] + 0.25
+
+    right = package(spec)
+
+    def off(q: Tensor, k: Tensor, v: Tensor, *rest: object, **more: object) -> object:
+        return right.nsa_attention(Shifted.apply(q), k, v, *rest, **more)
+
+    wrong = SimpleNamespace(nsa_attention=off, CompressionParameters=lambda **x: x)
+    assert failing("doubled", spec, wrong) == ["doubled v: gradients"]
+
+
+def test_gradients_of_doubled_values_are_not_compared_through_an_mlp_nor_in_float16() -> None:
+    for spec in (spec_of(phi="mlp"), spec_of(dtype="float16")):
+        rows = PROPERTIES["doubled"].check(Trial(spec, package(spec), BATCHED, 5, "cpu"))
+        assert [row.quantity for row in rows] == ["doubled v"]
 
 
 def test_results_that_change_from_call_to_call_have_other_bits() -> None:

@@ -13,18 +13,14 @@ import torch
 from nsa_gen.rendering import import_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.verify import call_package, check_case, environment, verify
-from tools.gpu.packages import memory_slot, package_of, variant
+from tools.gpu.packages import memory_slot, package_of, spec_of_request, variant
+from tools.gpu.progress import release, save, say
 
 LONG_FROM = 1024
 """Lengths from here on are verified with one sequence at a time, and one process in a share of the GPU's memory."""
-
-
-def say(line: str) -> None:
-    """Print a line at once: it is the job's sign of life."""
-    print(line, flush=True)
 
 
 def verify_job(
@@ -67,6 +63,7 @@ def verify_job(
                 result["cases"] = labels
                 rows += _rows_of(module, meaning, parameters, case, device, seed + 1000 + number)
                 result["rows"] = [asdict(row) for row in rows]
+                save(result)
                 release(device)
     result["ok"] = bool(rows) and all(row.ok for row in rows)
     if not result["ok"]:
@@ -83,43 +80,52 @@ def _rows_of(module: Any, spec: Any, parameters: OracleParameters, case: Case, d
     return check_case(module, parameters, case, inputs, with_gradients="backward" in spec.passes)
 
 
-def release(device: str) -> None:
-    """Give cached memory back to the GPU, which other processes share."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
 def touch_job(
     result: dict[str, Any],
     *,
     spec: str,
-    dtype: str,
+    dtype: str | None,
     heads: Sequence[int] | None,
     batch: int,
     shapes: Sequence[int | Sequence[int]],
     device: str,
     seed: int,
     root: str,
+    steps: bool = False,
 ) -> None:
-    """Run forward and backward at each shape (a length, or packed lengths), without an oracle; all must be finite."""
-    meaning = variant(spec, dtype, None if heads is None else (heads[0], heads[1]))
+    """Run forward and backward at each shape (a length, or packed lengths), without an oracle; all must be finite.
+
+    `steps` runs the window alone as well: its backward has a kernel that the whole operator does without.
+    """
+    meaning = spec_of_request(spec, dtype, heads)
     module = import_package(package_of(meaning, Path(root)))
     broken: list[str] = []
     for number, shape in enumerate(shapes):
-        say(f"{spec}: tokens {shape}")
+        say(f"{meaning.name}: tokens {shape}")
         inputs = make_inputs(
             meaning,
             batch=batch,
             tokens=shape,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, meaning.dtype),
             device=device,
             seed=seed + number,
         )
+        if steps:
+            broken += [f"window alone, tokens {shape}: {name}" for name in _window_alone(module, inputs)]
         broken += [f"tokens {shape}: {name}" for name in not_finite(call_package(module, inputs, True))]
     result["environment"] = asdict(environment(torch.device(device)))
     result["ok"] = not broken
     if broken:
         result["error"] = f"not finite: {', '.join(broken)}"
+
+
+def _window_alone(module: Any, inputs: Inputs) -> list[str]:
+    """Names of what is not finite when the window of a spec with shared keys is called by itself."""
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v")}
+    o, lse = module.window_attention(*leaves.values(), cu_seqlens=inputs.cu_seqlens)
+    gradients = torch.autograd.grad(o, list(leaves.values()), inputs.do)
+    found = {"o": o, "lse": lse, **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
+    return [name for name, x in found.items() if not torch.isfinite(x).all()]
 
 
 def not_finite(call: Any) -> list[str]:

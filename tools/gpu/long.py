@@ -18,8 +18,9 @@ from nsa_gen.verification.report import Row
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
 from nsa_gen.verification.verify import call_package, drift_sources, environment
-from tools.gpu.correctness import not_finite, release, say
+from tools.gpu.correctness import not_finite
 from tools.gpu.packages import memory_slot, package_of, variant
+from tools.gpu.progress import release, save, say
 
 ROWWISE = ("q", "do", "gates", "indices", "counts")
 """Arguments with a row a query; the others have a row a key."""
@@ -72,6 +73,7 @@ def _run_and_check(
         say(f"{name}: checking rows {end - rows} to {end}")
         found += check_rows(parameters, inputs, call, end - rows, end)
         result["rows"] = [asdict(row) for row in found]
+        save(result)
         release(device)
     bad = [row for row in found if not row.ok]
     result["ok"] = not bad and not result["not_finite"]

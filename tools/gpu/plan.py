@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from nsa_gen.spec import load_spec
+from tools.gpu import far_specs, sanitizer
 from tools.gpu.pool import Job
 
-PARTS = ("correctness", "long", "sanitizer", "bench")
+PARTS = ("correctness", "examples", "repeats", "hygiene", "long", "sanitizer", "far", "soak", "bench")
+"""Every part, in the order in which they are reported."""
+CPU_PARTS = ("correctness", "examples", "repeats", "hygiene", "far", "soak")
+"""What Triton's interpreter can do, at tiny sizes."""
+PHASES = (("correctness", "examples", "repeats", "hygiene", "long", "sanitizer"), ("far",), ("soak",))
+"""Parts that run side by side, one phase after the other: `far` needs most of the GPU's memory, and `soak` takes every
+worker for as long as it lasts. The benchmark comes last, by itself."""
 DTYPES = ("bfloat16", "float16", "float32")
 LENGTHS = (1, 31, 63, 65, 511, 2049, 8192)
 PACKED = ((700, 0, 1, 2049, 63), (1, 0, 511, 65, 0))
 """Packed batches beside verify's own, on a GPU: with sequences longer than a window, and than all selected blocks."""
 LONG = ("llama3_8b", 131072)
 LONG_ROWS = 48
-SANITIZED = (("tiny", "float32", None), ("nsa_paper", "bfloat16", (6, 2)))
-SANITIZER_PLACES = ("/usr/local/cuda/bin",)
+EXAMPLES = {"cuda": 2240, "cpu": 300}
+"""Examples of the part of that name, unless told otherwise."""
+DRAWN_SPECS = {"cuda": 21, "cpu": 24}
+"""Specs of the examples that are drawn rather than shipped."""
+SHIPPED_SHARE = {"cuda": 0.4, "cpu": 0.4}
+"""How much of the examples goes to shipped specs, whose calls are larger."""
+EXAMPLE_SEEDS = 100_000
+"""Seeds between the first ones of two jobs."""
+REPEATS = {"cuda": (200, (4096, (1500, 0, 1, 2595))), "cpu": (3, (19, (9, 0, 1, 5)))}
+"""How often, and at which lengths, a call is repeated."""
+HYGIENE = {"cuda": ((1500, 0, 1, 2595), 4096, 16384), "cpu": (19, (9, 0, 1, 5))}
+SOAK_PER_SPEC = {"cuda": 30, "cpu": 4}
+FAR_LIMIT = {"cuda": 2**31, "cpu": 2**12}
+"""Elements beyond which a tensor is far."""
+SOAK_SEED = 1_000_000_000
+"""The first seed of a soak's specs, far from those of the examples."""
+RESERVED_GB = 1.0
+"""What a process takes of the GPU's memory without asking for a share."""
 BENCHED: Mapping[str, tuple[int, ...]] = {
     "llama3_8b": (8192, 32768, 65536),
     "nsa_64x4": (8192, 32768, 65536),
@@ -46,13 +68,21 @@ class Plan:
     root: Path
     lengths_only: bool = False
     gpu_memory_gb: float = 80.0
+    workers: int = 6
+    examples: int | None = None
+    soak_seconds: float = 600.0
 
     def jobs(self, part: str) -> list[Job]:
         """The jobs of a part. Empty where none of the specs asked for belongs to it."""
         return {
             "correctness": self._correctness,
+            "examples": self._examples,
+            "repeats": self._repeats,
+            "hygiene": self._hygiene,
             "long": self._long,
             "sanitizer": self._sanitizer,
+            "far": self._far,
+            "soak": self._soak,
             "bench": self._bench,
         }[part]()
 
@@ -82,29 +112,131 @@ class Plan:
         request: dict[str, Any] = {"spec": spec, "dtype": "bfloat16", "tokens": tokens, "rows": LONG_ROWS}
         return [self._job(f"long {spec} {tokens}", 1e6, kind="long", device=self.device, slots=self._slots, **request)]
 
+    def _examples(self) -> list[Job]:
+        """Each shipped spec in each dtype, then drawn specs, each in one; every job has seeds of its own."""
+        total = self.examples or EXAMPLES[self.device]
+        shipped = [(spec, dtype) for spec in self.specs for dtype in self.dtypes]
+        drawn = [(number, self.dtypes[number % len(self.dtypes)]) for number in range(DRAWN_SPECS[self.device])]
+        of_shipped = _shares(int(total * SHIPPED_SHARE[self.device]), len(shipped))
+        of_drawn = _shares(total - sum(of_shipped), len(drawn))
+        jobs: list[Job] = []
+        for number, ((spec, dtype), count) in enumerate(zip(shipped, of_shipped, strict=True)):
+            request = {"spec": spec, "spec_seed": None, "dtype": dtype, "count": count, "first": number}
+            jobs += self._example_job(f"examples {spec} {dtype}", _weight(spec, dtype), **request)
+        for (number, dtype), count in zip(drawn, of_drawn, strict=True):
+            spec_seed, first = self.seed + number, len(shipped) + number
+            request = {"spec": None, "spec_seed": spec_seed, "dtype": dtype, "count": count, "first": first}
+            jobs += self._example_job(f"examples drawn {spec_seed} {dtype}", 1000.0, **request)
+        return jobs
+
+    def _example_job(self, name: str, expected: float, *, first: int, **request: Any) -> list[Job]:
+        if not request["count"]:
+            return []
+        seed = self.seed + EXAMPLE_SEEDS * (first + 1)
+        return [self._job(name, expected, kind="examples", slots=self._slots, device=self.device, seed=seed, **request)]
+
+    def _soak(self) -> list[Job]:
+        return [
+            self._job(
+                f"soak {worker}",
+                kind="soak",
+                worker=worker,
+                seconds=self.soak_seconds,
+                per_spec=SOAK_PER_SPEC[self.device],
+                slots=self._slots,
+                device=self.device,
+                seed=SOAK_SEED + self.seed,
+            )
+            for worker in range(self.workers)
+        ]
+
+    def _repeats(self) -> list[Job]:
+        repeats, shapes = REPEATS[self.device]
+        return [
+            self._job(
+                f"repeats {spec}",
+                _weight(spec, "bfloat16"),
+                kind="repeats",
+                spec=spec,
+                shapes=shapes,
+                repeats=repeats,
+                device=self.device,
+            )
+            for spec in self._runnable
+        ]
+
+    def _hygiene(self) -> list[Job]:
+        return [
+            self._job(
+                f"hygiene {spec}",
+                _weight(spec, "bfloat16"),
+                kind="hygiene",
+                spec=spec,
+                shapes=HYGIENE[self.device],
+                slots=self._slots,
+                device=self.device,
+            )
+            for spec in self._runnable
+        ]
+
+    @property
+    def _runnable(self) -> tuple[str, ...]:
+        """The specs that run in their own dtype: on the CPU those that are neither bfloat16 nor large."""
+        return tuple(spec for spec in self.specs if self.device == "cuda" or load_spec(spec).dtype != "bfloat16")
+
+    def _far(self) -> list[Job]:
+        dtype = "bfloat16" if self.device == "cuda" else "float16"
+        limit = FAR_LIMIT[self.device]
+        common: dict[str, Any] = {"limit": limit, "slots": self._slots, "device": self.device}
+        apart = [
+            self._job(
+                f"far apart {name}",
+                kind="far apart",
+                spec=text.replace("DTYPE", dtype),
+                batch=3,
+                tokens=far_specs.APART_TOKENS[self.device],
+                **common,
+            )
+            for name, text in far_specs.APART.items()
+        ]
+        along = [
+            self._job(
+                f"far along {name}",
+                1e3,
+                kind="far along",
+                spec=each.spec.replace("DTYPE", dtype),
+                lengths=each.lengths if self.device == "cuda" else each.few,
+                packed=each.packed,
+                shares=2,
+                **common,
+            )
+            for name, each in far_specs.ALONG.items()
+        ]
+        return [*along, *apart]
+
     def _sanitizer(self) -> list[Job]:
-        program = sanitizer_program()
+        program = sanitizer.program()
         if program is None:
             return []
         # Every allocation its own, so that a read past one tensor does not land in the next.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTORCH_CUDA_ALLOC_CONF": ""}
-        prefix = (program, "--tool", "memcheck", "--error-exitcode", "86")
         return [
             self._job(
-                f"memcheck {spec} {dtype}",
-                1e6,
-                prefix=prefix,
+                f"{tool} {name}",
+                1e7 if tool == "racecheck" else 1e6,
+                prefix=sanitizer.command(program, tool),
                 environment=environment,
                 kind="touch",
-                spec=spec,
-                dtype=dtype,
-                heads=heads,
+                spec=text,
+                dtype=None,
+                heads=None,
                 batch=2,
-                shapes=(97, (33, 0, 1, 97)),
+                shapes=shapes,
+                steps=True,
                 device=self.device,
             )
-            for spec, dtype, heads in SANITIZED
-            if spec in self.specs
+            for tool, shapes in sanitizer.SHAPES.items()
+            for name, text in sanitizer.SPECS.items()
         ]
 
     def compile_for_bench(self) -> list[Job]:
@@ -126,7 +258,7 @@ class Plan:
 
     @property
     def _slots(self) -> int:
-        return max(1, int(self.gpu_memory_gb // MEMORY_SHARE_GB))
+        return max(1, int((self.gpu_memory_gb - RESERVED_GB * self.workers) // MEMORY_SHARE_GB))
 
     def _bench(self) -> list[Job]:
         return [
@@ -160,7 +292,7 @@ class Plan:
             "TRITON_INTERPRET": "1" if self.device == "cpu" else "0",
             **(environment or {}),
         }
-        text = json.dumps({**request, "seed": self.seed, "root": str(self.root)})
+        text = json.dumps({"seed": self.seed, **request, "root": str(self.root)})
         return Job(name, (*prefix, sys.executable, "-m", "tools.gpu.worker", text), expected, settings)
 
 
@@ -172,6 +304,6 @@ def _weight(spec: str, dtype: str) -> float:
     return meaning.heads.query * (meaning.head_dim.qk + meaning.head_dim.v) * learned * slow
 
 
-def sanitizer_program() -> str | None:
-    """The path of compute-sanitizer, or None."""
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *SANITIZER_PLACES]))
+def _shares(total: int, parts: int) -> list[int]:
+    """`total` in as many whole parts, none more than one larger than another."""
+    return [total // parts + (number < total % parts) for number in range(parts)] if parts else []

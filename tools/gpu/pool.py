@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULT_VARIABLE = "NSA_GEN_JOB_RESULT"
+DEADLINE_VARIABLE = "NSA_GEN_JOB_DEADLINE"
+"""The time (of time.time()) at which the budget is spent, for jobs that can stop by themselves before."""
 GRACE_SECONDS = 10.0
 """What a running job gets beyond the budget, to finish what is nearly done."""
 LOG_TAIL = 3000
@@ -76,7 +78,8 @@ def run_jobs(
 
     A job that prints nothing for `silence` seconds is killed. From `deadline` (of time.monotonic()) on no job starts,
     and GRACE_SECONDS later those still running are killed. Logs and results lie in `folder`. `on_outcome` is called as
-    each job ends. Job names must differ.
+    each job ends; where the pool itself is interrupted, also with what the jobs it ends had found. Job names must
+    differ.
     """
     if len({job.name for job in jobs}) != len(jobs):
         raise ValueError("jobs: expected names that differ, got two of the same")
@@ -102,26 +105,33 @@ def run_jobs(
                     finish(Outcome(job.name, "not run", detail="the budget was spent before this job could start"))
                 waiting.clear()
             while waiting and len(running) < workers:
-                running.append(_start(waiting.pop(0), folder))
+                running.append(_start(waiting.pop(0), folder, time.time() + deadline - time.monotonic()))
             if running:
                 time.sleep(poll)
     finally:
         for one in running:
             _kill(one.process)
+        for one in running:
+            seconds = time.monotonic() - one.started
+            reason = _with_log("killed: the suite was interrupted", one.log)
+            finish(Outcome(one.job.name, "timed out", seconds, reason, _result(one.result)[0]))
+        for job in waiting:
+            finish(Outcome(job.name, "not run", detail="the suite was interrupted before this job could start"))
     return [outcomes[job.name] for job in jobs]
 
 
-def _start(job: Job, folder: Path) -> _Running:
+def _start(job: Job, folder: Path, deadline: float) -> _Running:
     stem = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in job.name)
     log, result = folder / f"{stem}.log", folder / f"{stem}.result.json"
     result.unlink(missing_ok=True)
+    told = {RESULT_VARIABLE: str(result), DEADLINE_VARIABLE: str(deadline), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **job.environment, RESULT_VARIABLE: str(result), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **job.environment, **told},
             start_new_session=True,
         )
     now = time.monotonic()

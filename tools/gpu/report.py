@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,23 +47,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def judge_sanitizer(outcome: Outcome, log: str) -> Outcome:
-    """An outcome of a job under compute-sanitizer, with the number of errors that it counted in `log`.
-
-    It is ok if the job is and the sanitizer says, in its last line, that there were none.
-    """
-    counts = re.findall(r"ERROR SUMMARY: (\d+) error", log)
-    errors = int(counts[-1]) if counts else None
-    result = {**(outcome.result or {}), "sanitizer_errors": errors}
-    if errors == 0:
-        return Outcome(outcome.name, outcome.status, outcome.seconds, outcome.detail, result)
-    if outcome.status in ("timed out", "not run"):
-        return Outcome(outcome.name, outcome.status, outcome.seconds, outcome.detail, result)
-    reason = f"compute-sanitizer counted {errors} errors" if errors else "compute-sanitizer gave no error summary"
-    first = "\n".join(line for line in log.splitlines() if line.startswith("========="))[:2000]
-    return Outcome(outcome.name, "failed", outcome.seconds, f"{reason}\n{first or outcome.detail}", result)
 
 
 def as_document(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -111,15 +94,31 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
         lines.append(f"... and {len(bad) - 14} more that are not ok")
     for outcome in parts.get("correctness", ()):
         lines.append(_verified(outcome))
-    for outcome in (*parts.get("long", ()), *parts.get("sanitizer", ())):
+    for part in ("examples", "soak"):
+        if part in parts:
+            lines += _counted(part, parts[part])
+    for outcome in (
+        outcome for part in ("repeats", "hygiene", "long", "sanitizer", "far") for outcome in parts.get(part, ())
+    ):
         result = outcome.result or {}
         facts = [f"{outcome.seconds:.0f} s"]
         if result.get("peak_bytes"):
             facts.append(f"peak {result['peak_bytes'] / 2**30:.1f} GiB")
-            facts.append(f"forward {result.get('forward_peak_bytes', 0) / 2**30:.1f} GiB")
+        if result.get("forward_peak_bytes"):
+            facts.append(f"forward {result['forward_peak_bytes'] / 2**30:.1f} GiB")
+        if result.get("largest_elements"):
+            facts.append(f"{result['largest_elements'] / 2**31:.2f} x 2^31 elements")
+        facts += [f"{shape['repeats']} repeats at {shape['shape']}" for shape in result.get("shapes", ())]
         if result.get("rows"):
             facts.append(f"{len(result['rows'])} comparisons")
-        if "sanitizer_errors" in result:
+        facts += [
+            f"{row['quantity']} {100 * row['error'] / row['bound']:.0f}% at {row['case']}"
+            for row in result.get("rows", ())
+            if row["measure"] == "bytes"
+        ][-2:]
+        if "hazards" in result:
+            facts.append(f"{result['sanitizer_errors']} hazards")
+        elif "sanitizer_errors" in result:
             facts.append(f"{result['sanitizer_errors']} errors")
         lines.append(f"{outcome.name:<30} {outcome.status:<10} {', '.join(facts)}")
     lines += _times(parts.get("bench", ()))
@@ -130,6 +129,41 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
     return [*lines, f"{len(everything) - len(bad)} of {len(everything)} jobs ok"]
 
 
+def totals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What drawn examples come to over all jobs of a part, those of jobs that were cut short included."""
+    results = [outcome.result for outcome in outcomes if outcome.result and "examples" in outcome.result]
+    counted: dict[str, Counter[str]] = {name: Counter() for name in ("properties", "kinds", "dtypes")}
+    specs: set[str] = set()
+    for result in results:
+        for name in ("properties", "kinds"):
+            counted[name].update(result.get(name, {}))
+        for spec in result.get("specs", [result]):
+            counted["dtypes"][spec["dtype"]] += spec["examples"]
+            if spec["examples"]:
+                specs.add(spec["yaml"])
+    return {
+        "examples": sum(result["examples"] for result in results),
+        "comparisons": sum(result["comparisons"] for result in results),
+        "failed": sum(result["failed"] for result in results),
+        "specs": len(specs),
+        "jobs": len(outcomes),
+        **{name: dict(sorted(counts.items())) for name, counts in counted.items()},
+    }
+
+
+def _counted(part: str, outcomes: Sequence[Outcome]) -> list[str]:
+    """A part of drawn examples in two lines."""
+    found = totals(outcomes)
+    ok = sum(outcome.ok for outcome in outcomes)
+    each = ", ".join(f"{name} {count}" for name, count in found["properties"].items())
+    dtypes = ", ".join(f"{name} {count}" for name, count in found["dtypes"].items())
+    return [
+        f"{part}: {found['examples']} examples of {found['specs']} specs ({dtypes}), {found['failed']} failed, "
+        f"{found['comparisons']} comparisons, {ok} of {len(outcomes)} jobs ok",
+        f"  {each}",
+    ]
+
+
 def _why(outcome: Outcome) -> str:
     result = outcome.result or {}
     rows = [row for row in result.get("rows", ()) if row.get("ok") is False]
@@ -137,10 +171,10 @@ def _why(outcome: Outcome) -> str:
     if rows:
         row = rows[0]
         text += f"; {row['case']}: {row['quantity']} {row['problem'] or row['measure']}"
-        if not row["problem"]:
+        if not row["problem"] and row["error"] is not None:
             text += f" {row['error']:.2e} of {row['bound']:.2e}"
     last = [line for line in text.strip().splitlines() if line.strip()]
-    text = last[0] if len(last) < 2 else f"{last[0]} ... {last[-1]}"
+    text = " ... ".join(last[:1] + last[1:][-1:])
     return text[:230]
 
 

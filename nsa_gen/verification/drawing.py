@@ -1,0 +1,99 @@
+"""Specs that nobody chose, out of one function that picks: a seeded `random.Random`, or a Hypothesis strategy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from nsa_gen.spec import Spec, SpecError, parse_spec
+
+T = TypeVar("T")
+
+PHIS = ("mean", "weighted", "linear", "mlp")
+
+
+class Pick(Protocol):
+    """Chooses one of several options: `random.Random(seed).choice`, or a strategy's draw."""
+
+    def __call__(self, options: Sequence[T], /) -> T: ...
+
+
+class Sizes:
+    """The sizes a spec is drawn from: small enough for Triton's interpreter, or such as GPUs are used with."""
+
+    def __init__(self, wide: bool) -> None:
+        self.kv_heads = (1, 2, 3) if wide else (1, 2)
+        self.groups = (1, 2, 3, 4, 5, 7, 8, 12, 16) if wide else (1, 2, 3)
+        self.head_dims = (16, 24, 32, 64, 80, 96, 128, 192, 256) if wide else (16, 24, 32)
+        self.blocks = (16, 32, 64, 128) if wide else (16, 32)
+        self.strides = (2, 4, 8, 16) if wide else (2, 4, 8)
+        self.counts = (1, 2, 3, 5, 8, 13, 16) if wide else (1, 2, 3, 5)
+        self.windows = (1, 2, 7, 16, 17, 64, 100, 512) if wide else (1, 2, 7, 16, 17)
+        self.hidden = (16, 32, 64) if wide else (16,)
+        self.largest_compression = 64 if wide else 32
+
+
+def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wide: bool = False) -> Spec:
+    """A legal spec: any of the branches, phis, positions, gates and ways of sharing K and V.
+
+    Small ones are cheap enough for the interpreter; `wide` ones have the head dims, groups, blocks and counts that
+    GPUs are used with.
+    """
+    import yaml
+
+    sizes = Sizes(wide)
+    branches = pick(("cmp slc win", "cmp slc", "cmp win", "slc win", "cmp", "slc", "win"))
+    kv = pick(sizes.kv_heads)
+    dtype = pick(dtypes)
+    document: dict[str, Any] = {
+        "version": 1,
+        "name": "drawn",
+        "heads": {"query": kv * pick(sizes.groups), "kv": kv},
+        "head_dim": {"qk": pick(sizes.head_dims), "v": pick(sizes.head_dims)},
+        "dtype": dtype,
+        "scale": pick(("auto", 0.37, 0.1)),
+        "kv": pick(("shared", "per_branch")),
+        "combine": {"gate": pick(("sigmoid", "given", "none"))},
+        "passes": pick((["forward", "backward"], ["forward", "backward"], ["forward"])),
+    }
+    if wide and dtype == "float32":
+        document["fp32_precision"] = pick(("ieee", "tf32"))
+    block = pick(sizes.blocks)
+    if "cmp" in branches:
+        document["compression"] = _compression(pick, block, sizes)
+    if "slc" in branches:
+        count = pick(sizes.counts)
+        if "cmp" in branches and pick((True, True, False)):
+            initial = pick(range(min(count, 3) + 1) if wide else range(count + 1))
+            rest = count - initial
+            forced = {"initial": initial, "local": pick(range(min(rest, 3) + 1) if wide else range(rest + 1))}
+            document["selection"] = {"block": block, "count": count, **forced}
+        else:
+            document["selection"] = {"block": block, "count": count, "indices": "input"}
+    if "win" in branches:
+        document["window"] = {"size": pick(sizes.windows)}
+    try:
+        return parse_spec(yaml.safe_dump(document, sort_keys=False))
+    except SpecError as error:  # the drawing, not the example, is wrong
+        raise AssertionError(f"a spec was drawn that is not legal: {error}") from error
+
+
+def spec_of_seed(seed: int, *, dtypes: Sequence[str], wide: bool) -> Spec:
+    """The spec of a seed, with a name that says so."""
+    spec = drawn_spec(random.Random(seed).choice, dtypes=dtypes, wide=wide)
+    return type(spec).model_validate({**spec.model_dump(), "name": f"drawn_{seed}"})
+
+
+def _compression(pick: Pick, block: int, sizes: Sizes) -> dict[str, Any]:
+    stride = pick(sizes.strides)
+    found: dict[str, Any] = {
+        "stride": stride,
+        "block": stride * pick(range(1, min(block, sizes.largest_compression) // stride + 1)),
+    }
+    if pick((True, False, False, False)):
+        return {**found, "phi": "external"}
+    key, value = pick(PHIS), pick(PHIS)
+    hidden = {"hidden": pick(sizes.hidden)} if "mlp" in (key, value) else {}
+    found["phi"] = {"key": key, "value": value, **hidden}
+    return {**found, "position": {side: pick(("none", "learned")) for side in ("key", "value")}}
