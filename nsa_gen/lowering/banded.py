@@ -17,6 +17,7 @@ from nsa_gen.lowering.common import (
     TWO_ACCUMULATORS,
     height_rule,
     launch,
+    same_height_rule,
     tile,
 )
 from nsa_gen.lowering.program import Kernel, Resources, Tunable
@@ -125,16 +126,17 @@ def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
         direction="backward",
         purpose=f"dk and dv of {band.keys}",
         schedule="key tiles stream the query tiles of the group's heads",
-        # Two groups of 4 warps on 128 rows: 71 ms where one on 64 rows takes 45 (H100, 64 heads on 4, 65536 tokens).
-        tunables=(*tunables, *launch(warps=(4,))),
-        constraints=(height_rule(s.KEY_BLOCK),),
+        tunables=(*tunables, *launch()),
+        constraints=(height_rule(s.QUERY_BLOCK), same_height_rule(s.QUERY_BLOCK, s.KEY_BLOCK)),
         resources=Resources(
-            shared_memory=(s.KEY_BLOCK * QK_V + s.NUM_STAGES * s.QUERY_BLOCK * QK_V + 2 * SCORES) * s.E,
-            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 3 * s.QUERY_BLOCK),
+            # Probabilities and gradients of scores are turned over through shared memory.
+            shared_memory=(s.KEY_BLOCK * (QK_V + s.QUERY_BLOCK) + s.NUM_STAGES * s.QUERY_BLOCK * QK_V + 6 * SCORES)
+            * s.E,
+            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * s.QUERY_BLOCK),
             flops=2 * band.computed_pairs * 2 * QK_V,
             traffic=traffic,
             streamed=s.QUERY_BLOCK,
-            height=s.KEY_BLOCK,
+            height=sympy.Min(s.QUERY_BLOCK, s.KEY_BLOCK),
             programs=programs,
         ),
         useful_flops=2 * band.pairs * (2 * s.Dk + 2 * s.Dv),

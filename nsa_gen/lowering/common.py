@@ -50,6 +50,15 @@ def height_rule(height: sympy.Expr) -> sympy.Basic:
     return sympy.Le(16 * s.NUM_WARPS, sympy.Max(64, height))
 
 
+def same_height_rule(rows: sympy.Expr, keys: sympy.Expr) -> sympy.Basic:
+    """Products of `rows` and of `keys` rows in one loop: both on Hopper's own matrix instruction (64 rows) or neither.
+
+    Seen with Triton 3.6 on an H100, 32 queries and 64 keys: the instruction of 64 rows runs on while the loop loads the
+    next tile over the one it reads, because the pipeliner takes the tile's first use, of 32 rows, for its only one.
+    """
+    return sympy.Or(sympy.Ge(rows, 64), sympy.Lt(keys, 64))
+
+
 # A pair of accumulators may spill a little: measured, that costs less than the smaller tile that would avoid it.
 TWO_ACCUMULATORS = sympy.Rational(4, 5)
 
@@ -61,6 +70,11 @@ Q_BYTES = s.B * s.T * s.Hq * s.Dk * s.E
 O_BYTES = s.B * s.T * s.Hq * s.Dv * s.E
 KV_BYTES = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E
 LSE_BYTES = s.B * s.T * s.Hq * FP32
+
+
+def rows_tunables() -> tuple[Tunable, ...]:
+    """Rows that a kernel without products handles at a time."""
+    return Tunable(s.ROW_BLOCK.name, (4, 8, 16, 32)), Tunable("num_warps", (4,)), Tunable("num_stages", (1,))
 
 
 def elementwise(
@@ -83,9 +97,10 @@ def elementwise(
             shared_memory=zero,
             registers=registers,
             flops=zero,
-            traffic=moved * (1 + 1 / s.ROW_BLOCK) if tiled else moved,
+            traffic=moved / s.ROW_BLOCK if tiled else moved / 1000,
             streamed=sympy.Integer(1),
             height=sympy.Integer(64),
+            memory=moved,
         ),
         useful_flops=zero,
         compulsory_bytes=moved,

@@ -45,7 +45,8 @@ def explain(program: Program, *, tokens: int = 65536, batch: int = 1, gpu_key: s
     if tokens < 1 or batch < 1:
         raise ValueError(f"tokens and batch: expected positive numbers, got tokens={tokens}, batch={batch}")
     device = gpu(gpu_key)
-    return [_estimate(program, kernel, tokens, batch, device) for kernel in program.kernels if kernel.whole]
+    kernels = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
+    return [_estimate(program, kernel, tokens, batch, device) for kernel in kernels]
 
 
 def _estimate(program: Program, kernel: Kernel, tokens: int, batch: int, device: Gpu) -> KernelEstimate:

@@ -10,8 +10,8 @@ import dataclasses
 
 from nsa_gen.lowering import banded, selected
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import LSE_BYTES, O_BYTES, elementwise
-from nsa_gen.lowering.program import Kernel, Tunable
+from nsa_gen.lowering.common import LSE_BYTES, O_BYTES, elementwise, rows_tunables
+from nsa_gen.lowering.program import Kernel
 from nsa_gen.lowering.selection import selection_kernels
 from nsa_gen.spec import Spec
 
@@ -36,10 +36,6 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
     return tuple(forward + backward) if "backward" in spec.passes else tuple(forward)
 
 
-def _rows_tunables() -> tuple[Tunable, ...]:
-    return Tunable(s.ROW_BLOCK.name, (4, 8, 16, 32)), Tunable("num_warps", (4,)), Tunable("num_stages", (1,))
-
-
 def _combine(spec: Spec, direction: str) -> Kernel:
     branches = len(spec.branches)
     gates = s.B * s.T * s.Hq * branches * s.E
@@ -48,12 +44,12 @@ def _combine(spec: Spec, direction: str) -> Kernel:
     else:
         purpose = "delta of each branch and gradients of the gates"
         moved = (branches + 1) * O_BYTES + 2 * gates + branches * LSE_BYTES
-    return elementwise(f"combine_{direction}", "combine", "all", direction, purpose, moved, _rows_tunables())
+    return elementwise(f"combine_{direction}", "combine", "all", direction, purpose, moved, rows_tunables())
 
 
 def _delta(*, whole: bool) -> Kernel:
     kernel = elementwise(
         "attention_delta", "combine", "all", "backward", "delta of one branch",
-        2 * O_BYTES + LSE_BYTES, _rows_tunables(),
+        2 * O_BYTES + LSE_BYTES, rows_tunables(),
     )  # fmt: skip
     return dataclasses.replace(kernel, whole=whole)

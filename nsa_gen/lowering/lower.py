@@ -12,6 +12,7 @@ from nsa_gen.lowering.heads import split_head_dim
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
 from nsa_gen.lowering.program import Argument, Config, Kernel, Output, Program, raw_readers
+from nsa_gen.lowering.selected import choose_schedule, schedules
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
 
@@ -45,8 +46,9 @@ def lower(spec: Spec) -> Program:
         arguments=_arguments(spec),
         outputs=_outputs(spec),
         kernels=kernels,
+        schedules=schedules(spec),
         sizes=sizes,
-        defaults=_defaults(kernels, sizes),
+        defaults=_defaults(spec, kernels, sizes),
     )
 
 
@@ -83,6 +85,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
 def _outputs(spec: Spec) -> tuple[Output, ...]:
     o_shape = f"(*q.shape[:3], {spec.head_dim.v})"
     lse_shape = "q.shape[:3]"
+    compressed = compression_outputs(spec)
     alone = len(spec.branches) == 1 and spec.combine.gate == "none"
     outputs = [Output("o", o_shape, "q.dtype", auxiliary=False)]
     for branch in spec.branches:
@@ -93,14 +96,22 @@ def _outputs(spec: Spec) -> tuple[Output, ...]:
         heads, count = spec.heads.kv, spec.selection.count
         outputs.append(Output("indices", f"(*q.shape[:2], {heads}, {count})", "torch.int32"))
         outputs.append(Output("counts", f"(*q.shape[:2], {heads})", "torch.int32"))
-    outputs += compression_outputs(spec)
+    outputs += [output for output in compressed if not output.saved_by_phi]
+    if spec.selection and "backward" in spec.passes:
+        outputs.append(Output("sorted_keys", "index_slots(q)", "torch.int32", auxiliary=False))
+        outputs.append(Output("sorted_slots", "index_slots(q)", "torch.int64", auxiliary=False))
+    outputs += [output for output in compressed if output.saved_by_phi]
     return tuple(outputs)
 
 
-def _defaults(kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[str, dict[str, Config]]:
-    """The cost model's choice for each architecture and kernel."""
+def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[str, dict[str, Config]]:
+    """The cost model's choice for each architecture, kernel and schedule."""
     table = {INTERPRETER: {kernel.name: space.smallest(kernel, sizes) for kernel in kernels}}
     for target in TARGETS:
         gpu = gpu_for_target(target)
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
+    if spec.selection:
+        for target, configs in table.items():
+            gpu = None if target == INTERPRETER else gpu_for_target(target)
+            configs["selected_attention"] = choose_schedule(spec, kernels, sizes, configs, gpu)
     return table

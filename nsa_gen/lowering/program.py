@@ -61,7 +61,7 @@ class Resources:
     that all programs read and write, mostly through L2. ``streamed`` is the rows of the tile that one step of the
     inner loop brings in: each step costs some time whatever its size. ``height`` is the rows of the products: the
     matrix units of Hopper and Blackwell take 64 at a time. ``programs`` is how many programs there are, where they may
-    be too few, or too unequal, to fill a device.
+    be too few, or too unequal, to fill a device. ``memory`` is the bytes, besides ``traffic``, that no cache holds.
     """
 
     shared_memory: sympy.Expr
@@ -71,6 +71,7 @@ class Resources:
     streamed: sympy.Expr
     height: sympy.Expr
     programs: sympy.Expr = sympy.oo
+    memory: sympy.Expr = sympy.S.Zero
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Kernel:
     """A kernel of the package: where it lives, what it is for, and the space the tuner may search.
 
     ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor. A kernel that is
-    not ``whole`` runs only when a step of the operator is called alone.
+    not ``whole`` runs only when a step of the operator is called alone; one with a ``choice`` (name, value) only where
+    that choice of schedule is in force.
     """
 
     name: str
@@ -93,11 +95,20 @@ class Kernel:
     useful_flops: sympy.Expr
     compulsory_bytes: sympy.Expr
     whole: bool = True
+    choice: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is decided for several kernels of a branch together: which of them run, and on how much at a time."""
+
+    name: str
+    tunables: tuple[Tunable, ...]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Values of a kernel's tunables, num_warps and num_stages included."""
+    """Values of the tunables of a kernel, num_warps and num_stages included, or of a schedule."""
 
     kernel: str
     values: tuple[tuple[str, int], ...]
@@ -127,6 +138,7 @@ class Program:
     arguments: tuple[Argument, ...]
     outputs: tuple[Output, ...]
     kernels: tuple[Kernel, ...]
+    schedules: tuple[Schedule, ...]
     sizes: Mapping[sympy.Symbol, int]
     defaults: Mapping[str, Mapping[str, Config]]
 
@@ -218,12 +230,19 @@ class Program:
         """How many branches add to the gradient of a raw key or value argument."""
         return sum(name in self.kv(branch) for branch in self.raw_branches)
 
-    def accumulates(self, branch: str) -> bool:
-        """Whether a branch's dk and dv kernel adds to what an earlier branch wrote; compression adds last."""
-        if branch == "cmp":
-            return False
-        earlier = self.raw_branches[: self.raw_branches.index(branch)]
-        return any(self.kv(other) == self.kv(branch) for other in earlier if other != "cmp")
+    @property
+    def backward_branches(self) -> tuple[str, ...]:
+        """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
+        return tuple(branch for branch in ("cmp", "win", "slc") if branch in self.spec.branches)
+
+    def starts_at_zero(self, name: str) -> bool:
+        """Whether no branch writes every element of the gradient of a raw key or value; selection only adds."""
+        writers = [branch for branch in self.raw_branches if name in self.kv(branch)]
+        return "slc" in writers and "win" not in writers
+
+    def sums_in_float32(self, name: str) -> bool:
+        """Whether the gradient of a raw key or value argument is added up before it is rounded."""
+        return self.contributors(name) > 1 or (self.spec.selection is not None and name in self.kv("slc"))
 
     @property
     def saved_outputs(self) -> tuple[Output, ...]:
@@ -235,7 +254,7 @@ class Program:
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
-        return (*names, "cu_seqlens?")
+        return (*names, "cu_seqlens?", *(("chunk_tokens:int",) if self.spec.selection else ()))
 
     @property
     def combine_inputs(self) -> tuple[str, ...]:
@@ -256,6 +275,14 @@ class Program:
             "Dv": self.spec.head_dim.v,
         }
         return ", ".join(str(sizes.get(dim, dim)) for dim in argument.dims)
+
+    def runs(self, kernel: Kernel, target: str) -> bool:
+        """Whether the operator launches a kernel on an architecture, with the default schedules."""
+        if kernel.choice is None:
+            return kernel.whole
+        choice, value = kernel.choice
+        chosen = (self.defaults[target][schedule.name].mapping() for schedule in self.schedules)
+        return any(values.get(choice) == value for values in chosen)
 
     def kernel(self, name: str) -> Kernel:
         """The kernel of this name; KeyError if the package has none."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+
 import sympy
 
+from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import (
+    FP32,
     KV_BYTES,
     LSE_BYTES,
     O_BYTES,
@@ -16,40 +21,113 @@ from nsa_gen.lowering.common import (
     height_rule,
     key_tile,
     launch,
+    rows_tunables,
+    same_height_rule,
     token_tile,
 )
-from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
+from nsa_gen.lowering.space import modelled_seconds
 from nsa_gen.spec import Spec
 
 _SELECTED_KEYS = s.SLC_COUNT * s.SLC_BLOCK
 _SELECTED_PAIRS = s.B * s.T * s.Hq * _SELECTED_KEYS
-_INDEX_BYTES = s.B * s.T * s.Hkv * s.SLC_COUNT * 4
+_SLOTS = s.B * s.T * s.Hkv * s.SLC_COUNT
+_INDEX_BYTES = _SLOTS * 4
+
+KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
+#: Bound on what the key-major kernels of a chunk leave for a later sum.
+WORKSPACE_BYTES = 2**31
+#: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
+_CLEARLY = 0.9
+#: On the interpreter a short sequence then still has several chunks.
+_FEWEST_CHUNK_TOKENS = 64
+
+# Tiles of keys in flight where the products are of 16 rows: the one in use is in registers.
+_BUFFERS = sympy.Max(1, s.NUM_STAGES - 1)
+# A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
+_PARTS = s.SLC_BLOCK / s.KEY_BLOCK
+_O_PARTS = _SLOTS * s.G * s.Dv * s.E
+_DQ_PARTS = _SLOTS * s.G * s.Dk * s.E
+
+
+def schedules(spec: Spec) -> tuple[Schedule, ...]:
+    """The decision between query-major and key-major kernels, for o and for dq, and the tokens of a chunk.
+
+    dk and dv are always key-major: a block sums over the tokens that selected it.
+    """
+    if spec.selection is None:
+        return ()
+    choices = [Tunable(KEY_MAJOR_FORWARD, (0, 1))]
+    if "backward" in spec.passes:
+        choices.append(Tunable(KEY_MAJOR_DQ, (0, 1)))
+    chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))))
+    return (Schedule("selected_attention", (*choices, chunk)),)
+
+
+def choose_schedule(
+    spec: Spec,
+    kernels: Sequence[Kernel],
+    sizes: Mapping[sympy.Symbol, int],
+    configs: Mapping[str, Config],
+    gpu: Gpu | None,
+) -> Config:
+    """The cost model's choice for a device, given the kernels' configurations; key-major for the interpreter (None)."""
+    named = {kernel.name: kernel for kernel in kernels}
+
+    def seconds(*names: str) -> float:
+        if gpu is None:
+            return 0.0
+        return sum(modelled_seconds(named[name], sizes, gpu)(configs[name].mapping()) for name in names)
+
+    # Near a tie query-major wins: it needs no index and no workspace.
+    key_major = seconds("selected_forward_key_major", "merge_outputs")
+    values = {KEY_MAJOR_FORWARD: int(key_major <= _CLEARLY * seconds("selected_forward"))}
+    if "backward" in spec.passes:
+        # Key-major dq is one product more, and its parts, in a kernel that runs for dk and dv in any case.
+        one_more = seconds("selected_backward_dkdv") / 4
+        values[KEY_MAJOR_DQ] = int(one_more + seconds("merge_dq") <= _CLEARLY * seconds("selected_backward_dq"))
+    values[CHUNK_TOKENS] = _FEWEST_CHUNK_TOKENS if gpu is None else _chunk_tokens(spec, sizes, configs)
+    return Config("selected_attention", tuple(values.items()))
+
+
+def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mapping[str, Config]) -> int:
+    """The largest power of two of tokens whose parts, of o or of dq, fit the workspace."""
+    assert spec.selection is not None
+    users = {"selected_forward_key_major": spec.head_dim.v, "selected_backward_dkdv": spec.head_dim.qk}
+    widest = max(
+        width * (spec.selection.block // configs[name].mapping()[s.KEY_BLOCK.name])
+        for name, width in users.items()
+        if name in configs
+    )
+    token_bytes = spec.selection.count * spec.heads.query * widest * sizes[s.E]
+    tokens = max(WORKSPACE_BYTES // token_bytes, 1)
+    (chunk,) = (tunable for tunable in schedules(spec)[0].tunables if tunable.name == CHUNK_TOKENS)
+    return max((size for size in chunk.values if size <= tokens), default=chunk.values[0])
 
 
 def forward_kernels(spec: Spec) -> list[Kernel]:
-    """o and lse of the branch."""
-    return [_selected_forward(spec)]
+    """o and lse of the branch, by either schedule."""
+    return [_index_keys(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs()]
 
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
     """Gradients of the branch, in the order in which they run."""
-    return [_index_keys(), _selected_backward_dq(spec), _selected_backward_dkdv(spec)]
+    return [_selected_backward_dkdv(spec), _merge_dkdv(), _merge_dq(), _selected_backward_dq(spec)]
 
 
 def _selected_forward(spec: Spec) -> Kernel:
     return Kernel(
         name="selected_forward",
-        module="selected_attention",
+        module="selected_query_major",
         branch="slc",
         direction="forward",
         purpose="attention of each token to its selected blocks",
         schedule="query_major: one token a program, its group's heads are the rows",
+        choice=(KEY_MAJOR_FORWARD, 0),
         tunables=(key_tile(spec), *launch(stages=(1, 2))),
         constraints=(),
         resources=Resources(
-            shared_memory=(
-                s.SELECTED_ROWS * (s.PAD_QK + s.SCORES_STAGED * s.KEY_BLOCK) + s.NUM_STAGES * s.KEY_BLOCK * QK_V
-            )
+            shared_memory=(s.SELECTED_ROWS * (s.PAD_QK + s.SCORES_STAGED * s.KEY_BLOCK) + _BUFFERS * s.KEY_BLOCK * QK_V)
             * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * QK_V,
@@ -62,18 +140,80 @@ def _selected_forward(spec: Spec) -> Kernel:
     )
 
 
+def _selected_forward_key_major(spec: Spec) -> Kernel:
+    rows = s.TOKEN_BLOCK * s.GROUP_ROWS
+    tokens, constraints = token_tile(spec)
+    return Kernel(
+        name="selected_forward_key_major",
+        module="selected_key_major",
+        branch="slc",
+        direction="forward",
+        purpose="parts of attention to selected blocks, one for each slot",
+        schedule="key_major: a block gathers the tokens of its inverted list",
+        choice=(KEY_MAJOR_FORWARD, 1),
+        tunables=(_PIECE, tokens, key_tile(spec), *launch(stages=(1, 2, 3))),
+        constraints=(*constraints, *_piece_rules(_FORWARD_ROWS), height_rule(rows)),
+        resources=Resources(
+            shared_memory=sympy.Max(
+                (rows * (s.NUM_STAGES * s.PAD_QK + s.SCORES_STAGED * s.KEY_BLOCK) + s.KEY_BLOCK * (QK_V + s.PAD_V))
+                * s.E,
+                # The output is laid out anew for its store.
+                rows * (s.PAD_V * FP32 + s.KEY_BLOCK * s.E),
+            ),
+            registers=rows * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
+            flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * QK_V,
+            traffic=_SLOTS * _PARTS * s.GROUP_ROWS * s.PAD_QK * s.E + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * s.E,
+            streamed=rows,
+            height=rows,
+            memory=_O_PARTS * _PARTS,
+        ),
+        useful_flops=2 * _SELECTED_PAIRS * (s.Dk + s.Dv),
+        compulsory_bytes=Q_BYTES + KV_BYTES + O_BYTES + LSE_BYTES + _INDEX_BYTES,
+    )
+
+
+def _merge_outputs() -> Kernel:
+    return _merge(
+        "merge_outputs",
+        "forward",
+        "o and lse of each token from the parts of its slots",
+        _O_PARTS + O_BYTES,
+        KEY_MAJOR_FORWARD,
+    )
+
+
+def _merge_dq() -> Kernel:
+    return _merge(
+        "merge_dq", "backward", "dq of each token from the parts of its slots", _DQ_PARTS + Q_BYTES, KEY_MAJOR_DQ
+    )
+
+
+def _merge(name: str, direction: str, purpose: str, moved: sympy.Expr, choice: str) -> Kernel:
+    kernel = elementwise(name, "selected_key_major", "slc", direction, purpose, moved, rows_tunables())
+    return dataclasses.replace(kernel, choice=(choice, 1))
+
+
+def _merge_dkdv() -> Kernel:
+    launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
+    return elementwise(
+        "merge_dkdv", "selected_key_major", "slc", "backward", "sum of what the pieces of a long list found",
+        2 * KV_BYTES, launch,
+    )  # fmt: skip
+
+
 def _selected_backward_dq(spec: Spec) -> Kernel:
     return Kernel(
         name="selected_backward_dq",
-        module="selected_attention",
+        module="selected_query_major",
         branch="slc",
         direction="backward",
         purpose="dq of attention to selected blocks",
         schedule="query_major: one token a program, its group's heads are the rows",
+        choice=(KEY_MAJOR_DQ, 0),
         tunables=(key_tile(spec), *launch(stages=(1, 2))),
         constraints=(),
         resources=Resources(
-            shared_memory=(s.SELECTED_ROWS * (QK_V + s.SCORES_STAGED * s.KEY_BLOCK) + s.NUM_STAGES * s.KEY_BLOCK * QK_V)
+            shared_memory=(s.SELECTED_ROWS * (QK_V + s.SCORES_STAGED * s.KEY_BLOCK) + _BUFFERS * s.KEY_BLOCK * QK_V)
             * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * (2 * s.PAD_QK + s.PAD_V),
@@ -86,25 +226,51 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
     )
 
 
+#: Slots that one program handles: long lists are cut, short ones share a program.
+_PIECE = Tunable(s.PIECE.name, (16, 32, 64, 128, 256, 512, 1024, 2048))
+#: Rows after which a program's start and end no longer weigh; more would leave some multiprocessors idle at the end.
+#: The backward's are more, because of each piece that cuts a list it writes dk and dv apart.
+_FORWARD_ROWS, _BACKWARD_ROWS = 2048, 4096
+
+
+def _piece_rules(most_rows: int) -> tuple[sympy.Basic, ...]:
+    most = sympy.Max(most_rows, _PIECE.values[0] * s.GROUP_ROWS)
+    return sympy.Ge(s.PIECE, s.TOKEN_BLOCK), sympy.Le(s.PIECE * s.GROUP_ROWS, most)
+
+
 def _selected_backward_dkdv(spec: Spec) -> Kernel:
     rows = s.TOKEN_BLOCK * s.GROUP_ROWS
     tokens, constraints = token_tile(spec)
     return Kernel(
         name="selected_backward_dkdv",
-        module="selected_attention",
+        module="selected_key_major",
         branch="slc",
         direction="backward",
-        purpose="dk and dv of selected blocks",
+        purpose="dk and dv of selected blocks, and parts of dq",
         schedule="key_major: a block gathers the tokens of its inverted list",
-        tunables=(tokens, key_tile(spec), *launch(warps=(2, 4, 8))),
-        constraints=(*constraints, height_rule(s.KEY_BLOCK)),
+        tunables=(_PIECE, tokens, key_tile(spec), *launch()),
+        constraints=(
+            *constraints,
+            *_piece_rules(_BACKWARD_ROWS),
+            height_rule(rows),
+            same_height_rule(rows, s.KEY_BLOCK),
+        ),
         resources=Resources(
-            shared_memory=(s.KEY_BLOCK * (QK_V + 2 * s.SCORES_STAGED * rows) + s.NUM_STAGES * rows * QK_V) * s.E,
-            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 3 * rows),
-            flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * 2 * QK_V,
-            traffic=s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS / s.KEY_BLOCK * QK_V * s.E + 2 * KV_BYTES,
+            # Parts of dq are laid out anew for their store, a share of them at a time where few warps do it.
+            shared_memory=(
+                s.KEY_BLOCK * (QK_V + 5 * s.SCORES_STAGED * rows)
+                + s.NUM_STAGES * rows * QK_V
+                + rows * s.PAD_QK * s.NUM_WARPS / 8
+            )
+            * s.E,
+            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows),
+            flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
+            traffic=_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
+            + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
+            + 2 * KV_BYTES,
             streamed=rows,
-            height=s.KEY_BLOCK,
+            height=sympy.Min(rows, s.KEY_BLOCK),
+            memory=_DQ_PARTS * _PARTS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (2 * s.Dk + 2 * s.Dv),
         compulsory_bytes=Q_BYTES + 2 * KV_BYTES + O_BYTES + 2 * LSE_BYTES + 2 * _INDEX_BYTES,
@@ -114,6 +280,6 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
 def _index_keys() -> Kernel:
     launch = (Tunable("num_warps", (1,)), Tunable("num_stages", (1,)))
     return elementwise(
-        "index_keys", "selected_attention", "slc", "backward", "list of each slot, for the inverted index",
+        "index_keys", "inverted_index", "slc", "forward", "list of each slot, for the inverted index",
         2 * _INDEX_BYTES, launch,
     )  # fmt: skip

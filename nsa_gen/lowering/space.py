@@ -21,6 +21,12 @@ _REGISTER_SHARE = 0.7
 #: Fraction of the matrix units' peak that a Triton kernel reaches, and of the L2's bandwidth over the memory's.
 _MATRIX_EFFICIENCY = 0.6
 _L2_OVER_MEMORY = 2.5
+#: Fraction of the memory's peak bandwidth that scattered rows of a head dim reach.
+_MEMORY_EFFICIENCY = 0.75
+#: Shared memory that a multiprocessor keeps of each program, and programs beyond which none is gained.
+_RESERVED_MEMORY, _MOST_RESIDENT = 1024, 8
+#: Warps on a multiprocessor that hide one another's waiting.
+_HIDING_WARPS = 8
 #: Rows of a streamed tile whose products take as long as the fixed cost of a step: barriers, softmax bookkeeping.
 _STEP_ROWS = 16
 #: Time of a loop by pipeline depth, relative to a deep one: loads that nothing hides, then some.
@@ -70,28 +76,49 @@ def shared_memory_of(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
 
 
 def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
-    """Time of a typical call by the cost model, in seconds: matrix work plus traffic, not overlapped.
+    """Time of a typical call by the cost model, in seconds.
 
-    The sum, and not the larger of the two, so that of two compute-bound tiles the one that moves less is preferred.
+    Matrix work and traffic add up where one or two programs share a multiprocessor, and overlap where many do.
     """
     flops = _numeric(kernel.resources.flops, sizes)
     traffic = _numeric(kernel.resources.traffic, sizes)
+    memory = _numeric(kernel.resources.memory, sizes)
     streamed = _numeric(kernel.resources.streamed, sizes)
     height = _numeric(kernel.resources.height, sizes)
     programs = _numeric(kernel.resources.programs, sizes)
+    resident = _resident_programs(kernel, sizes, gpu)
     # Where the matrix units take 64 rows, lower tiles run on the older path at about half the rate.
     full_height = _MATRIX_ROWS if gpu.target in _TALL_TARGETS and sizes[s.E] < 4 else 1
     rate = matrix_rate(gpu, sizes) * _MATRIX_EFFICIENCY
-    bandwidth = gpu.bandwidth_tbs * 1e12 * _L2_OVER_MEMORY
+    bandwidth = gpu.bandwidth_tbs * 1e12
 
     def seconds(config: dict[str, int]) -> float:
         stages = _STAGE_COST.get(config["num_stages"], 1.0)
         low = 2.0 if height(config) < full_height else 1.0
         idle = 1 + gpu.sm_count / programs(config)
         matrix = flops(config) / rate * stages * low * idle * (1 + _STEP_ROWS / streamed(config))
-        return matrix + traffic(config) / bandwidth
+        moving = (traffic(config) / _L2_OVER_MEMORY + memory(config) / _MEMORY_EFFICIENCY) / bandwidth
+        together = resident(config)
+        exposed = max(1.0, _HIDING_WARPS / (together * config["num_warps"])) ** 0.75 * (1.12 if together == 1 else 1.0)
+        overlap = min(2.0, max(1.0, together / 2))
+        return exposed * (matrix**overlap + moving**overlap) ** (1 / overlap)
 
     return seconds
+
+
+def _resident_programs(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], int]:
+    """Programs of a configuration that are expected to share a multiprocessor."""
+    shared_memory = shared_memory_of(kernel, sizes, gpu)
+    registers = _numeric(kernel.resources.registers, sizes)
+
+    def programs(config: dict[str, int]) -> int:
+        threads = config["num_warps"] * gpu.warp_size
+        a_thread = min(gpu.registers_per_thread, 32 + registers(config) / threads / _REGISTER_SHARE)
+        by_registers = gpu.registers_per_sm / (threads * a_thread)
+        by_memory = gpu.shared_memory_per_sm / (shared_memory(config) + _RESERVED_MEMORY)
+        return max(1, int(min(by_registers, by_memory, _MOST_RESIDENT)))
+
+    return programs
 
 
 def matrix_rate(gpu: Gpu, sizes: Mapping[sympy.Symbol, int]) -> float:

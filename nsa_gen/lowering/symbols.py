@@ -23,8 +23,8 @@ PAD_QK, PAD_V, GROUP_ROWS, SELECTED_ROWS = sympy.symbols(
     "Dk_padded Dv_padded G_padded G_rows", positive=True, integer=True
 )
 # Tunables.
-QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK, HEAD_SPLITS = sympy.symbols(
-    "QUERY_BLOCK KEY_BLOCK TOKEN_BLOCK BLOCK_TILE ROW_BLOCK HEAD_SPLITS", positive=True, integer=True
+QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK, HEAD_SPLITS, PIECE = sympy.symbols(
+    "QUERY_BLOCK KEY_BLOCK TOKEN_BLOCK BLOCK_TILE ROW_BLOCK HEAD_SPLITS PIECE", positive=True, integer=True
 )
 # Of a device: 1 where probabilities must pass through shared memory to be multiplied (Blackwell's tcgen05), else 0.
 SCORES_STAGED = sympy.Symbol("scores_staged", nonnegative=True, integer=True)

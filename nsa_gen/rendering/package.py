@@ -112,7 +112,7 @@ def _modules(program: Program) -> list[str]:
     if program.compresses:
         modules.append("compression.py")
     if program.spec.selection:
-        modules.append("selected_attention.py")
+        modules += ["inverted_index.py", "selected_attention.py", "selected_key_major.py", "selected_query_major.py"]
     if program.selects:
         modules.append("selection.py")
     if program.spec.window:

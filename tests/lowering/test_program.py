@@ -44,7 +44,7 @@ def test_lowering_twice_gives_equal_programs(program: Program):
 
 @every_program
 def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within_its_constraints(program: Program):
-    names = [kernel.name for kernel in program.kernels]
+    names = [owner.name for owner in (*program.kernels, *program.schedules)]
     assert len(set(names)) == len(names)
     assert set(program.defaults) == set(TABLES)
     for table in TABLES:
@@ -58,6 +58,11 @@ def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within
             assert all(values[tunable.name] in tunable.values for tunable in kernel.tunables)
             for constraint in kernel.constraints:
                 assert bool(substitute(constraint, program, values)), (table, kernel.name, constraint)
+        for schedule in program.schedules:
+            config = program.defaults[table][schedule.name]
+            assert config.kernel == schedule.name
+            assert [name for name, _ in config.values] == [tunable.name for tunable in schedule.tunables]
+            assert all(config.mapping()[tunable.name] in tunable.values for tunable in schedule.tunables)
 
 
 @every_program
@@ -113,7 +118,7 @@ def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_toke
             substitute(kernel.useful_flops, program, {}, {s.T: tokens, s.B: size})
             for tokens, size in ((2**20, 1), (2**21, 1), (2**20, 2))
         )
-        quadratic = kernel.name.startswith("compressed_") or kernel.name == "select_blocks"
+        quadratic = kernel.name.startswith("compressed_") or kernel.name == "block_scores"
         assert twice == (4 if quadratic else 2) * once, kernel.name
         assert batch == 2 * once, kernel.name
 
@@ -147,9 +152,15 @@ def test_no_formula_has_a_symbol_that_neither_spec_nor_call_nor_tunables_give(pr
 @every_program
 def test_explain_gives_floors_that_follow_from_the_devices_peaks(program: Program):
     estimates = explain(program, tokens=8192, batch=2, gpu_key="h100")
-    whole = [kernel.name for kernel in program.kernels if kernel.whole]
     device = gpu("h100")
-    assert [estimate.kernel for estimate in estimates] == whole
+    chosen = {
+        choice
+        for schedule in program.schedules
+        for choice in program.defaults[device.target][schedule.name].mapping().items()
+    }
+    assert [estimate.kernel for estimate in estimates] == [
+        kernel.name for kernel in program.kernels if kernel.whole and (kernel.choice is None or kernel.choice in chosen)
+    ]
     for estimate in estimates:
         assert math.isfinite(estimate.seconds_floor)
         assert estimate.seconds_floor >= estimate.bytes / (device.bandwidth_tbs * 1e12) > 0
@@ -237,12 +248,16 @@ def test_a_spec_without_backward_has_no_backward_kernel_and_one_with_it_has_one_
 
 
 @every_program
-def test_the_first_branch_to_write_a_gradient_stores_it_and_each_later_one_adds(program: Program):
+def test_a_gradient_to_which_selection_adds_is_written_before_or_begins_at_zero(program: Program):
+    order = program.backward_branches
+    assert sorted(order) == sorted(program.spec.branches)
     for name in program.raw_names:
         branches = [branch for branch in program.raw_branches if name in program.kv(branch)]
         assert program.contributors(name) == len(branches) >= 1
-        tiled = [branch for branch in branches if branch != "cmp"]
-        assert [program.accumulates(branch) for branch in tiled] == [number > 0 for number in range(len(tiled))]
+        assert program.starts_at_zero(name) == ("slc" in branches and "win" not in branches)
+        if "slc" in branches and "win" in branches:
+            assert order.index("win") < order.index("slc")
+        assert program.sums_in_float32(name) or branches in (["cmp"], ["win"])
 
 
 def test_an_unknown_kernel_is_a_key_error():

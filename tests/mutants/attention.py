@@ -9,9 +9,9 @@ WINDOW_NAN = Check("window", 23, kind="nan")
 WINDOW_ALIGNED = Check("window", 5, tokens_kv=23)
 WINDOW_FAR = Check("window", 18, altered="far")
 # Keys a multiple of the blocks: what a mask should have kept out lies inside the tensors.
-SELECTED = Check("selected", 12, tokens_kv=48)
-SELECTED_NAN = Check("selected", 14, tokens_kv=32, kind="nan")
-SELECTED_COUNTS = Check("selected", 8, tokens_kv=48, altered="counts")
+SELECTED = Check("selected", 12, tokens_kv=48, query_major="both")
+SELECTED_NAN = Check("selected", 14, tokens_kv=32, kind="nan", query_major="both")
+SELECTED_COUNTS = Check("selected", 8, tokens_kv=48, altered="counts", query_major="both")
 COMPRESSED = Check("compressed", 22)
 
 SCALE_OF_HEAD_DIM = "0.36067376022224085"
@@ -36,7 +36,11 @@ MUTANTS = (
         "no causal mask inside the query's own selected block",
         SELECTED,
         ("o_slc", "lse_slc"),
-        (Edit("selected_attention.py", "return keys, valid & (keys <= position)", "return keys, valid & (keys >= 0)"),),
+        (
+            Edit(
+                "selected_query_major.py", "return keys, valid & (keys <= position)", "return keys, valid & (keys >= 0)"
+            ),
+        ),
     ),
     Mutant(
         "window_sees_one_future_key",
@@ -48,6 +52,7 @@ MUTANTS = (
                 "window_attention.py",
                 "        visible = keys[None, :] < end_visible(positions)[:, None]\n",
                 "        visible = keys[None, :] <= end_visible(positions)[:, None]\n",
+                times=2,
             ),
         ),
     ),
@@ -79,7 +84,7 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_attention.py",
+                "selected_query_major.py",
                 "    valid = (block >= 0) & (block <= position // SELECTION_BLOCK)\n",
                 "    block = tl.maximum(block, 0)\n    valid = block <= position // SELECTION_BLOCK\n",
             ),
@@ -92,7 +97,7 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_attention.py",
+                "selected_query_major.py",
                 "count = tl.minimum(tl.load(counts_ptr + offset), SELECTION_COUNT)",
                 "count = SELECTION_COUNT",
             ),
@@ -114,7 +119,7 @@ MUTANTS = (
     ),
     # The scale
     forgotten_scale("cmp", "compressed_attention.py", "scores = dot_qk(q, k) * SCALE_LOG2", COMPRESSED),
-    forgotten_scale("slc", "selected_attention.py", "dot_qk(q, k) * SCALE_LOG2, float", SELECTED),
+    forgotten_scale("slc", "selected_query_major.py", "dot_qk(q, k) * SCALE_LOG2, float", SELECTED),
     forgotten_scale("win", "window_attention.py", "scores = dot_qk(q, k) * SCALE_LOG2", WINDOW),
     # Softmax
     Mutant(
@@ -187,7 +192,7 @@ MUTANTS = (
         ("o_slc",),
         (
             Edit(
-                "selected_attention.py",
+                "selected_query_major.py",
                 "v = load_v_rows(v_base, keys, stride_vt, visible)",
                 "v = load_v_rows(v_base, keys, stride_vt, keys >= 0)",
                 times=2,

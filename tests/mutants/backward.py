@@ -7,8 +7,7 @@ from dataclasses import replace
 from tests.mutants.model import Check, Edit, Mutant
 
 WINDOW = Check("window", 21, gradients=True)
-SELECTED = Check("selected", 12, tokens_kv=32, gradients=True)
-SELECTED_TWICE = replace(SELECTED, twice=True)
+SELECTED = Check("selected", 12, tokens_kv=32, gradients=True, query_major="both")
 COMPRESSED = Check("compressed", 22, gradients=True)
 FULL_FORWARD = Check("full", 4, tokens_kv=20)
 FULL = replace(FULL_FORWARD, gradients=True)
@@ -45,14 +44,26 @@ MUTANTS = (
         "ds = p dp, without delta, in dQ",
         WINDOW,
         ("dq",),
-        (Edit("window_attention.py", "ds = p * (dp - delta[:, None])", "ds = p * dp"),),
+        (
+            Edit(
+                "window_attention.py",
+                "ds = p * (dot_v(do, v) - delta[:, None])\n    dq",
+                "ds = p * dot_v(do, v)\n    dq",
+            ),
+        ),
     ),
     Mutant(
         "delta_omitted_in_dk",
         "ds = p dp, without delta, in dK",
         WINDOW,
         ("dk",),
-        (Edit("window_attention.py", "ds = p * (dp - delta[None, :])", "ds = p * dp"),),
+        (
+            Edit(
+                "window_attention.py",
+                "ds = p * (dot_v(do, v) - delta[:, None])\n    p =",
+                "ds = p * dot_v(do, v)\n    p =",
+            ),
+        ),
     ),
     Mutant(
         "scale_folded_twice_in_dq",
@@ -76,49 +87,28 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "visible &= keys[:, None] >= first_visible(queries + offset)[None, :]",
-                "visible &= keys[:, None] > first_visible(queries + offset)[None, :]",
+                "visible &= keys[None, :] >= first_visible(queries + offset)[:, None]",
+                "visible &= keys[None, :] > first_visible(queries + offset)[:, None]",
             ),
         ),
     ),
     Mutant(
-        "last_entry_of_each_list_dropped",
-        "dK and dV of a selected block miss the last token of its list",
+        "delta_omitted_in_dq_of_the_selection",
+        "ds = p dp, without delta, in dQ of the selected branch, token by token",
         SELECTED,
-        ("dk", "dv"),
-        (
-            Edit(
-                "selected_attention.py",
-                "list_end = tl.load(starts_ptr + list_row + 1)",
-                "list_end = tl.load(starts_ptr + list_row + 1) - 1",
-            ),
-        ),
+        ("dq",),
+        (Edit("selected_query_major.py", "ds = p * (dp - delta[:, None])", "ds = p * dp"),),
     ),
     Mutant(
-        "empty_slot_listed_under_block_0",
-        "-1 in the caller's indices enters the list of block 0",
+        "dq_of_the_first_selected_block",
+        "dQ of the selected branch, token by token, has the keys of the first block in the place of every other",
         SELECTED,
-        ("dk", "dv"),
+        ("dq",),
         (
             Edit(
-                "selected_attention.py",
-                "    valid = (blocks >= 0) & (blocks <= position // SELECTION_BLOCK)\n",
-                "    blocks = tl.maximum(blocks, 0)\n    valid = blocks <= position // SELECTION_BLOCK\n",
-            ),
-        ),
-    ),
-    Mutant(
-        "lists_in_random_order",
-        "the tokens of a block's list come in another order at each call, as atomics would have it",
-        SELECTED_TWICE,
-        ("determinism",),
-        (
-            Edit(
-                "selected_attention.py",
-                "    lists, entries = torch.sort(lists.flatten(), stable=True)\n",
-                "    order = torch.randperm(lists.numel(), device=lists.device)\n"
-                "    lists, places = torch.sort(lists.flatten()[order], stable=True)\n"
-                "    entries = order[places]\n",
+                "selected_query_major.py",
+                "k, dq)\n        block = load_block(indices_base, (step + 1) // TILES_PER_BLOCK, blocks)",
+                "k, dq)\n        block = load_block(indices_base, 0, blocks)",
             ),
         ),
     ),
@@ -159,9 +149,9 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "            dv = add_v_product(p, do, dv)\n",
-                "            ungated = gated_probabilities(scores, lse[None, :], 1.0, visible)\n"
-                "            dv = add_v_product(ungated, do, dv)\n",
+                "    dv = add_v_product(tl.trans(p), do, dv)\n",
+                "    ungated = gated_probabilities(dot_qk(q, k), lse[:, None], 1.0, visible)\n"
+                "    dv = add_v_product(tl.trans(ungated), do, dv)\n",
             ),
         ),
     ),
@@ -173,17 +163,11 @@ MUTANTS = (
         (Edit("attention.py", "delta[2]", "delta[1]"),),
     ),
     Mutant(
-        "dq_of_the_last_branch",
-        "the window's dQ overwrites that of the other branches",
+        "dq_of_the_window_overwrites",
+        "the window's dQ overwrites that of the compressed branch",
         FULL,
         ("dq",),
-        (
-            Edit(
-                "attention.py",
-                "accumulate_dq=True,\n        accumulate_dkdv=True,",
-                "accumulate_dq=False,\n        accumulate_dkdv=True,",
-            ),
-        ),
+        (Edit("attention.py", "sequences,\n        accumulate_dq=True,", "sequences,\n        accumulate_dq=False,"),),
     ),
     Mutant(
         "dk_of_the_compression_overwrites",

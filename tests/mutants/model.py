@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +27,10 @@ from tests.support import Operator, inputs_of, operator_of_spec, small_spec
 SPECS: dict[str, Spec] = {
     "window": small_spec("win", gate="none", scale=0.37),
     "selected": small_spec("slc", gate="none", scale=0.37, indices="input"),
+    # Rows of products that no head fills, and blocks of two tiles of keys.
+    "grouped": small_spec(
+        "slc", gate="none", scale=0.37, indices="input", group=3, kv_heads=2, block=32, count=2, dims=(32, 16)
+    ),
     "compressed": small_spec("cmp", gate="none", scale=0.37),
     "weighted": small_spec("cmp", gate="none", scale=0.37, phi="weighted", position=("learned", "learned")),
     "mlp": small_spec("cmp", gate="none", scale=0.37, phi="mlp", phi_value="linear"),
@@ -38,10 +44,17 @@ Alteration = Literal["", "counts", "sharp", "far"]
 larger, so that probabilities underflow; rows lie so far apart that their offsets pass 2^31 elements (then the result is
 compared, bit by bit, with that of the same numbers close together)."""
 
+QueryMajor = Literal["", "forward", "both"]
+"""What of selected attention goes token by token: nothing, the forward, or the forward and dq. The interpreter's table
+chooses block by block."""
+
 
 @dataclass(frozen=True)
 class Check:
-    """One call of a spec's package, compared with the oracle as `nsa_gen.verification.verify` does it."""
+    """One call of a spec's package, compared with the oracle as `nsa_gen.verification.verify` does it.
+
+    `chunk_tokens` is the most tokens that a chunk of the inverted index may have.
+    """
 
     spec: str
     tokens: int | tuple[int, ...]
@@ -51,22 +64,41 @@ class Check:
     twice: bool = False
     altered: Alteration = ""
     seed: int = 0
+    batch: int = 1
+    query_major: QueryMajor = ""
+    chunk_tokens: int | None = None
 
     @property
     def case(self) -> Case:
         """The case of `verify` that this is."""
-        return Case(self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, batch=1, twice=self.twice)
+        return Case(self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, batch=self.batch, twice=self.twice)
 
     @property
     def label(self) -> str:
         """A short name, such as "window: T=23, forward and backward"."""
         passes = "forward and backward" if self.gradients else "forward"
         more = {"counts": ", fewer counts", "sharp": ", sharp", "far": ", rows far apart", "": ""}[self.altered]
-        return f"{self.spec}: {self.case.label}{more}, {passes}{', twice' if self.twice else ''}"
+        batch = f"B={self.batch} " if self.batch > 1 else ""
+        schedule = {"both": ", query-major", "forward": ", query-major forward", "": ""}[self.query_major]
+        if self.chunk_tokens is not None:
+            schedule += f", chunks of {self.chunk_tokens}"
+        twice = ", twice" if self.twice else ""
+        return f"{self.spec}: {batch}{self.case.label}{more}{schedule}, {passes}{twice}"
+
+    @contextmanager
+    def schedule(self, module: ModuleType) -> Iterator[None]:
+        """Inside, `module` computes selected attention by the schedule of this check."""
+        values = {"KEY_MAJOR_FORWARD": 0} if self.query_major else {}
+        if self.query_major == "both":
+            values["KEY_MAJOR_DQ"] = 0
+        if self.chunk_tokens is not None:
+            values["CHUNK_TOKENS"] = self.chunk_tokens
+        with module.configs.override("selected_attention", **values) if values else nullcontext():
+            yield
 
     def inputs(self, op: Operator) -> Inputs:
         """The inputs of the call; `far` ones are spread out by `run`."""
-        made = inputs_of(op, self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, seed=self.seed)
+        made = inputs_of(op, self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, seed=self.seed, batch=self.batch)
         if self.altered == "counts":
             assert made.indices is not None
             made = replace(made, counts=((made.indices >= 0).sum(-1) - 1).clamp(min=0).to(torch.int32))
@@ -149,9 +181,10 @@ def run(check: Check, module: ModuleType | None = None) -> list[Row]:
     op = operator_of_spec(SPECS[check.spec])
     module = module or op.module
     inputs = check.inputs(op)
-    if check.altered == "far":
-        return _compare_far(check, module, inputs)
-    return check_case(module, op.parameters, check.case, inputs, with_gradients=check.gradients)
+    with check.schedule(module):
+        if check.altered == "far":
+            return _compare_far(check, module, inputs)
+        return check_case(module, op.parameters, check.case, inputs, with_gradients=check.gradients)
 
 
 def failures(check: Check, module: ModuleType | None = None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from tests.mutants.model import Check, Edit, Mutant
 WINDOW_PACKED = Check("window", (5, 16))
 WINDOW_PACKED_FULL = Check("window", (17, 17))  # every tile that the grid has room for is needed
 WINDOW = Check("window", 23)
-SELECTED_PACKED = Check("selected", (9, 0, 16))
+SELECTED_PACKED = Check("selected", (9, 0, 16), query_major="both")
 COMPRESSED_PACKED = Check("compressed", (14, 9, 13))
 COMPRESSED = Check("compressed", 22)
 WEIGHTED = Check("weighted", 22, gradients=True)
@@ -36,7 +36,7 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_attention.py",
+                "selected_query_major.py",
                 "        k = load_qk_rows(k_base, keys, stride_kt, visible)\n",
                 "        visible |= (block >= 0) & (keys >= tokens_kv)\n"
                 "        k = load_qk_rows(k_base, keys, stride_kt, visible)\n",

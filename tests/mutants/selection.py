@@ -10,7 +10,7 @@ EARLY = Check("free", 20)
 # The last queries are at 76 to 81: the own block of the last two has no compressed block yet, and importance 0, while
 # a NaN at key 54 makes that of every other block NaN. Before them, all are NaN.
 NAN = Check("free", 6, tokens_kv=82, kind="nan")
-SHARP = Check("free", 6, tokens_kv=44, altered="sharp")
+SHARP = Check("free", 6, tokens_kv=60, altered="sharp")
 
 MUTANTS = (
     Mutant(
@@ -18,14 +18,37 @@ MUTANTS = (
         "Eq. 9's weights belong to the next compressed block",
         FREE,
         ("selection",),
-        (Edit("selection.py", "overlap_weight(offset) * tl.where", "overlap_weight(offset + 1) * tl.where"),),
+        (
+            Edit("selection.py", "overlap_weight(member) * p", "overlap_weight(member + 1) * p"),
+            Edit("selection.py", "overlap_weight(reaching) * p", "overlap_weight(reaching + 1) * p"),
+        ),
     ),
     Mutant(
         "overlap_weights_all_one",
         "Eq. 9's weights are 1",
         FREE,
         ("selection",),
-        (Edit("selection.py", "overlap_weight(offset) * tl.where", "tl.where"),),
+        (
+            Edit(
+                "selection.py",
+                "return tl.maximum(last - first, 0).to(tl.float32) / COMPRESSION_STRIDE",
+                "return tl.where(last > first, 1.0, 0.0)",
+            ),
+        ),
+    ),
+    Mutant(
+        "straddling_compressed_block_counts_once",
+        "a compressed block that reaches into the next selection block counts for the one it begins in alone",
+        FREE,
+        ("selection",),
+        (Edit("selection.py", "        importance += carried\n", ""),),
+    ),
+    Mutant(
+        "first_step_without_what_reaches_into_it",
+        "nothing reaches into the blocks of the first step",
+        FREE,
+        ("selection",),
+        (Edit("selection.py", "for step in range(-1, steps):", "for step in range(0, steps):"),),
     ),
     Mutant(
         "scale_forgotten_in_importance",
@@ -42,8 +65,8 @@ MUTANTS = (
         (
             Edit(
                 "selection.py",
-                "tl.where(visible, p, 0.0)",
-                "tl.where(visible & (group_heads == 0)[:, None], p, 0.0)",
+                "p = tl.sum(tl.reshape(p,",
+                "p = tl.sum(tl.reshape(tl.where((group_heads == 0)[None, :], p, 0.0),",
             ),
         ),
     ),
@@ -53,8 +76,14 @@ MUTANTS = (
         NAN,
         ("selection",),
         (
-            Edit("selection.py", "(0x7FFFFFFF - blocks).to(tl.int64)", "blocks.to(tl.int64)"),
-            Edit("selection.py", "NO_BLOCK - (best & 0x7FFFFFFF).to(tl.int32)", "(best & 0x7FFFFFFF).to(tl.int32)"),
+            # All candidates are loaded at once here: they are gone through from the last to the first.
+            Edit(
+                "selection.py",
+                "slot = tl.full((TOKEN_BLOCK,), INITIAL_BLOCKS, dtype=tl.int32)",
+                "slot = tl.full((TOKEN_BLOCK,), INITIAL_BLOCKS + FREE_BLOCKS - 1, dtype=tl.int32)",
+            ),
+            Edit("selection.py", "            # Ties go to the lower block.\n", "            i = LIST.value - 1 - i\n"),
+            Edit("selection.py", "slot += chosen.to(tl.int32)", "slot -= chosen.to(tl.int32)"),
         ),
     ),
     Mutant(
@@ -65,8 +94,8 @@ MUTANTS = (
         (
             Edit(
                 "selection.py",
-                "rank = tl.where(importance >= 0.0, rank, 0)",
-                "rank = tl.where(importance >= 0.0, rank, 0x7FFFFFFE)",
+                "tl.where(importance >= 0.0, importance, -1.0)",
+                "tl.where(importance == importance, importance, 1e30)",
             ),
         ),
     ),
@@ -75,28 +104,56 @@ MUTANTS = (
         "the block after the query's own is a candidate",
         EARLY,
         ("selection",),
-        (Edit("selection.py", "blocks[None, :] <= own_block\n", "blocks[None, :] <= own_block + 1\n"),),
+        (Edit("selection.py", "tl.where(slots <= own_block[:, None],", "tl.where(slots <= own_block[:, None] + 1,"),),
+    ),
+    Mutant(
+        "future_block_competes",
+        "the block after the query's own competes with the candidates",
+        FREE,
+        ("selection",),
+        (
+            Edit("selection.py", "own_block + 1 - LOCAL_BLOCKS, 0)", "own_block + 2 - LOCAL_BLOCKS, 0)"),
+            Edit("selection.py", "tl.where(visible, p, 0.0)", "p"),
+        ),
     ),
     Mutant(
         "forced_initial_block_forgotten",
         "the first block has to earn its place",
         FORCED,
         ("selection",),
-        (Edit("selection.py", "(blocks[None, :] < INITIAL_BLOCKS) | ", ""),),
+        (
+            Edit(
+                "selection.py",
+                "FREE_BLOCKS = tl.constexpr(1)",
+                "INITIAL_BLOCKS, FREE_BLOCKS = tl.constexpr(0), tl.constexpr(2)",
+            ),
+        ),
     ),
     Mutant(
         "forced_local_blocks_forgotten",
         "the most recent blocks have to earn their places",
         FORCED,
         ("selection",),
-        (Edit("selection.py", " | (blocks[None, :] > own_block - LOCAL_BLOCKS)", ""),),
+        (
+            Edit(
+                "selection.py",
+                "FREE_BLOCKS = tl.constexpr(1)",
+                "LOCAL_BLOCKS, FREE_BLOCKS = tl.constexpr(0), tl.constexpr(3)",
+            ),
+        ),
     ),
     Mutant(
         "one_local_block_too_few",
         "one recent block fewer is forced than the spec says",
         FORCED,
         ("selection",),
-        (Edit("selection.py", "own_block - LOCAL_BLOCKS)", "own_block - LOCAL_BLOCKS + 1)"),),
+        (
+            Edit(
+                "selection.py",
+                "FREE_BLOCKS = tl.constexpr(1)",
+                "LOCAL_BLOCKS, FREE_BLOCKS = tl.constexpr(1), tl.constexpr(2)",
+            ),
+        ),
     ),
     Mutant(
         "underflowed_block_dropped",
@@ -106,8 +163,8 @@ MUTANTS = (
         (
             Edit(
                 "selection.py",
-                "return tl.where(candidate, keys, -1)",
-                "return tl.where(candidate & (forced | (importance != 0.0)), keys, -1)",
+                "tl.store(lists + slot, first_block + i, mask=chosen)",
+                "tl.store(lists + slot, tl.where(importance[i] > 0.0, first_block + i, -1), mask=chosen)",
             ),
         ),
     ),
@@ -119,8 +176,8 @@ MUTANTS = (
         (
             Edit(
                 "selection.py",
-                "candidate = blocks[None, :] <= own_block\n",
-                "candidate = blocks[None, :] * SELECTION_BLOCK + COMPRESSION_BLOCK <= positions[:, None]\n",
+                "tl.where(slots <= own_block[:, None],",
+                "tl.where(slots * SELECTION_BLOCK + COMPRESSION_BLOCK <= (tokens + tokens_kv - tokens_q)[:, None],",
             ),
         ),
     ),

@@ -13,10 +13,17 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-from tests.mutants import attention, backward, packing, selection
+from tests.mutants import attention, backward, key_major, key_major_backward, packing, selection
 from tests.mutants.model import Check, Mutant, build, failures
 
-MUTANTS: tuple[Mutant, ...] = (*attention.MUTANTS, *selection.MUTANTS, *packing.MUTANTS, *backward.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *attention.MUTANTS,
+    *selection.MUTANTS,
+    *packing.MUTANTS,
+    *backward.MUTANTS,
+    *key_major.MUTANTS,
+    *key_major_backward.MUTANTS,
+)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 CHECKS: tuple[Check, ...] = tuple(dict.fromkeys(mutant.check for mutant in MUTANTS))
 
@@ -32,10 +39,13 @@ is no longer in the package: when a template changes, its mutants change with it
 
 A check is one call of the package of a small spec, compared with the float64 oracle as `nsa-gen verify` does it; `T` is
 the length, a packed batch is the list of its sequences' lengths. Lengths and seeds are chosen for the mutants here;
-`verify` derives its own from a spec's boundaries. Three kinds of check alter the inputs in a way of their own:
-*fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times larger, so that probabilities
-underflow to 0) and *rows far apart* (offsets beyond 2^31 elements, in a sparse file; compared bit by bit with the same
-numbers close together). The last column names quantities that fail, as the report of `verify` names them.
+`verify` derives its own from a spec's boundaries. Selected attention goes block by block unless a check says
+*query-major* (token by token, or its forward alone), and *chunks of* a number is the most tokens that a chunk of its
+inverted index has: the index of these checks has several, as that of a long sequence has. Three kinds of check alter
+the inputs in a way of their own: *fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times
+larger, so that probabilities underflow to 0) and *rows far apart* (offsets beyond 2^31 elements, in a sparse file;
+compared bit by bit with the same numbers close together). The last column names quantities that fail, as the report of
+`verify` names them.
 
 The checks run under Triton's interpreter, whose tile sizes are known: what a mutant reads or writes out of turn lies
 inside the tensors then. On a machine with a GPU they are skipped.

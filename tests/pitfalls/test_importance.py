@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from nsa_gen.verification import check_selection, reference_attention
 from nsa_gen.verification.dense import overlap_weights
-from tests.support import DEVICE, Operator, operator_of
+from tests.support import DEVICE, Operator, assert_matches_oracle, call, inputs_of, operator_of
 
 RATIOS = [(16, 16, 16), (8, 4, 16), (32, 16, 64), (16, 8, 32), (4, 4, 16), (12, 4, 16), (1, 1, 16), (16, 2, 32)]
 
@@ -173,3 +174,46 @@ def test_probabilities_are_normalised_a_head_before_they_are_summed_over_the_gro
     inputs = (q.to(DEVICE), k.to(DEVICE), torch.randn_like(k).to(DEVICE))
     _, aux = op.nsa_attention(*inputs, return_aux=True)
     assert aux.indices.flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize(("tokens", "tokens_kv"), [(130, None), ((37, 0, 66, 1), None), (40, 140)], ids=str)
+def test_tokens_whose_scores_are_held_a_share_at_a_time_get_the_same_blocks(
+    tokens: int | tuple[int, ...], tokens_kv: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = operator_of("cmp slc", gate="none", count=3, passes=("forward",))
+    inputs = inputs_of(op, tokens, tokens_kv=tokens_kv)
+    at_once = call(op, inputs, return_aux=True)[1]
+    selection = importlib.import_module(f"{op.module.__name__}.selection")
+    shares: list[int] = []
+    tiles_at_once = selection.tiles_at_once
+
+    def recorded(tiles: int, *rest: object) -> int:
+        shares.append(tiles // tiles_at_once(tiles, *rest))
+        return tiles_at_once(tiles, *rest)
+
+    monkeypatch.setattr(selection, "SCORE_BYTES", 0)
+    monkeypatch.setattr(selection, "SCORE_TOKENS", 1)
+    monkeypatch.setattr(selection, "tiles_at_once", recorded)
+    in_shares = call(op, inputs, return_aux=True)[1]
+    assert shares and shares[0] > 1
+    assert torch.equal(in_shares.indices, at_once.indices) and torch.equal(in_shares.counts, at_once.counts)
+
+
+@pytest.mark.parametrize("count", [40, 70])
+def test_lists_too_long_for_registers_are_chosen_rightly(count: int) -> None:
+    op = operator_of("cmp slc", gate="none", compression=(16, 16), count=count, initial=1, local=1, passes=("forward",))
+    assert_matches_oracle(op, 2, tokens_kv=16 * (count + 30) + 5, gradients=False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of 0 * inf in rows past the last token
+def test_an_infinite_key_that_every_head_of_an_odd_group_shuns_does_not_spoil_its_block() -> None:
+    op = operator_of("cmp slc", gate="none", scale=1.0, group=3, count=1, initial=0, local=0, passes=("forward",))
+    tokens, blocks = 104, 25
+    q = torch.zeros(1, 1, 3, 16)
+    q[..., 0], q[..., 1] = 1.0, -1.0
+    k_cmp = torch.zeros(1, blocks, 1, 16)
+    k_cmp[..., 0] = math.log(0.01)
+    k_cmp[0, [4, 6], 0, 0] = math.log(0.4)  # in block 1, and so is the infinite one, of probability 0
+    k_cmp[0, 5, 0, 1] = math.inf
+    indices, _ = op.select_blocks(q.to(DEVICE), k_cmp.to(DEVICE), torch.zeros(1, 1, 3, device=DEVICE), tokens=tokens)
+    assert indices.flatten().tolist() == [1]

@@ -90,7 +90,7 @@ def test_kernels_and_configurations_name_each_other(spec):
     assert set(tables) == {"interpreter", *TARGETS}
     program = lower(spec)
     for target, table in tables.items():
-        assert set(table) == set(kernels), target
+        assert set(table) == {*kernels, *(schedule.name for schedule in program.schedules)}, target
         assert table == {name: config.mapping() for name, config in program.defaults[target].items()}
     assert kernels == {kernel.name: kernel.module for kernel in program.kernels}
 
