@@ -106,8 +106,8 @@ def timed(comparisons: Sequence[DenseComparison], gpu: str) -> list[Block]:
     return [
         Heading(f"Beside dense causal attention on {gpu}"),
         Text(
-            "One sequence, medians of ten calls. Dense is torch's scaled_dot_product_attention with the same heads; it "
-            "computes another function. Tile sizes are untuned: they are the cost model's choice."
+            "One sequence, medians of up to twenty calls. Dense is torch's scaled_dot_product_attention with the same "
+            "heads; it computes another function. Tile sizes are untuned: they are the cost model's choice."
         ),
         Table(columns, rows),
     ]

@@ -159,7 +159,11 @@ def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
 
 
 def batch_entries_are_alone(trial: Trial) -> list[Row]:
-    """Entries of a batch in another order give the same bits in that order; sums over the batch are left out."""
+    """Entries of a batch in another order give the same bits in that order; sums over the batch are left out.
+
+    Sums over the tokens that selected a block are cut where the lists of all entries together fill a piece, so the
+    gradients of keys and values are as near as rounding lets them be.
+    """
     inputs = trial.inputs()
     learned = inputs.compression
     turned = replace(relations.mapped(inputs, lambda name, x: x.flip(0)), compression=learned)
@@ -167,7 +171,16 @@ def batch_entries_are_alone(trial: Trial) -> list[Row]:
         {name: x for name, x in trial.call(each).tensors().items() if not name.startswith("dcompression")}
         for each in (inputs, turned)
     )
-    return [_bits(trial, "batch order", first, {name: x.flip(0) for name, x in second.items()})]
+    second = {name: x.flip(0) for name, x in second.items()}
+    p = trial.parameters
+    summed = {n for n in first if relations.is_gradient_of_raw_keys(n)} if p.selection_block is not None else set()
+    exact = [name for name in first if name not in summed]
+    rows = [_bits(trial, "batch order", {n: first[n] for n in exact}, {n: second[n] for n in exact})]
+    if summed:
+        kept = {"indices", "counts", *summed} & first.keys()
+        near = ({n: tensors[n] for n in first if n in kept} for tensors in (first, second))
+        rows += relations.near(trial.case.label, "batch order: sums", p, inputs, *near)
+    return rows
 
 
 def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
@@ -202,12 +215,14 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     doubled = relations.mapped(
         inputs, lambda name, x: 2 * x if name.split("_")[0] == "v" or name == "value_position" else x
     )
+    half = inputs.q.dtype == torch.float16
     branches = [branch for branch in p.branches if branch != "cmp" or p.phi_value != "mlp"]
-    # In float16 branches and gradients below its normal numbers are rounded to another precision.
-    linear = len(branches) == len(p.branches) and inputs.q.dtype != torch.float16
+    # In float16 branches and gradients below its normal numbers are rounded to another precision, and so are the parts
+    # that the output of selected blocks may be added up from.
+    linear = len(branches) == len(p.branches) and not half
     gradients = trial.gradients and linear
     first, second = (trial.call(each, gradients=gradients).tensors() for each in (inputs, doubled))
-    names = [f"o_{branch}" for branch in branches] + (["o"] if linear else [])
+    names = [f"o_{branch}" for branch in branches if not (half and branch == "slc")] + (["o"] if linear else [])
     before = {name: relations.normal(first[name]) for name in names}
     after = {name: second[name] for name in names}
     expected = {name: torch.where(x == 0, after[name], 2 * x) for name, x in before.items()}

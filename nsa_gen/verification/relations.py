@@ -49,8 +49,8 @@ def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
 
 
 def normal(x: Tensor) -> Tensor:
-    """x with 0 for subnormal numbers, which do not keep their bits when they are doubled."""
-    return torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, torch.zeros_like(x), x)
+    """x with 0 for subnormal numbers, and what may be one rounded up, which do not keep their bits when doubled."""
+    return torch.where(x.abs() <= torch.finfo(x.dtype).smallest_normal, torch.zeros_like(x), x)
 
 
 def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -266,6 +266,11 @@ def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, T
 def is_gradient(name: str) -> bool:
     """Whether a result is a gradient, by its name."""
     return name.startswith("d")
+
+
+def is_gradient_of_raw_keys(name: str) -> bool:
+    """Whether a gradient is that of the raw keys or values of some branch."""
+    return name in ("dk", "dv", "dk_slc", "dv_slc", "dk_win", "dv_win")
 
 
 def is_gradient_of_values(name: str) -> bool:

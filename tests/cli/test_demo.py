@@ -102,14 +102,16 @@ def test_a_step_whose_answer_is_no_is_in_the_report_and_in_the_exit_code(call, c
     assert "window_forward on sm_90: shared memory: 300,000 bytes a block" in (tmp_path / "out/report.md").read_text()
 
 
-def test_with_a_gpu_it_verifies_there_too_and_times_it(call, commands, answers, monkeypatch, tmp_path):
+def test_with_a_gpu_it_verifies_there_and_times_it(call, commands, answers, monkeypatch, tmp_path):
     from types import SimpleNamespace
 
     answers["env"][0]["gpus"] = [{"name": "H100"}]
     timing = SimpleNamespace(tokens=8192, forward_ms=2.0, dense_forward_ms=5.0, backward_ms=8.0, dense_backward_ms=12.0)
     monkeypatch.setattr(demo_module, "_time_on_gpu", lambda package: [timing])
     assert call("demo", "tiny", "-o", "out").returncode == 0
-    assert ("verify", "tiny", "--device", "cuda", "--length", "8192") in commands
+    assert [command for command in commands if command[0] == "verify"] == [
+        ("verify", "tiny", "--device", "cuda", "--length", "65,97,8192")
+    ]
     assert "| 8,192 | 2.00 | 5.00 | 2.50x | 8.00 | 12.00 | 1.50x |" in (tmp_path / "out/report.md").read_text()
 
 
