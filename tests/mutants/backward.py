@@ -77,7 +77,7 @@ MUTANTS = (
         "the scores of the backward are scaled twice",
         WINDOW,
         ("dq", "dk", "dv"),
-        (Edit("primitives.py", "tl.exp2(scores * SCALE_LOG2 - lse", "tl.exp2(scores * 0.37 * SCALE_LOG2 - lse"),),
+        (Edit("primitives.py", "tl.fma(scores, SCALE_LOG2, -lse", "tl.fma(scores, 0.37 * SCALE_LOG2, -lse"),),
     ),
     Mutant(
         "window_of_the_backward_one_too_narrow",

@@ -25,7 +25,7 @@ GROUPED_BACKWARD = replace(GROUPED, gradients=True, query_major="forward")
 
 O_LSE = ("o_slc", "lse_slc")
 GRADIENTS = ("dq", "dk", "dv")
-OF_THE_FORWARD, OF_THE_BACKWARD = "\n        scores = tl.where", "\n    p = gated"
+OF_THE_FORWARD, OF_THE_BACKWARD = "\n    p, row_max", "\n    p = gated"
 """What follows the mask of a tile in the forward, and in the backward."""
 
 
@@ -239,7 +239,7 @@ MUTANTS = (
         "`slc`: 1/sqrt(Dk) where the spec gives another scale, block by block",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "scores = dot_qk(q, k) * SCALE_LOG2", "scores = dot_qk(q, k) * 0.36067376022224085"),),
+        (Edit(KERNELS, "softmax_tile(dot_qk(q, k), visible)", "softmax_tile(dot_qk(q, k) * (0.25 / 0.37), visible)"),),
     ),
     Mutant(
         "parts_averaged",
@@ -260,6 +260,13 @@ MUTANTS = (
         FORWARD,
         O_LSE,
         (Edit(KERNELS, "tl.sum(tl.exp2(max_parts - reference[:, None]) * sum_parts, 1)", "tl.sum(sum_parts, 1)"),),
+    ),
+    Mutant(
+        "nothing_merged_with_nothing",
+        "a token without any part subtracts a maximum of -inf from -inf",
+        FORWARD,
+        ("o_slc",),
+        (Edit(KERNELS, 'reference = tl.where(row_max == float("-inf"), 0.0, row_max)', "reference = row_max"),),
     ),
     Mutant(
         "parts_of_empty_slots_merged",

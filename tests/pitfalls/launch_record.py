@@ -8,11 +8,16 @@ import sys
 from typing import Any
 
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nsa_gen.rendering import import_package
 from nsa_gen.targets.launches import record_launches
+
+SEQUENCES = 3
+"""Sequences of a packed call, each of the call's number of tokens."""
+CHUNK_TOKENS = 4096
 
 
 class Allocations(TorchDispatchMode):
@@ -47,15 +52,29 @@ def specialized_integers(launch: Any) -> list[str]:
 
 
 def record(package: Any, tokens: int, packed: bool) -> dict[str, Any]:
-    with record_launches() as launches, Allocations() as allocations:
-        package.ops.trace(tokens, 3 if packed else 1, "meta", packed, ("forward", "backward"))
+    """Launches and allocations of a call whose inverted index is walked CHUNK_TOKENS tokens at a time."""
+    rows = tokens * SEQUENCES if packed else tokens
+    with (
+        package.configs.override("selected_attention", CHUNK_TOKENS=CHUNK_TOKENS),
+        record_launches() as launches,
+        Allocations() as allocations,
+    ):
+        package.ops.trace(tokens, SEQUENCES if packed else 1, "meta", packed, ("forward", "backward"))
     return {
         "kernels": [launch.kernel.__name__ for launch in launches],
         "constants": [constants_of(launch) for launch in launches],
         "specialized": sorted({f"{x.kernel.__name__}.{name}" for x in launches for name in specialized_integers(x)}),
         "grids": [launch.grid for launch in launches],
         "largest": allocations.largest,
+        "chunks": triton.cdiv(rows, CHUNK_TOKENS),
+        "most_shares": most_shares(package, rows),
     }
+
+
+def most_shares(package: Any, rows: int) -> int:
+    """Most shares of tokens in which blocks are scored, where each but the last fills half its workspace or more."""
+    needed = 4 * package.constants.KV_HEADS.value * triton.cdiv(rows, package.constants.SELECTION_BLOCK.value) * rows
+    return 1 + 2 * needed // package.selection.SCORE_BYTES if hasattr(package, "selection") else 0
 
 
 def main() -> None:

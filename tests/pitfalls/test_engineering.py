@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,47 @@ def test_no_value_of_any_tensor_is_read_on_the_host_cu_seqlens_included(recorded
         assert any("forward" in kernel for kernel in kernels) and any("dkdv" in kernel for kernel in kernels)
 
 
-def test_the_number_of_launches_does_not_grow_with_the_length(recorded: dict[str, Any]) -> None:
-    assert recorded["4099 False"]["kernels"] == recorded["131072 False"]["kernels"]
-    assert recorded["4099 True"]["kernels"] == recorded["131072 True"]["kernels"]
+PAIRS = [("4099 False", "131072 False"), ("4099 True", "131072 True")]
+OF_A_CHUNK = {
+    "selected_forward_key_major_kernel",
+    "merge_outputs_kernel",
+    "selected_backward_dkdv_kernel",
+    "merge_dkdv_kernel",
+    "merge_dq_kernel",
+}
+OF_A_SHARE = {"block_scores_kernel", "select_blocks_kernel"}
+"""Kernels that work on as many tokens at a time as a workspace of bounded size has room for."""
 
 
-def test_no_constant_of_any_kernel_depends_on_the_sequence_length(recorded: dict[str, Any]) -> None:
-    assert recorded["4099 False"]["constants"] == recorded["131072 False"]["constants"]
-    assert recorded["4099 True"]["constants"] == recorded["131072 True"]["constants"]
-    assert recorded["4099 False"]["grids"] != recorded["131072 False"]["grids"]
+@pytest.mark.parametrize("pair", PAIRS, ids=["batched", "packed"])
+def test_the_number_of_launches_grows_with_the_chunks_of_a_bounded_workspace_alone(
+    recorded: dict[str, Any], pair: tuple[str, str]
+) -> None:
+    once, twice = (recorded[name] for name in pair)
+    short, long = Counter(once["kernels"]), Counter(twice["kernels"])
+    assert list(short) == list(long) and short.keys() >= OF_A_CHUNK
+    for kernel in short:
+        if kernel in OF_A_CHUNK:
+            assert short[kernel] * twice["chunks"] == long[kernel] * once["chunks"], kernel
+        elif kernel in OF_A_SHARE:
+            assert short[kernel] <= long[kernel] <= short[kernel] * twice["most_shares"], kernel
+        else:
+            assert short[kernel] == long[kernel], kernel
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["batched", "packed"])
+def test_no_constant_of_any_kernel_depends_on_the_sequence_length(
+    recorded: dict[str, Any], pair: tuple[str, str]
+) -> None:
+    short, long = (
+        {
+            (kernel, json.dumps(constants))
+            for kernel, constants in zip(found["kernels"], found["constants"], strict=True)
+        }
+        for found in (recorded[name] for name in pair)
+    )
+    assert short == long
+    assert recorded[pair[0]]["grids"] != recorded[pair[1]]["grids"]
 
 
 def test_no_integer_beside_strides_is_specialised_by_its_value(recorded: dict[str, Any]) -> None:

@@ -87,7 +87,17 @@ def test_a_nan_in_one_query_stays_in_its_row_and_chooses_legal_blocks() -> None:
         assert row[0].isnan().all() and (name == "o_slc" or row[1].isfinite().all())
     assert aux.indices[0, 2, 0].tolist() == [0, 3]  # every importance is NaN: the own block, then the lower index
     rest = [0, 1, 3, 4, 5]
-    assert torch.equal(o[0, rest], clean[0, rest]) and torch.equal(aux.indices[0, rest], before.indices[0, rest])
+    assert torch.equal(aux.indices[0, rest], before.indices[0, rest])
+    for name in ("o_cmp", "o_win", "lse_cmp", "lse_win"):
+        assert torch.equal(getattr(aux, name)[0, rest], getattr(before, name)[0, rest]), name
+    # A row that chooses otherwise moves others up or down in the tiles of its blocks, and with them their last bits.
+    torch.testing.assert_close(o[0, rest], clean[0, rest], rtol=1e-5, atol=1e-6)
+    for key_major in (0, 1):
+        with op.configs.override("selected_attention", KEY_MAJOR_FORWARD=key_major):
+            found = op.selected_attention(q, k, v, before.indices, before.counts)
+            expected = op.selected_attention(q.nan_to_num(0.5), k, v, before.indices, before.counts)
+        assert all(torch.equal(x[0, rest], y[0, rest]) for x, y in zip(found, expected, strict=True))
+        assert found[0][0, 2, 0].isnan().all() and found[0][0, 2, 1].isfinite().all()
 
 
 def test_the_whole_operator_passes_a_nan_to_the_rows_that_see_it_and_no_other() -> None:
