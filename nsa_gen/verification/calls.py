@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,26 @@ def poisoned_memory() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@functools.cache
+def steady_products() -> None:
+    """Have Triton's interpreter round equal rows of a product equally, as GPUs do, for the rest of the process.
+
+    numpy's float32 matrix product gives equal rows different last bits, depending on their place in the tile: then
+    equal importances are not equal. Products are formed in float64 and rounded once.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if a.data.dtype.kind != "f" or d.data.dtype != np.float32:
+            return plain(self, a, b, d, *options)
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return type(d)(product + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 def arguments_of(module: Any, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
     """What a package's nsa_attention is called with: q, k and v by position, the rest that is present by name."""
     arguments = {n: x for n, x in inputs.arguments().items() if x is not None}
@@ -55,6 +77,8 @@ def call_package(module: Any, inputs: Inputs, with_gradients: bool, *, poisoned:
 
     Poisoned memory brings torch's deterministic algorithms with it; without it torch's are those of any user.
     """
+    if inputs.q.device.type == "cpu":
+        steady_products()
     leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
     positional, arguments = arguments_of(module, inputs.replace_differentiable(leaves))
     with poisoned_memory() if poisoned else nullcontext():

@@ -22,7 +22,7 @@ SUBTLE = (
     "ties_to_the_higher_block",
     "nan_importance_ranks_first",
     "underflowed_block_dropped",
-    "counts_ignored",
+    "slots_beyond_the_counts_listed",
 )
 
 
