@@ -13,7 +13,7 @@ FORWARD = Check("selected", 11, tokens_kv=41, chunk_tokens=6)
 BACKWARD = replace(FORWARD, gradients=True)
 # The forward needs no index, and the backward makes it.
 BACKWARD_ALONE = replace(BACKWARD, query_major="forward")
-TWICE = Check("selected", 10, tokens_kv=40, gradients=True, twice=True)
+TWICE = Check("selected", 40, tokens_kv=60, gradients=True, twice=True)
 # All tokens select the same three blocks: lists of 9 slots, of which two of the second entry are cut, after 16 slots.
 BATCH = Check("selected", 9, tokens_kv=41, kind="hot", batch=2, gradients=True)
 COUNTS = Check("selected", 8, tokens_kv=48, altered="counts")
