@@ -273,6 +273,26 @@ def block_importance(p: OracleParameters, probabilities: Tensor, blocks: int) ->
     return importance.masked_fill(reached, math.nan).transpose(0, 1)
 
 
+def block_fingerprint(p: OracleParameters, probabilities: Tensor, blocks: int) -> Tensor:
+    """(R, H, blocks) of probabilities (H, G, R, Nc): Eq. 9 and 10 with each term times a factor of its place.
+
+    NaN where importance is. Blocks of equal importance have equal fingerprints where the same head gives the same
+    probability to the same place of both, and practically never otherwise. Sums of other terms that happen to be equal
+    may round differently.
+    """
+    factors = torch.arange(1, p.group + 1, dtype=torch.float64).sqrt()[:, None, None].to(probabilities)
+    summed = (probabilities.detach() * factors).sum(1)
+    assert p.selection_block is not None and p.compression_block is not None and p.compression_stride is not None
+    weights = overlap_weights(p, summed.shape[-1], blocks).to(summed)
+    compressed = torch.arange(weights.shape[0], dtype=summed.dtype, device=weights.device)[:, None]
+    ratio = p.selection_block // p.compression_stride
+    starts = torch.arange(blocks, dtype=summed.dtype, device=weights.device) * ratio
+    places = compressed - starts + p.compression_block // p.compression_stride
+    unknown = torch.isnan(summed)
+    found = summed.masked_fill(unknown, 0.0) @ (weights * (1.0 + places.clamp(min=0.0)).sqrt())
+    return found.masked_fill((unknown.to(summed) @ weights) > 0, math.nan).transpose(0, 1)
+
+
 def select_blocks(p: OracleParameters, importance: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Section 3's choice: importance (R, H, blocks), positions t (R,) -> indices (R, H, n), counts (R, H), int32.
 

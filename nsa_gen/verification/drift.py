@@ -77,7 +77,7 @@ def add_rows(
         k, v = (torch.where(torch.isfinite(x[:, 0]), x[:, 0], 0.0) for x in getattr(s, branch))
         off = compressed if branch == "cmp" else None
         mask = branch_mask(p, s, branch, t, s.indices)
-        found, _, weights = attend(q[None], k[None], v[None], mask, p.scale)
+        found, normaliser, weights = attend(q[None], k[None], v[None], mask, p.scale)
         o, weights = found[0], weights[0]  # (G, R, Dv), (G, R, K)
         keys = mask[0].sum(-1)[:, None].to(q.dtype)  # (R, 1)
         chances, v_squared = weights.square(), v.square()
@@ -115,7 +115,8 @@ def add_rows(
         by_key = factor * (chances * dp_variance + through_scores)
         ds *= gate * p.scale
         dq, ds_squared = ds @ k, ds.square()
-        # Errors of delta and lse are the same for all keys of a row.
+        # Errors of delta and lse are the same for all keys of a row. lse is rounded when stored and in base 2.
+        lse = lse + 2 / 3 * torch.where(torch.isfinite(normaliser[0]), normaliser[0], 0.0).square()[..., None]
         found_q = by_key @ k.square() + factor * dgate * (weights @ k).square() + lse * dq.square()
         found_q += chain(keys, dq.square(), ds_squared @ k.square())
         if off is not None:

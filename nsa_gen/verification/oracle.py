@@ -18,6 +18,7 @@ from torch.nn import functional
 from nsa_gen.verification.dense import (
     OracleParameters,
     attend,
+    block_fingerprint,
     block_importance,
     compress,
     exact_dtype,
@@ -36,7 +37,8 @@ class OracleResult:
 
     Shapes are those of the generated package, batched (B, Tq, ...) or packed (T_total, ...): `o` and `o_x`
     (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, Hkv, n) int32, `counts` (B, Tq, Hkv)
-    int32, `importance` (B, Tq, Hkv, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp` (B, Nc, Hkv, Dv).
+    int32, `importance` and `fingerprint` (B, Tq, Hkv, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
+    (B, Nc, Hkv, Dv).
     Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
     """
 
@@ -50,6 +52,7 @@ class OracleResult:
     indices: Tensor | None = None
     counts: Tensor | None = None
     importance: Tensor | None = None
+    fingerprint: Tensor | None = None
     k_cmp: Tensor | None = None
     v_cmp: Tensor | None = None
 
@@ -147,6 +150,7 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
         outputs.append(found[f"o_{branch}"])
         if branch == "cmp" and p.selection_block is not None and not p.indices_given:
             found["importance"] = block_importance(p, probabilities, p.selection_blocks(s.tokens))
+            found["fingerprint"] = block_fingerprint(p, probabilities, p.selection_blocks(s.tokens))
             if s.indices is None:
                 found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
     gates = gate_values(p, s.gates, s.q)
@@ -169,7 +173,7 @@ def attend_sequence(p: OracleParameters, s: Sequence, score_bytes: int) -> Oracl
     for start in range(0, max(rows, 1), chunk):
         part = attend_rows(p, take_rows(p, s, start, min(start + chunk, rows)))
         for name, value in part.tensors().items():
-            if name == "importance":
+            if name in ("importance", "fingerprint"):
                 value = functional.pad(value, (0, blocks - value.shape[-1]))
             parts.setdefault(name, []).append(value)
     return OracleResult(**{name: torch.cat(values) for name, values in parts.items()})
@@ -272,7 +276,7 @@ def _gather(p: OracleParameters, results: list[OracleResult], cu_seqlens: Tensor
             packed = blocks.new_zeros(total // (p.compression_stride or 1), *blocks.shape[1:])
             joined[name] = packed.index_copy(0, compressed_rows(p, cu_seqlens).to(blocks.device), blocks)
         else:
-            if name == "importance":
+            if name in ("importance", "fingerprint"):
                 widest = max(value.shape[-1] for value in values)
                 values = [functional.pad(value, (0, widest - value.shape[-1])) for value in values]
             joined[name] = torch.cat(values)

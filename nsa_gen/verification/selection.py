@@ -111,6 +111,7 @@ def check_selection(
     importance: Tensor,
     *,
     tolerance: float,
+    fingerprint: Tensor | None = None,
     tokens: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> SelectionCheck:
@@ -120,7 +121,8 @@ def check_selection(
     oracle's on the same inputs. Legal: ascending, -1 on the right, min(n, t // l' + 1) blocks, none from the future,
     none twice, forced ones present. As good: no block left out surpasses a chosen, not forced one by more than
     `tolerance` times the larger of the two (their sums of up to G * l / d probabilities carry that relative error;
-    blocks below NEGLIGIBLE count as that). Where importances are equal, or NaN on both sides, the order is by index.
+    blocks below NEGLIGIBLE count as that). Where importances are equal, or NaN on both sides, the order is by index;
+    given the oracle's `fingerprint` (like importance), only where they are equal term by term.
     """
     p = parameters
     assert p.selection_block is not None
@@ -129,6 +131,7 @@ def check_selection(
     if cu_seqlens is None:
         position = position.repeat(indices.shape[0])
     flat, number, value = _flat(indices, 1).long(), _flat(counts, 0).long(), _flat(importance, 1).double()
+    terms = None if fingerprint is None else _flat(fingerprint, 1).double().nan_to_num(-1.0)
     blocks = value.shape[-1]
     own = position[:, None] // p.selection_block
     due = torch.clamp(own + 1, max=n).expand(number.shape)
@@ -159,11 +162,19 @@ def check_selection(
     gap = (strongest - weakest).clamp(min=0.0)
     allowed = tolerance * strongest.abs().clamp(min=NEGLIGIBLE)
     shortfall = torch.where(torch.isfinite(gap), gap / allowed, 0.0)
-    problems += _ties(flat, rank, chosen & ~forced, candidate & ~chosen, weakest, strongest)
+    problems += _ties(flat, rank, chosen & ~forced, candidate & ~chosen, weakest, strongest, terms)
     return SelectionCheck(tuple(problems), shortfall.max().item())
 
 
-def _ties(flat: Tensor, rank: Tensor, taken: Tensor, left: Tensor, weakest: Tensor, strongest: Tensor) -> list[str]:
+def _ties(
+    flat: Tensor,
+    rank: Tensor,
+    taken: Tensor,
+    left: Tensor,
+    weakest: Tensor,
+    strongest: Tensor,
+    terms: Tensor | None,
+) -> list[str]:
     """Where the weakest block taken and the strongest one left are equal, the lower must be taken; NaN equals NaN.
 
     Equal means to within the rounding of float64: blocks of the same keys, or of none that is visible yet.
@@ -172,6 +183,15 @@ def _ties(flat: Tensor, rank: Tensor, taken: Tensor, left: Tensor, weakest: Tens
     block = torch.arange(blocks)
     margin = EQUAL * strongest.abs()
     equal = torch.isfinite(strongest) & torch.isfinite(weakest) & ((strongest - weakest).abs() <= margin)
-    highest = torch.where(taken & (rank <= (weakest + margin)[..., None]), block, -1).amax(-1)
-    lowest = torch.where(left & (rank >= (strongest - margin)[..., None]), block, blocks).amin(-1)
-    return _first("indices", equal & (lowest < highest), flat, "equal importances: expected the lower blocks")
+    taken = taken & (rank <= (weakest + margin)[..., None])
+    left = left & (rank >= (strongest - margin)[..., None])
+    highest = torch.where(taken, block, -1).amax(-1)
+    lowest = torch.where(left, block, blocks).amin(-1)
+    broken = equal & (lowest < highest)
+    for row, head in broken.nonzero().tolist() if terms is not None else ():
+        own = terms[row, head]
+        off = (own[left[row, head], None] - own[taken[row, head]]).abs()
+        same = off <= EQUAL * own.abs().amax()
+        lower = block[left[row, head], None] < block[taken[row, head]]
+        broken[row, head] = (same & lower).any()
+    return _first("indices", broken, flat, "equal importances: expected the lower blocks")

@@ -303,22 +303,26 @@ def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
 
 def _outputs(call: Call, truth: Reference) -> list[str]:
     """The floating-point outputs to compare: o, and what the oracle and the package's auxiliary outputs both name."""
-    skipped = ("indices", "counts", "importance", "o")
+    skipped = ("indices", "counts", "importance", "fingerprint", "o")
     return ["o", *(name for name in truth.outputs.tensors() if name not in skipped and name in call.aux)]
 
 
 def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
     """How many rows of independent errors a quantity's drift comes from, None where as many as it has rows.
 
-    What depends on K_cmp and V_cmp shares their errors, over all the queries of their group; and the gradients of phi's
-    parameters are sums over the compressed blocks.
+    What depends on K_cmp and V_cmp shares their errors, over all the queries of their group; the gradients of phi's
+    parameters are sums over the compressed blocks; and an error of a query's lse or delta is in its terms of every
+    key's gradient.
     """
+    queries = inputs.q.shape[:-1].numel() if name.startswith("d") else None
     if p.compression_block is None or p.external or name.endswith(("_slc", "_win")):
-        return None
+        return queries
     if inputs.cu_seqlens is not None:
-        return compressed_rows(p, inputs.cu_seqlens).numel() * p.kv_heads
-    keys = inputs.k if inputs.k is not None else inputs.q
-    return keys.shape[0] * p.compressed_blocks(keys.shape[1]) * p.kv_heads
+        blocks = compressed_rows(p, inputs.cu_seqlens).numel() * p.kv_heads
+    else:
+        keys = inputs.k if inputs.k is not None else inputs.q
+        blocks = keys.shape[0] * p.compressed_blocks(keys.shape[1]) * p.kv_heads
+    return blocks if queries is None else min(blocks, queries)
 
 
 def compare_output(
@@ -377,6 +381,7 @@ def _selection_row(
         call.aux["counts"],
         exact,
         tolerance=tolerance,
+        fingerprint=truth.outputs.fingerprint,
         tokens=tokens,
         cu_seqlens=inputs.cu_seqlens,
     )

@@ -147,3 +147,15 @@ def test_check_indices_refuses_wrong_shapes_and_dtypes() -> None:
         check_indices(indices[0], selection_block=16)
     with pytest.raises(ValueError, match="counts"):
         check_indices(indices, indices, selection_block=16)
+
+
+def test_the_lower_of_equal_blocks_must_be_taken_only_where_they_are_equal_term_by_term() -> None:
+    indices, counts, importance = right_choice()
+    fingerprint = importance.clone()
+    row = (0, TOKENS - 1, 0)
+    importance[row] = torch.tensor([1, 5, 3, 3, 2, 1, 0, 0, 0, 0], dtype=torch.float64)
+    indices[row] = torch.tensor([0, 1, 3, 9], dtype=torch.int32)
+    for term, ok in ((7.0, False), (7.5, True)):
+        fingerprint[row] = torch.tensor([1, 5, 7, term, 2, 1, 0, 0, 0, 0], dtype=torch.float64)
+        found = check_selection(PARAMETERS, indices, counts, importance, tolerance=1e-5, fingerprint=fingerprint)
+        assert found.ok == ok, found

@@ -162,6 +162,7 @@ def _selection_row(p: OracleParameters, label: str, sample: Inputs, base: Refere
         sample.counts,
         exact,
         tolerance=FACTOR * off + 8 * unit_roundoff(torch.float32),
+        fingerprint=truth.outputs.fingerprint,
         tokens=tokens,
     )
     return Row(label, "selection", "selection", found.shortfall, 1.0, found.ok, "; ".join(found.problems))
