@@ -66,8 +66,11 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
-            # An edge tile's values are stored again without what must not leak from invisible keys.
-            shared_memory=(s.QUERY_BLOCK * s.PAD_QK + s.KEY_BLOCK * (s.NUM_STAGES * QK_V + s.PAD_V) + SCORES) * s.E,
+            # What is visible of an edge tile is a factor of a product too, where a NaN must reach who sees it.
+            shared_memory=(
+                s.QUERY_BLOCK * s.PAD_QK + s.NUM_STAGES * s.KEY_BLOCK * QK_V + s.QUERY_BLOCK * s.KEY_BLOCK + SCORES
+            )
+            * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * QK_V,
             traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + O_BYTES,
@@ -96,7 +99,13 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
-            shared_memory=(s.QUERY_BLOCK * QK_V + s.NUM_STAGES * s.KEY_BLOCK * QK_V + SCORES) * s.E,
+            # Without a pipeline, k is stored once for either of the products that it is a factor of.
+            shared_memory=(
+                s.QUERY_BLOCK * QK_V
+                + s.KEY_BLOCK * (sympy.Max(s.NUM_STAGES, 2) * s.PAD_QK + s.NUM_STAGES * s.PAD_V)
+                + SCORES
+            )
+            * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * (2 * s.PAD_QK + s.PAD_V),
             traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES * 2 + O_BYTES,

@@ -1,13 +1,11 @@
-"""How a head dim is split into power-of-two parts, so that no product is padded further than it must be."""
+"""How a head dim is covered by tiles, whose widths are powers of two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 
 #: The matrix units need at least 16 elements along a product's inner dimension.
 SMALLEST_PART = 16
-_WIDTHS = (256, 128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,14 @@ class HeadDim:
 
 
 def split_head_dim(size: int, constant: str) -> HeadDim:
-    """Split into at most three different powers of two with the least padding, then the fewest parts.
+    """One tile of the next power of two, but 128 + 64 for what lies above 128 and does not need 256.
 
-    192 = 128 + 64 and 80 = 64 + 16 exactly; 72 becomes 64 + 16 with 8 columns masked; 240 is padded to 256, because
-    a fourth part would cost more than 6% of padding.
+    80 and 96 would fit 64 + 16 and 64 + 32 with less padding. But a tile narrower than 64 columns beside a wider one
+    is what the ptxas of CUDA 12.8 gets wrong: it drops the copy of a shared memory address that both tiles' wgmma
+    descriptors are made of, where these stay the same over a loop, and the narrow product reads anywhere.
     """
-    choices = (widths for count in (1, 2, 3) for widths in combinations(_WIDTHS, count) if sum(widths) >= size)
-    widths = min(choices, key=lambda widths: (sum(widths), len(widths)))
+    padded = max(1 << (size - 1).bit_length(), SMALLEST_PART)
+    widths = (128, 64) if 128 < size <= 192 else (padded,)
     parts, offset = [], 0
     for width in widths:
         parts.append(HeadPart(offset=offset, width=width, valid=min(width, size - offset)))

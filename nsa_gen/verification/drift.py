@@ -19,6 +19,10 @@ from nsa_gen.verification.dense import OracleParameters, attend, gelu
 from nsa_gen.verification.oracle import Sequence, branch_mask, gate_values
 
 Pair = tuple[Tensor, Tensor]
+ROUNDOFF = 2.0**-24
+"""Float32's: the unit of every variance here."""
+LEAST = 2.0**-126
+"""The least of float32's normal numbers."""
 
 
 def chain(length: Tensor | float, total_squared: Tensor, squares: Tensor) -> Tensor:
@@ -102,7 +106,9 @@ def add_rows(
         dp = do @ v.T
         delta = (do * o).sum(-1, keepdim=True)
         ds = weights * (dp - delta)  # dS by the gate and the scale
-        through_scores = ds.square() * score
+        # exp2 gives 0 for what lies below float32's normal numbers: all of such a probability may be lost.
+        lost = torch.where(weights < LEAST, chances / ROUNDOFF**2, 0.0)
+        through_scores = ds.square() * score + lost * (dp - delta).square()
         dgate = chain(p.head_dim_v, delta.square(), (do_squared * o.square()).sum(-1, keepdim=True))
         dgate += (do_squared * own).sum(-1, keepdim=True) + through_scores.sum(-1, keepdim=True)  # also that of delta
         if variances.gates is not None:
@@ -128,7 +134,7 @@ def add_rows(
         do_branch = (gate * do).flatten(0, 1)
         flat_q, flat_squares = q.flatten(0, 1), chances.flatten(0, 1)
         target_k[:, 0].add_(by_key.flatten(0, 1).T @ q_squared.flatten(0, 1))
-        target_v[:, 0].add_((chances * (score + lse)).flatten(0, 1).T @ do_branch.square())
+        target_v[:, 0].add_((chances * (score + lse) + lost).flatten(0, 1).T @ do_branch.square())
         here, length = sums[branch], k.shape[0]
         here.totals[0][:length].add_(ds.flatten(0, 1).T @ flat_q)
         here.totals[1][:length].add_(weights.flatten(0, 1).T @ do_branch)

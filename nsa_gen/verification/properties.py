@@ -217,12 +217,13 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     )
     half = inputs.q.dtype == torch.float16
     branches = [branch for branch in p.branches if branch != "cmp" or p.phi_value != "mlp"]
-    # In float16 branches and gradients below its normal numbers are rounded to another precision, and so are the parts
-    # that the output of selected blocks may be added up from.
+    # In float16 branches and gradients below its normal numbers are rounded to another precision, and so are compressed
+    # values and the parts that the output of selected blocks may be added up from.
     linear = len(branches) == len(p.branches) and not half
     gradients = trial.gradients and linear
     first, second = (trial.call(each, gradients=gradients).tensors() for each in (inputs, doubled))
-    names = [f"o_{branch}" for branch in branches if not (half and branch == "slc")] + (["o"] if linear else [])
+    rounded = ("slc", "cmp") if half and relations.has_subnormal(first.get("v_cmp")) else ("slc",) if half else ()
+    names = [f"o_{branch}" for branch in branches if branch not in rounded] + (["o"] if linear else [])
     before = {name: relations.normal(first[name]) for name in names}
     after = {name: second[name] for name in names}
     expected = {name: torch.where(x == 0, after[name], 2 * x) for name, x in before.items()}

@@ -53,6 +53,11 @@ def normal(x: Tensor) -> Tensor:
     return torch.where(x.abs() <= torch.finfo(x.dtype).smallest_normal, torch.zeros_like(x), x)
 
 
+def has_subnormal(x: Tensor | None) -> bool:
+    """Whether some number of x is none that `normal` keeps."""
+    return x is not None and bool(((x.abs() > 0) & (normal(x) == 0)).any())
+
+
 def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Results without the padding between packed compressed blocks, which nobody writes."""
     if inputs.cu_seqlens is None:

@@ -190,8 +190,8 @@ def _ties(
     broken = equal & (lowest < highest)
     for row, head in broken.nonzero().tolist() if terms is not None else ():
         own = terms[row, head]
-        off = (own[left[row, head], None] - own[taken[row, head]]).abs()
-        same = off <= EQUAL * own.abs().amax()
+        one, other = own[left[row, head], None], own[taken[row, head]]
+        same = (one - other).abs() <= EQUAL * torch.maximum(one.abs(), other.abs())
         lower = block[left[row, head], None] < block[taken[row, head]]
         broken[row, head] = (same & lower).any()
     return _first("indices", broken, flat, "equal importances: expected the lower blocks")
