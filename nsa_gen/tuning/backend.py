@@ -1,7 +1,7 @@
 """What the search asks of a GPU: is a candidate right, and how quick is it beside others?
 
 `ProcessBackend` asks a process that may die at any time. A candidate that takes it along (an illegal access, a hang) or
-fails in it (out of memory, wrong numbers) is quarantined with its reason, the process is replaced, and the others go on.
+fails in it (out of memory, wrong numbers) is quarantined with its reason; the process is replaced and the others go on.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def kernel_space(program: Program, kernel: Kernel, gpu: Gpu, bucket: Bucket, mos
 
 
 def _varied(ranked: list[dict[str, int]], most: int) -> list[dict[str, int]]:
-    """The best half by rank, then the best of each tile that is not among them, then by rank again; in order of rank."""
+    """The best half by rank, then the best of each tile not among them, then by rank again; in order of rank."""
     chosen = list(range(min(len(ranked), (most + 1) // 2)))
     tiles = {_tile(ranked[index]) for index in chosen}
     for index, config in enumerate(ranked):

@@ -16,6 +16,7 @@ from nsa_gen.bench.measure import CudaClock, DeviceLost, Measurement, first_line
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning.inputs import bucket_inputs
+from nsa_gen.tuning.lengths import check_tokens
 from nsa_gen.tuning.shapes import Bucket
 from nsa_gen.tuning.store import Configs
 from nsa_gen.tuning.worker import Lost
@@ -29,20 +30,7 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
 
-LONGEST_CHECK = 2048
-"""The oracle is dense: its time grows with the square of the length."""
 FLUSHED_OVER_L2 = 2
-
-
-def check_tokens(spec: Spec) -> int:
-    """A length that ends inside tiles of every size and has more blocks than a token selects.
-
-    It is a multiple of 16, as lengths of buckets are, so that what is checked is the very code that is timed.
-    """
-    if spec.selection is None:
-        return 976
-    blocks = -(-(spec.selection.count + 1) // 16) * 16
-    return min(blocks * spec.selection.block, LONGEST_CHECK) - 48
 
 
 class ColdClock(CudaClock):

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
 
-KINDS: tuple[InputKind, ...] = ("independent", "correlated")
-"""Kinds that every winner must be good at: neighbouring queries select different blocks, or nearly the same."""
-
 
 def bucket_inputs(
     spec: Spec, bucket: Bucket, kind: InputKind, *, device: torch.device | str = "cuda", seed: int = 0
@@ -46,7 +43,7 @@ def _joined(drawn: list[Inputs], dim: int) -> Inputs:
 
 
 def _laid_out(spec: Spec, blocks: list[torch.Tensor], bucket: Bucket) -> torch.Tensor:
-    """Compressed rows (1, T // stride, H, D) of packed sequences: block j of sequence s in row start_s // stride + j."""
+    """Compressed rows (1, T // stride, H, D), packed: block j of sequence s is row start_s // stride + j."""
     assert spec.compression is not None
     stride = spec.compression.stride
     rows = blocks[0].new_zeros((1, bucket.tokens // stride, *blocks[0].shape[2:]))

@@ -14,6 +14,9 @@ MOST_BATCH = 4**6
 PACKED_SHARES = (0.4, 0.3, 0.15, 0.1, 0.05)
 """Lengths of the sequences that a packed bucket is measured with, as shares of its tokens."""
 
+KINDS = ("independent", "correlated")
+"""Kinds of input that a winner must be good at: neighbouring queries select different blocks, or nearly the same."""
+
 _NAME = re.compile(r"t(\d+)_b(\d+)(_packed)?")
 
 

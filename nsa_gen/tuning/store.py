@@ -4,7 +4,7 @@
     <package>/tuned/<gpu>.json                             shipped: the entries of one GPU in one file
 
 Files are replaced whole, under a lock, so that many processes may write and any number read. A file that cannot be
-understood (truncated, of an older schema, no JSON) is set aside under another name with a warning, and never in the way.
+understood (truncated, of an older schema, no JSON) is set aside under another name with a warning.
 """
 
 from __future__ import annotations

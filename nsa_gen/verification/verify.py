@@ -253,7 +253,7 @@ def check_case(
     with_gradients: bool,
     references: References | None = None,
 ) -> list[Row]:
-    """Every comparison of one call: one row a quantity. `references` saves work where calls differ in schedule alone."""
+    """Every comparison of one call: one row a quantity. `references` saves work where only schedules differ."""
     if case.other_schedules:
         plain = replace(case, other_schedules=False)
         with other_schedules(module, inputs.q.device):
