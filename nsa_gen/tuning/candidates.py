@@ -13,8 +13,6 @@ from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Kernel
 from nsa_gen.tuning.shapes import Bucket
 
-LAUNCH = ("num_warps", "num_stages")
-
 
 @dataclass(frozen=True)
 class KernelSpace:
@@ -33,8 +31,8 @@ class KernelSpace:
 def kernel_space(program: Program, kernel: Kernel, gpu: Gpu, bucket: Bucket, most: int) -> KernelSpace:
     """At most `most` candidates of a kernel, the cost model's default among them; nothing illegal is ever in it.
 
-    Half of them are the best by the model, the others the best of further tiles: the model knows what a tile must
-    move and multiply, and less of how warps and stages get along.
+    Half of them are the best by the model. The others are the best with some value that none of these has, such as
+    eight warps or a lower tile, so that a mistake of the model about one tunable can be found out.
     """
     sizes: dict[sympy.Symbol, int] = {**program.sizes, s.T: bucket.tokens, s.B: bucket.batch}
     default = program.defaults[gpu.target][kernel.name].mapping()
@@ -49,20 +47,17 @@ def kernel_space(program: Program, kernel: Kernel, gpu: Gpu, bucket: Bucket, mos
 
 
 def _varied(ranked: list[dict[str, int]], most: int) -> list[dict[str, int]]:
-    """The best half by rank, then the best of each tile not among them, then by rank again; in order of rank."""
+    """The best half by rank, then the best with a value that none has yet, then by rank again; in order of rank."""
     chosen = list(range(min(len(ranked), (most + 1) // 2)))
-    tiles = {_tile(ranked[index]) for index in chosen}
-    for index, config in enumerate(ranked):
-        if len(chosen) < most and index not in chosen and _tile(config) not in tiles:
+    seen = {item for index in chosen for item in ranked[index].items()}
+    for index in range(len(chosen), len(ranked)):
+        new = ranked[index].items() - seen
+        if len(chosen) < most and new:
             chosen.append(index)
-            tiles.add(_tile(config))
+            seen |= new
     rest = (index for index in range(len(ranked)) if index not in chosen)
     chosen += [index for index, _ in zip(rest, range(most - len(chosen)), strict=False)]
     return [ranked[index] for index in sorted(chosen)]
-
-
-def _tile(config: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    return tuple((name, value) for name, value in config.items() if name not in LAUNCH)
 
 
 def _order(config: Mapping[str, int]) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ class Effort:
 
 EFFORTS = {
     each.name: each
-    for each in (Effort("quick", 4, 0.4, 2.0), Effort("default", 8, 0.8, 5.0), Effort("thorough", 20, 2.0, 12.0, 2))
+    for each in (Effort("quick", 5, 0.4, 2.0), Effort("default", 10, 0.8, 5.0), Effort("thorough", 24, 2.0, 12.0, 2))
 }
 
 
