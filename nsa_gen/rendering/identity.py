@@ -7,6 +7,7 @@ launches nothing may change without voiding what took minutes on a GPU.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import tokenize
@@ -60,6 +61,7 @@ def space_digest(program: Program) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
 
 
+@functools.lru_cache(maxsize=256)
 def code_of(source: str) -> str:
     """A module's text without comments, docstrings, blank lines and trailing space."""
     lines = source.splitlines()

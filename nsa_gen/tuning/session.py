@@ -20,7 +20,7 @@ from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.targets.pool import worker_environment
-from nsa_gen.tuning.backend import Backend, BackendLost, Candidate, ProcessBackend, Reading
+from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
 from nsa_gen.tuning.crew import Crew
 from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
 from nsa_gen.tuning.journal import Journal
@@ -141,8 +141,7 @@ class _Tuning:
         self._deadline = self._started + (float("inf") if settings.budget is None else settings.budget)
 
     def dry_run(self, gpu: Gpu) -> TuneReport:
-        with _work_folder(self._spec, self._kernels, self._tools.say) as work:
-            package = generate(self._spec, work / "package")
+        with _work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
             compiler = self._compiler(package, gpu, work, {})
             selections = self._stage0(compiler, gpu, None)
         return TuneReport(self._spec.name, gpu.target, None, selections, seconds=time.monotonic() - self._started)
@@ -150,8 +149,7 @@ class _Tuning:
     def run(self) -> TuneReport:
         say = self._tools.say
         with ExitStack() as stack:
-            work = stack.enter_context(_work_folder(self._spec, self._kernels, say))
-            package = generate(self._spec, work / "package")
+            work, package = stack.enter_context(_work_folder(self._spec, self._kernels, say))
             backends, device = self._backends(package)
             stack.callback(lambda: [backend.close() for backend in backends])
             gpu = device.gpu
@@ -309,35 +307,43 @@ def _times(default: Reading, tuned: Reading, passes: Sequence[str]) -> dict[str,
     }
 
 
-def gpu_backend(package: Path, spec: Spec, settings: Settings, number: int, say: Say) -> Backend:
-    """What measures on one GPU of this machine."""
+def gpu_backend(
+    package: Path,
+    spec: Spec,
+    settings: Settings,
+    number: int,
+    say: Say,
+    *,
+    candidate_seconds: float = CANDIDATE_SECONDS,
+    command: Sequence[str] = WORKER,
+) -> Backend:
+    """What measures on one GPU of this machine, with the machine code that stage 0 has left beside the package."""
     environment = worker_environment((package.parent.parent / "triton").resolve(), None)
     visible = [each for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
-    environment[VISIBLE] = visible[number] if number < len(visible) else str(number)
+    if number:  # to the first all are visible, so that it can count them; it uses the first of them
+        environment[VISIBLE] = visible[number] if visible else str(number)
     environment["NSA_GEN_TUNED"] = "off"
     environment.pop("NSA_GEN_AUTOTUNE", None)
-    if number == 0 and not visible:
-        del environment[VISIBLE]  # all are visible to the first, which counts them
     opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
-    return ProcessBackend(WORKER, opening, environment, tell=say)
+    return ProcessBackend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)
 
 
 @contextmanager
-def _work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[Path]:
-    """A folder of the cache for the package, its machine code and the journal; a temporary one if that is read-only."""
+def _work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
+    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
     from filelock import FileLock
 
     folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder), FileLock(folder / ".lock", timeout=60):
-            generate(spec, folder / "package")
+            package = generate(spec, folder / "package")
     except OSError as error:
         say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
         with tempfile.TemporaryDirectory(prefix="nsa_gen_tune_") as temporary:
-            yield Path(temporary)
+            yield Path(temporary), generate(spec, Path(temporary) / "package")
         return
-    yield folder
+    yield folder, package
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from nsa_gen.tuning.candidates import KernelSpace, kernel_space
 from nsa_gen.tuning.shapes import Bucket
 
 MOST_SPILL_BYTES = 256
-"""Local memory of a thread beyond which a candidate is dropped: 64 registers written out and read back."""
+"""Local memory of a thread beyond which a candidate is dropped, unless the default spills more: 64 registers."""
 COMPILE_SECONDS = 120.0
 
 Compiled = dict[str, Any]
@@ -196,6 +196,7 @@ def _kept(space: KernelSpace, answers: Sequence[Compiled], gpu: Gpu) -> Selectio
     dropped: dict[str, str] = {}
     seen: set[str] = set()
     merged = compiled = 0
+    most_spilled = max(MOST_SPILL_BYTES, _spilled(answers[0]))
     for config, seconds, answer in zip(space.candidates, space.seconds, answers, strict=True):
         is_default = not survivors
         reason = answer.get("error", "")
@@ -203,9 +204,8 @@ def _kept(space: KernelSpace, answers: Sequence[Compiled], gpu: Gpu) -> Selectio
         if not reason:
             compiled += 1
             reason = next(filter(None, (excess(each, gpu) for each in used)), "")
-            spilled = max((each.spill_bytes or 0 for each in used), default=0)
-            if not reason and spilled > MOST_SPILL_BYTES:
-                reason = f"spills {spilled} bytes a thread, more than {MOST_SPILL_BYTES}"
+            if not reason and _spilled(answer) > most_spilled:
+                reason = f"spills {_spilled(answer)} bytes a thread, more than {most_spilled}"
         if reason and not is_default:
             dropped[_text(config)] = reason
             continue
@@ -218,6 +218,10 @@ def _kept(space: KernelSpace, answers: Sequence[Compiled], gpu: Gpu) -> Selectio
     return Selection(
         kernel.name, kernel.direction, space.total, space.legal, compiled, tuple(survivors), dropped, merged
     )
+
+
+def _spilled(answer: Compiled) -> int:
+    return max((each["spill_bytes"] or 0 for each in answer.get("binaries", ())), default=0)
 
 
 def _survivor(config: dict[str, int], seconds: float, used: Sequence[Resources], answer: Compiled) -> Survivor:
