@@ -42,9 +42,11 @@ class Device:
 
     @property
     def gpu(self) -> Gpu | None:
-        """Its entry in the hardware table: the board of that name, else any of that architecture."""
-        of_architecture = [gpu for gpu in GPUS if gpu.target == self.architecture]
-        return gpu_for_device(self.name) or (of_architecture[0] if of_architecture else None)
+        """Its entry in the hardware table: the board of that name, else the first of that architecture."""
+        named = gpu_for_device(self.name)
+        if named is not None and named.target == self.architecture:
+            return named
+        return next((gpu for gpu in GPUS if gpu.target == self.architecture), None)
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,7 @@ class Search:
                 if score.ratio - score.noise > 1.0:
                     found[number] = Score(float("inf"), 0.0)
         winner = pick(found, [(float(len(each.configs)),) for each in right])
+        self._total = self._done
         self._report(found, self._passes, "final")
         times = {kind: (race[0], race[winner]) for kind, race in readings.items()}
         return Outcome(self._bucket, right[winner], found[winner], times, cut_short=self._cut_short)

@@ -1,7 +1,7 @@
 """Where tuned entries are kept: one readable JSON file for each kernels' digest, GPU and bucket.
 
-    <cache>/tuned/<spec>-<kernels>/<gpu>/<bucket>.json     the user's cache
-    <package>/tuned/<gpu>.json                             shipped: the entries of one GPU in one file
+    <cache>/tuned/<spec>-<dtype>-<kernels>/<gpu>/<bucket>.json     the user's cache
+    <package>/tuned/<gpu>.json                                     shipped: the entries of one GPU in one file
 
 Files are replaced whole, under a lock, so that many processes may write and any number read. A file that cannot be
 understood (truncated, of an older schema, no JSON) is set aside under another name with a warning.
@@ -146,7 +146,8 @@ class Store:
 
     def path(self, identity: Identity) -> Path:
         """Where an entry of this identity lies, or would."""
-        return self.root / f"{identity.spec}-{identity.kernels}" / slug(identity.gpu) / f"{identity.bucket.name}.json"
+        package = f"{identity.spec}-{identity.dtype}-{identity.kernels}"
+        return self.root / package / slug(identity.gpu) / f"{identity.bucket.name}.json"
 
     def save(self, entry: Entry) -> Path:
         """Write an entry, in place of one with the same kernels, GPU and bucket. OSError if the cache cannot be."""
