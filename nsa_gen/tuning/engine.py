@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 import triton
 
 from nsa_gen.bench.contenders import Operator, Prepared
-from nsa_gen.bench.measure import CudaClock, DeviceLost, Measurement, first_line, race
+from nsa_gen.bench.measure import Clock, CudaClock, DeviceLost, Measurement, first_line, race
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning.inputs import bucket_inputs
@@ -37,6 +36,7 @@ class ColdClock(CudaClock):
     """A clock that overwrites the L2 cache before each sample."""
 
     def __init__(self) -> None:
+        super().__init__()
         size = FLUSHED_OVER_L2 * torch.cuda.get_device_properties(0).L2_cache_size
         self._flushed = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
 
@@ -66,26 +66,30 @@ def overridden(package: Any, configs: Configs) -> Iterator[None]:
 
 
 class GpuEngine:
-    """Checks and times candidates on the current GPU. What is not overridden is the cost model's choice, always."""
+    """Checks and times candidates on the current GPU. What is not overridden is the cost model's choice, always.
 
-    def __init__(self, opening: dict[str, Any]) -> None:
+    `opening` has the folder of the `package`, the `spec` as text and a `seed`. Another device and a clock for it are
+    for tests: on the CPU the kernels are interpreted.
+    """
+
+    def __init__(self, opening: dict[str, Any], device: torch.device | None = None, clock: Clock | None = None) -> None:
         self._spec = parse_spec(opening["spec"])
         self._seed = int(opening.get("seed", 0))
-        if not torch.cuda.is_available():
+        if device is None and not torch.cuda.is_available():
             raise RuntimeError("torch sees no GPU")
         self._package = import_package(opening["package"])
-        device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device or torch.device("cuda", torch.cuda.current_device())
         # Nothing tuned before may stand in for the default.
-        self._package.configs.use_target(self._package.configs.architecture(device)).__enter__()
-        self._clock = ColdClock()
+        self._package.configs.use_target(self._package.configs.architecture(self._device)).__enter__()
+        self._clock = clock or ColdClock()
         self._drawn: tuple[tuple[str, str], Inputs] | None = None
         self._checks: dict[str, tuple[Case, Inputs, References]] = {}
 
     def device(self) -> dict[str, Any]:
-        gpu = self._package.configs.gpu_of(torch.device("cuda", torch.cuda.current_device()))
+        gpu = self._package.configs.gpu_of(self._device)
         if gpu is None:
             raise RuntimeError("kernels are interpreted here; start without TRITON_INTERPRET")
-        driver = environment(torch.device("cuda", 0)).driver
+        driver = environment(self._device).driver
         return {
             "name": gpu.name,
             "multiprocessors": gpu.multiprocessors,
@@ -126,7 +130,7 @@ class GpuEngine:
                     with_gradients="backward" in self._spec.passes,
                     references=references,
                 )
-            torch.cuda.synchronize()
+            self._clock.recover()
         except Exception as error:
             return {"error": self._survived(error)}
         wrong = [
@@ -143,7 +147,7 @@ class GpuEngine:
             case = Case(shape, batch=1 if bucket.packed else min(bucket.batch, 2), twice=False)
             dtype = getattr(torch, self._spec.dtype)
             inputs = make_inputs(
-                self._spec, batch=case.batch, tokens=shape, dtype=dtype, device="cuda", seed=self._seed
+                self._spec, batch=case.batch, tokens=shape, dtype=dtype, device=self._device, seed=self._seed
             )
             self._checks[kind] = case, inputs, References()
         return self._checks[kind]
@@ -181,9 +185,8 @@ class GpuEngine:
         key = (bucket.name, kind)
         if self._drawn is None or self._drawn[0] != key:
             self._drawn = None
-            gc.collect()
-            torch.cuda.empty_cache()
-            self._drawn = key, bucket_inputs(self._spec, bucket, kind, seed=self._seed)  # type: ignore[arg-type]
+            self._clock.recover()
+            self._drawn = key, bucket_inputs(self._spec, bucket, kind, device=self._device, seed=self._seed)  # type: ignore[arg-type]
         return self._drawn[1]
 
     def _survived(self, error: Exception) -> str:
