@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from nsa_gen.verification.inputs import Inputs
 
 FLUSHED_OVER_L2 = 2
+USUAL_L2_BYTES = 2**26
+"""Taken for the L2 cache's size where the driver does not tell."""
 
 
 class ColdClock(CudaClock):
@@ -37,8 +39,8 @@ class ColdClock(CudaClock):
 
     def __init__(self) -> None:
         super().__init__()
-        size = FLUSHED_OVER_L2 * torch.cuda.get_device_properties(0).L2_cache_size
-        self._flushed = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
+        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or USUAL_L2_BYTES
+        self._flushed = torch.empty(FLUSHED_OVER_L2 * cache, dtype=torch.uint8, device="cuda")
 
     def reset_peak(self) -> None:
         self._flushed.zero_()
@@ -82,7 +84,8 @@ class GpuEngine:
         # Nothing tuned before may stand in for the default.
         self._package.configs.use_target(self._package.configs.architecture(self._device)).__enter__()
         self._clock = clock or ColdClock()
-        self._drawn: tuple[tuple[str, str], Inputs] | None = None
+        self._drawn_for: Bucket | None = None
+        self._drawn: dict[str, Inputs] = {}
         self._checks: dict[str, tuple[Case, Inputs, References]] = {}
 
     def device(self) -> dict[str, Any]:
@@ -181,13 +184,13 @@ class GpuEngine:
         return [reading_of(each) for each in found]
 
     def _inputs(self, bucket: Bucket, kind: str) -> Inputs:
-        """The inputs of a bucket; those of the last race are kept."""
-        key = (bucket.name, kind)
-        if self._drawn is None or self._drawn[0] != key:
-            self._drawn = None
+        """The inputs of a bucket; those of the last one are kept."""
+        if bucket != self._drawn_for:
+            self._drawn_for, self._drawn = bucket, {}
             self._clock.recover()
-            self._drawn = key, bucket_inputs(self._spec, bucket, kind, device=self._device, seed=self._seed)  # type: ignore[arg-type]
-        return self._drawn[1]
+        if kind not in self._drawn:
+            self._drawn[kind] = bucket_inputs(self._spec, bucket, kind, device=self._device, seed=self._seed)  # type: ignore[arg-type]
+        return self._drawn[kind]
 
     def _survived(self, error: Exception) -> str:
         """An error in words; raises Lost if the GPU did not survive it."""

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -142,8 +142,7 @@ class _Tuning:
 
     def dry_run(self, gpu: Gpu) -> TuneReport:
         with _work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
-            compiler = self._compiler(package, gpu, work, {})
-            selections = self._stage0(compiler, gpu, None)
+            selections = self._stage0(self._compiler(package, gpu, work), gpu)
         return TuneReport(self._spec.name, gpu.target, None, selections, seconds=time.monotonic() - self._started)
 
     def run(self) -> TuneReport:
@@ -162,13 +161,13 @@ class _Tuning:
             if journal.resumed:
                 say(f"resumed: {journal.resumed} answers from {path}")
             try:
-                return self._search(backends, device, gpu, self._compiler(package, gpu, work, {}), journal)
+                return self._search(backends, device, gpu, self._compiler(package, gpu, work), journal)
             except (KeyboardInterrupt, BackendLost):
                 say(f"stopped; nothing is lost: the same command with --resume goes on from {path}")
                 raise
 
     def _search(self, backends: list[Backend], device: Device, gpu: Gpu, compiler: Any, journal: Journal) -> TuneReport:
-        selections = self._stage0(compiler, gpu, journal)
+        selections = self._stage0(compiler, gpu)
         crew = Crew(backends, journal)
         results: list[BucketResult] = []
         for number, bucket in enumerate(self._buckets):
@@ -199,12 +198,10 @@ class _Tuning:
             time.monotonic() - self._started,
         )
 
-    def _compiler(self, package: Path, gpu: Gpu, work: Path, known: Mapping[str, Any]) -> Any:
-        return self._tools.compiler(
-            package, gpu.target, self._passes, work / "triton", self._settings.jobs, known=known
-        )
+    def _compiler(self, package: Path, gpu: Gpu, work: Path) -> Any:
+        return self._tools.compiler(package, gpu.target, self._passes, work / "triton", self._settings.jobs)
 
-    def _stage0(self, compiler: Any, gpu: Gpu, journal: Journal | None) -> dict[Bucket, tuple[Selection, ...]]:
+    def _stage0(self, compiler: Any, gpu: Gpu) -> dict[Bucket, tuple[Selection, ...]]:
         spaces = {
             bucket: spaces_of(self._program, gpu, bucket, self._effort.candidates, self._passes)
             for bucket in self._buckets

@@ -94,7 +94,6 @@ class Compiler:
         passes: what is traced.
         triton_cache: folder of machine code, shared with whoever launches it.
         jobs: processes; as many as CPU cores if None.
-        known: answers of an earlier run, by `job_key`.
     """
 
     def __init__(
@@ -104,12 +103,11 @@ class Compiler:
         passes: Sequence[str],
         triton_cache: Path,
         jobs: int | None = None,
-        known: Mapping[str, Compiled] | None = None,
     ) -> None:
         self._opening = {"package": str(package), "tokens": 4096, "batch": 1, "passes": list(passes)}
         self._environment = worker_environment(triton_cache.resolve(), None)
         self._target, self._jobs = target, jobs or os.cpu_count() or 1
-        self._known = dict(known or {})
+        self._known: dict[str, Compiled] = {}
 
     def compile(
         self,

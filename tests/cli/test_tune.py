@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nsa_gen.cli import tune as command
-from tests.tuning.fakes import FakeCompiler, fake_tools, spec
+from tests.tuning.fakes import SPEC, FakeCompiler, fake_tools
 from tests.tuning.test_search import other_tile
 
 GOOD = other_tile("window_forward")
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def spec_file(tmp_path: Path) -> str:
     path = tmp_path / "under_test.yaml"
-    path.write_text(spec().resolved_yaml())
+    path.write_text(SPEC)
     return str(path)
 
 
@@ -126,9 +126,7 @@ def test_a_wrong_call_is_refused(call, fake_gpu, spec_file: str, arguments: list
 
 def test_a_pass_that_the_spec_has_not_is_refused(call, fake_gpu, tmp_path: Path) -> None:
     path = tmp_path / "forward.yaml"
-    path.write_text(spec().resolved_yaml().replace("passes: [forward, backward]", "passes: [forward]"))
-    if "[forward]" not in path.read_text():
-        path.write_text(spec().resolved_yaml().replace("- backward\n", ""))
+    path.write_text(SPEC.replace("[forward, backward]", "[forward]"))
     fake_gpu({})
     answer = call("tune", str(path), "--passes", "forward,backward")
     assert answer.returncode == 2 and "the spec has no backward pass" in " ".join(answer.stderr.split())

@@ -10,23 +10,33 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.spec import Spec
+from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.tuning import Settings, Store, Tools
 from nsa_gen.tuning.backend import Backend, ProcessBackend
-from tests.support import small_spec
 
+SPEC = """\
+version: 1
+name: under_test
+heads: {query: 4, kv: 1}
+head_dim: 64
+dtype: bfloat16
+selection: {block: 64, count: 3, indices: input}
+window: {size: 10}
+combine: {gate: sigmoid}
+passes: [forward, backward]
+"""
 COMMAND = (sys.executable, str(Path(__file__).parent / "fake_worker.py"))
 
 
 def spec() -> Spec:
     """Two branches, one of them with a choice of schedule; bfloat16, as on a GPU."""
-    return small_spec("slc win", indices="input", dtype="bfloat16", group=4, dims=(64, 64), block=64)
+    return parse_spec(SPEC)
 
 
 class FakeCompiler:
     """Compiles nothing: each configuration's code is its own, unless told which are the same or do not compile."""
 
-    def __init__(self, package: Path, target: str, passes: Any, cache: Path, jobs: int | None, known: Any) -> None:
+    def __init__(self, package: Path, target: str, passes: Any, cache: Path, jobs: int | None) -> None:
         self.target = target
 
     def compile(

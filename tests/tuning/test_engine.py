@@ -13,6 +13,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 
+from nsa_gen.bench import measure  # noqa: E402
 from nsa_gen.rendering import generate  # noqa: E402
 from nsa_gen.tuning import Bucket  # noqa: E402
 from nsa_gen.tuning import engine as engine_module  # noqa: E402
@@ -34,6 +35,13 @@ class TickingClock(FakeClock):
     def mark(self) -> float:
         self.now += 1.0
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is slow, and its times are the clock's."""
+    monkeypatch.setattr(measure, "WARM_UP", 1)
+    monkeypatch.setattr(measure, "REPEATS", (1, 2))
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def test_a_candidate_is_launched_with_its_own_tiles_and_they_end_with_it(package
     assert set(seen) == {(16, 16), (16, 32)} and seen[-2:] == [(16, 16), (16, 32)], "in turn"
     for answer in answers:
         assert answer["error"] == "" and answer["times"]["forward"]["median"] == 1.0
-        assert answer["times"]["forward"]["repeats"] >= 3
+        assert answer["times"]["forward"]["repeats"] >= 1
 
 
 def test_a_backward_is_timed_under_the_same_tiles(package: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -215,3 +216,33 @@ def test_a_launch_costs_a_dictionary_lookup_after_the_first(op: Operator, cache:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op.configs, "_resolve", lambda *arguments: pytest.fail("files are read once"))
         assert op.configs.table_for(CPU, bucket) is first
+
+
+def test_a_compiled_call_takes_the_chunks_of_its_bucket(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, without a recompilation for a second length of the same bucket."""
+    op = operator_of("slc", indices="input", gate="none", dtype="float16")
+    assert op.configs.gpu_of(CPU) is None
+    monkeypatch.setattr(op.configs, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(op.configs, "architecture", lambda device: "interpreter")
+    program = lower(op.spec)
+    identity = Identity.of(program, kernels_of(render(op.spec)), H100, Bucket(512))
+    schedule = program.defaults["interpreter"]["selected_attention"].mapping()
+    Store(cache).save(Entry(identity, {"selected_attention": {**schedule, "CHUNK_TOKENS": 128}}))
+    op.configs.forget()
+    steps = importlib.import_module(f"{op.module.__name__}.selected_attention")
+    seen: list[int] = []
+
+    def chunk(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        sequences = steps.Sequences(q.shape[0], q.shape[1], k.shape[1])
+        return q * steps.most_chunk_tokens(q, sequences)
+
+    def counting(graph: Any, example: Any) -> Any:
+        seen.append(1)
+        return graph.forward
+
+    compiled = torch.compile(chunk, backend=counting, fullgraph=True, dynamic=True)
+    for tokens in (40, 50, 60):
+        q = torch.ones(1, tokens, 2, 16)
+        assert torch.equal(compiled(q, q), 128 * q)
+    assert len(seen) == 1
+    op.configs.forget()

@@ -86,7 +86,7 @@ CANDIDATES = kernel_space(_program, _program.kernel("window_forward"), H100, Buc
 
 def test_what_fails_exceeds_or_spills_is_dropped_and_equal_code_is_one(cache: Path) -> None:
     spaces = spaces_of(_program, H100, Bucket(8192), 10, ("forward",))
-    compiler = Scripted(Path(), "sm_90", ("forward",), Path(), None, None)
+    compiler = Scripted(Path(), "sm_90", ("forward",), Path(), None)
     (found,) = (each for each in select(spaces, compiler, H100, Bucket(8192), 976) if each.kernel == "window_forward")
     reasons = list(found.dropped.values())
     assert reasons[0] == "CompilationError: no"
