@@ -108,8 +108,10 @@ def tune(
         "jobs": jobs,
         "seed": seed,
     }
-    warnings.showwarning = lambda message, *rest, **more: note(f"nsa-gen: {message}")
-    report = _run(loaded, settings, gpu if dry_run else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest, **more: note(f"nsa-gen: {message}")
+        report = _run(loaded, settings, gpu if dry_run else None)
     if as_json:
         print_json(report.to_json())
     else:

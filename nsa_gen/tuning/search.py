@@ -290,6 +290,8 @@ class Search:
         right = [each for n, each in enumerate(finalists) if n == 0 or not self._check(each)]
         readings = {kind: self._race(right, kind, self._passes, self._effort.final_seconds) for kind in KINDS}
         found = scores(list(readings.values()), self._passes)
+        if fault := next((race[0].error for race in readings.values() if race[0].error), ""):
+            return Outcome(self._bucket, Candidate(), Score(1.0, 0.0), default_fault=fault)
         # A winner must not be slower in any pass: somebody may run that pass alone.
         for name in self._passes:
             for number, score in enumerate(scores(list(readings.values()), (name,))):

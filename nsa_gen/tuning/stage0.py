@@ -157,11 +157,15 @@ class Compiler:
 
 
 def calls_of(bucket: Bucket, check_tokens: int) -> list[dict[str, Any]]:
-    """The calls that a candidate will meet: the bucket's, and the one it is checked with. Packed, lengths do not matter
-    to what is compiled, so one sequence of all tokens stands for them."""
-    shape = {"tokens": bucket.tokens, "batch": bucket.batch, "packed": bucket.packed}
-    check = {"tokens": check_tokens, "batch": min(bucket.batch, 2), "packed": bucket.packed}
-    return [shape, check]
+    """The calls that a candidate will meet: the bucket's, and the one it is checked with.
+
+    Packed, the lengths and the number of sequences do not matter to what is compiled as long as there are several: two
+    halves stand for them.
+    """
+    if bucket.packed:
+        return [{"tokens": tokens // 2, "batch": 2, "packed": True} for tokens in (bucket.tokens, check_tokens)]
+    shape = {"tokens": bucket.tokens, "batch": bucket.batch, "packed": False}
+    return [shape, {"tokens": check_tokens, "batch": min(bucket.batch, 2), "packed": False}]
 
 
 def job_key(kernel: str, config: Mapping[str, int], calls: Sequence[Mapping[str, Any]]) -> str:

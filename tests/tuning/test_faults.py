@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from nsa_gen.tuning import TuneReport, tune
+from nsa_gen.tuning import EFFORTS, TuneReport, tune
+from nsa_gen.tuning.backend import Reading
 from tests.tuning.fakes import fake_tools, spec
 from tests.tuning.test_search import began, other_tile
 
@@ -79,6 +80,28 @@ def test_a_default_that_is_wrong_is_reported_and_nothing_is_saved(cache: Path) -
     report = tune(spec(), tools=tools, shapes=(8192,), effort="quick")
     assert not report.ok and report.results[0].problem == "the default itself fails: wrong: o 2 of 1"
     assert not list(cache.glob("tuned/*/*/*.json"))
+
+
+def test_a_default_that_fails_in_the_final_is_reported_and_not_compared_with(cache: Path) -> None:
+    tools = fake_tools(cache, {"times": QUICKER})
+    make = tools.backend
+
+    def failing(*arguments: Any) -> Any:
+        backend = make(*arguments)
+        plain = backend.race
+
+        def race(asked: Any) -> Any:
+            readings = plain(asked)
+            if asked.seconds == EFFORTS["quick"].final_seconds:
+                readings[0] = Reading(error="OutOfMemoryError: CUDA out of memory")
+            return readings
+
+        backend.race = race
+        return backend
+
+    tools.backend = failing
+    report = tune(spec(), tools=tools, shapes=(8192,), effort="quick")
+    assert not report.ok and "the default itself fails: OutOfMemoryError" in report.results[0].problem
 
 
 # Runs that end early

@@ -127,6 +127,13 @@ def test_the_compiler_compiles_a_candidate_once_for_equal_code_and_fails_alone(t
     assert os.listdir(tmp_path / "triton")
 
 
+def test_packed_candidates_are_compiled_for_several_sequences() -> None:
+    """One sequence would be another program: its number, 1, would be a constant."""
+    calls = calls_of(Bucket(8192, 1, True), 976)
+    assert [call["tokens"] * call["batch"] for call in calls] == [8192, 976]
+    assert all(call["packed"] and call["batch"] > 1 for call in calls)
+
+
 def test_the_length_of_checks_is_ragged_and_has_more_blocks_than_a_token_selects() -> None:
     for name in ("llama3_8b", "tiny", "nsa_paper"):
         of = load_spec(name)
