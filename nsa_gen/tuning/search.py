@@ -111,7 +111,8 @@ class Search:
         ranked: dict[str, list[Survivor]] = {}
         base = default
         for sweep in range(self._effort.sweeps):
-            ranked |= self._sweep(base if sweep else default, combos)
+            found = self._sweep(base if sweep else default, combos)
+            ranked |= {kernel: best for kernel, best in found.items() if best}
             base = self._composed(combos, ranked)
         base = self._sized(base)
         return self._final(base, combos, ranked)

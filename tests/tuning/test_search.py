@@ -128,6 +128,12 @@ def test_a_budget_that_is_spent_still_ends_in_a_final_and_a_result(cache: Path) 
     assert report.results[0].cut_short and report.results[0].saved.is_file()
 
 
+def test_a_second_sweep_keeps_what_the_first_has_found(cache: Path) -> None:
+    rule = other_tile("window_forward")
+    (result,) = tuned(cache, {"times": {"forward": {rule: 2.0}}}, effort="thorough").results
+    assert result.configs == {"window_forward": config_of(rule)}
+
+
 def test_forward_alone_tunes_no_backward_kernel(cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     report = tuned(cache, {"log": str(log)}, passes=("forward",))
