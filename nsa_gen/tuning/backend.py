@@ -154,6 +154,7 @@ class ProcessBackend:
         self._tell = tell
         self._quarantine: dict[tuple[str, str], str] = {}
         self._second_chance: set[tuple[str, str]] = set()
+        self._closed = False
 
     def device(self) -> Device:
         for left in reversed(range(MOST_STARTS)):
@@ -178,6 +179,7 @@ class ProcessBackend:
         return [Reading.from_json({"times": {}, **answer}) for answer in answers]
 
     def close(self) -> None:
+        self._closed = True
         self._worker.close()
 
     def _survive(
@@ -197,6 +199,8 @@ class ProcessBackend:
                     {"do": do, **request, "candidates": asked}, self._start_seconds, self._candidate_seconds
                 )
             except WorkerDied as died:
+                if self._closed:
+                    raise BackendLost("the measuring process was closed") from died
                 culprit = left[died.candidate] if died.candidate is not None and died.candidate < len(left) else None
                 if culprit is None:
                     blameless += 1

@@ -22,17 +22,15 @@ class Crew:
     Args:
         backends: one a GPU. One that is lost is left out from then on; the last one's loss ends the run.
         journal: answers of an earlier run, and where new ones go.
-        on_answer: called after each answer with how many candidates it was about.
     """
 
-    def __init__(
-        self, backends: Sequence[Backend], journal: Journal, on_answer: Callable[[int], None] = lambda count: None
-    ) -> None:
+    def __init__(self, backends: Sequence[Backend], journal: Journal) -> None:
         self._free: SimpleQueue[Backend] = SimpleQueue()
         for backend in backends:
             self._free.put(backend)
         self._backends = list(backends)
-        self._journal, self._on_answer = journal, on_answer
+        self._pool: ThreadPoolExecutor | None = None
+        self._journal = journal
         self._lock = threading.Lock()
         self.quarantined: dict[str, str] = {}
         self.measured = 0
@@ -51,7 +49,6 @@ class Crew:
             self._journal.put(kind, "check", known)
         if known:
             self._put_away(bucket, candidate, known)
-        self._on_answer(1)
         return known
 
     def race(self, race: Race) -> list[Reading]:
@@ -68,7 +65,6 @@ class Crew:
         for candidate, reading in zip(race.candidates, readings, strict=True):
             if reading.error:
                 self._put_away(race.bucket, candidate, reading.error)
-        self._on_answer(len(readings))
         with self._lock:
             self.measured += len(readings)
         return readings
@@ -77,13 +73,17 @@ class Crew:
         """A function of each item, as many at a time as there are GPUs; results in the order of the items."""
         if self.size == 1:
             return [function(item) for item in items]
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(function, items))
+        if self._pool is None:
+            # Kept until the end: a worker ends with the thread that has started it.
+            self._pool = ThreadPoolExecutor(self.size)
+        return list(self._pool.map(function, items))
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker, whatever it is at."""
         for backend in self._backends:
             backend.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def _with_one(self, ask: Callable[[Backend], R]) -> R:
         while True:

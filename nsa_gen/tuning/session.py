@@ -158,17 +158,18 @@ class _Tuning:
             path = stack.enter_context(_own_file(work / f"{device.slug}.journal.jsonl", say))
             journal = Journal(path, self._heading(device), resume=self._settings.resume)
             stack.callback(journal.close)
+            crew = Crew(backends, journal)
+            stack.callback(crew.close)
             if journal.resumed:
                 say(f"resumed: {journal.resumed} answers from {path}")
             try:
-                return self._search(backends, device, gpu, self._compiler(package, gpu, work), journal)
+                return self._search(crew, device, gpu, self._compiler(package, gpu, work), journal)
             except (KeyboardInterrupt, BackendLost):
                 say(f"stopped; nothing is lost: the same command with --resume goes on from {path}")
                 raise
 
-    def _search(self, backends: list[Backend], device: Device, gpu: Gpu, compiler: Any, journal: Journal) -> TuneReport:
+    def _search(self, crew: Crew, device: Device, gpu: Gpu, compiler: Any, journal: Journal) -> TuneReport:
         selections = self._stage0(compiler, gpu)
-        crew = Crew(backends, journal)
         results: list[BucketResult] = []
         for number, bucket in enumerate(self._buckets):
             now = time.monotonic()

@@ -152,6 +152,37 @@ def test_several_gpus_share_the_work(cache: Path, tmp_path: Path) -> None:
     assert shared.results[0].configs == alone.results[0].configs
 
 
+def test_a_gpu_whose_worker_cannot_be_started_any_more_leaves_the_work_to_the_others(cache: Path) -> None:
+    rule = other_tile("window_forward")
+    tools = fake_tools(cache, {"times": {"forward": {rule: 2.0}}, "devices": 2})
+    make = tools.backend
+
+    def failing(*arguments: Any) -> Any:
+        backend = make(*arguments)
+        if arguments[3] == 1:
+            backend.race = lambda race: (_ for _ in ()).throw(BackendLost("no GPU any more"))
+        return backend
+
+    tools.backend = failing
+    (result,) = tune(spec(), tools=tools, shapes=(8192,), effort="quick").results
+    assert result.configs == {"window_forward": config_of(rule)}
+
+
+def test_the_loss_of_every_gpu_ends_the_run_and_names_the_way_on(cache: Path) -> None:
+    tools = fake_tools(cache, {})
+    make = tools.backend
+
+    def failing(*arguments: Any) -> Any:
+        backend = make(*arguments)
+        backend.race = lambda race: (_ for _ in ()).throw(BackendLost("no GPU any more"))
+        return backend
+
+    tools.backend = failing
+    with pytest.raises(BackendLost, match="no GPU any more"):
+        tune(spec(), tools=tools, shapes=(8192,), effort="quick")
+    assert any("--resume goes on from" in line for line in tools.said)  # type: ignore[attr-defined]
+
+
 def test_wrong_settings_are_refused(cache: Path) -> None:
     with pytest.raises(ValueError, match="effort: expected one of quick, default, thorough, got 'hard'"):
         tuned(cache, effort="hard")
