@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHAPES = (8192, 65536)
 WORKER = (sys.executable, "-m", "nsa_gen.tuning.worker")
+NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Say = Callable[[str], None]
@@ -248,6 +249,9 @@ class _Tuning:
         """Save what a search found; what cannot be saved is still in the journal and in the report."""
         if found.default_fault:
             return BucketResult(found.bucket, {}, problem=f"the default itself fails: {found.default_fault}")
+        if found.cut_short and not found.times:
+            # An entry would say that the default has won, and hide what somebody else has found.
+            return BucketResult(found.bucket, {}, problem=NOTHING_COMPARED, cut_short=True)
         assert device.gpu is not None
         configs = self._complete(found.winner, device.gpu.target)
         ratio, noise = found.score.ratio, found.score.noise

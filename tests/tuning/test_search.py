@@ -11,11 +11,12 @@ import pytest
 
 from nsa_gen.hardware import gpu_for_target
 from nsa_gen.lowering import lower
+from nsa_gen.spec import parse_spec
 from nsa_gen.tuning import EFFORTS, BackendLost, Bucket, TuneReport, tune
 from nsa_gen.tuning.backend import Candidate, Reading, Times
 from nsa_gen.tuning.candidates import is_legal, kernel_space
 from nsa_gen.tuning.scoring import pick, scores, spread
-from tests.tuning.fakes import fake_tools, spec
+from tests.tuning.fakes import SPEC, fake_tools, spec
 
 H100 = gpu_for_target("sm_90")
 DEFAULTS = {name: config.mapping() for name, config in lower(spec()).defaults["sm_90"].items()}
@@ -126,6 +127,13 @@ def test_every_bucket_is_tuned_by_itself_and_checks_are_not_repeated(cache: Path
 def test_a_budget_that_is_spent_still_ends_in_a_final_and_a_result(cache: Path) -> None:
     report = tuned(cache, {"times": {"forward": {other_tile("window_forward"): 2.0}}}, budget=0.001)
     assert report.results[0].cut_short and report.results[0].saved.is_file()
+
+
+def test_a_budget_that_is_spent_before_anything_is_compared_saves_nothing(cache: Path) -> None:
+    alone = parse_spec(SPEC.replace("selection: {block: 64, count: 3, indices: input}\n", ""))
+    report = tune(alone, tools=fake_tools(cache), shapes=(8192,), effort="quick", budget=0.001)
+    (result,) = report.results
+    assert not report.ok and result.saved is None and "before anything was compared" in result.problem
 
 
 def test_a_second_sweep_keeps_what_the_first_has_found(cache: Path) -> None:
