@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from nsa_gen.rendering import generate
     from nsa_gen.spec import load_spec
     from nsa_gen.targets import compile_spec as compile
+    from nsa_gen.tuning import tune
     from nsa_gen.verification import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compile", "generate", "load", "load_spec", "lower", "verify"]
+__all__ = ["__version__", "compile", "generate", "load", "load_spec", "lower", "tune", "verify"]
 
 _HOMES: dict[str, tuple[str, str]] = {
     "load_spec": ("nsa_gen.spec", "load_spec"),
@@ -26,6 +27,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "generate": ("nsa_gen.rendering", "generate"),
     "load": ("nsa_gen.loading", "load"),
     "compile": ("nsa_gen.targets", "compile_spec"),
+    "tune": ("nsa_gen.tuning", "tune"),
     "verify": ("nsa_gen.verification", "verify"),
 }
 """Public name -> (module that defines it, its name there)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,12 +33,14 @@ class Prepared:
         leaves: the tensors that the backward pass gives gradients of.
         do: the gradient of the output, of the output's shape and dtype.
         note: what a reader of the row must know, such as parts that are left out; empty if nothing.
+        within: surrounds each forward with its backward, and the capture of a graph of them.
     """
 
     call: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     do: Tensor
     note: str = ""
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Contender(Protocol):

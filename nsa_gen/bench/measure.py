@@ -166,16 +166,20 @@ class _Runner:
         assert self.prepared is not None
         if self.graphs is not None:
             return _Sample(self.graphs.milliseconds(clock), self.peaks)
+        with self.prepared.within():
+            return self._launched(self.prepared, clock)
+
+    def _launched(self, prepared: Prepared, clock: Clock) -> _Sample:
         before = clock.allocated_bytes()
         clock.reset_peak()
         marks = [clock.mark()]
         with torch.set_grad_enabled("backward" in self.passes):
-            o = self.prepared.call()
+            o = prepared.call()
         marks.append(clock.mark())
         peaks = {"forward": clock.peak_bytes() - before}
         if "backward" in self.passes:
             try:
-                torch.autograd.grad(o, self.prepared.leaves, self.prepared.do, allow_unused=True)
+                torch.autograd.grad(o, prepared.leaves, prepared.do, allow_unused=True)
                 marks.append(clock.mark())
                 peaks["backward"] = clock.peak_bytes() - before
             except Exception as error:
@@ -248,7 +252,8 @@ def _warm_up(runner: _Runner, spec: Spec, inputs: Inputs, clock: Clock) -> None:
     runner.peaks = runner.samples[-1].peaks
     if min(runner.samples[-1].ms.values()) < GRAPH_BELOW_MS:
         try:
-            runner.graphs = Graphs.capture(runner.prepared, "backward" in runner.passes)
+            with runner.prepared.within():
+                runner.graphs = Graphs.capture(runner.prepared, "backward" in runner.passes)
         except Exception as error:
             clock.recover()
             runner.notes.append(f"timed without a CUDA graph: {first_line(error)}")

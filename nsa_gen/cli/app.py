@@ -10,12 +10,14 @@ from typer.core import TyperGroup
 from nsa_gen import __version__
 from nsa_gen.cli import BROKEN_PIPE
 from nsa_gen.cli.bench import bench
+from nsa_gen.cli.cache import cache
 from nsa_gen.cli.check import check
 from nsa_gen.cli.compile import compile_
 from nsa_gen.cli.demo import demo
 from nsa_gen.cli.env import env
 from nsa_gen.cli.explain import explain
 from nsa_gen.cli.generate import generate
+from nsa_gen.cli.tune import tune
 from nsa_gen.cli.verify import verify
 
 
@@ -79,8 +81,10 @@ for _name, _command in (
     ("explain", explain),
     ("compile", compile_),
     ("verify", verify),
+    ("tune", tune),
     ("bench", bench),
     ("demo", demo),
     ("env", env),
 ):
     app.command(_name)(_command)
+app.add_typer(cache, name="cache")

@@ -41,7 +41,8 @@ def _require(kind: type[StrEnum], values: list[str]) -> list[str]:
     return list(dict.fromkeys(items))
 
 
-def _require_passes(values: list[str]) -> list[str]:
+def require_passes(values: list[str]) -> list[str]:
+    """Split `forward,backward`, refuse what is no pass, and a backward alone."""
     found = _require(Pass, values)
     if found == [Pass.backward]:
         raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
@@ -68,7 +69,7 @@ def bench(
     ] = [],  # noqa: B006
     passes: Annotated[
         list[str],
-        typer.Option(metavar="NAMES", callback=_require_passes, help="Passes to time.", show_default="the spec's"),
+        typer.Option(metavar="NAMES", callback=require_passes, help="Passes to time.", show_default="the spec's"),
     ] = [],  # noqa: B006
     inputs: Annotated[
         list[str],

@@ -76,7 +76,7 @@ def shared_memory_of(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
 
 
 def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
-    """Time of a typical call by the cost model, in seconds.
+    """Time of a call by the cost model, in seconds: of the one that `sizes` has B and T of, else of a typical one.
 
     Matrix work and traffic add up where one or two programs share a multiprocessor, and overlap where many do.
     """
@@ -165,9 +165,9 @@ def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
 
 
 def _numeric(expression: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dict[str, int]], float]:
-    """An expression over tunables as a function of a configuration, the spec's sizes and a typical call filled in."""
+    """An expression over tunables as a function of a configuration, with sizes and, lacking one, a typical call."""
     names, function = _compiled(expression)
-    fixed = {symbol.name: value for symbol, value in (*sizes.items(), *_TYPICAL_CALL.items())}
+    fixed = {symbol.name: value for symbol, value in {**_TYPICAL_CALL, **sizes}.items()}
 
     def evaluate(config: dict[str, int]) -> float:
         return function(*(config[name] if name in config else fixed[name] for name in names))

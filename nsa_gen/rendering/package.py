@@ -16,6 +16,7 @@ from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering.environment import environment
+from nsa_gen.rendering.identity import LOOKUP, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
 from nsa_gen.rendering.literals import docstring_text, python_literal
 from nsa_gen.spec import Spec, load_spec
 
@@ -38,12 +39,17 @@ def render(spec: Spec) -> dict[str, str]:
         "header": _header(spec),
         "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TARGETS},
         "exports": _exports(program),
+        "tuned_schema": TUNED_SCHEMA,
+        "measurement": MEASUREMENT,
+        "space_digest": space_digest(program),
         "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
         "explanation": _explanation(program),
         "summary": docstring_text(f"{spec.name}: {spec.description or 'native sparse attention'}"),
     }
     files = {}
     for name in _modules(program):
+        if name == LOOKUP:  # it names the digest of the others, so it comes last
+            context["kernels_digest"] = kernels_digest(files)
         text = environment().get_template(f"package/{name}.jinja").render(context)
         files[name] = _tidy(text)
     files["spec.yaml"] = f"{_header(spec)}\n{spec.resolved_yaml()}"
@@ -102,8 +108,8 @@ def _package_dir(spec: Spec, out_dir: str | os.PathLike[str] | None) -> Path:
 def _modules(program: Program) -> list[str]:
     """Python modules of the package, each rendered from the template of the same name."""
     modules = [
-        "__init__.py", "api.py", "arguments.py", "attention.py", "configs.py", "constants.py", "ops.py",
-        "primitives.py", "registration.py", "sequences.py",
+        "__init__.py", "api.py", "arguments.py", "attention.py", "configs.py", "constants.py",
+        "ops.py", "primitives.py", "registration.py", "sequences.py",
     ]  # fmt: skip
     if program.combined or program.backward:
         modules.append("combine.py")
@@ -117,7 +123,7 @@ def _modules(program: Program) -> list[str]:
         modules.append("selection.py")
     if program.spec.window:
         modules.append("window_attention.py")
-    return modules
+    return [*modules, LOOKUP]
 
 
 def _exports(program: Program) -> list[str]:

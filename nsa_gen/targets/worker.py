@@ -6,6 +6,8 @@ both JSON (Triton prints to standard output, so that is turned to standard error
 
     {"do": "trace", "target": "sm_90", "packed": false}   -> {"launches": [{"key": ...}, ...], "refused": [...], ...}
     {"do": "compile", ..., "key": of a launch}            -> {"registers": ..., "seconds": ..., ...}
+    {"do": "candidate", "kernel": ..., "config": ..., "calls": [{"tokens": ..., ...}, ...], ...}
+                                                          -> {"binaries": [{"registers": ..., ...}], "digest": ...}
     anything that went wrong                              -> {"error": one line, "detail": the whole story}
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -125,6 +128,42 @@ def _do_trace(state: _State, target: str, packed: bool) -> dict[str, Any]:
     return {"launches": listed, "refused": refused, "versions": versions}
 
 
+def _do_candidate(
+    state: _State, target: str, kernel: str, config: dict[str, int], calls: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Compile one kernel with other tiles than its table's, for every call that is listed, equal code once.
+
+    Calls are {"tokens": ..., "batch": ..., "packed": ...}; a trace launches the kernels of every schedule.
+    """
+    import triton
+
+    from nsa_gen.targets.launches import record_launches, specialize
+    from nsa_gen.targets.resources import read_resources
+
+    if state.package is None:
+        state.package = _import_package(state.package_dir)
+    name = state.package.__name__
+    ops, configs = (importlib.import_module(f"{name}.{module}") for module in ("ops", "configs"))
+    gpu = gpu_for_target(target)
+    wanted: dict[str, Specialization] = {}
+    with configs.use_target(target), configs.override(kernel, **config):
+        for call in calls:
+            with record_launches() as launches:
+                ops.trace(**call, device="meta", passes=state.passes)
+            mine = (launch for launch in launches if launch.kernel.__name__ == f"{kernel}_kernel")
+            for one in (specialize(launch, gpu) for launch in mine):
+                wanted[one.key] = one
+    if not wanted:
+        raise RuntimeError(f"{kernel}: no call launches it")
+    start = time.perf_counter()
+    binaries, digest = [], hashlib.sha256()
+    for one in wanted.values():
+        compiled = triton.compile(one.source, target=one.target, options=one.options)
+        binaries.append(dataclasses.asdict(read_resources(compiled, gpu)))
+        digest.update(f"{one.options['num_warps']} ".encode() + compiled.kernel)
+    return {"binaries": binaries, "digest": digest.hexdigest()[:16], "seconds": time.perf_counter() - start}
+
+
 def _whereabouts(state: _State, kernel: JITFunction) -> dict[str, str]:
     return {"kernel": kernel.__name__, "module": kernel.module.removeprefix(f"{state.package_dir.name}.")}
 
@@ -164,7 +203,7 @@ def describe(error: BaseException) -> dict[str, str]:
     return {"error": text[:400], "detail": detail[-DETAIL_LIMIT:]}
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the kernel end this process when its parent ends, however that happens; Linux only, elsewhere a no-op."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -173,12 +212,16 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Answer requests until standard input ends; the first line gives the package and what to trace."""
-    _end_with_parent()
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     opening = json.loads(sys.stdin.readline())
     state = _State(Path(opening["package"]), opening["tokens"], opening["batch"], tuple(opening["passes"]))
-    handlers: dict[str, Callable[..., dict[str, Any]]] = {"trace": _do_trace, "compile": _do_compile}
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {
+        "trace": _do_trace,
+        "compile": _do_compile,
+        "candidate": _do_candidate,
+    }
     for line in sys.stdin:
         request = json.loads(line)
         handler = handlers[request.pop("do")]

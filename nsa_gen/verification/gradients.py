@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from nsa_gen.verification.oracle import (
     split_sequences,
     take_rows,
 )
+from nsa_gen.verification.tolerance import unit_roundoff
 
 PAIRS = ("raw_cmp", "cmp", "slc", "win")
 CHUNK_BYTES = 1 << 27
@@ -301,4 +303,33 @@ def _head(s: Sequence, p: OracleParameters, head: int) -> Sequence:
         indices=None if s.indices is None else s.indices[:, own],
         counts=None if s.counts is None else s.counts[:, own],
         **pairs,
+    )
+
+
+class References:
+    """What the oracle says of one set of inputs, remembered for the last choice of blocks it was asked about."""
+
+    def __init__(self) -> None:
+        self._chosen: tuple[Tensor | None, ...] | None = None
+        self._found: tuple[Reference, Reference] | None = None
+
+    def of(
+        self, p: OracleParameters, inputs: Inputs, chosen: tuple[Tensor | None, ...], *, with_gradients: bool
+    ) -> tuple[Reference, Reference]:
+        """The truth in float64, and the oracle in the inputs' dtype."""
+        if self._found is None or not _same(self._chosen, chosen):
+            common: dict[str, Any] = {"with_gradients": with_gradients}
+            base = reference_gradients(p, inputs, *chosen, **common)
+            exact = inputs.to(torch.float64)
+            unit = unit_roundoff(inputs.q.dtype, p.tf32)
+            truth = reference_gradients(replace(p, tf32=False), exact, *chosen, **common, noise_unit=unit)
+            self._chosen, self._found = chosen, (truth, base)
+        return self._found
+
+
+def _same(one: tuple[Tensor | None, ...] | None, other: tuple[Tensor | None, ...]) -> bool:
+    if one is None:
+        return False
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other, strict=True)
     )

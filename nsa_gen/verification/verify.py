@@ -18,7 +18,7 @@ import torch
 from nsa_gen.verification.calls import Call, call_package
 from nsa_gen.verification.cases import FORWARD_ONLY, Case, default_cases
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import Reference, reference_gradients
+from nsa_gen.verification.gradients import Reference, References
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.oracle import compressed_rows
 from nsa_gen.verification.report import Environment, Row, VerifyReport
@@ -245,9 +245,15 @@ def _nvidia_driver() -> str:
 
 
 def check_case(
-    module: Any, parameters: OracleParameters, case: Case, inputs: Inputs, *, with_gradients: bool
+    module: Any,
+    parameters: OracleParameters,
+    case: Case,
+    inputs: Inputs,
+    *,
+    with_gradients: bool,
+    references: References | None = None,
 ) -> list[Row]:
-    """Every comparison of one call: one row a quantity."""
+    """Every comparison of one call: one row a quantity. `references` saves work where only schedules differ."""
     if case.other_schedules:
         plain = replace(case, other_schedules=False)
         with other_schedules(module, inputs.q.device):
@@ -258,11 +264,8 @@ def check_case(
     if computed and (problem := _misshapen_choice(parameters, inputs, call)):
         return [Row(case.label, "selection", "selection", math.inf, 1.0, False, problem)]
     chosen = (call.aux["indices"], call.aux["counts"]) if computed else (None, None)
-    common: dict[str, Any] = {"with_gradients": with_gradients}
-    base = reference_gradients(parameters, inputs, *chosen, **common)
-    exact = inputs.to(torch.float64)
-    unit = unit_roundoff(inputs.q.dtype, parameters.tf32)
-    truth = reference_gradients(replace(parameters, tf32=False), exact, *chosen, **common, noise_unit=unit)
+    references = references or References()
+    truth, base = references.of(parameters, inputs, chosen, with_gradients=with_gradients)
 
     # Logits hundreds of nats apart make another softmax of a rounding of q or k: there only the choice is compared.
     compared = () if case.kind == "abyss" else _outputs(call, truth)

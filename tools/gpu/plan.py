@@ -14,13 +14,18 @@ from nsa_gen.spec import load_spec
 from tools.gpu import far_specs, sanitizer
 from tools.gpu.pool import Job
 
-PARTS = ("correctness", "examples", "repeats", "hygiene", "long", "sanitizer", "far", "soak", "bench")
+PARTS = ("correctness", "examples", "repeats", "hygiene", "long", "sanitizer", "far", "soak", "tuner_faults", "bench")
 """Every part, in the order in which they are reported."""
 CPU_PARTS = ("correctness", "examples", "repeats", "hygiene", "far", "soak")
 """What Triton's interpreter can do, at tiny sizes."""
-PHASES = (("correctness", "examples", "repeats", "hygiene", "long", "sanitizer"), ("far",), ("soak",))
-"""Parts that run side by side, one phase after the other: `far` needs most of the GPU's memory, and `soak` takes every
-worker for as long as it lasts. The benchmark comes last, by itself."""
+PHASES = (
+    ("correctness", "examples", "repeats", "hygiene", "long", "sanitizer"),
+    ("far",),
+    ("soak",),
+    ("tuner_faults",),
+)
+"""Parts that run side by side, one phase after the other: `far` needs most of the GPU's memory, `soak` takes every
+worker for as long as it lasts, and `tuner_faults` has kernels that never end. The benchmark comes last, by itself."""
 DTYPES = ("bfloat16", "float16", "float32")
 LENGTHS = (1, 31, 63, 65, 511, 2049, 8192)
 PACKED = ((700, 0, 1, 2049, 63), (1, 0, 511, 65, 0))
@@ -41,6 +46,9 @@ HYGIENE = {"cuda": ((1500, 0, 1, 2595), 4096, 16384), "cpu": (19, (9, 0, 1, 5))}
 SOAK_PER_SPEC = {"cuda": 30, "cpu": 4}
 FAR_LIMIT = {"cuda": 2**31, "cpu": 2**12}
 """Elements beyond which a tensor is far."""
+TUNER_FAULTS = ("illegal access", "hang", "wrong", "out of memory", "crash")
+TUNER_RUNS = ("worker killed", "run killed", "two tuners", "read-only cache", "full disk")
+"""What goes wrong for the tuner: a candidate, or the run."""
 SOAK_SEED = 1_000_000_000
 """The first seed of a soak's specs, far from those of the examples."""
 RESERVED_GB = 1.0
@@ -83,6 +91,7 @@ class Plan:
             "sanitizer": self._sanitizer,
             "far": self._far,
             "soak": self._soak,
+            "tuner_faults": self._tuner_faults,
             "bench": self._bench,
         }[part]()
 
@@ -149,6 +158,10 @@ class Plan:
             )
             for worker in range(self.workers)
         ]
+
+    def _tuner_faults(self) -> list[Job]:
+        faults = (*TUNER_FAULTS, *TUNER_RUNS)
+        return [self._job(f"tuner {fault}", kind="tuner fault", fault=fault) for fault in faults]
 
     def _repeats(self) -> list[Job]:
         repeats, shapes = REPEATS[self.device]

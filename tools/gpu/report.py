@@ -98,7 +98,9 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
         if part in parts:
             lines += _counted(part, parts[part])
     for outcome in (
-        outcome for part in ("repeats", "hygiene", "long", "sanitizer", "far") for outcome in parts.get(part, ())
+        outcome
+        for part in ("repeats", "hygiene", "long", "sanitizer", "far", "tuner_faults")
+        for outcome in parts.get(part, ())
     ):
         result = outcome.result or {}
         facts = [f"{outcome.seconds:.0f} s"]
@@ -116,6 +118,8 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
             for row in result.get("rows", ())
             if row["measure"] == "bytes"
         ][-2:]
+        if "fault" in result and "report" in result:
+            facts += [f"{reason}"[:90] for reason in list(result["report"]["quarantined"].values())[:1]]
         if "hazards" in result:
             facts.append(f"{result['sanitizer_errors']} hazards")
         elif "sanitizer_errors" in result:

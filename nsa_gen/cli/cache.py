@@ -1,0 +1,260 @@
+"""`nsa-gen cache`: the tuned configurations kept on this machine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, stop
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+    from nsa_gen.tuning.cache import Explanation, Verdict
+    from nsa_gen.tuning.identity import Device
+    from nsa_gen.tuning.store import Entry
+
+cache = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Show and move tuned configurations.\n\nEntries lie in the user's cache, a file for each kernels' hash, GPU "
+    "and bucket of calls.",
+)
+NamesArgument = Annotated[
+    list[str], typer.Argument(metavar="[NAME]...", help="Names of specs; all when left out.", show_default=False)
+]
+
+
+@contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Within the block, a warning is a line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for each in caught:
+        note(f"nsa-gen: {each.message}")
+
+
+@cache.command("list")
+def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # noqa: B006  typer copies it
+    """Show what is tuned."""
+    from nsa_gen.tuning.store import Store
+
+    with _noted_warnings():
+        found = [(path, entry) for path, entry in Store().all() if not names or entry.identity.spec in names]
+    if as_json:
+        print_json({"ok": True, "entries": [{"path": str(path), **entry.to_json()} for path, entry in found]})
+        return
+    from nsa_gen.cli.blocks import Table, Text
+
+    if not found:
+        show(Text(f"Nothing is tuned in {Store().root}. To tune: nsa-gen tune SPEC"))
+        return
+    rows = [_listed(entry) for _, entry in found]
+    columns = ("spec", "GPU", ">tokens", ">batch", "packed", ">gain", "changed", "kernels", "tuned with")
+    show(Table(columns, rows), Text(f"In {Store().root}."))
+
+
+def _listed(entry: Entry) -> tuple[str, ...]:
+    identity, made = entry.identity, entry.provenance
+    gain = entry.result.get("gain")
+    return (
+        identity.spec,
+        identity.gpu,
+        str(identity.bucket.tokens),
+        str(identity.bucket.batch),
+        "packed" if identity.bucket.packed else "",
+        f"{gain:.2f}x" if isinstance(gain, int | float) else "",
+        str(len(entry.configs)),
+        identity.kernels,
+        f"torch {made.torch}, triton {made.triton}, {made.date[:10]}",
+    )
+
+
+@cache.command("why")
+def why(
+    spec: SpecArgument,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Key tokens of the call.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences of the call.")] = 1,
+    packed: Annotated[bool, typer.Option("--packed", help="The call is of packed sequences.")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help='The GPU, such as "NVIDIA H100 80GB HBM3".', show_default="this machine's"),
+    ] = None,
+    package: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The generated package.", show_default="generated/NAME"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which entry serves a call, and why each other does not, field by field.
+
+    Exits 1 when the cost model's choice is used.
+
+    \b
+    Example:
+      nsa-gen cache why llama3_8b --tokens 8192
+    """
+    loaded = read_spec(spec, as_json=as_json)
+    from nsa_gen.tuning.cache import why as explain
+    from nsa_gen.tuning.shapes import Bucket
+
+    try:
+        bucket = Bucket.of(tokens, batch, packed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    folder = (package if package is not None else Path("generated") / loaded.name) / "tuned"
+    found = explain(loaded, _device(gpu), bucket, shipped=folder)
+    if as_json:
+        verdicts = [each.to_json() for each in found.verdicts]
+        answer = {"ok": found.chosen is not None, "wanted": found.wanted.to_json(), "note": found.note}
+        print_json({**answer, "entries": verdicts})
+    else:
+        _show_explanation(found)
+    stop(found.chosen is not None)
+
+
+def _show_explanation(found: Explanation) -> None:
+    from nsa_gen.cli.blocks import Heading, Text
+
+    wanted = found.wanted
+    show(
+        Text(
+            f"Wanted: {wanted.spec}, kernels {wanted.kernels}, space {wanted.space}, {wanted.dtype}, measurement "
+            f"{wanted.measurement}, {wanted.gpu} ({wanted.multiprocessors} multiprocessors, {wanted.architecture}), "
+            f"bucket {wanted.bucket.name}."
+        )
+    )
+    for verdict in found.verdicts:
+        show(Heading(str(verdict.path), 3), *(Text(line) for line in _lines(verdict)))
+    if found.note:
+        show(Text(found.note))
+
+
+def _lines(verdict: Verdict) -> list[str]:
+    from nsa_gen.tuning.cache import LEVELS
+
+    state = "used" if verdict.used else "not used"
+    bucket = "" if verdict.entry is None else f", bucket {verdict.entry.identity.bucket.name}"
+    lines = [f"{state} ({LEVELS[verdict.level]}{bucket}): {verdict.reason}"]
+    lines += [f"  {'no' if each.fatal else 'ok'}  {each}" for each in verdict.differences]
+    return lines + [f"  warning: tuned with {each.field} {each.found}, now {each.wanted}" for each in verdict.drift]
+
+
+def _device(name: str | None) -> Device:
+    """The GPU of a name, or this machine's."""
+    from nsa_gen.hardware import UnknownGpuError, find_gpu, gpu_for_device
+    from nsa_gen.tuning.identity import Device
+
+    if name is not None:
+        try:
+            gpu = gpu_for_device(name) or find_gpu(name)
+        except UnknownGpuError as error:
+            raise typer.BadParameter(f"--gpu: {error}") from None
+        return Device(name, gpu.sm_count, gpu.target)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("--gpu: torch sees no GPU here; name one, such as --gpu h100")
+    import triton
+
+    facts = torch.cuda.get_device_properties(0)
+    hip = torch.version.hip is not None
+    architecture = facts.gcnArchName.split(":")[0] if hip else f"sm_{facts.major}{facts.minor}"
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return Device(facts.name, facts.multi_processor_count, architecture, **versions)
+
+
+@cache.command("export")
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="The file to write.")],
+    names: NamesArgument = [],  # noqa: B006
+) -> None:
+    """Write entries to one file, for another machine with the same GPUs."""
+    from nsa_gen.tuning.cache import export as write
+    from nsa_gen.tuning.store import Store
+
+    with _noted_warnings():
+        try:
+            count = write(Store(), file, names)
+        except OSError as error:
+            note(f"nsa-gen: {file} cannot be written: {error}")
+            stop(False)
+    note(f"{count} entries written to {file}" if count else "nothing to export")
+    stop(count > 0)
+
+
+@cache.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="What export wrote.")],
+    specs: Annotated[
+        list[str], typer.Argument(metavar="[SPEC]...", help="Specs that are not shipped.", show_default=False)
+    ] = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Take entries of a file into the cache.
+
+    Entries that were measured for other kernels than today's are refused, and so are illegal configurations. Exits 1
+    when one is refused.
+    """
+    from nsa_gen.cli.common import read_specs, require_spec
+    from nsa_gen.spec import load_spec, shipped_specs
+    from nsa_gen.tuning.cache import import_entries
+    from nsa_gen.tuning.store import Store, Unreadable
+
+    known: dict[str, Spec] = {name: load_spec(name) for name in shipped_specs()}
+    known |= {each.name: each for each in read_specs([require_spec(name) for name in specs], as_json=as_json)}
+    try:
+        found = import_entries(Store(), file, known)
+    except (Unreadable, OSError) as error:
+        note(f"nsa-gen: {error}")
+        raise typer.Exit(1) from None
+    if as_json:
+        refused = [{**entry.identity.to_json(), "reason": reason} for entry, reason in found.refused]
+        saved = [entry.identity.to_json() for entry in found.saved]
+        print_json({"ok": not refused, "saved": saved, "refused": refused})
+    else:
+        for entry in found.saved:
+            print(f"saved {_name(entry)}")
+        for entry, reason in found.refused:
+            note(f"refused {_name(entry)}: {reason}")
+    stop(not found.refused)
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.identity.spec} {entry.identity.bucket.name} on {entry.identity.gpu}"
+
+
+@cache.command("clear")
+def clear(
+    names: NamesArgument = [],  # noqa: B006
+    stale: Annotated[bool, typer.Option("--stale", help="Only entries that no package uses any more.")] = False,
+) -> None:
+    """Delete entries. Those set aside as .bad stay."""
+    from nsa_gen.tuning.store import Store
+
+    store = Store()
+    with _noted_warnings():
+        found = [(path, entry) for path, entry in store.all() if not names or entry.identity.spec in names]
+        if stale:
+            found = [(path, entry) for path, entry in found if _is_stale(entry)]
+        try:
+            count = store.remove(path for path, _ in found)
+        except OSError as error:
+            note(f"nsa-gen: the cache cannot be written: {error}")
+            raise typer.Exit(1) from None
+    note(f"{count} entries deleted from {store.root}")
+
+
+def _is_stale(entry: Entry) -> bool:
+    """Whether a shipped spec's kernels are no longer those of an entry; specs that are not shipped are not judged."""
+    from nsa_gen.rendering import render
+    from nsa_gen.spec import load_spec, shipped_specs
+    from nsa_gen.tuning.identity import kernels_of
+
+    name = entry.identity.spec
+    return name in shipped_specs() and kernels_of(render(load_spec(name))) != entry.identity.kernels

@@ -1,0 +1,162 @@
+"""`nsa-gen tune`: the quickest configurations of a spec's kernels on the GPU at hand."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsa_gen.cli.bench import require_passes
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, progress_bar, read_spec, show, stop
+from nsa_gen.cli.verify import require_lengths
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+    from nsa_gen.tuning import Tools, TuneReport
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class EffortName(StrEnum):
+    """How much is tried."""
+
+    quick = "quick"
+    default = "default"
+    thorough = "thorough"
+
+
+def require_seconds(text: str | None) -> float | None:
+    """A duration such as 90s, 5m, 1.5h or 300 in seconds."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise typer.BadParameter(f"expected a duration such as 90s, 5m or 1h, got {text!r}")
+    return float(found[1]) * _UNITS[found[2] or "s"]
+
+
+def tune(
+    spec: SpecArgument,
+    shapes: Annotated[
+        list[str],
+        typer.Option(
+            metavar="N[,N]",
+            callback=require_lengths,
+            help="Key tokens of the calls, rounded up to powers of two.",
+            show_default="8192,65536",
+        ),
+    ] = [],  # noqa: B006  typer copies it
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences of a call.")] = 1,
+    packed: Annotated[bool, typer.Option("--packed", help="Calls of packed sequences, N tokens in all.")] = False,
+    passes: Annotated[
+        list[str],
+        typer.Option(metavar="NAMES", callback=require_passes, help="Passes to tune.", show_default="the spec's"),
+    ] = [],  # noqa: B006
+    effort: Annotated[EffortName, typer.Option(help="How many candidates, and how long they are timed.")] = (
+        EffortName.default
+    ),
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Begin no further kernel after 90s, 5m, 1h.", show_default="no limit"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A package's tuned folder, or a file.", show_default="the user's cache"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and rank candidates; needs no GPU.")] = False,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --dry-run: the GPU to compile for.")] = "h100",
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Compiling processes.", show_default="number of cores")
+    ] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the quickest tile sizes, warps, stages and schedules on this machine's GPUs.
+
+    Candidates are compiled ahead of time, checked against the dense reference, then timed in turn with the default, in
+    processes that may die. The result is saved for the operator to find. Every step is in a journal at once: an
+    interrupted run goes on with --resume. Exits 1 when a bucket could not be tuned or saved, or a candidate was wrong.
+
+    \b
+    Example:
+      nsa-gen tune llama3_8b --budget 5m
+      nsa-gen tune llama3_8b --shapes 8192,65536 --out generated/llama3_8b/tuned
+      nsa-gen tune llama3_8b --dry-run --gpu h100
+    """
+    seconds = require_seconds(budget)
+    loaded = read_spec(spec, as_json=as_json)
+    if missing := [name for name in passes if name not in loaded.passes]:
+        raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
+    # Triton's interpreter would replace the compiler; whatever the caller's shell says, this command compiles.
+    os.environ.pop("TRITON_INTERPRET", None)
+    settings: dict[str, Any] = {
+        "shapes": tuple(shapes) or (8192, 65536),
+        "batch": batch,
+        "packed": packed,
+        "passes": tuple(passes) or None,
+        "effort": effort.value,
+        "budget": seconds,
+        "resume": resume,
+        "out": out,
+        "jobs": jobs,
+        "seed": seed,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest, **more: note(f"nsa-gen: {message}")
+        report = _run(loaded, settings, gpu if dry_run else None)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        from nsa_gen.cli.tune_report import report_blocks
+
+        show(*report_blocks(report))
+    stop(report.ok)
+
+
+def _run(spec: Spec, settings: dict[str, Any], dry_gpu: str | None) -> TuneReport:
+    from nsa_gen.hardware import UnknownGpuError
+    from nsa_gen.tuning import BackendLost
+    from nsa_gen.tuning import dry_run as rehearse
+    from nsa_gen.tuning import tune as search
+
+    try:
+        with progress_bar(f"tuning {spec.name}") as progress:
+            tools = _tools()
+            tools.say, tools.show = note, progress
+            if dry_gpu is not None:
+                return rehearse(spec, dry_gpu, tools=tools, **settings)
+            _require_gpu()
+            return search(spec, tools=tools, **settings)
+    except BackendLost as error:
+        note(f"nsa-gen: {error}")
+        raise typer.Exit(1) from None
+    except (UnknownGpuError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _tools() -> Tools:
+    """What the tuning works with; tests put others in their place."""
+    from nsa_gen.tuning import Tools
+
+    return Tools()
+
+
+def _require_gpu() -> None:
+    """Refuse to tune where torch sees no GPU, in a process of its own so that this one stays without a driver."""
+    import subprocess
+
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode:
+        note(
+            "nsa-gen: tune measures on a GPU, and torch sees none here (see nsa-gen env). What would be tried on one: "
+            "--dry-run --gpu h100"
+        )
+        raise typer.Exit(2)

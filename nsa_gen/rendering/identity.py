@@ -1,0 +1,88 @@
+"""What a tuned configuration depends on: digests of the kernels' code and of the space they are tuned in.
+
+A tuning is void where one of them differs. They are as coarse as they can be: a comment, a docstring or a module that
+launches nothing may change without voiding what took minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import io
+import tokenize
+from collections.abc import Mapping
+
+from nsa_gen.lowering import Program
+
+LOOKUP = "lookup.py"
+"""The module of a package that finds tuned configurations, and names these digests."""
+TUNED_SCHEMA = 1
+"""Version of the form of tuned files."""
+MEASUREMENT = "interleaved-1"
+"""Version of how times are taken; to be raised when those of before can no longer be compared."""
+
+_ROOT = "attention.py"
+_NOT_CODE = ("configs", "lookup")
+_DIGITS = 12
+
+
+def kernels_digest(files: Mapping[str, str]) -> str:
+    """Twelve hex digits of the code that runs: `attention.py` and every module it imports, directly or not.
+
+    `configs.py` and `lookup.py` are left out, which only choose numbers; so is what `attention.py` does not need, such
+    as the checks of arguments. Of each module, what counts is its text without comments, docstrings and blank lines.
+
+    Args:
+        files: modules of a package by file name; those that are not Python are ignored.
+    """
+    found: set[str] = set()
+    waiting = [_ROOT]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in files:
+            continue
+        found.add(name)
+        waiting += [f"{module}.py" for module in _imports(files[name]) if module not in _NOT_CODE]
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(name.encode() + b"\0" + code_of(files[name]).encode() + b"\0")
+    return digest.hexdigest()[:_DIGITS]
+
+
+def space_digest(program: Program) -> str:
+    """Twelve hex digits of what may be tuned: kernels and schedules, their tunables with values, and constraints."""
+    lines = []
+    for kernel in program.kernels:
+        rules = sorted(str(rule) for rule in kernel.constraints)
+        lines.append(f"{kernel.name} {[(each.name, each.values) for each in kernel.tunables]} {rules}")
+    for schedule in program.schedules:
+        lines.append(f"{schedule.name} {[(each.name, each.values) for each in schedule.tunables]}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
+
+
+@functools.lru_cache(maxsize=256)
+def code_of(source: str) -> str:
+    """A module's text without comments, docstrings, blank lines and trailing space."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not node.body:
+            continue
+        first = node.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            for row in range(first.lineno, (first.end_lineno or first.lineno) + 1):
+                lines[row - 1] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _imports(source: str) -> list[str]:
+    """Modules of its own package that a module imports."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found += [node.module] if node.module else [alias.name for alias in node.names]
+    return found

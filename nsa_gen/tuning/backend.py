@@ -1,0 +1,229 @@
+"""What the search asks of a GPU: is a candidate right, and how quick is it beside others?
+
+`ProcessBackend` asks a process that may die at any time. A candidate that takes it along (an illegal access, a hang) or
+fails in it (out of memory, wrong numbers) is quarantined with its reason; the process is replaced and the others go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nsa_gen.tuning.identity import Device
+from nsa_gen.tuning.process import WorkerDied, WorkerProcess
+from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.store import Configs
+
+CANDIDATE_SECONDS = 60.0
+"""A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
+START_SECONDS = 180.0
+"""What a process may take to import torch, and to draw inputs."""
+MOST_STARTS = 3
+"""Deaths in a row that no candidate can be blamed for, after which there is no going on."""
+
+
+class BackendLost(RuntimeError):
+    """Nothing can be measured any more: the worker dies before it gets to a candidate."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Configurations in place of the cost model's, by kernel or schedule; empty for the default itself."""
+
+    configs: Configs = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal exactly for equal configurations."""
+        return json.dumps(self.configs, sort_keys=True)
+
+    @property
+    def label(self) -> str:
+        """The configurations in a line."""
+        each = (f"{name} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in self.configs.items())
+        return "; ".join(each) or "default"
+
+    def with_configs(self, more: Mapping[str, Mapping[str, int]]) -> Candidate:
+        """The same with further values, which win over those there are."""
+        merged = {name: dict(values) for name, values in self.configs.items()}
+        for name, values in more.items():
+            merged[name] = {**merged.get(name, {}), **values}
+        return Candidate(merged)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a pass: median and quartiles of interleaved repeats."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @property
+    def noise(self) -> float:
+        """Half-width of the interval that the true median is likely in, ms; never below what any clock jitters by."""
+        return max(1.57 * (self.high - self.low) / max(self.repeats, 1) ** 0.5, LEAST_NOISE * self.median)
+
+
+LEAST_NOISE = 0.003
+"""Differences below this share of a time are noise, however steady the repeats are."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of a candidate in a race: times by pass, or why there are none."""
+
+    times: dict[str, Times] = field(default_factory=dict)
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"times": {name: vars(each) for name, each in self.times.items()}, "error": self.error}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Reading:
+        """What `to_json` wrote."""
+        return cls({name: Times(**each) for name, each in document["times"].items()}, document.get("error", ""))
+
+
+@dataclass(frozen=True)
+class Race:
+    """Candidates to be timed in turn on the same inputs: a bucket, a kind of input, passes, seconds for the rounds."""
+
+    candidates: tuple[Candidate, ...]
+    bucket: Bucket
+    inputs: str
+    passes: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "candidates": [each.configs for each in self.candidates],
+            "bucket": self.bucket.to_json(),
+            "inputs": self.inputs,
+            "passes": list(self.passes),
+            "seconds": self.seconds,
+        }
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits, equal exactly for equal races."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Backend(Protocol):
+    """Measures on one GPU."""
+
+    def device(self) -> Device:
+        """The GPU. Raises BackendLost if there is none."""
+        ...
+
+    def check(self, candidate: Candidate, bucket: Bucket) -> str:
+        """What is wrong with a candidate's outputs and gradients at a ragged length, or ""."""
+        ...
+
+    def race(self, race: Race) -> list[Reading]:
+        """Times of the candidates, in their order."""
+        ...
+
+    def close(self) -> None:
+        """End what was started."""
+        ...
+
+
+class ProcessBackend:
+    """A GPU behind a worker process, which is started when first needed and after each death."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        opening: Mapping[str, Any],
+        environment: Mapping[str, str],
+        *,
+        candidate_seconds: float = CANDIDATE_SECONDS,
+        start_seconds: float = START_SECONDS,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._worker = WorkerProcess(command, opening, environment)
+        self._candidate_seconds, self._start_seconds = candidate_seconds, start_seconds
+        self._tell = tell
+        self._quarantine: dict[tuple[str, str], str] = {}
+        self._second_chance: set[tuple[str, str]] = set()
+        self._closed = False
+
+    def device(self) -> Device:
+        for left in reversed(range(MOST_STARTS)):
+            try:
+                answer = self._worker.ask({"do": "device"}, self._start_seconds, self._candidate_seconds)
+            except WorkerDied as died:
+                if not left:
+                    raise BackendLost(f"the measuring process does not start: {died}") from died
+            else:
+                if "error" in answer:
+                    raise BackendLost(answer["error"])
+                return Device(**answer["device"])
+        raise AssertionError("unreachable")
+
+    def check(self, candidate: Candidate, bucket: Bucket) -> str:
+        (answer,) = self._survive("check", (candidate,), bucket, {"bucket": bucket.to_json()})
+        return answer.get("error", "")
+
+    def race(self, race: Race) -> list[Reading]:
+        rest = {name: value for name, value in race.to_json().items() if name != "candidates"}
+        answers = self._survive("race", race.candidates, race.bucket, rest)
+        return [Reading.from_json({"times": {}, **answer}) for answer in answers]
+
+    def close(self) -> None:
+        self._closed = True
+        self._worker.close()
+
+    def _survive(
+        self, do: str, candidates: Sequence[Candidate], bucket: Bucket, request: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Ask about candidates until all are answered for, each with its answer or {"error": ...}."""
+        places = [(bucket.name, each.key) for each in candidates]
+        answers: list[dict[str, Any]] = [
+            {"error": self._quarantine[place]} if place in self._quarantine else {} for place in places
+        ]
+        left = [number for number, place in enumerate(places) if place not in self._quarantine]
+        blameless = 0
+        while left:
+            asked = [candidates[number].configs for number in left]
+            try:
+                answer = self._worker.ask(
+                    {"do": do, **request, "candidates": asked}, self._start_seconds, self._candidate_seconds
+                )
+            except WorkerDied as died:
+                if self._closed:
+                    raise BackendLost("the measuring process was closed") from died
+                culprit = left[died.candidate] if died.candidate is not None and died.candidate < len(left) else None
+                if culprit is None:
+                    blameless += 1
+                    if blameless >= MOST_STARTS:
+                        raise BackendLost(f"the measuring process ends before it measures: {died}") from died
+                elif died.from_outside and places[culprit] not in self._second_chance:
+                    # Somebody killed it: it may not be the candidate's doing.
+                    self._second_chance.add(places[culprit])
+                    self._tell(f"{died}; tried again: {candidates[culprit].label}")
+                else:
+                    answers[culprit] = {"error": str(died)}
+                    left.remove(culprit)
+                    self._put_away(places[culprit], str(died), candidates[culprit])
+                continue
+            if "answers" not in answer:
+                raise BackendLost(answer.get("error", f"the measuring process answered {answer}"))
+            for number, one in zip(left, answer["answers"], strict=True):
+                answers[number] = one
+                if one.get("error"):
+                    self._put_away(places[number], one["error"], candidates[number])
+            break
+        return answers
+
+    def _put_away(self, place: tuple[str, str], reason: str, candidate: Candidate) -> None:
+        self._quarantine[place] = reason
+        self._tell(f"{reason}: {candidate.label}")

@@ -1,0 +1,217 @@
+"""What `nsa-gen cache` answers: which entries there are, why one serves a call or does not, and how they travel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nsa_gen.lowering import lower
+from nsa_gen.rendering import render
+from nsa_gen.tuning.candidates import is_legal
+from nsa_gen.tuning.identity import MEANING, Device, Difference, Identity, differences, drifted, kernels_of
+from nsa_gen.tuning.store import Entry, Store, Unreadable, read_entries, write_entries
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+    from nsa_gen.tuning.shapes import Bucket
+
+LEVELS = ("NSA_GEN_TUNED", "user's cache", "shipped")
+"""Where entries come from, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one entry for a call.
+
+    Attributes:
+        path: its file.
+        level: index into LEVELS.
+        entry: itself; None where the file could not be understood.
+        used: it is the one that serves the call.
+        reason: why it is, or is not.
+        differences: field by field; the fatal ones are why it cannot serve.
+        drift: versions that differ from today's.
+    """
+
+    path: Path
+    level: int
+    entry: Entry | None
+    used: bool
+    reason: str
+    differences: tuple[Difference, ...] = ()
+    drift: tuple[Difference, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "path": str(self.path),
+            "level": LEVELS[self.level],
+            "used": self.used,
+            "reason": self.reason,
+            "identity": None if self.entry is None else self.entry.identity.to_json(),
+            "differences": [vars(each) for each in self.differences],
+            "drift": [vars(each) for each in self.drift],
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every entry there is for a spec of this name, and the one that serves; `note` says what no entry can."""
+
+    wanted: Identity
+    verdicts: tuple[Verdict, ...] = ()
+    note: str = ""
+
+    @property
+    def chosen(self) -> Verdict | None:
+        """The entry that serves, None for the cost model's choice."""
+        return next((each for each in self.verdicts if each.used), None)
+
+
+def why(
+    spec: Spec,
+    device: Device,
+    bucket: Bucket,
+    *,
+    store: Store | None = None,
+    shipped: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Explanation:
+    """Which entry serves a call of a spec's package on a device, and what is wrong with each of the others.
+
+    Args:
+        spec: whose package.
+        device: the GPU.
+        bucket: of the call.
+        store: the user's cache.
+        shipped: the package's `tuned` folder, if there is one.
+        environment: where NSA_GEN_TUNED is read.
+    """
+    wanted = Identity.of(lower(spec), kernels_of(render(spec)), device, bucket)
+    explicit = environment.get("NSA_GEN_TUNED", "")
+    if explicit == "off":
+        return Explanation(wanted, note="NSA_GEN_TUNED=off: nothing is looked up, the cost model's choice is used")
+    store = store or Store()
+    places = (
+        [Path(explicit)] if explicit else [],
+        sorted(store.root.glob(f"{spec.name}-*/*/*.json")),
+        sorted(shipped.glob("*.json")) if shipped is not None else [],
+    )
+    verdicts = [
+        verdict
+        for level, paths in enumerate(places)
+        for path in paths
+        for verdict in _judged(path, level, wanted, spec, device)
+    ]
+    serving = [each for each in verdicts if not each.reason]
+    best = min(serving, key=lambda each: _rank(each, wanted), default=None)
+    final = [_concluded(each, best, wanted) for each in verdicts]
+    note = "" if best else "no entry serves: the cost model's choice is used"
+    return Explanation(wanted, tuple(final), note if final else f"nothing is tuned for {spec.name} anywhere")
+
+
+def _judged(path: Path, level: int, wanted: Identity, spec: Spec, device: Device) -> list[Verdict]:
+    """An entry each; a reason stands already where it cannot serve."""
+    try:
+        entries = read_entries(path)
+    except (Unreadable, OSError) as error:
+        return [Verdict(path, level, None, False, f"cannot be understood, so it is passed over: {error}")]
+    found = []
+    for entry in entries:
+        differing = tuple(differences(wanted, entry.identity))
+        fatal = [each for each in differing if each.fatal]
+        reason = "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
+        if not fatal and (misfits := _misfits(entry, spec)):
+            reason = f"names what the package has not: {', '.join(misfits)}"
+        found.append(Verdict(path, level, entry, False, reason, differing, tuple(drifted(device, entry.provenance))))
+    return found
+
+
+def _misfits(entry: Entry, spec: Spec) -> list[str]:
+    """Kernels of an entry whose tunables are not those of the package."""
+    table = next(iter(lower(spec).defaults.values()))
+    return [
+        name
+        for name, values in entry.configs.items()
+        if name not in table or values.keys() != table[name].mapping().keys()
+    ]
+
+
+def _rank(verdict: Verdict, wanted: Identity) -> tuple[int, int, int]:
+    """As in a package's `lookup.py`: explicit, this GPU, this architecture; the nearest of each; then by level."""
+    assert verdict.entry is not None
+    other = any(each.field in ("gpu", "multiprocessors") for each in verdict.differences)
+    origin = 0 if verdict.level == 0 else 2 if other else 1
+    return origin, wanted.bucket.steps(verdict.entry.identity.bucket), verdict.level
+
+
+def _concluded(verdict: Verdict, best: Verdict | None, wanted: Identity) -> Verdict:
+    if verdict.reason or best is None:
+        return verdict
+    if verdict is not best:
+        return Verdict(**{**vars(verdict), "reason": f"would serve, but {best.path.name} comes first"})
+    near = [each for each in verdict.differences if not each.fatal]
+    reason = "exactly this call" if not near else "nothing nearer: " + "; ".join(map(str, near))
+    return Verdict(**{**vars(verdict), "used": True, "reason": reason})
+
+
+# Travel
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of the entries of a file: saved in the cache, or refused with a reason."""
+
+    saved: tuple[Entry, ...] = ()
+    refused: tuple[tuple[Entry, str], ...] = field(default=())
+
+
+def export(store: Store, path: Path, names: Sequence[str] = ()) -> int:
+    """Write the entries of the cache, or those of some specs, to one file; how many."""
+    found = [entry for _, entry in store.all() if not names or entry.identity.spec in names]
+    if found:
+        write_entries(path, found, bundle=True)
+    return len(found)
+
+
+def import_entries(store: Store, path: Path, specs: Mapping[str, Spec]) -> Imported:
+    """Save the entries of a file in the cache, except those that today's kernels were not measured for.
+
+    Args:
+        store: the user's cache.
+        path: what `export` wrote, or a package's tuned/<gpu>.json.
+        specs: by name, whose kernels are compared.
+
+    Raises:
+        Unreadable: it is not such a file.
+        OSError: it cannot be read, or the cache cannot be written.
+    """
+    saved: list[Entry] = []
+    refused: list[tuple[Entry, str]] = []
+    for entry in read_entries(path):
+        if reason := _refusal(entry, specs.get(entry.identity.spec)):
+            refused.append((entry, reason))
+        else:
+            store.save(entry)
+            saved.append(entry)
+    return Imported(tuple(saved), tuple(refused))
+
+
+def _refusal(entry: Entry, spec: Spec | None) -> str:
+    """Why an entry is not imported, or ""."""
+    identity = entry.identity
+    if spec is None:
+        return f"no spec named {identity.spec} is known; name its file after the FILE"
+    program = lower(spec)
+    device = Device(identity.gpu, identity.multiprocessors, identity.architecture)
+    wanted = Identity.of(program, kernels_of(render(spec)), device, identity.bucket)
+    if fatal := [each for each in differences(wanted, identity) if each.fatal]:
+        return "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
+    gpu = device.gpu
+    if gpu is None:
+        return f"architecture: {identity.architecture} is not in the hardware table"
+    illegal = [name for name, values in entry.configs.items() if not is_legal(program, name, values, gpu)]
+    return f"configs: not legal for {', '.join(illegal)}" if illegal else ""

@@ -1,0 +1,335 @@
+"""The search for one bucket: schedules sketched, each kernel by itself, schedules against each other, and a final.
+
+Every time is that of whole passes, because a kernel's tiles decide what others have to do (partial sums, index build,
+merges). Every race has the default in it, interleaved, and what counts is the ratio to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nsa_gen.lowering import Program
+from nsa_gen.tuning.backend import Candidate, Race, Reading
+from nsa_gen.tuning.crew import Crew
+from nsa_gen.tuning.scoring import BACKWARD, FORWARD, Score, pick, scores, spread
+from nsa_gen.tuning.shapes import KINDS, Bucket
+from nsa_gen.tuning.stage0 import Selection, Survivor
+from nsa_gen.tuning.store import Configs
+
+HOPELESS = 1.5
+"""A schedule this much slower than the best with the default's tiles is not looked into."""
+FINALISTS = 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried: candidates a kernel, seconds of a race's rounds, of the final's, and how many sweeps."""
+
+    name: str
+    candidates: int
+    seconds: float
+    final_seconds: float
+    sweeps: int = 1
+
+
+EFFORTS = {
+    each.name: each
+    for each in (Effort("quick", 5, 0.4, 2.0), Effort("default", 10, 0.8, 5.0), Effort("thorough", 24, 2.0, 12.0, 2))
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is: candidates done and expected, the least ratio to the default so far, what it is at."""
+
+    done: int
+    total: int
+    best: float
+    what: str
+
+
+@dataclass
+class Outcome:
+    """What a search found: the winner (empty: the default), and its and the default's times in the final.
+
+    `times` has a reading each of the default and the winner by kind of input.
+    """
+
+    bucket: Bucket
+    winner: Candidate
+    score: Score
+    times: dict[str, tuple[Reading, Reading]] = field(default_factory=dict)
+    default_fault: str = ""
+    cut_short: bool = False
+
+
+class Search:
+    """Tunes one bucket.
+
+    Args:
+        program: what is tuned.
+        selections: what stage 0 left of each kernel.
+        crew: measures.
+        passes: forward, or forward and backward.
+        effort: how much is tried.
+        deadline: time.monotonic() after which no further kernel is begun; the final is run in any case.
+        tell: hears of progress.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        target: str,
+        bucket: Bucket,
+        selections: Sequence[Selection],
+        crew: Crew,
+        passes: tuple[str, ...],
+        effort: Effort,
+        deadline: float,
+        tell: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._program, self._bucket, self._crew = program, bucket, crew
+        self._selections = {each.kernel: each for each in selections}
+        self._passes, self._effort, self._deadline, self._tell = passes, effort, deadline, tell
+        self._defaults = {name: config.mapping() for name, config in program.defaults[target].items()}
+        self._choices = {kernel.choice[0] for kernel in program.kernels if kernel.choice}
+        self._best = 1.0
+        self._done = 0
+        self._total = self._expected()
+        self._cut_short = False
+
+    def run(self) -> Outcome:
+        """Search, and hold the final."""
+        default = Candidate()
+        if fault := self._crew.check(default, self._bucket):
+            return Outcome(self._bucket, default, Score(1.0, 0.0), default_fault=fault)
+        combos = self._live_combos()
+        ranked: dict[str, list[Survivor]] = {}
+        base = default
+        for sweep in range(self._effort.sweeps):
+            found = self._sweep(base if sweep else default, combos)
+            ranked |= {kernel: best for kernel, best in found.items() if best}
+            base = self._composed(combos, ranked)
+        base = self._sized(base)
+        return self._final(base, combos, ranked)
+
+    # Schedules
+
+    def _combos(self) -> list[Configs]:
+        """Every combination of the choices among kernels, the default's first; [{}] where there is no choice."""
+        found: list[Configs] = [{}]
+        for schedule in self._program.schedules:
+            names = [each.name for each in schedule.tunables if each.name in self._choices and self._wanted(each.name)]
+            values = [each.values for each in schedule.tunables if each.name in names]
+            each = [dict(zip(names, picked, strict=True)) for picked in itertools.product(*values)]
+            found = [{**combo, schedule.name: one} for combo in found for one in each]
+        return sorted(found, key=lambda combo: combo != self._default_combo(combo))
+
+    def _wanted(self, choice: str) -> bool:
+        """Whether a pass that is tuned has a kernel that this choice decides about."""
+        return any(k.choice and k.choice[0] == choice and k.direction in self._passes for k in self._program.kernels)
+
+    def _default_combo(self, combo: Configs) -> Configs:
+        return {name: {key: self._defaults[name][key] for key in values} for name, values in combo.items()}
+
+    def _live_combos(self) -> list[Configs]:
+        """The combinations worth tuning: with the default's tiles not hopelessly slower than the best."""
+        combos = self._combos()
+        if len(combos) == 1:
+            return combos
+        candidates = [Candidate(), *(Candidate(combo) for combo in combos[1:])]
+        found = self._measure(candidates, self._passes, self._passes, self._effort.seconds, "schedules")
+        best = min(score.ratio for score in found)
+        return [combo for combo, score in zip(combos, found, strict=True) if score.ratio <= HOPELESS * best] or combos[
+            :1
+        ]
+
+    def _sized(self, base: Candidate) -> Candidate:
+        """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
+        for schedule in self._program.schedules:
+            for tunable in schedule.tunables:
+                if tunable.name in self._choices or self._late():
+                    continue
+                at = tunable.values.index(self._defaults[schedule.name][tunable.name])
+                near = [tunable.values[i] for i in (at - 2, at - 1, at + 1, at + 2) if 0 <= i < len(tunable.values)]
+                tried = [base, *(base.with_configs({schedule.name: {tunable.name: value}}) for value in near)]
+                winner = self._contest(
+                    tried, self._passes, self._passes, [(0.0,), *((float(value),) for value in near)], tunable.name
+                )[0]
+                base = tried[winner]
+        return base
+
+    # Kernels
+
+    def _sweep(self, base: Candidate, combos: Sequence[Configs]) -> dict[str, list[Survivor]]:
+        """For each kernel that a live schedule runs, its candidates that beat the default, best first."""
+        tasks = [
+            (selection, around)
+            for kernel in self._program.kernels
+            if (selection := self._selections.get(kernel.name)) is not None and len(selection.survivors) > 1
+            for around in [self._around(kernel.choice, base, combos)]
+            if around is not None
+        ]
+        # What takes longest first: if time runs out, what is left matters least.
+        tasks.sort(key=lambda task: -task[0].survivors[0].seconds)
+        found = self._crew.map(lambda task: self._tune_kernel(*task), tasks)
+        return {selection.kernel: best for (selection, _), best in zip(tasks, found, strict=True)}
+
+    def _around(self, choice: tuple[str, int] | None, base: Candidate, combos: Sequence[Configs]) -> Candidate | None:
+        """What a kernel is tuned within: the base, by the first live schedule that runs it; None if none does."""
+        if choice is None:
+            return base
+        name, value = choice
+        for combo in combos:
+            if any(values.get(name) == value for values in combo.values()):
+                return base if combo == self._default_combo(combo) and not base.configs else base.with_configs(combo)
+        return None
+
+    def _tune_kernel(self, selection: Selection, around: Candidate) -> list[Survivor]:
+        """The candidates of a kernel that win their race against the default, and the next best after it."""
+        if self._late():
+            return []
+        survivors = selection.survivors
+        tried = [around, *(around.with_configs({selection.kernel: each.config}) for each in survivors[1:])]
+        passes = (FORWARD,) if selection.direction == FORWARD else self._passes
+        winner, found = self._contest(
+            tried, passes, (selection.direction,), [each.cost for each in survivors], selection.kernel
+        )
+        if winner == 0:
+            return []
+        others = sorted(
+            (n for n in range(len(found)) if n not in (0, winner) and found[n].ratio < 1.0),
+            key=lambda n: found[n].ratio,
+        )
+        return [survivors[number] for number in (winner, *others)]
+
+    def _composed(self, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> Candidate:
+        """The best schedule, each with the winners of its kernels."""
+        candidates = [Candidate(), *(self._with_winners(combo, ranked) for combo in combos)]
+        distinct = list({each.key: each for each in candidates}.values())
+        if len(distinct) == 1:
+            return distinct[0]
+        found = self._measure(
+            distinct, self._passes, self._passes, self._effort.seconds, "schedules with their winners"
+        )
+        return distinct[pick(found, [(float(len(each.configs)),) for each in distinct])]
+
+    def _with_winners(
+        self, combo: Configs, ranked: Mapping[str, list[Survivor]], direction: str | None = None
+    ) -> Candidate:
+        """A schedule with the best of each kernel that it runs, of one direction if given."""
+        chosen = {key: value for values in combo.values() for key, value in values.items()}
+        configs: Configs = {} if combo == self._default_combo(combo) else {n: dict(v) for n, v in combo.items()}
+        for kernel in self._program.kernels:
+            runs = kernel.choice is None or chosen.get(kernel.choice[0]) == kernel.choice[1]
+            best = ranked.get(kernel.name)
+            if runs and best and direction in (None, kernel.direction):
+                configs[kernel.name] = dict(best[0].config)
+        return Candidate(configs)
+
+    # Races
+
+    def _contest(
+        self,
+        candidates: Sequence[Candidate],
+        passes: tuple[str, ...],
+        objective: tuple[str, ...],
+        costs: Sequence[tuple[float, ...]],
+        what: str,
+    ) -> tuple[int, list[Score]]:
+        """Successive halving: a short race of all, then a longer one of the better half on every kind of input."""
+        right = [0, *(n for n in range(1, len(candidates)) if not self._crew.check(candidates[n], self._bucket))]
+        if len(right) > 4:
+            short = [candidates[number] for number in right]
+            found = scores([self._race(short, KINDS[0], passes, self._effort.seconds / 2)], objective)
+            right = [right[number] for number in spread(found, (len(short) + 1) // 2)]
+        finalists = [candidates[number] for number in right]
+        found = self._measure(finalists, passes, objective, self._effort.seconds, what, checked=True)
+        result = [Score(float("inf"), 0.0)] * len(candidates)
+        for number, score in zip(right, found, strict=True):
+            result[number] = score
+        return right[pick(found, [costs[number] for number in right])], result
+
+    def _measure(
+        self,
+        candidates: Sequence[Candidate],
+        passes: tuple[str, ...],
+        objective: tuple[str, ...],
+        seconds: float,
+        what: str,
+        *,
+        checked: bool = False,
+    ) -> list[Score]:
+        """Scores against the first of the candidates, over every kind of input."""
+        right = [n for n in range(len(candidates)) if n == 0 or checked or not self._check(candidates[n])]
+        readings = [self._race([candidates[n] for n in right], kind, passes, seconds) for kind in KINDS]
+        result = [Score(float("inf"), 0.0)] * len(candidates)
+        for number, score in zip(right, scores(readings, objective), strict=True):
+            result[number] = score
+        self._report(result, objective, what)
+        return result
+
+    def _check(self, candidate: Candidate) -> str:
+        return self._crew.check(candidate, self._bucket)
+
+    def _race(
+        self, candidates: Sequence[Candidate], kind: str, passes: tuple[str, ...], seconds: float
+    ) -> list[Reading]:
+        found = self._crew.race(Race(tuple(candidates), self._bucket, kind, passes, seconds))
+        self._done += len(candidates)
+        return found
+
+    def _final(self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> Outcome:
+        """The best eight and the default, interleaved, on every kind of input, for longer."""
+        finalists = self._finalists(best, combos, ranked)
+        if len(finalists) == 1:
+            return Outcome(self._bucket, finalists[0], Score(1.0, 0.0), cut_short=self._cut_short)
+        right = [each for n, each in enumerate(finalists) if n == 0 or not self._check(each)]
+        readings = {kind: self._race(right, kind, self._passes, self._effort.final_seconds) for kind in KINDS}
+        found = scores(list(readings.values()), self._passes)
+        if fault := next((race[0].error for race in readings.values() if race[0].error), ""):
+            return Outcome(self._bucket, Candidate(), Score(1.0, 0.0), default_fault=fault)
+        # A winner must not be slower in any pass: somebody may run that pass alone.
+        for name in self._passes:
+            for number, score in enumerate(scores(list(readings.values()), (name,))):
+                if score.ratio - score.noise > 1.0:
+                    found[number] = Score(float("inf"), 0.0)
+        winner = pick(found, [(float(len(each.configs)),) for each in right])
+        self._total = self._done
+        self._report(found, self._passes, "final")
+        times = {kind: (race[0], race[winner]) for kind, race in readings.items()}
+        return Outcome(self._bucket, right[winner], found[winner], times, cut_short=self._cut_short)
+
+    def _finalists(
+        self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]
+    ) -> list[Candidate]:
+        """The default, then at most eight: the best, its halves, the other schedules, and the best with runners-up."""
+        found = [Candidate(), best]
+        found += [self._with_winners(combo, ranked) for combo in combos]
+        found += [self._with_winners(combos[0], ranked, direction) for direction in (FORWARD, BACKWARD)]
+        for kernel, order in sorted(ranked.items(), key=lambda item: -self._selections[item[0]].survivors[0].seconds):
+            if len(order) > 1 and kernel in best.configs:
+                found.append(best.with_configs({kernel: order[1].config}))
+        distinct = list({each.key: each for each in found}.values())
+        return distinct[: 1 + FINALISTS]
+
+    # Time and progress
+
+    def _late(self) -> bool:
+        late = time.monotonic() >= self._deadline
+        self._cut_short |= late
+        return late
+
+    def _expected(self) -> int:
+        """Candidates that will have been timed at the end, about."""
+        kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self._effort.sweeps
+        return kernels + 4 * len(self._combos()) + 10 * len(self._program.schedules) + 2 * (1 + FINALISTS)
+
+    def _report(self, found: Sequence[Score], objective: Sequence[Any], what: str) -> None:
+        if tuple(objective) == self._passes:
+            self._best = min(self._best, *(score.ratio for score in found))
+        self._tell(Progress(self._done, max(self._total, self._done), self._best, f"{self._bucket.label}: {what}"))

@@ -1,0 +1,369 @@
+"""A tuning from its spec to its report: stage 0, a worker for each GPU, a search for each bucket, and what is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nsa_gen
+from nsa_gen._resources import cache_dir
+from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
+from nsa_gen.lowering import Program, lower
+from nsa_gen.rendering import generate, render
+from nsa_gen.targets.pool import worker_environment
+from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
+from nsa_gen.tuning.crew import Crew
+from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
+from nsa_gen.tuning.journal import Journal
+from nsa_gen.tuning.lengths import check_tokens
+from nsa_gen.tuning.report import BucketResult, TuneReport
+from nsa_gen.tuning.search import EFFORTS, Outcome, Progress, Search
+from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.stage0 import Compiler, Selection, select, spaces_of
+from nsa_gen.tuning.store import Configs, Entry, Store, merge_into_bundle
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+DEFAULT_SHAPES = (8192, 65536)
+WORKER = (sys.executable, "-m", "nsa_gen.tuning.worker")
+NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+Say = Callable[[str], None]
+Show = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a tuning was asked for.
+
+    Attributes:
+        shapes: key tokens of the buckets.
+        batch, packed: of every bucket.
+        passes: forward, or forward and backward; the spec's if None.
+        effort: a name of EFFORTS.
+        budget: seconds after which no further kernel is begun; None for no limit.
+        resume: take what an interrupted run has found.
+        out: a package's `tuned` folder or a .json file, in place of the user's cache.
+        jobs: compiling processes; as many as CPU cores if None.
+        seed: of the inputs.
+    """
+
+    shapes: tuple[int, ...] = DEFAULT_SHAPES
+    batch: int = 1
+    packed: bool = False
+    passes: tuple[str, ...] | None = None
+    effort: str = "default"
+    budget: float | None = None
+    resume: bool = False
+    out: Path | None = None
+    jobs: int | None = None
+    seed: int = 0
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """What is tuned, each bucket once."""
+        return list(dict.fromkeys(Bucket.of(tokens, self.batch, self.packed) for tokens in self.shapes))
+
+
+@dataclass
+class Tools:
+    """What a tuning works with, for tests to replace.
+
+    `backend` makes what measures on the GPU of a number; `compiler` what compiles for a target.
+    """
+
+    say: Say = lambda line: None
+    show: Show = lambda done, total, what: None
+    backend: Callable[[Path, Spec, Settings, int, Say], Backend] | None = None
+    compiler: Callable[..., Any] = Compiler
+    store: Store = field(default_factory=Store)
+
+
+def tune(spec: Spec | str | os.PathLike[str], *, tools: Tools | None = None, **settings: Any) -> TuneReport:
+    """Search for the best configurations of a spec's kernels on the GPUs of this machine, and save them.
+
+    Args:
+        spec: a Spec, a path, or the name of a shipped spec.
+        tools: progress and errors go nowhere unless said here.
+        **settings: fields of `Settings`: shapes, batch, packed, passes, effort, budget, resume, out, jobs, seed.
+
+    Raises:
+        nsa_gen.spec.SpecError: the spec is invalid.
+        BackendLost: there is no GPU, or none that measures.
+        UnknownGpuError: the hardware table has no entry for the GPU's architecture.
+        ValueError: a setting is wrong.
+    """
+    return _Tuning(_loaded(spec), Settings(**settings), tools or Tools()).run()
+
+
+def dry_run(
+    spec: Spec | str | os.PathLike[str], gpu: str, *, tools: Tools | None = None, **settings: Any
+) -> TuneReport:
+    """Stage 0 alone, which needs no GPU: what would be measured on a GPU of the hardware table ("h100", "sm_90").
+
+    Raises:
+        UnknownGpuError: there is no such GPU in the table.
+    """
+    return _Tuning(_loaded(spec), Settings(**settings), tools or Tools()).dry_run(find_gpu(gpu))
+
+
+def _loaded(spec: Spec | str | os.PathLike[str]) -> Spec:
+    from nsa_gen.spec import Spec, load_spec
+
+    return spec if isinstance(spec, Spec) else load_spec(spec)
+
+
+class _Tuning:
+    def __init__(self, spec: Spec, settings: Settings, tools: Tools) -> None:
+        if settings.effort not in EFFORTS:
+            raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, got {settings.effort!r}")
+        self._passes = tuple(settings.passes or (name for name in spec.passes if name in ("forward", "backward")))
+        if self._passes not in (("forward",), ("forward", "backward")) or set(self._passes) - set(spec.passes):
+            raise ValueError(
+                f"passes: expected forward, or forward and backward if the spec has it, got {self._passes}"
+            )
+        self._spec, self._settings, self._tools = spec, settings, tools
+        self._effort = EFFORTS[settings.effort]
+        self._program: Program = lower(spec)
+        self._kernels = kernels_of(render(spec))
+        self._buckets = settings.buckets
+        self._started = time.monotonic()
+        self._deadline = self._started + (float("inf") if settings.budget is None else settings.budget)
+
+    def dry_run(self, gpu: Gpu) -> TuneReport:
+        with _work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
+            selections = self._stage0(self._compiler(package, gpu, work), gpu)
+        return TuneReport(self._spec.name, gpu.target, None, selections, seconds=time.monotonic() - self._started)
+
+    def run(self) -> TuneReport:
+        say = self._tools.say
+        with ExitStack() as stack:
+            work, package = stack.enter_context(_work_folder(self._spec, self._kernels, say))
+            backends, device = self._backends(package)
+            stack.callback(lambda: [backend.close() for backend in backends])
+            gpu = device.gpu
+            if gpu is None:
+                known = ", ".join(dict.fromkeys(each.target for each in GPUS))
+                raise UnknownGpuError(f"gpu: expected an architecture of {known}, got {device}")
+            path = stack.enter_context(_own_file(work / f"{device.slug}.journal.jsonl", say))
+            journal = Journal(path, self._heading(device), resume=self._settings.resume)
+            stack.callback(journal.close)
+            crew = Crew(backends, journal)
+            stack.callback(crew.close)
+            if journal.resumed:
+                say(f"resumed: {journal.resumed} answers from {path}")
+            try:
+                return self._search(crew, device, gpu, self._compiler(package, gpu, work), journal)
+            except (KeyboardInterrupt, BackendLost):
+                say(f"stopped; nothing is lost: the same command with --resume goes on from {path}")
+                raise
+
+    def _search(self, crew: Crew, device: Device, gpu: Gpu, compiler: Any, journal: Journal) -> TuneReport:
+        selections = self._stage0(compiler, gpu)
+        results: list[BucketResult] = []
+        for number, bucket in enumerate(self._buckets):
+            now = time.monotonic()
+            share = (self._deadline - now) / (len(self._buckets) - number)
+            search = Search(
+                self._program,
+                gpu.target,
+                bucket,
+                selections[bucket],
+                crew,
+                self._passes,
+                self._effort,
+                now + share,
+                self._tell,
+            )
+            results.append(self._concluded(search.run(), device, journal))
+        return TuneReport(
+            self._spec.name,
+            gpu.target,
+            device,
+            selections,
+            tuple(results),
+            crew.quarantined,
+            crew.measured,
+            journal.resumed,
+            journal.path,
+            time.monotonic() - self._started,
+        )
+
+    def _compiler(self, package: Path, gpu: Gpu, work: Path) -> Any:
+        return self._tools.compiler(package, gpu.target, self._passes, work / "triton", self._settings.jobs)
+
+    def _stage0(self, compiler: Any, gpu: Gpu) -> dict[Bucket, tuple[Selection, ...]]:
+        spaces = {
+            bucket: spaces_of(self._program, gpu, bucket, self._effort.candidates, self._passes)
+            for bucket in self._buckets
+        }
+        total = sum(len(each.candidates) for found in spaces.values() for each in found)
+        done = 0
+
+        def count(key: str, answer: Any) -> None:
+            nonlocal done
+            done += 1
+            self._tools.show(done, total, f"compiled {json.loads(key)[0]}")
+
+        return {
+            bucket: tuple(select(found, compiler, gpu, bucket, check_tokens(self._spec), count))
+            for bucket, found in spaces.items()
+        }
+
+    def _backends(self, package: Path) -> tuple[list[Backend], Device]:
+        """A backend for each GPU like the first."""
+        make = self._tools.backend or gpu_backend
+        first = make(package, self._spec, self._settings, 0, self._tools.say)
+        found = [first]
+        try:
+            device = first.device()
+            for number in range(1, device.count):
+                other = make(package, self._spec, self._settings, number, self._tools.say)
+                found.append(other)
+                if other.device().name != device.name:
+                    found.pop().close()
+        except BaseException:
+            for backend in found:
+                backend.close()
+            raise
+        return found, device
+
+    def _heading(self, device: Device) -> dict[str, Any]:
+        identity = Identity.of(self._program, self._kernels, device, self._buckets[0]).to_json()
+        del identity["bucket"]
+        versions = {"driver": device.driver, "torch": device.torch, "triton": device.triton}
+        return {**identity, **versions, "passes": list(self._passes), "seed": self._settings.seed}
+
+    def _concluded(self, found: Outcome, device: Device, journal: Journal) -> BucketResult:
+        """Save what a search found; what cannot be saved is still in the journal and in the report."""
+        if found.default_fault:
+            return BucketResult(found.bucket, {}, problem=f"the default itself fails: {found.default_fault}")
+        if found.cut_short and not found.times:
+            # An entry would say that the default has won, and hide what somebody else has found.
+            return BucketResult(found.bucket, {}, problem=NOTHING_COMPARED, cut_short=True)
+        assert device.gpu is not None
+        configs = self._complete(found.winner, device.gpu.target)
+        ratio, noise = found.score.ratio, found.score.noise
+        times = {kind: _times(default, tuned, self._passes) for kind, (default, tuned) in found.times.items()}
+        entry = Entry(
+            Identity.of(self._program, self._kernels, device, found.bucket),
+            configs,
+            Provenance(
+                device.driver,
+                device.torch,
+                device.triton,
+                nsa_gen.__version__,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            ),
+            {
+                "gain": round(1 / ratio, 4),
+                "noise": round(noise / ratio**2, 4),
+                "passes": list(self._passes),
+                "effort": self._effort.name,
+                "ms": times,
+            },
+        )
+        journal.put(f"winner {found.bucket.name}", "winner", entry.to_json())
+        saved, problem = self._save(entry)
+        return BucketResult(found.bucket, configs, 1 / ratio, noise / ratio**2, times, saved, problem, found.cut_short)
+
+    def _save(self, entry: Entry) -> tuple[Path | None, str]:
+        out = self._settings.out
+        try:
+            if out is None:
+                return self._tools.store.save(entry), ""
+            device = Device(entry.identity.gpu, entry.identity.multiprocessors, entry.identity.architecture)
+            path = out if out.suffix == ".json" else out / f"{device.slug}.json"
+            merge_into_bundle(path, entry)
+        except OSError as error:
+            return None, f"not saved: {error}; --resume saves it without measuring anew"
+        return path, ""
+
+    def _complete(self, winner: Candidate, target: str) -> Configs:
+        """Every value of each kernel and schedule that differs from the default in one."""
+        table = self._program.defaults[target]
+        return {name: {**table[name].mapping(), **values} for name, values in winner.configs.items()}
+
+    def _tell(self, progress: Progress) -> None:
+        best = f"best so far {1 / progress.best:.2f}x" if progress.best < 1 else "nothing better yet"
+        left = self._deadline - time.monotonic()
+        budget = "" if left == float("inf") else f", {max(left, 0):.0f} s of the budget left"
+        self._tools.show(progress.done, progress.total, f"{progress.what}: {best}{budget}")
+
+
+def _times(default: Reading, tuned: Reading, passes: Sequence[str]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"default": round(default.times[name].median, 4), "tuned": round(tuned.times[name].median, 4)}
+        for name in passes
+    }
+
+
+def gpu_backend(
+    package: Path,
+    spec: Spec,
+    settings: Settings,
+    number: int,
+    say: Say,
+    *,
+    candidate_seconds: float = CANDIDATE_SECONDS,
+    command: Sequence[str] = WORKER,
+) -> Backend:
+    """What measures on one GPU of this machine, with the machine code that stage 0 has left beside the package."""
+    environment = worker_environment((package.parent.parent / "triton").resolve(), None)
+    visible = [each for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
+    if number:  # to the first all are visible, so that it can count them; it uses the first of them
+        environment[VISIBLE] = visible[number] if visible else str(number)
+    environment["NSA_GEN_TUNED"] = "off"
+    environment.pop("NSA_GEN_AUTOTUNE", None)
+    opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
+    return ProcessBackend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)
+
+
+@contextmanager
+def _work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
+    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
+    from filelock import FileLock
+
+    folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder), FileLock(folder / ".lock", timeout=60):
+            package = generate(spec, folder / "package")
+    except OSError as error:
+        say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
+        with tempfile.TemporaryDirectory(prefix="nsa_gen_tune_") as temporary:
+            yield Path(temporary), generate(spec, Path(temporary) / "package")
+        return
+    yield folder, package
+
+
+@contextmanager
+def _own_file(path: Path, say: Say) -> Iterator[Path]:
+    """A file that no other tuner writes: this one, or, while another has it, one named after this process."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another tuner writes {path.name}; this one keeps a journal of its own")
+        yield path.with_name(path.name.replace(".journal", f".{os.getpid()}.journal"))
+        return
+    except OSError:  # a folder that has become read-only: the journal will say so
+        yield path
+        return
+    try:
+        yield path
+    finally:
+        lock.release()

@@ -1,0 +1,244 @@
+"""Where tuned entries are kept: one readable JSON file for each kernels' digest, GPU and bucket.
+
+    <cache>/tuned/<spec>-<dtype>-<kernels>/<gpu>/<bucket>.json     the user's cache
+    <package>/tuned/<gpu>.json                                     shipped: the entries of one GPU in one file
+
+Files are replaced whole, under a lock, so that many processes may write and any number read. A file that cannot be
+understood (truncated, of an older schema, no JSON) is set aside under another name with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsa_gen._resources import cache_dir
+from nsa_gen.rendering.identity import TUNED_SCHEMA
+from nsa_gen.tuning.identity import Identity, Provenance, slug
+
+Configs = dict[str, dict[str, int]]
+LOCK_SECONDS = 60.0
+
+
+class CacheWarning(UserWarning):
+    """A file of the cache was set aside, or could not be."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tuned bucket: what it is for, what it was made with, the configurations, and how they did.
+
+    `result` holds milliseconds by pass and kind of input, of the winner and of the default; it is for readers.
+    """
+
+    identity: Identity
+    configs: Configs
+    provenance: Provenance = field(default_factory=Provenance)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as a file holds it."""
+        return {
+            "identity": self.identity.to_json(),
+            "configs": self.configs,
+            "result": self.result,
+            "provenance": self.provenance.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> Entry:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if not isinstance(document, dict):
+            raise ValueError(f"entry: expected an object, got {type(document).__name__}")
+        for name in ("identity", "configs"):
+            if not isinstance(document.get(name), dict):
+                raise ValueError(f"{name}: expected an object, got {type(document.get(name)).__name__}")
+        for kernel, values in document["configs"].items():
+            good = isinstance(values, dict) and all(type(value) is int and value >= 0 for value in values.values())
+            if not good:
+                raise ValueError(f"configs.{kernel}: expected whole numbers by name, got {values!r}")
+        return cls(
+            Identity.from_json(document["identity"]),
+            document["configs"],
+            Provenance.from_json(document.get("provenance") or {}),
+            document.get("result") or {},
+        )
+
+
+class Unreadable(ValueError):
+    """A file holds no entries of this schema."""
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a file: one of the cache, or several as shipped and exported.
+
+    Raises:
+        Unreadable: it is not a file of tuned entries of today's schema.
+        OSError: it cannot be read.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Unreadable(f"{path}: no JSON, perhaps cut short: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != TUNED_SCHEMA:
+        schema = document.get("schema") if isinstance(document, dict) else None
+        raise Unreadable(f"{path}: schema: expected {TUNED_SCHEMA}, got {schema!r}")
+    try:
+        return [Entry.from_json(each) for each in document.get("entries", [document])]
+    except (ValueError, TypeError) as error:
+        raise Unreadable(f"{path}: {error}") from error
+
+
+def write_entries(path: Path, entries: Iterable[Entry], *, bundle: bool) -> None:
+    """Write entries as a file, whole or not at all; a bundle holds any number in the order of their buckets."""
+    listed = sorted(entries, key=lambda each: each.identity.bucket)
+    document: dict[str, Any] = {"schema": TUNED_SCHEMA}
+    document |= {"entries": [each.to_json() for each in listed]} if bundle else listed[0].to_json()
+    write_whole(path, layout(document) + "\n")
+
+
+def layout(value: Any, indent: str = "") -> str:
+    """JSON with objects and lists that hold no others on a line each."""
+    inner = indent + " "
+    children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if not any(isinstance(child, dict | list) for child in children):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        lines = (f"{inner}{json.dumps(name)}: {layout(child, inner)}" for name, child in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + layout(child, inner) for child in value) + f"\n{indent}]"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by a text in one step, so that no reader and no crash ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class Store:
+    """The user's cache of tuned entries."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (cache_dir() if root is None else root) / "tuned"
+
+    def path(self, identity: Identity) -> Path:
+        """Where an entry of this identity lies, or would."""
+        package = f"{identity.spec}-{identity.dtype}-{identity.kernels}"
+        return self.root / package / slug(identity.gpu) / f"{identity.bucket.name}.json"
+
+    def save(self, entry: Entry) -> Path:
+        """Write an entry, in place of one with the same kernels, GPU and bucket. OSError if the cache cannot be."""
+        path = self.path(entry.identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            write_entries(path, [entry], bundle=False)
+        return path
+
+    def load(self, identity: Identity) -> Entry | None:
+        """The entry of exactly this identity, or None."""
+        path = self.path(identity)
+        found = self._read(path) if path.is_file() else []
+        return next((each for each in found if each.identity == identity), None)
+
+    def all(self) -> Iterator[tuple[Path, Entry]]:
+        """Every entry with its file; files that cannot be understood are set aside first."""
+        for path in sorted(self.root.glob("*/*/*.json")):
+            for entry in self._read(path):
+                yield path, entry
+
+    def remove(self, paths: Iterable[Path]) -> int:
+        """Delete files of the cache; how many were there."""
+        count = 0
+        with self.locked():
+            for path in paths:
+                if path.is_file():
+                    path.unlink()
+                    count += 1
+                for folder in (path.parent, path.parent.parent):
+                    with suppress(OSError):  # it holds others
+                        folder.rmdir()
+        return count
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the cache's lock, which is given back by the kernel if this process dies."""
+        from filelock import FileLock
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / ".lock", timeout=LOCK_SECONDS):
+            yield
+
+    def _read(self, path: Path) -> list[Entry]:
+        try:
+            return read_entries(path)
+        except FileNotFoundError:  # another process has just removed it
+            return []
+        except Unreadable as error:
+            set_aside(path, str(error))
+        except OSError as error:
+            warnings.warn(f"{path} cannot be read: {error}", CacheWarning, stacklevel=3)
+        return []
+
+
+def set_aside(path: Path, reason: str) -> Path | None:
+    """Rename a file that is in the way to `<name>.bad`, keeping earlier ones, with a warning; None if that fails."""
+    for number in range(1000):
+        target = path.with_name(f"{path.name}.bad{number or ''}")
+        if not target.exists():
+            break
+    try:
+        path.rename(target)
+    except OSError as error:
+        warnings.warn(f"{reason}; it could not be set aside: {error}", CacheWarning, stacklevel=3)
+        return None
+    warnings.warn(f"{reason}; set aside as {target.name}", CacheWarning, stacklevel=3)
+    return target
+
+
+def merge_into_bundle(path: Path, entry: Entry) -> None:
+    """Add an entry to a shipped file, in place of one of the same bucket; those of other kernels are dropped."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The lock lies elsewhere: a folder that is shipped holds results alone.
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"nsa_gen_{name}.lock", timeout=LOCK_SECONDS):
+        kept: list[Entry] = []
+        if path.exists():
+            try:
+                kept = read_entries(path)
+            except Unreadable as error:
+                set_aside(path, str(error))
+        mine = entry.identity
+        current = [
+            each
+            for each in kept
+            if each.identity.kernels == mine.kernels
+            and each.identity.space == mine.space
+            and each.identity.measurement == mine.measurement
+            and each.identity.bucket != mine.bucket
+        ]
+        write_entries(path, [*current, entry], bundle=True)

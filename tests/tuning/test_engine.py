@@ -1,0 +1,144 @@
+"""What the measuring process does, on Triton's interpreter: the oracle first, and every candidate by its own tiles."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+
+from nsa_gen.bench import measure  # noqa: E402
+from nsa_gen.rendering import generate  # noqa: E402
+from nsa_gen.tuning import Bucket  # noqa: E402
+from nsa_gen.tuning import engine as engine_module  # noqa: E402
+from nsa_gen.tuning.engine import GpuEngine  # noqa: E402
+from nsa_gen.tuning.worker import Lost  # noqa: E402
+from tests.bench.fakes import FakeClock  # noqa: E402
+from tests.support import small_spec  # noqa: E402
+from tools.gpu.tuner_faults import doctored  # noqa: E402
+
+SPEC = small_spec("win", gate="none", window=20, dims=(16, 16))
+OTHER = {"window_forward": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}}
+BAD = {"window_forward": {"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}}
+SMALL = Bucket(64)
+
+
+class TickingClock(FakeClock):
+    """A millisecond passes at every look."""
+
+    def mark(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is slow, and its times are the clock's."""
+    monkeypatch.setattr(measure, "WARM_UP", 1)
+    monkeypatch.setattr(measure, "REPEATS", (1, 2))
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    return generate(SPEC, tmp_path / "sound")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks at a length that the interpreter can bear."""
+    monkeypatch.setattr(engine_module, "check_tokens", lambda spec: 37)
+
+
+def engine_of(package: Path, clock: FakeClock | None = None) -> GpuEngine:
+    opening = {"package": str(package), "spec": SPEC.resolved_yaml(), "seed": 0}
+    return GpuEngine(opening, torch.device("cpu"), clock or TickingClock())
+
+
+@pytest.fixture
+def faulty(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes an engine whose package goes wrong for BAD."""
+
+    def build(fault: str, clock: FakeClock | None = None) -> GpuEngine:
+        script = {"fault": fault, "config": BAD["window_forward"], "flag": str(tmp_path / "flag")}
+        monkeypatch.setitem(os.environ, "NSA_GEN_FAULT", json.dumps(script))
+        return engine_of(doctored(package, tmp_path / fault), clock)
+
+    yield build
+
+
+def test_candidates_are_held_against_the_oracle_with_gradients(package: Path, short: None) -> None:
+    begun: list[int] = []
+    engine = engine_of(package)
+    assert engine.check([{}, OTHER], begun.append, bucket=SMALL.to_json()) == [{}, {}]
+    assert begun == [0, 1]
+    packed = Bucket(64, 1, True).to_json()
+    assert engine.check([OTHER], begun.append, bucket=packed) == [{}]
+
+
+def test_a_wrong_candidate_is_found_wrong_and_the_others_right(faulty: Any, short: None) -> None:
+    good, bad = faulty("wrong").check([OTHER, BAD], lambda number: None, bucket=SMALL.to_json())
+    assert good == {} and bad["error"].startswith("wrong: o ")
+
+
+def test_a_candidate_is_launched_with_its_own_tiles_and_they_end_with_it(package: Path, short: None) -> None:
+    engine = engine_of(package)
+    seen: list[tuple[int, int]] = []
+    configs = engine._package.configs
+    plain = configs.get
+
+    def watched(kernel: str, device: torch.device, bucket: Any = None) -> dict[str, int]:
+        config = plain(kernel, device, bucket)
+        if kernel == "window_forward":
+            seen.append((config["QUERY_BLOCK"], config["KEY_BLOCK"]))
+        return config
+
+    configs.get = watched
+    answers = engine.race(
+        [{}, OTHER], lambda n: None, bucket=SMALL.to_json(), inputs="correlated", passes=["forward"], seconds=0.01
+    )
+    assert set(seen) == {(16, 16), (16, 32)} and seen[-2:] == [(16, 16), (16, 32)], "in turn"
+    for answer in answers:
+        assert answer["error"] == "" and answer["times"]["forward"]["median"] == 1.0
+        assert answer["times"]["forward"]["repeats"] >= 1
+
+
+def test_a_backward_is_timed_under_the_same_tiles(package: Path) -> None:
+    engine = engine_of(package)
+    tiles = {"window_backward_dq": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}}
+    (answer,) = engine.race(
+        [tiles],
+        lambda n: None,
+        bucket=SMALL.to_json(),
+        inputs="independent",
+        passes=["forward", "backward"],
+        seconds=0.01,
+    )
+    assert set(answer["times"]) == {"forward", "backward"}
+
+
+def test_an_error_costs_its_candidate_and_a_lost_device_the_process(faulty: Any) -> None:
+    request = {"bucket": SMALL.to_json(), "inputs": "independent", "passes": ["forward"], "seconds": 0.01}
+    answers = faulty("out of memory").race([OTHER, BAD], lambda n: None, **request)
+    assert answers[0]["error"] == "" and "memory" in answers[1]["error"].lower() and answers[1]["times"] == {}
+
+    clock = TickingClock()
+    begun: list[int] = []
+    engine = faulty("out of memory", clock)
+    clock.lost = True
+    clock.recover = lambda: clock.__class__.recover(clock) if begun and begun[-1] == 1 else None
+    with pytest.raises(Lost, match="illegal memory access"):
+        engine.race([OTHER, BAD], begun.append, **request)
+    assert begun[-1] == 1, "the culprit is named last"
+
+
+def test_it_needs_a_gpu_unless_told_otherwise(package: Path) -> None:
+    with pytest.raises(RuntimeError, match="torch sees no GPU"):
+        GpuEngine({"package": str(package), "spec": SPEC.resolved_yaml()})
+    with pytest.raises(RuntimeError, match="kernels are interpreted here"):
+        engine_of(package).device()

@@ -1,0 +1,248 @@
+"""What a generated package makes of tuned files: which one serves, and that none can break it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_gen.lowering import lower
+from nsa_gen.rendering import render
+from nsa_gen.tuning import Bucket, Entry, Store
+from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
+from nsa_gen.tuning.store import write_entries
+from tests.support import Operator, assert_matches_oracle, operator_of
+
+H100 = Device("NVIDIA H100 80GB HBM3", 132, "sm_90")
+PCIE = Device("NVIDIA H100 PCIe", 114, "sm_90")
+A100 = Device("NVIDIA A100-SXM4-80GB", 108, "sm_80")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def op(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
+    """A package that takes the CPU for an H100, and has looked nowhere yet."""
+    found = operator_of("win", gate="none", dtype="float16")
+    configs = found.configs
+    monkeypatch.setattr(configs, "gpu_of", lambda device: configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    configs.lookup._say_once.cache_clear()
+    configs.forget()
+    yield found
+    configs.forget()
+    configs.architecture.cache_clear()
+
+
+def entry(op: Operator, warps: int, device: Device = H100, tokens: int = 8192, **changes: Any) -> Entry:
+    """An entry whose window_forward has these warps, so that one sees whose it is."""
+    identity = Identity.of(lower(op.spec), kernels_of(render(op.spec)), device, Bucket(tokens))
+    table = lower(op.spec).defaults["sm_90"]["window_forward"].mapping()
+    return Entry(replace(identity, **changes), {"window_forward": {**table, "num_warps": warps}})
+
+
+def warps(op: Operator, tokens: int = 8192, batch: int = 1, packed: bool = False) -> int:
+    op.configs.forget()
+    bucket = op.configs.lookup.bucket_of(tokens, batch, packed)
+    return op.configs.get("window_forward", CPU, bucket)["num_warps"]
+
+
+def default(op: Operator) -> int:
+    op.configs.architecture.cache_clear()
+    return op.configs.DEFAULTS["sm_90"]["window_forward"]["num_warps"]
+
+
+@pytest.fixture
+def ship(op: Operator) -> Iterator[Any]:
+    """Puts entries into the package's tuned folder until the test is over."""
+    path = op.folder / "tuned" / "some.json"
+    yield lambda *entries: write_entries(path, entries, bundle=True)
+    if path.exists():
+        path.unlink()
+        path.parent.rmdir()
+
+
+def test_without_anything_tuned_it_is_the_cost_models_choice_and_says_once_how_to_tune(
+    op: Operator, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert warps(op) == default(op) == warps(op)
+    assert [record.message for record in caplog.records] == [
+        f"nothing is tuned for NVIDIA H100 80GB HBM3 near 8192 tokens: the cost model's tile sizes are used. "
+        f"To tune: nsa-gen tune {op.folder / 'spec.yaml'} --shapes 8192"
+    ]
+
+
+def test_it_can_be_made_quiet(op: Operator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSA_GEN_QUIET", "1")
+    assert warps(op) == default(op)
+    assert not caplog.records
+
+
+def test_the_order_is_explicit_then_cache_then_shipped_then_architecture_then_the_cost_model(
+    op: Operator, cache: Path, ship: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert warps(op) == default(op)
+    Store(cache).save(entry(op, 31, PCIE))
+    assert warps(op) == 31
+    ship(entry(op, 32))
+    assert warps(op) == 32, "this GPU, shipped, is nearer than another of the architecture in the cache"
+    Store(cache).save(entry(op, 33))
+    assert warps(op) == 33
+    explicit = tmp_path / "mine.json"
+    write_entries(explicit, [entry(op, 34, PCIE)], bundle=False)
+    monkeypatch.setenv("NSA_GEN_TUNED", str(explicit))
+    assert warps(op) == 34
+    with op.configs.override("window_forward", num_warps=35):
+        assert warps(op) == 35
+    monkeypatch.setenv("NSA_GEN_TUNED", "off")
+    assert warps(op) == default(op)
+
+
+def test_the_nearest_bucket_serves_if_it_is_near(op: Operator, cache: Path) -> None:
+    Store(cache).save(entry(op, 31, tokens=8192))
+    Store(cache).save(entry(op, 32, tokens=65536))
+    assert [warps(op, tokens) for tokens in (2048, 8192, 16384, 32768, 65536, 262144)] == [31, 31, 31, 32, 32, 32]
+    assert warps(op, 1024) == default(op) and warps(op, 600_000) == default(op)
+    assert warps(op, 8192, batch=4) == 31 and warps(op, 8192, batch=64) == default(op)
+    assert warps(op, 16384, packed=True) == 31 and warps(op, 2048, packed=True) == default(op)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernels": "0"},
+        {"space": "0"},
+        {"dtype": "bfloat16"},
+        {"measurement": "0"},
+        {"architecture": "sm_80"},
+    ],
+)
+def test_an_entry_with_another_identity_does_not_serve(
+    op: Operator, cache: Path, changes: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Store(cache).save(entry(op, 31))
+    assert warps(op) == 31
+    write_entries(path, [entry(op, 31, **changes)], bundle=False)  # in the folder of these kernels, whatever it says
+    assert warps(op) == default(op)
+    assert not [record for record in caplog.records if "passed over" in record.message]
+
+
+def test_an_entry_of_another_architecture_does_not_serve(op: Operator, cache: Path) -> None:
+    Store(cache).save(entry(op, 31, A100))
+    assert warps(op) == default(op)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "entries": 3}'])
+def test_a_file_that_cannot_be_understood_is_passed_over_and_stays_where_it_is(
+    op: Operator, cache: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Store(cache).save(entry(op, 31))
+    path.write_text(text)
+    Store(cache).save(entry(op, 32, tokens=16384))
+    assert warps(op) == 32
+    assert path.read_text() == text
+    assert any("passed over" in record.message for record in caplog.records)
+
+
+def test_values_of_a_kernel_that_has_other_tunables_are_left_out(op: Operator, cache: Path) -> None:
+    found = entry(op, 31)
+    Store(cache).save(replace(found, configs={"window_forward": {"num_warps": 31}, "gone": {"X": 1}}))
+    assert warps(op) == default(op)
+
+
+def test_an_entry_made_with_other_versions_serves_and_says_so(
+    op: Operator, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = replace(entry(op, 31), provenance=Provenance(torch=torch.__version__, triton="3.0.0"))
+    Store(cache).save(made)
+    assert warps(op) == 31
+    assert [record.message for record in caplog.records] == [
+        "configurations were tuned with triton 3.0.0; nsa-gen tune measures anew"
+    ]
+
+
+def test_operators_run_with_their_buckets_table_forward_and_backward(op: Operator, cache: Path) -> None:
+    """The interpreter's smallest tiles for one bucket, others for the other: each call has those of its own length."""
+    found = entry(op, 4, tokens=512)
+    tiles = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}
+    kernels = ("window_forward", "window_backward_dq", "window_backward_dkdv")
+    Store(cache).save(replace(found, configs={kernel: tiles for kernel in kernels}))
+    op.configs.forget()
+    seen: dict[str, set[int]] = {}
+    plain = op.configs.get
+
+    def watched(kernel: str, device: torch.device, bucket: Any = None) -> dict[str, int]:
+        config = plain(kernel, device, bucket)
+        seen.setdefault(kernel, set()).add(config.get("KEY_BLOCK", 0))
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op.configs, "get", watched)
+        assert_matches_oracle(op, 37)
+    assert {kernel: seen[kernel] for kernel in kernels} == {kernel: {32} for kernel in kernels}
+    assert op.configs._call.table is None, "outside of operators nothing is in force"
+
+
+def test_nothing_is_ever_tuned_unless_asked_for(
+    op: Operator, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **rest: Any) -> Any:
+        ran.append(command)
+        assert "NSA_GEN_AUTOTUNE" not in env
+        Store(cache).save(entry(op, 31))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(op.configs.lookup.subprocess, "run", run)
+    assert warps(op) == default(op) and not ran
+    monkeypatch.setenv("NSA_GEN_AUTOTUNE", "1")
+    assert warps(op) == 31
+    (command,) = ran
+    assert command[1:5] == ["-m", "nsa_gen", "tune", str(op.folder / "spec.yaml")]
+    assert command[5:] == ["--shapes", "8192", "--batch", "1", "--effort", "quick"]
+    assert warps(op) == 31 and len(ran) == 1, "what is tuned is not tuned again"
+
+
+def test_a_launch_costs_a_dictionary_lookup_after_the_first(op: Operator, cache: Path) -> None:
+    op.configs.forget()
+    bucket = op.configs.lookup.bucket_of(8192, 1, False)
+    first = op.configs.table_for(CPU, bucket)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op.configs, "_resolve", lambda *arguments: pytest.fail("files are read once"))
+        assert op.configs.table_for(CPU, bucket) is first
+
+
+def test_a_compiled_call_takes_the_chunks_of_its_bucket(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, without a recompilation for a second length of the same bucket."""
+    op = operator_of("slc", indices="input", gate="none", dtype="float16")
+    assert op.configs.gpu_of(CPU) is None
+    monkeypatch.setattr(op.configs, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(op.configs, "architecture", lambda device: "interpreter")
+    program = lower(op.spec)
+    identity = Identity.of(program, kernels_of(render(op.spec)), H100, Bucket(512))
+    schedule = program.defaults["interpreter"]["selected_attention"].mapping()
+    Store(cache).save(Entry(identity, {"selected_attention": {**schedule, "CHUNK_TOKENS": 128}}))
+    op.configs.forget()
+    steps = importlib.import_module(f"{op.module.__name__}.selected_attention")
+    seen: list[int] = []
+
+    def chunk(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        sequences = steps.Sequences(q.shape[0], q.shape[1], k.shape[1])
+        return q * steps.most_chunk_tokens(q, sequences)
+
+    def counting(graph: Any, example: Any) -> Any:
+        seen.append(1)
+        return graph.forward
+
+    compiled = torch.compile(chunk, backend=counting, fullgraph=True, dynamic=True)
+    for tokens in (40, 50, 60):
+        q = torch.ones(1, tokens, 2, 16)
+        assert torch.equal(compiled(q, q), 128 * q)
+    assert len(seen) == 1
+    op.configs.forget()
