@@ -202,11 +202,13 @@ def _decode_attend(spec: Spec) -> Kernel:
         direction="decode",
         purpose="selected and window attention, and the sum of the branches",
         schedule="split over tiles of keys; the last program merges the parts",
-        tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]), *launch((4, 8), (1, 2))),
+        # Products of 16 rows: every warp computes all of them, so more warps gain nothing.
+        tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]), *launch((4,), (1, 2))),
         constraints=(),
         resources=Resources(
             shared_memory=_KV_TILE,
-            registers=s.SELECTED_ROWS * (2 * s.PAD_V + 2 * s.KEY_BLOCK) + s.KEY_BLOCK * s.PAD_V,
+            # Addresses and values of a tile beside two accumulators, which every warp holds.
+            registers=s.SELECTED_ROWS * 2 * s.PAD_V + 3 * s.KEY_BLOCK * QK_V / 2,
             flops=2 * keys * s.SELECTED_ROWS * QK_V,
             traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + 1 / _PROGRAMS + _PROGRAMS / 16),
             streamed=s.KEY_BLOCK,

@@ -26,7 +26,7 @@ def test_the_drawn_specs_cover_the_language():
     assert {spec.dtype for spec in drawn} == {"bfloat16", "float16", "float32"}
     assert {spec.combine.gate for spec in drawn} == {"sigmoid", "given", "none"}
     assert {spec.kv for spec in drawn} == {"shared", "per_branch"}
-    assert {spec.passes for spec in drawn} == {("forward",), ("forward", "backward")}
+    assert {spec.passes for spec in drawn} == {("forward",), ("forward", "backward"), ("forward", "decode")}
     assert len({spec.branches for spec in drawn}) >= 6
     phis = {
         kind for spec in drawn if spec.compression for kind in (spec.compression.phi.key, spec.compression.phi.value)
