@@ -130,13 +130,17 @@ def _append_compressed() -> Kernel:
 
 def _key_tiles(spec: Spec, least: int = FEWEST_ROWS) -> Tunable:
     most = 32 if spec.dtype == "float32" else 128
-    return Tunable(s.KEY_BLOCK.name, tuple(size for size in (16, 32, 64, 128, 256) if least <= size <= max(most, least)))
+    return Tunable(
+        s.KEY_BLOCK.name, tuple(size for size in (16, 32, 64, 128, 256) if least <= size <= max(most, least))
+    )
 
 
 def _decode_compressed(spec: Spec) -> Kernel:
     assert spec.compression is not None
     scored = spec.selection is not None and spec.selection.indices == "computed"
-    least = max(FEWEST_ROWS, spec.selection.block // spec.compression.stride) if scored and spec.selection else FEWEST_ROWS
+    least = (
+        max(FEWEST_ROWS, spec.selection.block // spec.compression.stride) if scored and spec.selection else FEWEST_ROWS
+    )
     keys = s.B * s.Hkv * s.T / s.CMP_STRIDE
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else _ZERO
     return Kernel(
@@ -146,7 +150,11 @@ def _decode_compressed(spec: Spec) -> Kernel:
         direction="decode",
         purpose="parts of attention to compressed blocks" + (", and importance of selection blocks" if scored else ""),
         schedule="split over the compressed blocks",
-        tunables=(_key_tiles(spec, least), Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]), *launch((4, 8), (1, 2, 3))),
+        tunables=(
+            _key_tiles(spec, least),
+            Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]),
+            *launch((4, 8), (1, 2, 3)),
+        ),
         constraints=(),
         resources=Resources(
             shared_memory=_KV_TILE + 16 * QK_V * s.E,

@@ -180,7 +180,8 @@ class Spec(Record):
     window: Window | None = Field(default=None, description="The window branch; left out: none.")
     combine: Combine = Field(default=Combine(), description="How the outputs of the branches become one.")
     passes: Annotated[tuple[Literal["forward", "backward", "decode"], ...], Passes()] = Field(
-        default=("forward", "backward"), description="Passes to generate: forward, its gradients, and inference with a cache (prefill and decode)."
+        default=("forward", "backward"),
+        description="Passes to generate: forward, its gradients, and inference with a cache.",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from nsa_gen.verification.cases import Case, boundary_lengths
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
-from nsa_gen.verification.oracle import argument_suffixes
+from nsa_gen.verification.oracle import argument_suffixes, reference_attention
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.verify import check_case
 
@@ -31,16 +31,18 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-POOL = 64
-"""Rows of random numbers drawn at a time."""
+POOL = 512
+"""Tokens drawn at a time."""
+SCENARIOS = {"cpu": 2, "cuda": 12}
+"""Scenarios that `verify` goes through on a device."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One thing that happens to a cache.
 
-    `kind` is "fill" (tokens are written), "prefill" or "decode" (and attended to), "truncate" or "fork". `counts` are the
-    new tokens of each sequence, or the tokens kept; of a fork they are source, target and tokens.
+    `kind` is "fill" (tokens are written), "prefill" or "decode" (and attended to), "truncate" or "fork". `counts` are
+    the new tokens of each sequence, or the tokens kept; of a fork they are source, target and tokens.
     """
 
     kind: str
@@ -120,7 +122,7 @@ def scenario_of_seed(spec: Spec, seed: int, device: str) -> Scenario:
 
 
 class _Sequence:
-    """The truth about one sequence: every tensor of its tokens, by name, and compressed blocks that the caller brings."""
+    """The truth about one sequence: every tensor of its tokens by name, and compressed blocks of the caller."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = {name: x[:0] for name, x in tensors.items()}
@@ -164,7 +166,7 @@ class _Source:
         made = make_inputs(
             self._spec,
             batch=1,
-            tokens=POOL * 8,
+            tokens=POOL,
             dtype=getattr(torch, self._spec.dtype),
             device=self._device,
             # Tied blocks are those of one draw, whose keys repeat.
@@ -180,10 +182,10 @@ class _Source:
         """Tensors of new tokens, and of the compressed blocks that they complete; tied keys repeat by position."""
         if self._scenario.kind == "ties":
             pool = self._parts[0]
-            first = {name: position % (POOL * 4) for name in pool}
+            first = {name: position % (POOL // 2) for name in pool}
         else:
             pool = self._parts[-1]
-            if self._rows + tokens > POOL * 8:
+            if self._rows + tokens > POOL:
                 self._pool()
                 pool, self._rows = self._parts[-1], 0
             first = dict.fromkeys(pool, self._rows)
@@ -273,7 +275,7 @@ def _advance(
             lists = {name: x[b : b + 1, :count] for name, x in given.items()}
             shown = {name: x[b : b + 1, :count] for name, x in aux._asdict().items()}
             told = replace(_inputs(p, sequence, count, source), **lists)
-            found += _compare(p, told, o[b : b + 1, :count], shown, f"{label} | sequence {b}", source, module)
+            found += _compare(p, told, o[b : b + 1, :count], shown, f"{label} | sequence {b}", module)
     return found
 
 
@@ -295,33 +297,34 @@ def _padding(label: str, o: Tensor, aux: Any, b: int, count: int) -> list[Row]:
 
 
 def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Source) -> Inputs:
-    """The same as one call: the newest tokens' queries and every key of the sequence."""
+    """The same as one call: every key of the sequence, and the queries of the newest tokens.
+
+    Where no branch reads raw keys there are as many as queries, so all queries are in the call.
+    """
     arguments: dict[str, Any] = {}
+    rows = count if argument_suffixes(p) else sequence.length
     for name, x in sequence.tensors.items():
-        arguments[name] = (x[-count:] if name in ("q", "gates") else x)[None]
-    do = arguments["q"].new_zeros((1, count, p.query_heads, p.head_dim_v))
+        arguments[name] = (x[-rows:] if name in ("q", "gates") else x)[None]
+    do = arguments["q"].new_zeros((1, rows, p.query_heads, p.head_dim_v))
     return Inputs(do=do, compression=source.parameters, **arguments)
 
 
 def _compare(
-    p: OracleParameters, inputs: Inputs, o: Tensor, aux: dict[str, Tensor], label: str, source: _Source, module: Any
+    p: OracleParameters, inputs: Inputs, o: Tensor, aux: dict[str, Tensor], label: str, module: Any
 ) -> list[Row]:
-    """The rows of `verify` for a call that was made already."""
+    """The rows of `verify` for a call that was made already; earlier queries than those decoded have the oracle's o."""
+    if inputs.q.shape[1] > o.shape[1]:
+        whole = reference_attention(p, **inputs.arguments()).tensors()
+        earlier = inputs.q.shape[1] - o.shape[1]
+        aux = {name: torch.cat((whole[name][:, :earlier].to(x.dtype), x), 1) for name, x in aux.items()}
+        o = torch.cat((whole["o"][:, :earlier], o), 1)
     answer = SimpleNamespace(_asdict=lambda: aux)
     made = SimpleNamespace(
         nsa_attention=lambda *_, **__: (o, answer),
         CompressionParameters=getattr(module, "CompressionParameters", None),
     )
-    length = inputs.q.shape[1]
-    tokens_kv = None if not argument_suffixes(p) else next(iter(_raw(p, inputs))).shape[1]
-    case = Case(length, tokens_kv=tokens_kv, batch=1, twice=False, gradients=False)
+    case = Case(inputs.q.shape[1], batch=1, twice=False, gradients=False)
     return [replace(row, case=label) for row in check_case(made, p, case, inputs, with_gradients=False)]
-
-
-def _raw(p: OracleParameters, inputs: Inputs) -> Iterator[Tensor]:
-    """Raw keys of the branches that read them."""
-    for suffix in argument_suffixes(p).values():
-        yield getattr(inputs, f"k{suffix}")
 
 
 def run_scenarios(
@@ -342,6 +345,10 @@ def run_scenarios(
             rows += run_scenario(spec, module, scenario, device)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            told = f"raised {type(error).__name__}: {' '.join(str(error).split())[:400]} ({where.filename}:{where.lineno})"
-            rows.append(Row(f"{scenario.text} seed {number}", type(error).__name__, "raised", math.inf, 0.0, False, told))
+            told = (
+                f"raised {type(error).__name__}: {' '.join(str(error).split())[:400]} ({where.filename}:{where.lineno})"
+            )
+            rows.append(
+                Row(f"{scenario.text} seed {number}", type(error).__name__, "raised", math.inf, 0.0, False, told)
+            )
     return rows
