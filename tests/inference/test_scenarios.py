@@ -94,7 +94,7 @@ def test_a_decoded_token_has_the_same_bits_whatever_else_the_cache_and_the_batch
     assert torch.equal(found[0], again), "counters are 0 again after a call"
 
 
-def test_a_full_prefill_has_the_bits_of_the_operator() -> None:
+def test_a_prefill_of_everything_is_the_operator_itself() -> None:
     op = operator_of(passes=PASSES)
     k, v = (torch.randn(1, 30, 1, 16, device=DEVICE) for _ in range(2))
     q, gates = torch.randn(1, 30, 2, 16, device=DEVICE), torch.randn(1, 30, 2, 3, device=DEVICE)
