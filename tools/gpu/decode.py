@@ -2,8 +2,8 @@
 
     python -m tools.gpu.decode SPEC...      one job a spec, the table last
 
-Times of decode are those of a captured graph that decodes several layers, whose keys together exceed the L2 cache, over the
-number of layers. The floor is the bytes that a step must read over the bandwidth of a plain copy measured in the same run.
+Times of decode are those of a captured graph that decodes several layers, whose keys together exceed the L2 cache, over
+the number of layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def decode_job(result: dict[str, Any], *, spec: str, seed: int, root: str, times
             break
         say(f"{spec}: decode, {tokens} tokens, batch {batch}")
         line = _timed(meaning, module, tokens, batch, bandwidth)
+        torch.cuda.empty_cache()
         if line:
             result["table"].append(f"{spec} {line}")
         save(result)
@@ -134,7 +135,7 @@ def captured(action: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def graph_faults(spec: Spec, module: Any) -> list[str]:
-    """One graph of a whole step, replayed over growing lengths, against a fresh cache of the same tokens now and then."""
+    """One graph of a whole step, replayed over growing lengths, held against a fresh cache now and then."""
     batch, first = 4, 1500
     faults = []
     for page_size in (None, 64):
@@ -254,11 +255,9 @@ def _timed(spec: Spec, module: Any, tokens: int, batch: int, bandwidth: float) -
     writing = graph_microseconds(captured(write)) / layers
     dense = _dense_microseconds(spec, cache, q, tokens)
     floor = 1e6 * needed / bandwidth
-    del cache
-    torch.cuda.empty_cache()
     return (
-        f"{tokens:>6} tokens, batch {batch:>2}: decode {microseconds:7.1f} us, {100 * floor / microseconds:3.0f}% of the "
-        f"floor {floor:.1f}; write {writing:.1f}; dense cuDNN {dense}"
+        f"{tokens:>6} tokens, batch {batch:>2}: decode {microseconds:7.1f} us, {100 * floor / microseconds:3.0f}% of "
+        f"the floor {floor:.1f}; write {writing:.1f}; dense cuDNN {dense}"
     )
 
 
