@@ -177,7 +177,8 @@ def _decode_select(spec: Spec) -> Kernel:
     tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64, 128)),) if scored else ()
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else s.B * s.Hq * FP32 * s.T / s.T
     traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
-    registers = s.BLOCK_TILE**2 + 2 * 16 * s.BLOCK_TILE if scored else _ZERO
+    # Every block is compared with every other, and heads are looked at sixteen at a time.
+    registers = 3 * s.BLOCK_TILE**2 / 2 + 32 * s.BLOCK_TILE if scored else _ZERO
     return Kernel(
         name="decode_select",
         module="decode_select",
