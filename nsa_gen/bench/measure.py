@@ -222,7 +222,8 @@ def race(
     clock = CudaClock() if clock is None else clock
     tokens = inputs.q.shape[1]
     refusals = {each.name: each.missing() or each.refuses(spec, tokens) for each in contenders}
-    runners = [_Runner(each, () if refusals[each.name] else tuple(passes), refusals[each.name]) for each in contenders]
+    timed_passes = tuple(name for name in passes if name in PASSES)
+    runners = [_Runner(each, () if refusals[each.name] else timed_passes, refusals[each.name]) for each in contenders]
     for runner in (runner for runner in runners if runner.passes):
         announce(runner.contender.name)
         _guarded(runner, runners, clock, partial(_warm_up, runner, spec, inputs, clock))

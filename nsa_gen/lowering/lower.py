@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import space
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
+from nsa_gen.lowering.decode import inference_kernels
 from nsa_gen.lowering.heads import split_head_dim
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
@@ -32,7 +33,7 @@ def lower(spec: Spec) -> Program:
     group_rows = _power_of_two(spec.heads.group)
     selected_rows = max(group_rows, _FEWEST_ROWS)
     weights = _overlap(spec)
-    kernels = (*compression_kernels(spec), *attention_kernels(spec))
+    kernels = (*compression_kernels(spec), *attention_kernels(spec), *inference_kernels(spec))
     sizes = spec_sizes(spec, qk, v, group_rows, selected_rows, len(weights.weights) if weights else 0)
     return Program(
         spec=spec,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import sympy
 
 from nsa_gen.lowering.heads import HeadDim
+from nsa_gen.lowering.inference import InferenceProgram
 from nsa_gen.lowering.overlap import Overlap
 from nsa_gen.spec import Spec
 
@@ -124,7 +125,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(InferenceProgram):
     """A lowered spec: all that rendering sees."""
 
     spec: Spec

@@ -123,6 +123,12 @@ def _modules(program: Program) -> list[str]:
         modules.append("selection.py")
     if program.spec.window:
         modules.append("window_attention.py")
+    if program.decodes:
+        modules += ["append.py", "cache.py", "decode.py", "inference.py", "inference_ops.py", "pages.py", "storage.py"]
+        if program.spec.compression:
+            modules += ["decode_compressed.py", "decode_select.py"]
+        if not program.decode_finishes_early:
+            modules.append("decode_attend.py")
     return [*modules, LOOKUP]
 
 
@@ -140,6 +146,8 @@ def _exports(program: Program) -> list[str]:
         names.append("selected_attention")
     if program.spec.window:
         names.append("window_attention")
+    if program.decodes:
+        names += ["CapacityError", "InferenceAuxiliary", "NSACache", "nsa_decode", "nsa_prefill"]
     # Constants, then classes, then functions: the order that ruff's RUF022 asks for.
     return sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
 

@@ -179,8 +179,9 @@ class Spec(Record):
     selection: Selection | None = Field(default=None, description="The selection branch; left out: none.")
     window: Window | None = Field(default=None, description="The window branch; left out: none.")
     combine: Combine = Field(default=Combine(), description="How the outputs of the branches become one.")
-    passes: Annotated[tuple[Literal["forward", "backward"], ...], Passes()] = Field(
-        default=("forward", "backward"), description="Passes to generate; backward needs forward."
+    passes: Annotated[tuple[Literal["forward", "backward", "decode"], ...], Passes()] = Field(
+        default=("forward", "backward"),
+        description="Passes to generate: forward, its gradients, and inference with a cache.",
     )
 
     @model_validator(mode="after")

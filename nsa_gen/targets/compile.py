@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HEAVY_SPILL_BYTES = 128
 """Local memory of a thread from which a kernel is flagged: 32 registers written out and read back."""
 
-ALL_PASSES = ("forward", "backward")
+ALL_PASSES = ("forward", "backward", "decode")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def compile_spec(
         targets: architectures, each of `TARGETS`; repeated ones count once.
         jobs: worker processes; default as many as CPU cores.
         progress: called after every kernel.
-        passes: "forward", "backward" or both; default what the spec says, and both for a folder.
+        passes: out of "forward", "backward" and "decode"; default what the spec says, and all for a folder.
         tokens: sequence length of the traced call; launches do not depend on it but for its divisibility by 16.
         batch: sequences of the traced call.
         kernel_timeout: seconds one kernel may take before it is reported as failed and its process ended.

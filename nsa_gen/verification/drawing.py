@@ -55,7 +55,7 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         "scale": pick(("auto", 0.37, 0.1)),
         "kv": pick(("shared", "per_branch")),
         "combine": {"gate": pick(("sigmoid", "given", "none"))},
-        "passes": pick((["forward", "backward"], ["forward", "backward"], ["forward"])),
+        "passes": pick((["forward", "backward"], ["forward", "backward"], ["forward"], ["forward", "decode"])),
     }
     if wide and dtype == "float32":
         document["fp32_precision"] = pick(("ieee", "tf32"))

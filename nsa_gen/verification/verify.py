@@ -121,6 +121,12 @@ def verify(
             except Exception as error:
                 error.add_note(f"while verifying {spec.name}, {case.label}, seed {seed + number}")
                 raise
+        if "decode" in wanted:
+            from nsa_gen.verification.inference import SCENARIOS, run_scenarios
+
+            found = run_scenarios(spec, module, SCENARIOS[where.type], seed, where.type, progress)
+            labels += tuple(dict.fromkeys(row.case for row in found))
+            rows += found
     return VerifyReport(
         name=spec.name,
         digest=original.digest(),

@@ -26,7 +26,7 @@ def test_the_drawn_specs_cover_the_language():
     assert {spec.dtype for spec in drawn} == {"bfloat16", "float16", "float32"}
     assert {spec.combine.gate for spec in drawn} == {"sigmoid", "given", "none"}
     assert {spec.kv for spec in drawn} == {"shared", "per_branch"}
-    assert {spec.passes for spec in drawn} == {("forward",), ("forward", "backward")}
+    assert {spec.passes for spec in drawn} == {("forward",), ("forward", "backward"), ("forward", "decode")}
     assert len({spec.branches for spec in drawn}) >= 6
     phis = {
         kind for spec in drawn if spec.compression for kind in (spec.compression.phi.key, spec.compression.phi.value)
@@ -118,6 +118,9 @@ def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_toke
             substitute(kernel.useful_flops, program, {}, {s.T: tokens, s.B: size})
             for tokens, size in ((2**20, 1), (2**21, 1), (2**20, 2))
         )
+        if kernel.direction == "decode":
+            assert once <= twice <= 2 * once and batch <= 2 * once, kernel.name
+            continue
         quadratic = kernel.name.startswith("compressed_") or kernel.name == "block_scores"
         assert twice == (4 if quadratic else 2) * once, kernel.name
         assert batch == 2 * once, kernel.name
@@ -127,7 +130,9 @@ def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_toke
 def test_bytes_grow_with_the_tokens_and_not_with_their_square(program: Program):
     for kernel in program.kernels:
         once, twice = (substitute(kernel.compulsory_bytes, program, {}, {s.T: 2**n, s.B: 1}) for n in (26, 27))
-        assert 1.5 * once < twice <= 2 * once, kernel.name
+        # A step of decode reads some of its keys whatever their number.
+        least = once if kernel.direction == "decode" else 1.5 * once + 1
+        assert least <= twice <= 2 * once, kernel.name
 
 
 @every_program

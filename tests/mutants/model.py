@@ -19,6 +19,7 @@ from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification import Inputs, Row
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.inference import Scenario, run_scenario
 from nsa_gen.verification.verify import call_package, check_case
 from tests.mutants.far import far_apart
 from tests.support import Operator, inputs_of, operator_of_spec, small_spec
@@ -37,6 +38,8 @@ SPECS: dict[str, Spec] = {
     "forced": small_spec("cmp slc", gate="none", scale=0.37, count=4, initial=1, local=2),
     "free": small_spec("cmp slc", gate="none", scale=0.37, count=3, initial=0, local=0),
     "full": small_spec(scale=0.37),
+    "cached": small_spec(scale=0.37, passes=("forward", "decode")),
+    "cached choice": small_spec("cmp slc", gate="none", scale=0.37, initial=0, local=0, passes=("forward", "decode")),
 }
 
 Alteration = Literal["", "counts", "sharp", "far"]
@@ -108,6 +111,19 @@ class Check:
 
 
 @dataclass(frozen=True)
+class CacheCheck:
+    """What happens to a cache of a spec's package, compared with the oracle after every step that attends."""
+
+    spec: str
+    scenario: Scenario
+
+    @property
+    def label(self) -> str:
+        """A short name, such as "cached: B=1 contiguous: fill 100, decode 1"."""
+        return f"{self.spec}: {self.scenario.text}"
+
+
+@dataclass(frozen=True)
 class Edit:
     """Text of one file of a generated package, which occurs exactly `times` times, and what takes its place."""
 
@@ -126,7 +142,7 @@ class Mutant:
 
     name: str
     mistake: str
-    check: Check
+    check: Check | CacheCheck
     killed_by: tuple[str, ...]
     edits: tuple[Edit, ...]
 
@@ -176,10 +192,12 @@ def build(mutant: Mutant) -> ModuleType:
     return import_package(folder)
 
 
-def run(check: Check, module: ModuleType | None = None) -> list[Row]:
+def run(check: Check | CacheCheck, module: ModuleType | None = None) -> list[Row]:
     """The comparisons of a check, one a quantity, of `module` or else of the package as it is generated."""
     op = operator_of_spec(SPECS[check.spec])
     module = module or op.module
+    if isinstance(check, CacheCheck):
+        return run_scenario(op.spec, module, check.scenario, "cpu")
     inputs = check.inputs(op)
     with check.schedule(module):
         if check.altered == "far":
@@ -187,7 +205,7 @@ def run(check: Check, module: ModuleType | None = None) -> list[Row]:
         return check_case(module, op.parameters, check.case, inputs, with_gradients=check.gradients)
 
 
-def failures(check: Check, module: ModuleType | None = None) -> dict[str, str]:
+def failures(check: Check | CacheCheck, module: ModuleType | None = None) -> dict[str, str]:
     """What is wrong with each quantity that fails in a check; {} where all is well."""
     return {
         row.quantity: row.problem or f"{row.measure} error {row.error:.2e}, bound {row.bound:.2e}"

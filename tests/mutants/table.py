@@ -13,8 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-from tests.mutants import attention, backward, key_major, key_major_backward, packing, selection
-from tests.mutants.model import Check, Mutant, build, failures
+from tests.mutants import attention, backward, inference, key_major, key_major_backward, packing, selection
+from tests.mutants.model import CacheCheck, Check, Mutant, build, failures
 
 MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
@@ -23,9 +23,10 @@ MUTANTS: tuple[Mutant, ...] = (
     *backward.MUTANTS,
     *key_major.MUTANTS,
     *key_major_backward.MUTANTS,
+    *inference.MUTANTS,
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
-CHECKS: tuple[Check, ...] = tuple(dict.fromkeys(mutant.check for mutant in MUTANTS))
+CHECKS: tuple[Check | CacheCheck, ...] = tuple(dict.fromkeys(mutant.check for mutant in MUTANTS))
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "mutants.md"
 
@@ -47,6 +48,9 @@ larger, so that probabilities underflow to 0) and *rows far apart* (offsets beyo
 compared bit by bit with the same numbers close together). The last column names quantities that fail, as the report of
 `verify` names them.
 
+Mutants of the cache and of decode have checks of another form: what happens to a cache, step by step, each step that
+attends being compared with one long forward.
+
 The checks run under Triton's interpreter, whose tile sizes are known: what a mutant reads or writes out of turn lies
 inside the tensors then. On a machine with a GPU they are skipped.
 
@@ -67,7 +71,7 @@ def page() -> str:
 
 def show(names: list[str]) -> None:
     """Make mutants and print what fails in their checks, without and with the mistake."""
-    clean: dict[Check, dict[str, str]] = {}
+    clean: dict[Check | CacheCheck, dict[str, str]] = {}
     for name in names:
         mutant = BY_NAME[name]
         started = time.perf_counter()

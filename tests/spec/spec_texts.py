@@ -77,7 +77,11 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
         description=draw(
             st.none() | st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), max_size=60)
         ),
-        passes=draw(st.sampled_from([None, ["forward"], ["forward", "backward"], ["backward", "forward"]])),
+        passes=draw(
+            st.sampled_from(
+                [None, ["forward"], ["forward", "backward"], ["backward", "forward"], ["forward", "decode"]]
+            )
+        ),
         combine=draw(st.sampled_from([None, {}, {"gate": "given"}, {"gate": "none"}])),
     )
     if document["dtype"] == "float32" and draw(st.booleans()):

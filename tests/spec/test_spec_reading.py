@@ -31,7 +31,7 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_text() -> None:
         "dtype: bf16\n"
         "windwo: {size: 3}\n"
         "selection: {block: 60, cuont: 3, count: '4'}\n"
-        "passes: [forward, decode]\n"
+        "passes: [forward, encode]\n"
         "compression: {block: 32, stride: 12, phi: mlp}\n"
         "window: 512\n"
         "dtype: float16\n"

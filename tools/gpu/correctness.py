@@ -13,12 +13,14 @@ import torch
 from nsa_gen.rendering import import_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.verify import call_package, check_case, environment, verify
 from tools.gpu.packages import memory_slot, package_of, spec_of_request, variant
 from tools.gpu.progress import release, save, say
 
+CACHED = Scenario(2, 200, 16, (Step("fill", (100, 61)), Step("prefill", (3, 0)), Step("decode", (1, 1))))
 LONG_FROM = 1024
 """Lengths from here on are verified with one sequence at a time, and one process in a share of the GPU's memory."""
 
@@ -95,7 +97,8 @@ def touch_job(
 ) -> None:
     """Run forward and backward at each shape (a length, or packed lengths), without an oracle; all must be finite.
 
-    `steps` runs the window alone as well: its backward has a kernel that the whole operator does without.
+    `steps` runs the window alone as well, whose backward has a kernel that the whole operator does without, and, where
+    the spec has decode, a cache, held against the oracle.
     """
     meaning = spec_of_request(spec, dtype, heads)
     module = import_package(package_of(meaning, Path(root)))
@@ -113,10 +116,14 @@ def touch_job(
         if steps:
             broken += [f"window alone, tokens {shape}: {name}" for name in _window_alone(module, inputs)]
         broken += [f"tokens {shape}: {name}" for name in not_finite(call_package(module, inputs, True))]
+    if "decode" in meaning.passes and steps:
+        say(f"{meaning.name}: {CACHED.text}")
+        found = run_scenario(meaning, module, CACHED, device)
+        broken += [f"{row.case}: {row.quantity}" for row in found if not row.ok]
     result["environment"] = asdict(environment(torch.device(device)))
     result["ok"] = not broken
     if broken:
-        result["error"] = f"not finite: {', '.join(broken)}"
+        result["error"] = f"not finite, or not the oracle's: {', '.join(broken)}"
 
 
 def _window_alone(module: Any, inputs: Inputs) -> list[str]:

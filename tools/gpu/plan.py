@@ -14,7 +14,19 @@ from nsa_gen.spec import load_spec
 from tools.gpu import far_specs, sanitizer
 from tools.gpu.pool import Job
 
-PARTS = ("correctness", "examples", "repeats", "hygiene", "long", "sanitizer", "far", "soak", "tuner_faults", "bench")
+PARTS = (
+    "correctness",
+    "examples",
+    "repeats",
+    "hygiene",
+    "long",
+    "sanitizer",
+    "far",
+    "soak",
+    "tuner_faults",
+    "decode",
+    "bench",
+)
 """Every part, in the order in which they are reported."""
 CPU_PARTS = ("correctness", "examples", "repeats", "hygiene", "far", "soak")
 """What Triton's interpreter can do, at tiny sizes."""
@@ -25,7 +37,8 @@ PHASES = (
     ("tuner_faults",),
 )
 """Parts that run side by side, one phase after the other: `far` needs most of the GPU's memory, `soak` takes every
-worker for as long as it lasts, and `tuner_faults` has kernels that never end. The benchmark comes last, by itself."""
+worker for as long as it lasts, and `tuner_faults` has kernels that never end. Decode and the benchmark come last, by
+themselves."""
 DTYPES = ("bfloat16", "float16", "float32")
 LENGTHS = (1, 31, 63, 65, 511, 2049, 8192)
 PACKED = ((700, 0, 1, 2049, 63), (1, 0, 511, 65, 0))
@@ -59,6 +72,8 @@ BENCHED: Mapping[str, tuple[int, ...]] = {
     "mha_16": (8192, 32768),
     "nsa_paper": (8192, 32768, 65536),
 }
+DECODED = ("nsa_64x4", "llama3_8b")
+"""Specs whose inference is checked and timed."""
 MEMORY_SHARE_GB = 25
 """What a process verifying 64 heads of 192 at 8192 tokens in float32 needs: some 20 tensors of 0.8 GB in float64."""
 
@@ -92,6 +107,7 @@ class Plan:
             "far": self._far,
             "soak": self._soak,
             "tuner_faults": self._tuner_faults,
+            "decode": self._decode,
             "bench": self._bench,
         }[part]()
 
@@ -272,6 +288,13 @@ class Plan:
     @property
     def _slots(self) -> int:
         return max(1, int((self.gpu_memory_gb - RESERVED_GB * self.workers) // MEMORY_SHARE_GB))
+
+    def _decode(self) -> list[Job]:
+        return [
+            self._job(f"decode {spec}", -number, kind="decode", spec=spec)
+            for number, spec in enumerate(DECODED)
+            if spec in self.specs
+        ]
 
     def _bench(self) -> list[Job]:
         return [

@@ -23,6 +23,7 @@ dtype: float32
 compression: {block: 8, stride: 4, phi: {key: weighted, value: mean}, position: {key: learned}}
 selection: {block: 16, count: 4, initial: 1, local: 1}
 window: {size: 24}
+passes: [forward, backward, decode]
 """
 """Float32, groups of 2, pooled blocks with learned weights."""
 
@@ -35,10 +36,23 @@ dtype: bfloat16
 compression: {block: 8, stride: 4, phi: {key: mlp, value: linear, hidden: 16}, position: {key: learned, value: learned}}
 selection: {block: 32, count: 3, initial: 1, local: 1}
 window: {size: 24}
+passes: [forward, backward, decode]
 """
 """Bfloat16, a group of 16, matrix products over the blocks, a head dim in two pieces."""
 
-SPECS = {"plain": PLAIN, "learned": LEARNED}
+BROUGHT = """\
+version: 1
+name: brought
+heads: {query: 2, kv: 1}
+head_dim: 16
+dtype: float16
+compression: {block: 8, stride: 4, phi: external}
+window: {size: 24}
+passes: [forward, backward, decode]
+"""
+"""Compressed blocks that the caller brings, which a cache only keeps."""
+
+SPECS = {"plain": PLAIN, "learned": LEARNED, "brought": BROUGHT}
 """Specs that have every kernel between them, by name (a test holds them to it)."""
 SHAPES: dict[str, tuple[int | tuple[int, ...], ...]] = {
     "memcheck": (97, (33, 0, 1, 97)),

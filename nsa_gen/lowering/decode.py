@@ -1,0 +1,228 @@
+"""The kernels of a cache and of decode, with their tunables and costs.
+
+Costs count one step of B sequences that hold T tokens each, a new token a sequence.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
+from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.spec import Spec
+
+_ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
+_OUTPUT_BLOCK, _FEATURE_BLOCK, _SEQUENCES, _PROGRAMS = sympy.symbols(
+    "OUTPUT_BLOCK FEATURE_BLOCK SEQUENCES PROGRAMS", positive=True, integer=True
+)
+_O_ROW = s.B * s.Hq * s.Dv * s.E
+_ROW_BYTES = (s.Dk + s.Dv) * s.E
+#: Shared memory of one stage of keys and values, and depth of the pipeline.
+_KV_TILE = s.KEY_BLOCK * QK_V * s.E * s.NUM_STAGES
+#: Programs a multiprocessor should be given, so that loads of some hide the waiting of others.
+_PROGRAMS_CHOICES = (8, 4, 2, 1)
+
+
+def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
+    """Kernels of the cache and of decode, in the order in which a step launches them."""
+    if "decode" not in spec.passes:
+        return ()
+    kernels = [_advance()]
+    external = spec.compression is not None and spec.compression.phi.key == "external"
+    if not (external and spec.branches == ("cmp",)):
+        kernels.append(_append(spec))
+    if spec.compression is not None:
+        if {spec.compression.phi.key, spec.compression.phi.value} & {"linear", "mlp"}:
+            kernels.append(_append_linear(spec))
+        if external:
+            kernels.append(_append_compressed())
+        kernels += [_decode_compressed(spec), _decode_select(spec)]
+    if spec.selection is not None or spec.window is not None:
+        kernels.append(_decode_attend(spec))
+    return tuple(kernels)
+
+
+def _simple(
+    name: str, module: str, branch: str, purpose: str, schedule: str, moved: sympy.Expr, tunables: tuple[Tunable, ...],
+    registers: sympy.Expr = _ZERO,
+) -> Kernel:  # fmt: skip
+    """A kernel without products."""
+    return Kernel(
+        name=name,
+        module=module,
+        branch=branch,
+        direction="decode",
+        purpose=purpose,
+        schedule=schedule,
+        tunables=tunables,
+        constraints=(),
+        resources=Resources(_ZERO, registers, _ZERO, moved, _ONE, sympy.Integer(64)),
+        useful_flops=_ZERO,
+        compulsory_bytes=moved,
+    )
+
+
+def _advance() -> Kernel:
+    tunables = (Tunable(_SEQUENCES.name, (128,)), *launch(warps=(4,), stages=(1,)))
+    return _simple("advance", "append", "all", "lengths of the sequences", "one pass", 8 * s.B, tunables)
+
+
+def _append(spec: Spec) -> Kernel:
+    tokens = Tunable(s.TOKEN_BLOCK.name, (16, 32))
+    pairs = sum(branch != "cmp" or spec.compression.phi.key != "external" for branch in spec.branches)
+    pairs = 1 if spec.kv == "shared" else pairs
+    moved = 2 * pairs * s.B * s.Hkv * _ROW_BYTES
+    purpose = "new keys and values into the cache"
+    if spec.compression and {spec.compression.phi.key, spec.compression.phi.value} & {"mean", "weighted"}:
+        purpose += ", and the blocks they complete"
+        moved += s.B * s.Hkv * _ROW_BYTES * s.CMP_BLOCK / s.CMP_STRIDE
+    registers = s.TOKEN_BLOCK * sympy.Max(s.PAD_QK, s.PAD_V)
+    return _simple(
+        "append", "append", "all", purpose, "one pass over the new tokens", moved,
+        (tokens, *launch(warps=(4,), stages=(1,))), registers,
+    )  # fmt: skip
+
+
+def _append_linear(spec: Spec) -> Kernel:
+    wide = (16, 32) if spec.dtype == "float32" else (16, 32, 64)
+    features = s.CMP_BLOCK * (s.Dk + s.Dv) / 2
+    assert spec.compression is not None
+    outputs = s.HIDDEN * 2 if spec.compression.phi.hidden else s.Dk + s.Dv
+    # A block is completed every CMP_STRIDE tokens.
+    flops = 2 * s.B * s.Hkv * features * outputs / s.CMP_STRIDE
+    moved = s.B * s.Hkv * (features * 2 + features * outputs / s.B) * s.E / s.CMP_STRIDE
+    return Kernel(
+        name="append_linear",
+        module="append",
+        branch="cmp",
+        direction="decode",
+        purpose="blocks that new tokens complete times a matrix",
+        schedule="programs without a completed block return at once",
+        tunables=(
+            Tunable(s.BLOCK_TILE.name, (16,)),
+            Tunable(_OUTPUT_BLOCK.name, wide),
+            Tunable(_FEATURE_BLOCK.name, wide),
+            *launch(warps=(4,), stages=(1, 2)),
+        ),
+        constraints=(),
+        resources=Resources(
+            shared_memory=s.NUM_STAGES * _FEATURE_BLOCK * (s.BLOCK_TILE + _OUTPUT_BLOCK) * s.E,
+            registers=s.BLOCK_TILE * _OUTPUT_BLOCK + 4 * s.BLOCK_TILE * _FEATURE_BLOCK,
+            flops=flops * s.BLOCK_TILE,
+            # Small tiles of outputs are many programs, which share the reading of the matrix.
+            traffic=moved * (1 + _OUTPUT_BLOCK / 64 + 16 / _FEATURE_BLOCK),
+            streamed=_FEATURE_BLOCK,
+            height=s.BLOCK_TILE,
+        ),
+        useful_flops=flops,
+        compulsory_bytes=moved,
+    )
+
+
+def _append_compressed() -> Kernel:
+    moved = 2 * s.B * s.Hkv * _ROW_BYTES / s.CMP_STRIDE
+    return _simple(
+        "append_compressed", "append", "cmp", "compressed blocks of the caller into the cache", "one pass", moved,
+        (Tunable(s.BLOCK_TILE.name, (16,)), *launch(warps=(4,), stages=(1,))),
+    )  # fmt: skip
+
+
+def _key_tiles(spec: Spec, least: int = FEWEST_ROWS) -> Tunable:
+    most = 32 if spec.dtype == "float32" else 128
+    return Tunable(
+        s.KEY_BLOCK.name, tuple(size for size in (16, 32, 64, 128, 256) if least <= size <= max(most, least))
+    )
+
+
+def _decode_compressed(spec: Spec) -> Kernel:
+    assert spec.compression is not None
+    scored = spec.selection is not None and spec.selection.indices == "computed"
+    least = (
+        max(FEWEST_ROWS, spec.selection.block // spec.compression.stride) if scored and spec.selection else FEWEST_ROWS
+    )
+    keys = s.B * s.Hkv * s.T / s.CMP_STRIDE
+    importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else _ZERO
+    return Kernel(
+        name="decode_compressed",
+        module="decode_compressed",
+        branch="cmp",
+        direction="decode",
+        purpose="parts of attention to compressed blocks" + (", and importance of selection blocks" if scored else ""),
+        schedule="split over the compressed blocks",
+        tunables=(
+            _key_tiles(spec, least),
+            Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]),
+            *launch((4, 8), (1, 2, 3)),
+        ),
+        constraints=(),
+        resources=Resources(
+            shared_memory=_KV_TILE + 16 * QK_V * s.E,
+            registers=64 * (s.PAD_V + 2 * s.KEY_BLOCK) / 2 + s.KEY_BLOCK * s.PAD_V / 4,
+            flops=2 * keys * s.SELECTED_ROWS * QK_V,
+            # Memory is what it waits for: more programs, larger tiles and a deeper pipeline keep more loads in flight.
+            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + 1 / _PROGRAMS + 1 / (4 * s.NUM_STAGES)) + importance,
+            streamed=s.KEY_BLOCK,
+            height=sympy.Integer(64),
+        ),
+        useful_flops=2 * keys * s.G * (s.Dk + s.Dv),
+        compulsory_bytes=keys * _ROW_BYTES,
+    )
+
+
+def _decode_select(spec: Spec) -> Kernel:
+    selection = spec.selection
+    scored = selection is not None and selection.indices == "computed"
+    scored = scored and selection.count > selection.initial + selection.local
+    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64, 128)),) if scored else ()
+    importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else s.B * s.Hq * FP32 * s.T / s.T
+    traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
+    # Every block is compared with every other, and heads are looked at sixteen at a time.
+    registers = 3 * s.BLOCK_TILE**2 / 2 + 32 * s.BLOCK_TILE if scored else _ZERO
+    return Kernel(
+        name="decode_select",
+        module="decode_select",
+        branch="slc" if scored else "cmp",
+        direction="decode",
+        purpose="compressed attention merged" + (", and the best blocks of each share" if scored else ""),
+        schedule="a program a share of the blocks; each counts how many are better" if scored else "a program a row",
+        tunables=(*tiles, *launch((4, 8), (1,))),
+        constraints=(),
+        resources=Resources(_ZERO, registers, _ZERO, traffic, _ONE, sympy.Integer(64)),
+        useful_flops=_ZERO,
+        compulsory_bytes=_O_ROW,
+    )
+
+
+def _decode_attend(spec: Spec) -> Kernel:
+    keys, tile = _ZERO, _key_tiles(spec)
+    if spec.selection is not None:
+        keys += s.SLC_COUNT * s.SLC_BLOCK
+        block = spec.selection.block
+        tile = Tunable(tile.name, tuple(size for size in tile.values if size <= block))
+    if spec.window is not None:
+        keys += s.WINDOW
+    branch = "all" if spec.selection and spec.window else "slc" if spec.selection else "win"
+    keys = s.B * s.Hkv * keys
+    return Kernel(
+        name="decode_attend",
+        module="decode_attend",
+        branch=branch,
+        direction="decode",
+        purpose="selected and window attention, and the sum of the branches",
+        schedule="split over tiles of keys; the last program merges the parts",
+        # Products of 16 rows: every warp computes all of them, so more warps gain nothing.
+        tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]), *launch((4,), (1, 2))),
+        constraints=(),
+        resources=Resources(
+            shared_memory=_KV_TILE,
+            # Addresses and values of a tile beside two accumulators, which every warp holds.
+            registers=s.SELECTED_ROWS * 2 * s.PAD_V + 3 * s.KEY_BLOCK * QK_V / 2,
+            flops=2 * keys * s.SELECTED_ROWS * QK_V,
+            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + 1 / _PROGRAMS + _PROGRAMS / 16),
+            streamed=s.KEY_BLOCK,
+            height=sympy.Integer(64),
+        ),
+        useful_flops=2 * keys * s.G * (s.Dk + s.Dv),
+        compulsory_bytes=keys * _ROW_BYTES,
+    )

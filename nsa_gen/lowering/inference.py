@@ -1,0 +1,245 @@
+"""What rendering asks of a program about inference: the cache's tensors, the launches of decode, its workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsa_gen.lowering.heads import HeadDim
+    from nsa_gen.lowering.overlap import Overlap
+    from nsa_gen.spec import Spec
+
+#: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
+_MOST_POOLED_ELEMENTS = 32
+#: Floats of the parts of one row that are merged at once.
+_MERGED_FLOATS = 8192
+_FEWEST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class CacheSide:
+    """Keys or values as the cache compresses them: phi's kind, and whether it adds a learned position."""
+
+    name: str
+    raw: str
+    kind: str
+    position: bool
+
+    @property
+    def pooled(self) -> bool:
+        """A block's row is a weighted sum of its tokens."""
+        return self.kind in ("mean", "weighted")
+
+    @property
+    def multiplied(self) -> bool:
+        """A block, laid flat, is multiplied by a matrix."""
+        return self.kind in ("linear", "mlp")
+
+
+def _literal(names: tuple[str, ...]) -> str:
+    """A tuple of names as Python source."""
+    listed = ", ".join(f'"{name}"' for name in names)
+    return f"({listed},)" if len(names) == 1 else f"({listed})"
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class InferenceProgram:
+    """The part of a `Program` that the templates of cache, prefill and decode read; it follows from the rest."""
+
+    if TYPE_CHECKING:
+        spec: Spec
+        v: HeadDim
+        overlap: Overlap | None
+        compresses: bool
+        selects: bool
+        combined: bool
+        raw_names: tuple[str, ...]
+
+        def kv(self, branch: str) -> tuple[str, str]: ...
+
+    @property
+    def decodes(self) -> bool:
+        """A cache, prefill and decode are generated."""
+        return "decode" in self.spec.passes
+
+    @property
+    def external(self) -> bool:
+        """Compressed keys and values come from the caller."""
+        return self.spec.compression is not None and not self.compresses
+
+    # The cache
+
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        """Tensors of a layer of the cache, in order."""
+        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.spec.compression else ()))
+
+    @property
+    def cache_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Raw keys and values, pair by pair; the first is compressed, where the package compresses."""
+        return tuple(zip(self.raw_names[::2], self.raw_names[1::2], strict=True))
+
+    @property
+    def cache_sides(self) -> tuple[CacheSide, ...]:
+        """How keys and values are compressed as tokens are added; empty where the package does not."""
+        compression = self.spec.compression
+        if compression is None or not self.compresses:
+            return ()
+        phi, position = compression.phi, compression.position
+        return (
+            CacheSide("key", "k", phi.key, position.key == "learned"),
+            CacheSide("value", "v", phi.value, position.value == "learned"),
+        )
+
+    @property
+    def append_names(self) -> tuple[str, ...]:
+        """Tensors that a caller brings for new tokens."""
+        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.external else ()))
+
+    @property
+    def append_names_literal(self) -> str:
+        """`append_names` as a Python tuple."""
+        return _literal(self.append_names)
+
+    @property
+    def cache_constants(self) -> tuple[str, ...]:
+        """Sizes that the cache's module imports."""
+        hidden = ("PHI_HIDDEN",) if any(side.kind == "mlp" for side in self.cache_sides) else ()
+        return ("HEAD_DIM_QK", "HEAD_DIM_V", "KV_HEADS", *hidden)
+
+    @property
+    def pooled_elements(self) -> int:
+        """Elements of a block that are added up at a time: a power of two that divides the block."""
+        assert self.spec.compression is not None
+        block = self.spec.compression.block
+        return min(block & -block, _MOST_POOLED_ELEMENTS)
+
+    # Decode
+
+    @property
+    def free_blocks(self) -> int:
+        """Slots of a list that blocks win by their importance."""
+        selection = self.spec.selection
+        return selection.count - selection.initial - selection.local if selection and self.selects else 0
+
+    @property
+    def decode_selects(self) -> bool:
+        """Decode ranks blocks by importance."""
+        return self.free_blocks > 0
+
+    @property
+    def decode_shares(self) -> bool:
+        """Selection and window read the same keys, so that a tile of both is loaded once."""
+        return self.spec.selection is not None and self.spec.window is not None and self.spec.kv == "shared"
+
+    @property
+    def decode_finishes_early(self) -> bool:
+        """Compressed attention is the only branch, so its merge is the last launch."""
+        return self.spec.branches == ("cmp",)
+
+    @property
+    def decode_raw_names(self) -> tuple[str, ...]:
+        """Raw keys and values that decode reads, each once."""
+        branches = [branch for branch in ("slc", "win") if branch in self.spec.branches]
+        return tuple(dict.fromkeys(name for branch in branches for name in self.kv(branch)))
+
+    @property
+    def decode_launches(self) -> str:
+        """How many launches a step of decode has, in words."""
+        count = 2 * (self.spec.compression is not None) + (self.spec.branches != ("cmp",))
+        return {1: "one launch", 2: "two launches", 3: "three launches"}[count]
+
+    @property
+    def candidates(self) -> int:
+        """Blocks that a share of the blocks names, padded to a power of two."""
+        return _power_of_two(self.free_blocks)
+
+    @property
+    def list_slots(self) -> int:
+        """Slots of a list, padded to a power of two."""
+        assert self.spec.selection is not None
+        return _power_of_two(self.spec.selection.count)
+
+    @property
+    def before_keys(self) -> int:
+        """Compressed blocks looked at before a tile: a product takes sixteen at least."""
+        assert self.overlap is not None
+        return max(_FEWEST_ROWS, _power_of_two(-self.overlap.first))
+
+    @property
+    def most_compressed_splits(self) -> int:
+        """Parts of a row that one program merges at once."""
+        return _MERGED_FLOATS // _power_of_two(self.spec.head_dim.v)
+
+    @property
+    def decode_outputs(self) -> tuple[str, ...]:
+        """What decode and prefill find besides o, by name: outputs and lse of the branches, and the selection."""
+        branches = tuple(name for branch in self.spec.branches for name in (f"o_{branch}", f"lse_{branch}"))
+        return (*branches, *(("indices", "counts") if self.selects else ()))
+
+    @property
+    def decode_outputs_literal(self) -> str:
+        """`decode_outputs` as a Python tuple."""
+        return _literal(self.decode_outputs)
+
+    @property
+    def prefill_outputs_literal(self) -> str:
+        """o and `decode_outputs` as a Python tuple."""
+        return _literal(("o", *self.decode_outputs))
+
+    @property
+    def workspace_fields(self) -> tuple[tuple[str, str], ...]:
+        """Tensors of the decode workspace and what they are, for a comment."""
+        return tuple((name, meaning) for name, meaning, _ in self._workspace())
+
+    @property
+    def workspace_sizes(self) -> tuple[tuple[str, str], ...]:
+        """Tensors of the decode workspace and how they are allocated, as Python source."""
+        return tuple((name, allocation) for name, _, allocation in self._workspace())
+
+    def _workspace(self) -> list[tuple[str, str, str]]:
+        dtype = f"torch.{self.spec.dtype}"
+        found = []
+        if self.spec.compression:
+            splits = "MOST_COMPRESSED_SPLITS"
+            found += [
+                ("compressed_parts", "(rows, splits, Dv) fp32", f"floats(rows, {splits}, HEAD_DIM_V.value)"),
+                ("compressed_max", "(rows, splits) fp32, base 2", f"floats(rows, {splits})"),
+                ("compressed_sum", "(rows, splits) fp32", f"floats(rows, {splits})"),
+            ]
+        if self.decode_selects:
+            slots = "lists, shares, CANDIDATES.value"
+            found += [
+                ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
+                ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
+                ("values", "(lists, shares, candidates) fp32", f"floats({slots})"),
+                ("candidates", "(lists, shares, candidates) int32",
+                 f"torch.empty({slots}, dtype=torch.int32, device=device)"),
+            ]  # fmt: skip
+        if self.spec.branches != ("cmp",):
+            branches = len([branch for branch in self.spec.branches if branch != "cmp"])
+            parts = f"{branches}, lists, MOST_ATTEND_SPLITS, GROUP.value"
+            found += [
+                ("parts", "(branches, lists, splits, heads, Dv) fp32", f"floats({parts}, HEAD_DIM_V.value)"),
+                ("max_parts", "(branches, lists, splits, heads) fp32, base 2", f"floats({parts})"),
+                ("sum_parts", "(branches, lists, splits, heads) fp32", f"floats({parts})"),
+                ("counters", "(lists,) int32, 0 between calls", "torch.zeros(lists, dtype=torch.int32, device=device)"),
+            ]
+        for branch in self.spec.branches:
+            output = f"torch.empty(*outputs, HEAD_DIM_V.value, dtype={dtype}, device=device)"
+            found += [
+                (f"o_{branch}", "(B, N, Hq, Dv)", output),
+                (f"lse_{branch}", "(B, N, Hq) fp32", "floats(*outputs)"),
+            ]
+        if self.selects:
+            lists = "layout.batch, tokens, KV_HEADS.value"
+            found += [
+                ("indices", "(B, N, Hkv, n) int32",
+                 f"torch.empty({lists}, SELECTION_COUNT.value, dtype=torch.int32, device=device)"),
+                ("counts", "(B, N, Hkv) int32", f"torch.empty({lists}, dtype=torch.int32, device=device)"),
+            ]  # fmt: skip
+        return found

@@ -1,0 +1,354 @@
+"""Prefill and decode with a cache, held against the dense oracle step by step.
+
+A `Scenario` is a cache and what happens to it: tokens come in, alone or in chunks, with attention or without, are taken
+back, and sequences begin as copies of others. The oracle knows every sequence as the plain list of its tokens, so that
+whatever the cache does in between, each output must be that of one long forward.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nsa_gen.verification.calls import steady_products
+from nsa_gen.verification.cases import Case, boundary_lengths
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.drawing import Pick
+from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
+from nsa_gen.verification.oracle import argument_suffixes, reference_attention
+from nsa_gen.verification.report import Row
+from nsa_gen.verification.verify import check_case
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+POOL = 512
+"""Tokens drawn at a time."""
+SCENARIOS = {"cpu": 2, "cuda": 12}
+"""Scenarios that `verify` goes through on a device."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that happens to a cache.
+
+    `kind` is "fill" (tokens are written), "prefill" or "decode" (and attended to), "truncate" or "fork". `counts` are
+    the new tokens of each sequence, or the tokens kept; of a fork they are source, target and tokens.
+    """
+
+    kind: str
+    counts: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """In a word or two: `decode 1 1`."""
+        return " ".join((self.kind, *map(str, self.counts)))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A cache and the steps it goes through; `page_size` None is a contiguous cache."""
+
+    batch: int
+    capacity: int
+    page_size: int | None
+    steps: tuple[Step, ...]
+    kind: str = "gaussian"
+    seed: int = 0
+
+    @property
+    def text(self) -> str:
+        """What happens, in a line."""
+        layout = "contiguous" if self.page_size is None else f"pages of {self.page_size}"
+        kind = "" if self.kind == "gaussian" else f" {self.kind}"
+        return f"B={self.batch} {layout}{kind}: {', '.join(step.text for step in self.steps)}"
+
+
+def drawn_scenario(p: OracleParameters, pick: Pick, *, interpreted: bool, seed: int = 0) -> Scenario:
+    """A scenario: its lengths lie around the spec's boundaries, and its steps are of every kind."""
+    batch = pick((1, 2) if interpreted else (1, 2, 3))
+    longest = (70 if interpreted else 700) + (p.selection_count + 3) * (p.selection_block or 16)
+    capacity = min(longest, 400) if interpreted else longest
+    near = [length for length in boundary_lengths(p) if length <= capacity - 40]
+    kind = pick(("gaussian", "gaussian", "spread", "ties" if p.selection_block and not p.indices_given else "gaussian"))
+    lengths = [0] * batch
+    steps: list[Step] = []
+
+    def grow(kind: str, counts: list[int]) -> None:
+        counts = [min(count, capacity - held) for count, held in zip(counts, lengths, strict=True)]
+        if any(counts):
+            lengths[:] = [held + more for held, more in zip(lengths, counts, strict=True)]
+            steps.append(Step(kind, tuple(counts)))
+
+    most = 6 if interpreted else 400
+    if pick((True, False)):
+        grow("prefill", [pick((0, 1, 3, most)) for _ in range(batch)])
+    grow("fill", [pick(near) + pick((0, 0, 1, 2)) for _ in range(batch)])
+    for _ in range(pick((2, 3)) if interpreted else pick((4, 6, 9))):
+        choice = pick(("decode", "decode", "decode", "prefill", "fill", "truncate", "fork"))
+        if choice == "decode":
+            new = pick((1, 1, 1, 2, 3, 8))
+            new = min(new, 3) if interpreted else new
+            grow("decode", [new if pick((True, True, True, False)) else pick((0, new)) for _ in range(batch)])
+        elif choice in ("prefill", "fill"):
+            grow(choice, [pick((0, 1, 5, most)) for _ in range(batch)])
+        elif choice == "truncate":
+            kept = tuple(max(0, held - pick((0, 1, 2, 7, p.compression_stride or 4))) for held in lengths)
+            steps.append(Step("truncate", kept))
+            lengths[:] = kept
+        elif batch > 1:
+            source, target = (0, 1) if pick((True, False)) else (1, 0)
+            kept_tokens = max(0, lengths[source] - pick((0, 0, 1, 9)))
+            steps.append(Step("fork", (source, target, kept_tokens)))
+            lengths[target] = kept_tokens
+    grow("decode", [1] * batch)
+    page_size = pick((None, *(PAGE_SIZES[:3] if interpreted else PAGE_SIZES)))
+    return Scenario(batch, capacity, page_size, tuple(steps), kind, seed)
+
+
+def scenario_of_seed(spec: Spec, seed: int, device: str) -> Scenario:
+    """The scenario of a seed, which depends on nothing else."""
+    pick = random.Random(f"inference {seed}").choice
+    return drawn_scenario(OracleParameters.from_spec(spec), pick, interpreted=device == "cpu", seed=seed)
+
+
+class _Sequence:
+    """The truth about one sequence: every tensor of its tokens by name, and compressed blocks of the caller."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = {name: x[:0] for name, x in tensors.items()}
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return next(x.shape[0] for name, x in self.tensors.items() if not name.endswith("_cmp"))
+
+    def cut(self, p: OracleParameters, tokens: int) -> None:
+        """Keep the first tokens."""
+        blocks = p.compressed_blocks(tokens)
+        self.tensors = {n: x[: blocks if n.endswith("_cmp") else tokens] for n, x in self.tensors.items()}
+
+    def copy(self) -> _Sequence:
+        """Another sequence of the same tokens."""
+        return _Sequence.of(self.tensors)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> _Sequence:
+        """The sequence with these tensors."""
+        found = cls(tensors)
+        found.tensors = dict(tensors)
+        return found
+
+
+class _Source:
+    """An endless supply of tokens for a spec, drawn a pool at a time."""
+
+    def __init__(self, spec: Spec, scenario: Scenario, device: str) -> None:
+        self._spec, self._scenario, self._device = spec, scenario, device
+        self._pools = 0
+        self._rows = 0
+        self._parts: list[dict[str, Tensor]] = []
+        self.generator = torch.Generator().manual_seed(scenario.seed)
+        self.parameters = self._pool().compression
+
+    def _pool(self) -> Inputs:
+        self._pools += 1
+        kind = self._scenario.kind
+        made = make_inputs(
+            self._spec,
+            batch=1,
+            tokens=POOL,
+            dtype=getattr(torch, self._spec.dtype),
+            device=self._device,
+            # Tied blocks are those of one draw, whose keys repeat.
+            seed=self._scenario.seed if kind == "ties" else self._scenario.seed + 7919 * self._pools,
+            kind=kind,  # type: ignore[arg-type]
+        )
+        skipped = {"do", "compression", "indices", "counts", "cu_seqlens"}
+        tensors = {name: x[0] for name, x in made.arguments().items() if x is not None and name not in skipped}
+        self._parts.append(tensors)
+        return made
+
+    def take(self, position: int, tokens: int, blocks: int) -> dict[str, Tensor]:
+        """Tensors of new tokens, and of the compressed blocks that they complete; tied keys repeat by position."""
+        if self._scenario.kind == "ties":
+            pool = self._parts[0]
+            first = {name: position % (POOL // 2) for name in pool}
+        else:
+            pool = self._parts[-1]
+            if self._rows + tokens > POOL:
+                self._pool()
+                pool, self._rows = self._parts[-1], 0
+            first = dict.fromkeys(pool, self._rows)
+            self._rows += tokens
+        taken = {}
+        for name, x in pool.items():
+            count = blocks if name.endswith("_cmp") else tokens
+            rows = (torch.arange(count, device=x.device) + first[name]) % x.shape[0]
+            taken[name] = x[rows]
+        return taken
+
+
+def run_scenario(spec: Spec, module: Any, scenario: Scenario, device: str) -> list[Row]:
+    """Go through a scenario; the comparisons of every step that attends, one sequence at a time."""
+    if device == "cpu":
+        steady_products()
+    p = OracleParameters.from_spec(spec)
+    source = _Source(spec, scenario, device)
+    widest = max((max(step.counts) for step in scenario.steps if step.kind == "decode"), default=1)
+    cache = module.NSACache(
+        scenario.batch, scenario.capacity, page_size=scenario.page_size, max_new_tokens=widest, device=device
+    )
+    first = source.take(0, 1, 1)
+    sequences = [_Sequence(first) for _ in range(scenario.batch)]
+    rows: list[Row] = []
+    for number, step in enumerate(scenario.steps):
+        if step.kind == "truncate":
+            # On the device for every other one, where the host does not learn of it.
+            kept = torch.tensor(step.counts, dtype=torch.int32, device=device) if number % 2 else list(step.counts)
+            cache.truncate(kept)
+            for sequence, tokens in zip(sequences, step.counts, strict=True):
+                sequence.cut(p, tokens)
+        elif step.kind == "fork":
+            origin, target, tokens = step.counts
+            cache.fork(origin, target, tokens)
+            sequences[target] = sequences[origin].copy()
+            sequences[target].cut(p, tokens)
+        else:
+            label = f"{scenario.text[:60]} | step {number + 1}: {step.text}"
+            rows += _advance(spec, p, module, cache, sequences, step, source, label)
+    return rows
+
+
+def _advance(
+    spec: Spec,
+    p: OracleParameters,
+    module: Any,
+    cache: Any,
+    sequences: list[_Sequence],
+    step: Step,
+    source: _Source,
+    label: str,
+) -> list[Row]:
+    """New tokens: into the cache, into the truth, and, where the step attends, through both."""
+    taken = []
+    for sequence, count in zip(sequences, step.counts, strict=True):
+        held = sequence.length
+        taken.append(source.take(held, count, p.compressed_blocks(held + count) - p.compressed_blocks(held)))
+        for name, x in taken[-1].items():
+            sequence.tensors[name] = torch.cat((sequence.tensors[name], x))
+    padded = {name: _pad([each[name] for each in taken]) for name in taken[0]}
+    learned = {} if source.parameters is None else {"compression": module.CompressionParameters(**source.parameters)}
+    uniform = len(set(step.counts)) == 1
+    cache.extend(step.counts[0] if uniform else list(step.counts))
+    cache.write(**{name: x for name, x in padded.items() if name not in ("q", "gates")}, **learned)
+    if step.kind == "fill":
+        return []
+    given: dict[str, Tensor] = {}
+    if p.indices_given:
+        rows = max(step.counts)
+        lists = [
+            make_indices(p, torch.arange(sequence.length - count, sequence.length), source.generator, False)
+            for sequence, count in zip(sequences, step.counts, strict=True)
+        ]
+        given["indices"] = torch.full(
+            (len(lists), rows, p.kv_heads, p.selection_count), -1, dtype=torch.int32, device=padded["q"].device
+        )
+        for b, one in enumerate(lists):
+            given["indices"][b, : one.shape[0]] = one.to(padded["q"].device)
+    attend = module.nsa_decode if step.kind == "decode" else module.nsa_prefill
+    gates = {"gates": padded["gates"]} if "gates" in padded else {}
+    o, aux = attend(padded["q"], cache, **gates, **given, return_aux=True)
+    found: list[Row] = []
+    for b, (sequence, count) in enumerate(zip(sequences, step.counts, strict=True)):
+        found += _padding(f"{label} | sequence {b}", o[b, count:], aux, b, count)
+        if count:
+            lists = {name: x[b : b + 1, :count] for name, x in given.items()}
+            shown = {name: x[b : b + 1, :count] for name, x in aux._asdict().items()}
+            told = replace(_inputs(p, sequence, count, source), **lists)
+            found += _compare(p, told, o[b : b + 1, :count], shown, f"{label} | sequence {b}", module)
+    return found
+
+
+def _pad(parts: list[Tensor]) -> Tensor:
+    """Rows of all sequences as (B, most rows, ...); what pads is NaN, so that reading it shows."""
+    rows = max(x.shape[0] for x in parts)
+    whole = torch.full((len(parts), rows, *parts[0].shape[1:]), math.nan, dtype=parts[0].dtype, device=parts[0].device)
+    for b, x in enumerate(parts):
+        whole[b, : x.shape[0]] = x
+    return whole
+
+
+def _padding(label: str, o: Tensor, aux: Any, b: int, count: int) -> list[Row]:
+    """Rows that pad the batch: o is 0."""
+    if o.shape[0] == 0:
+        return []
+    wrong = int((o != 0).sum())
+    return [Row(label, "padding", "elements", float(wrong), 0.0, wrong == 0, "" if wrong == 0 else "o is not 0")]
+
+
+def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Source) -> Inputs:
+    """The same as one call: every key of the sequence, and the queries of the newest tokens.
+
+    Where no branch reads raw keys there are as many as queries, so all queries are in the call.
+    """
+    arguments: dict[str, Any] = {}
+    rows = count if argument_suffixes(p) else sequence.length
+    for name, x in sequence.tensors.items():
+        arguments[name] = (x[-rows:] if name in ("q", "gates") else x)[None]
+    do = arguments["q"].new_zeros((1, rows, p.query_heads, p.head_dim_v))
+    return Inputs(do=do, compression=source.parameters, **arguments)
+
+
+def _compare(
+    p: OracleParameters, inputs: Inputs, o: Tensor, aux: dict[str, Tensor], label: str, module: Any
+) -> list[Row]:
+    """The rows of `verify` for a call that was made already; earlier queries than those decoded have the oracle's o."""
+    if inputs.q.shape[1] > o.shape[1]:
+        whole = reference_attention(p, **inputs.arguments()).tensors()
+        earlier = inputs.q.shape[1] - o.shape[1]
+        aux = {name: torch.cat((whole[name][:, :earlier].to(x.dtype), x), 1) for name, x in aux.items()}
+        o = torch.cat((whole["o"][:, :earlier], o), 1)
+    answer = SimpleNamespace(_asdict=lambda: aux)
+    made = SimpleNamespace(
+        nsa_attention=lambda *_, **__: (o, answer),
+        CompressionParameters=getattr(module, "CompressionParameters", None),
+    )
+    case = Case(inputs.q.shape[1], batch=1, twice=False, gradients=False)
+    return [replace(row, case=label) for row in check_case(made, p, case, inputs, with_gradients=False)]
+
+
+def run_scenarios(
+    spec: Spec,
+    module: Any,
+    count: int,
+    seed: int,
+    device: str,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """The scenarios of `seed`, `seed + 1`, ...; an exception, of the package or of the device, is a row too."""
+    rows: list[Row] = []
+    for number in range(seed, seed + count):
+        scenario = scenario_of_seed(spec, number, device)
+        if progress is not None:
+            progress(f"{spec.name}: cache {number - seed + 1} of {count}, seed {number}: {scenario.text}")
+        try:
+            rows += run_scenario(spec, module, scenario, device)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            told = (
+                f"raised {type(error).__name__}: {' '.join(str(error).split())[:400]} ({where.filename}:{where.lineno})"
+            )
+            rows.append(
+                Row(f"{scenario.text} seed {number}", type(error).__name__, "raised", math.inf, 0.0, False, told)
+            )
+    return rows

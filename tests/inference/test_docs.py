@@ -1,0 +1,31 @@
+"""What docs/inference.md and examples/ show is what happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_first_example_of_the_page_on_inference_runs_and_prints_what_it_says() -> None:
+    text = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)[0]
+    assert run("-c", block).strip() == re.findall(r"print\(cache.tokens\)  # (.*)", block)[0]
+
+
+def test_the_generation_loop_gives_the_same_tokens_with_and_without_pages_and_chunks() -> None:
+    common = ("examples/generate.py", "--prompt", "21", "--new", "3", "--layers", "1")
+    whole = run(*common).splitlines()[0]
+    assert re.fullmatch(r"generated: \[\[\d+, \d+, \d+\]\]", whole)
+    assert run(*common, "--chunk", "9", "--page-size", "16").splitlines()[0] == whole

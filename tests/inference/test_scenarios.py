@@ -1,0 +1,104 @@
+"""Prefill, decode, truncation and forks agree with one long forward, over specs, layouts and page sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_gen.verification.inference import PAGE_SIZES, Scenario, Step, run_scenario, scenario_of_seed
+from tests.support import DEVICE, GPU, operator_of
+
+PASSES = ("forward", "decode")
+STEPS = (
+    Step("fill", (100, 61)),
+    Step("decode", (1, 1)),
+    Step("truncate", (95, 58)),
+    Step("decode", (2, 1)),
+    Step("fork", (0, 1, 90)),
+    Step("decode", (1, 2)),
+)
+SPECS: dict[str, dict[str, Any]] = {
+    "window alone": {"branches": "win", "gate": "none"},
+    "selection of the caller": {"branches": "slc", "gate": "given", "indices": "input"},
+    "compression alone": {"branches": "cmp"},
+    "selection of the caller and window": {"branches": "slc win", "indices": "input"},
+    "keys of each branch": {"kv": "per_branch", "group": 3, "kv_heads": 2, "dims": (24, 40)},
+    "mlp and linear": {"branches": "cmp slc", "phi": "mlp", "phi_value": "linear", "position": ("learned", "none")},
+    "weighted and mean": {"branches": "cmp win", "phi": "weighted", "phi_value": "mean", "position": ("learned",) * 2},
+    "compressed by the caller": {"phi": "external"},
+    "compressed by the caller alone": {"branches": "cmp", "phi": "external"},
+    "forced blocks only": {"count": 3, "initial": 1, "local": 2},
+    "blocks that reach over three others": {"compression": (16, 4), "initial": 0, "local": 0},
+    "blocks that reach over none": {"compression": (16, 16)},
+    "a group of twenty": {"group": 20, "count": 5, "window": 70},
+    "half precision": {"dtype": "float16"},
+}
+
+
+def check(scenario: Scenario, **changes: Any) -> None:
+    op = operator_of(changes.pop("branches", "cmp slc win"), scale=0.37, passes=PASSES, **changes)
+    rows = run_scenario(op.spec, op.module, scenario, DEVICE.type)
+    assert rows
+    failures = [f"{row.case}: {row.quantity}: {row.problem or (row.error, row.bound)}" for row in rows if not row.ok]
+    assert not failures, "\n".join(failures[:8])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_kind_of_spec_decodes_what_one_forward_computes(name: str) -> None:
+    page_size = (None, 16)[list(SPECS).index(name) % 2]
+    check(Scenario(2, 140, page_size, STEPS), **SPECS[name])
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_pages_of_every_size_hold_the_same(page_size: int) -> None:
+    check(Scenario(1, 300, page_size, (Step("fill", (257,)), Step("decode", (1,)), Step("decode", (1,)))))
+
+
+def test_a_prompt_in_chunks_of_unequal_sequences_is_one_forward() -> None:
+    steps = (Step("prefill", (6, 3)), Step("fill", (40, 0)), Step("prefill", (2, 5)), Step("prefill", (0, 4)))
+    check(Scenario(2, 80, 16, (*steps, Step("decode", (1, 1)))))
+
+
+def test_equal_importances_go_to_the_lower_block_in_whichever_tile_they_are() -> None:
+    steps = (Step("fill", (230,)), Step("decode", (1,)), Step("decode", (3,)))
+    check(Scenario(1, 300, None, steps, kind="ties"), count=4, initial=0, local=0)
+
+
+def test_logits_far_apart_lose_no_part_of_the_softmax() -> None:
+    check(Scenario(1, 200, 32, (Step("fill", (150,)), Step("decode", (2,))), kind="spread"))
+
+
+@pytest.mark.parametrize("seed", range(40 if GPU else 3))
+def test_drawn_scenarios_agree_with_the_oracle(seed: int) -> None:
+    op = operator_of(scale=0.37, passes=PASSES, kv_heads=2, count=4)
+    rows = run_scenario(op.spec, op.module, scenario_of_seed(op.spec, seed, DEVICE.type), DEVICE.type)
+    assert rows and [row for row in rows if not row.ok] == []
+
+
+def test_a_decoded_token_has_the_same_bits_whatever_else_the_cache_and_the_batch_hold() -> None:
+    op = operator_of(passes=PASSES)
+    generator = torch.Generator().manual_seed(1)
+    k, v, q, gates = (
+        torch.randn(1, 90, *shape, generator=generator).to(DEVICE) for shape in ((1, 16), (1, 16), (2, 16), (2, 3))
+    )
+    found = []
+    for batch, page_size in ((1, None), (1, 16), (1, 64)):
+        cache = op.NSACache(batch, 120, page_size=page_size, device=DEVICE)
+        cache.extend(90)
+        cache.write(k, v)
+        found.append(op.nsa_decode(q[:, -1:].contiguous(), cache, gates[:, -1:]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    again = op.nsa_decode(q[:, -1:].contiguous(), cache, gates[:, -1:])
+    assert torch.equal(found[0], again), "counters are 0 again after a call"
+
+
+def test_a_prefill_of_everything_is_the_operator_itself() -> None:
+    op = operator_of(passes=PASSES)
+    k, v = (torch.randn(1, 30, 1, 16, device=DEVICE) for _ in range(2))
+    q, gates = torch.randn(1, 30, 2, 16, device=DEVICE), torch.randn(1, 30, 2, 3, device=DEVICE)
+    cache = op.NSACache(1, 64, device=DEVICE)
+    cache.extend(30)
+    cache.write(k, v)
+    torch.testing.assert_close(op.nsa_prefill(q, cache, gates), op.nsa_attention(q, k, v, gates), rtol=1e-5, atol=1e-6)

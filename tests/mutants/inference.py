@@ -1,0 +1,185 @@
+"""Mistakes in the cache and in decode."""
+
+from __future__ import annotations
+
+from nsa_gen.verification.inference import Scenario, Step
+from tests.mutants.model import CacheCheck, Edit, Mutant
+
+ONE_TOKEN = CacheCheck("cached", Scenario(1, 120, None, (Step("fill", (75,)), Step("decode", (1,)))))
+TWO_TOKENS = CacheCheck("cached", Scenario(1, 120, None, (Step("fill", (75,)), Step("decode", (2,)))))
+REJECTED = CacheCheck(
+    "cached",
+    Scenario(1, 120, None, (Step("fill", (80,)), Step("fill", (10,)), Step("truncate", (69,)), Step("decode", (1,)))),
+)
+FORKED = CacheCheck(
+    "cached",
+    Scenario(
+        2, 120, 16, (Step("fill", (70, 9)), Step("fork", (0, 1, 66)), Step("fill", (9, 9)), Step("decode", (1, 1)))
+    ),
+)
+TIED = CacheCheck("cached choice", Scenario(1, 260, None, (Step("fill", (200,)), Step("decode", (1,))), kind="ties"))
+LONG = CacheCheck("cached choice", Scenario(1, 320, None, (Step("fill", (300,)), Step("decode", (2,))), seed=2))
+
+
+def _mutant(
+    name: str,
+    mistake: str,
+    check: CacheCheck,
+    killed_by: tuple[str, ...],
+    file: str,
+    old: str,
+    new: str,
+    times: int = 1,
+) -> Mutant:
+    return Mutant(name, mistake, check, killed_by, (Edit(file, old, new, times),))
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    _mutant(
+        "decoded_token_sees_the_next",
+        "a token decoded with others sees the key of the one after it",
+        TWO_TOKENS,
+        ("o_slc", "o_win"),
+        "decode_attend.py",
+        "keys <= position",
+        "keys <= position + 1",
+        times=5,
+    ),
+    _mutant(
+        "decode_window_one_key_too_long",
+        "decode's window has w + 1 keys",
+        TWO_TOKENS,
+        ("o_win",),
+        "decode_attend.py",
+        "window_start = tl.maximum(position - WINDOW + 1, 0)",
+        "window_start = tl.maximum(position - WINDOW, 0)",
+    ),
+    _mutant(
+        "shared_tile_counted_twice",
+        "a selected tile that lies in the window is attended to in both loops",
+        TWO_TOKENS,
+        ("o_slc",),
+        "decode_attend.py",
+        "if wanted & (first_key + KEY_BLOCK <= window_start):",
+        "if wanted:",
+    ),
+    _mutant(
+        "splits_of_tiles_not_rescaled",
+        "parts of selected and window attention are added whatever their maxima",
+        ONE_TOKEN,
+        ("o_slc",),
+        "decode_attend.py",
+        "weight = tl.where(used, tl.exp2(part_max - reference), 0.0)",
+        "weight = tl.where(used, 1.0, 0.0)",
+    ),
+    _mutant(
+        "splits_of_compressed_blocks_not_rescaled",
+        "parts of compressed attention are added whatever their maxima",
+        TWO_TOKENS,
+        ("o_cmp",),
+        "decode_select.py",
+        'weight = tl.where(used, tl.exp2(part_max - tl.where(row_max == float("-inf"), 0.0, row_max)), 0.0)',
+        "weight = tl.where(used, 1.0, 0.0)",
+    ),
+    _mutant(
+        "decode_gate_of_another_branch",
+        "the selected branch is weighted by the compressed one's gate",
+        TWO_TOKENS,
+        ("o",),
+        "decode_attend.py",
+        "tl.load(gates + 1, ",
+        "tl.load(gates + 0, ",
+    ),
+    _mutant(
+        "compressed_block_of_rejected_tokens_seen",
+        "after tokens were taken back, the compressed block that they completed is still seen",
+        REJECTED,
+        ("o_cmp",),
+        "decode_compressed.py",
+        "end_visible(first_position + ",
+        "end_visible(4 + first_position + ",
+        times=3,
+    ),
+    _mutant(
+        "truncation_forgets_the_device",
+        "tokens are taken back in the host's books alone",
+        REJECTED,
+        ("o",),
+        "cache.py",
+        "self.lengths.copy_(torch.minimum(self.lengths, torch.tensor(kept, dtype=torch.int32).to(self.device)))",
+        "pass",
+    ),
+    _mutant(
+        "block_of_the_first_new_token_not_compressed",
+        "a block that the first new token completes is left as it was",
+        ONE_TOKEN,
+        ("o_cmp",),
+        "append.py",
+        "range(end_visible(start + first_token - 1), ",
+        "range(end_visible(start + first_token), ",
+    ),
+    _mutant(
+        "compressed_block_in_the_page_of_its_first_token",
+        "a shared page holds compressed blocks that depend on later tokens",
+        FORKED,
+        ("o_cmp",),
+        "storage.py",
+        "last = blocks * COMPRESSION_STRIDE + COMPRESSION_BLOCK - 1",
+        "last = blocks * COMPRESSION_STRIDE",
+    ),
+    _mutant(
+        "shared_page_written_in_place",
+        "a sequence writes to a page that another shares",
+        FORKED,
+        ("o",),
+        "pages.py",
+        "if length % self.page_size == 0 or number >= len(owned) or self._users[owned[number]] == 1:",
+        "if True:",
+    ),
+    _mutant(
+        "pages_of_the_first_sequence",
+        "every sequence finds its tokens by the first one's row of the table",
+        FORKED,
+        ("o",),
+        "storage.py",
+        "entries = table_ptr + tl.cast(batch, tl.int64) * table_width",
+        "entries = table_ptr + tl.cast(batch, tl.int64) * 0",
+        times=2,
+    ),
+    _mutant(
+        "decode_ties_to_the_higher_block",
+        "equal importances go to the higher block",
+        TIED,
+        ("selection",),
+        "decode_select.py",
+        "other_block[None, :] < block[:, None]",
+        "other_block[None, :] > block[:, None]",
+    ),
+    _mutant(
+        "importance_from_before_the_tile_forgotten",
+        "what reaches into a tile's first selection block from before the tile is lost",
+        LONG,
+        ("selection",),
+        "decode_compressed.py",
+        "tl.where(blocks == 0, first[:, None], carried)",
+        "tl.where(blocks == 0, 0.0, carried)",
+    ),
+    _mutant(
+        "importance_relative_to_its_tile",
+        "importance is compared between tiles whose probabilities have different references",
+        LONG,
+        ("selection",),
+        "decode_select.py",
+        "tl.exp2(reference - lse[:, None]) * p",
+        "p",
+    ),
+    _mutant(
+        "candidates_of_one_share",
+        "a candidate is ranked among those of the first share alone",
+        LONG,
+        ("selection",),
+        "decode_attend.py",
+        "for share in range(0, used_shares):",
+        "for share in range(0, 1):",
+    ),
+)
