@@ -98,7 +98,9 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
         if part in parts:
             lines += _counted(part, parts[part])
     for outcome in (
-        outcome for part in ("repeats", "hygiene", "long", "sanitizer", "far") for outcome in parts.get(part, ())
+        outcome
+        for part in ("inference", "repeats", "hygiene", "long", "sanitizer", "far")
+        for outcome in parts.get(part, ())
     ):
         result = outcome.result or {}
         facts = [f"{outcome.seconds:.0f} s"]

@@ -21,6 +21,7 @@ KINDS = {
     "hygiene": ("tools.gpu.hygiene", "hygiene_job"),
     "far apart": ("tools.gpu.far", "far_apart_job"),
     "far along": ("tools.gpu.far", "far_along_job"),
+    "inference": ("tools.gpu.inference", "inference_job"),
     "decode": ("tools.gpu.decode", "decode_job"),
     "bench": ("tools.gpu.bench", "bench_job"),
 }
