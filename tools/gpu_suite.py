@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 suite.run(tuple(part for part in options.only if part in phase), options.workers)
             # Times are taken with the GPU to themselves: what is benchmarked comes after all else, one at a time.
             if "decode" in options.only:
+                suite.run_unreported(wanted.compile_for_decode(), options.workers)
                 suite.run(("decode",), 1)
             if "bench" in options.only:
                 if "correctness" not in options.only:

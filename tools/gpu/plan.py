@@ -16,6 +16,7 @@ from tools.gpu.pool import Job
 
 PARTS = (
     "correctness",
+    "inference",
     "examples",
     "repeats",
     "hygiene",
@@ -28,10 +29,10 @@ PARTS = (
     "bench",
 )
 """Every part, in the order in which they are reported."""
-CPU_PARTS = ("correctness", "examples", "repeats", "hygiene", "far", "soak")
+CPU_PARTS = ("correctness", "inference", "examples", "repeats", "hygiene", "far", "soak")
 """What Triton's interpreter can do, at tiny sizes."""
 PHASES = (
-    ("correctness", "examples", "repeats", "hygiene", "long", "sanitizer"),
+    ("correctness", "inference", "examples", "repeats", "hygiene", "long", "sanitizer"),
     ("far",),
     ("soak",),
     ("tuner_faults",),
@@ -73,7 +74,13 @@ BENCHED: Mapping[str, tuple[int, ...]] = {
     "nsa_paper": (8192, 32768, 65536),
 }
 DECODED = ("nsa_64x4", "llama3_8b")
-"""Specs whose inference is checked and timed."""
+"""Specs whose decode is timed."""
+DECODE_SHAPES = (
+    (65536, 1), (65536, 32), (65536, 16), (4096, 1), (4096, 64), (16384, 8), (262144, 1), (262144, 4),
+)  # fmt: skip
+"""(Tokens, sequences) at which decode is timed, the most telling first."""
+SCENARIO_JOBS = {"cuda": (4, 2), "cpu": (1, 2)}
+"""Jobs a spec, and scenarios a job."""
 MEMORY_SHARE_GB = 25
 """What a process verifying 64 heads of 192 at 8192 tokens in float32 needs: some 20 tensors of 0.8 GB in float64."""
 
@@ -107,6 +114,7 @@ class Plan:
             "far": self._far,
             "soak": self._soak,
             "tuner_faults": self._tuner_faults,
+            "inference": self._inference,
             "decode": self._decode,
             "bench": self._bench,
         }[part]()
@@ -291,9 +299,43 @@ class Plan:
 
     def _decode(self) -> list[Job]:
         return [
-            self._job(f"decode {spec}", -number, kind="decode", spec=spec)
+            self._job(f"decode {spec}", -number, kind="decode", spec=spec, shapes=DECODE_SHAPES, timed=True)
             for number, spec in enumerate(DECODED)
             if spec in self.specs
+        ]
+
+    def compile_for_decode(self) -> list[Job]:
+        """Jobs that leave in Triton's cache what the times of decode need, side by side."""
+        return [
+            self._job(
+                f"compile decode {spec} {tokens} {batch}",
+                kind="decode",
+                spec=spec,
+                shapes=((tokens, batch),),
+                timed=False,
+            )
+            for spec in DECODED
+            if spec in self.specs
+            for tokens, batch in DECODE_SHAPES
+        ]
+
+    def _inference(self) -> list[Job]:
+        """Scenarios of each spec that decodes, a few a job, since most of their time is compilation."""
+        jobs, each = SCENARIO_JOBS[self.device]
+        return [
+            self._job(
+                f"inference {spec} {number}",
+                1e5,
+                kind="inference",
+                spec=spec,
+                device=self.device,
+                first=number * each,
+                count=each,
+                graphs=number == 0,
+            )
+            for spec in self._runnable
+            if "decode" in load_spec(spec).passes
+            for number in range(jobs)
         ]
 
     def _bench(self) -> list[Job]:

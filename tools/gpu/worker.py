@@ -23,6 +23,7 @@ KINDS = {
     "far along": ("tools.gpu.far", "far_along_job"),
     "tuner fault": ("tools.gpu.tuner_faults", "tuner_fault_job"),
     "tuner run": ("tools.gpu.tuner_faults", "tuner_run_job"),
+    "inference": ("tools.gpu.inference", "inference_job"),
     "decode": ("tools.gpu.decode", "decode_job"),
     "bench": ("tools.gpu.bench", "bench_job"),
 }

@@ -1,0 +1,163 @@
+"""Inference checked: scenarios against the oracle, one graph over many lengths, and that a step allocates nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_gen.rendering import import_package
+from nsa_gen.spec import Spec
+from nsa_gen.verification.inference import run_scenarios
+from nsa_gen.verification.inputs import parameter_shapes
+from nsa_gen.verification.oracle import OracleParameters
+from nsa_gen.verification.verify import adapt, environment
+from tools.gpu.packages import package_of, spec_of_request
+from tools.gpu.progress import say
+
+REPLAYS = 1000
+COMPARED_EVERY = 100
+CHUNK = 8192
+
+
+def inference_job(
+    result: dict[str, Any], *, spec: str, device: str, first: int, count: int, graphs: bool, seed: int, root: str
+) -> None:
+    """Go through `count` scenarios of a shipped spec, from seed `first` on; with `graphs`, replay a graph as well."""
+    meaning, _ = adapt(spec_of_request(spec), interpreted=device == "cpu", dtype=None, fixed=False)
+    module = import_package(package_of(meaning, Path(root)))
+    rows = run_scenarios(meaning, module, count, seed + first, device, say)
+    result.update(environment=asdict(environment(torch.device(device))), rows=[asdict(row) for row in rows])
+    bad = sum(not row.ok for row in rows)
+    problems = [f"{bad} of {len(rows)} comparisons failed"] if bad or not rows else []
+    if graphs and device == "cuda":
+        say(f"{spec}: {REPLAYS} replays of one graph")
+        problems += [*graph_faults(meaning, module), *allocation_faults(meaning, module)]
+        result["shapes"] = [{"repeats": REPLAYS, "shape": "growing lengths"}]
+    result["ok"] = not problems
+    result["error"] = "; ".join(problems)
+
+
+def filled_cache(
+    spec: Spec, module: Any, tokens: int, batch: int, *, room: int = 0, layers: int = 1, **more: Any
+) -> Any:
+    """A cache whose sequences hold `tokens` random tokens each."""
+    cache = module.NSACache(batch, tokens + room, layers=layers, device="cuda", **more)
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    for start in range(0, tokens, CHUNK):
+        count = min(CHUNK, tokens - start)
+        cache.extend(count)
+        for layer in range(layers):
+            cache.write(**new_tokens(spec, module, batch, count, generator), layer=layer)
+    return cache
+
+
+def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torch.Generator) -> dict[str, Any]:
+    """Random keys and values, and phi's parameters, as `NSACache.write` takes them."""
+    p = OracleParameters.from_spec(spec)
+    names = [name for name in module.cache.Layer._fields if not name.endswith("_cmp")]
+    found: dict[str, Any] = {}
+    for name in names:
+        dim = p.head_dim_qk if name.startswith("k") else p.head_dim_v
+        shape = (batch, tokens, p.kv_heads, dim)
+        found[name] = torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+    hidden = spec.compression.phi.hidden if spec.compression else None
+    shapes = parameter_shapes(p, hidden)
+    if shapes:
+        fixed = torch.Generator("cuda").manual_seed(0)
+        drawn = {
+            name: torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=fixed) / shape[-2] ** 0.5
+            for name, shape in shapes.items()
+        }
+        found["compression"] = module.CompressionParameters(**drawn)
+    return found
+
+
+def queries(spec: Spec, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Random queries, gates by name where the operator has them, and a place for o."""
+    p = OracleParameters.from_spec(spec)
+    q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=torch.bfloat16)
+    gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=torch.bfloat16)
+    return q, {} if p.gate == "none" else {"gates": gates}, out
+
+
+def captured(action: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of an action, which is run once before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        action()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph
+
+
+def graph_faults(spec: Spec, module: Any) -> list[str]:
+    """One graph of a whole step, replayed over growing lengths, held against a fresh cache now and then."""
+    batch, first = 4, 1500
+    faults = []
+    for page_size in (None, 64):
+        generator = torch.Generator("cuda").manual_seed(1)
+        cache = filled_cache(spec, module, first, batch, room=REPLAYS + 2, page_size=page_size)
+        q, gates, out = queries(spec, batch, 1)
+        new = new_tokens(spec, module, batch, 1, generator)
+        tensors = {name: x for name, x in new.items() if isinstance(x, torch.Tensor)}
+        # Compiles the kernels, and is taken back.
+        cache.extend(1)
+        cache.write(**new)
+        module.nsa_decode(q, cache, **gates, out=out)
+        cache.truncate(first)
+
+        def step(cache: Any = cache, new: Any = new, q: Any = q, gates: Any = gates, out: Any = out) -> None:
+            cache.extend(1)
+            cache.write(**new)
+            module.nsa_decode(q, cache, **gates, out=out)
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        history: list[dict[str, torch.Tensor]] = []
+        for replay in range(REPLAYS):
+            for x in (*tensors.values(), q):
+                x.normal_(generator=generator)
+            history.append({name: x.clone() for name, x in tensors.items()})
+            cache.reserve(1)
+            graph.replay()
+            if replay % COMPARED_EVERY == COMPARED_EVERY - 1:
+                fresh = filled_cache(spec, module, first, batch, room=REPLAYS + 2, page_size=page_size)
+                rest = {name: torch.cat([each[name] for each in history], 1) for name in tensors}
+                fresh.extend(len(history))
+                fresh.write(**{**new, **rest})
+                expected = module.nsa_decode(q, fresh, **gates)
+                if not torch.equal(out, expected):
+                    worst = (out.float() - expected.float()).abs().max().item()
+                    faults.append(f"replay {replay + 1}, pages {page_size}: differs by {worst:.2e} from a fresh cache")
+        cache.synchronize()
+        if cache.tokens != (first + REPLAYS,) * batch:
+            faults.append(f"lengths are {cache.tokens} after {REPLAYS} replays from {first}")
+    return faults[:4]
+
+
+def allocation_faults(spec: Spec, module: Any) -> list[str]:
+    """A step, without a graph, allocates nothing."""
+    cache = filled_cache(spec, module, 1000, 2, room=64, page_size=64)
+    q, gates, out = queries(spec, 2, 1)
+    new = new_tokens(spec, module, 2, 1, torch.Generator("cuda"))
+
+    def step() -> None:
+        cache.extend(1)
+        cache.write(**new)
+        module.nsa_decode(q, cache, **gates, out=out)
+
+    step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(8):
+        step()
+    count = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    return [f"8 steps allocated {count} times"] if count else []
