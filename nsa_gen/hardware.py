@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Backend = Literal["cuda", "hip"]
+TENSOR_MEMORY_COLUMNS = 512
+"""Of the tensor memory of a multiprocessor of Blackwell, 128 numbers of 32 bits each."""
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,10 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "selected_forward": {"KEY_BLOCK": 64, "num_warps": 4, "num_stages": 2},
         "selected_forward_key_major": {
             "PIECE": 256,
-            "TOKEN_BLOCK": 8,
+            "TOKEN_BLOCK": 16,
             "KEY_BLOCK": 64,
-            "num_warps": 4,
-            "num_stages": 2,
+            "num_warps": 8,
+            "num_stages": 3,
         },
         "merge_outputs": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "combine_forward": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},

@@ -63,6 +63,7 @@ class Resources:
     inner loop brings in: each step costs some time whatever its size. ``height`` is the rows of the products: the
     matrix units of Hopper and Blackwell take 64 at a time. ``programs`` is how many programs there are, where they may
     be too few, or too unequal, to fill a device. ``memory`` is the bytes, besides ``traffic``, that no cache holds.
+    ``tensor_memory`` is the columns of Blackwell's tensor memory, where they may run out.
     """
 
     shared_memory: sympy.Expr
@@ -73,6 +74,7 @@ class Resources:
     height: sympy.Expr
     programs: sympy.Expr = sympy.oo
     memory: sympy.Expr = sympy.S.Zero
+    tensor_memory: sympy.Expr = sympy.S.Zero
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ _CLEARLY = 0.9
 #: On the interpreter a short sequence then still has several chunks.
 _FEWEST_CHUNK_TOKENS = 64
 
+# Bytes of tokens' numbers that a pipeline has loaded ahead.
+_INDEX_BUFFERS = 1024
 # Tiles of keys in flight where the products are of 16 rows: the one in use is in registers.
 _BUFFERS = sympy.Max(1, s.NUM_STAGES - 1)
 # A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
@@ -142,6 +144,7 @@ def _selected_forward(spec: Spec) -> Kernel:
 
 def _selected_forward_key_major(spec: Spec) -> Kernel:
     rows = s.TOKEN_BLOCK * s.GROUP_ROWS
+    buffers = sympy.Min(s.NUM_STAGES, 2)
     tokens, constraints = token_tile(spec)
     return Kernel(
         name="selected_forward_key_major",
@@ -154,9 +157,15 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
         tunables=(_PIECE, tokens, key_tile(spec), *launch(stages=(1, 2, 3))),
         constraints=(*constraints, *_piece_rules(_FORWARD_ROWS), height_rule(rows)),
         resources=Resources(
+            # The values stay, and so do what is sound of them and where they are not, if the queries are pipelined: in
+            # two buffers, whatever the stages, as their numbers are loaded first. See also banded.forward_kernel.
             shared_memory=sympy.Max(
-                (rows * (s.NUM_STAGES * s.PAD_QK + s.SCORES_STAGED * s.KEY_BLOCK) + s.KEY_BLOCK * (QK_V + s.PAD_V))
-                * s.E,
+                (
+                    rows * (buffers * s.PAD_QK + (1 + s.SCORES_STAGED) * s.KEY_BLOCK)
+                    + s.KEY_BLOCK * (s.PAD_QK + (1 + buffers) * s.PAD_V)
+                )
+                * s.E
+                + _INDEX_BUFFERS,
                 # The output is laid out anew for its store.
                 rows * (s.PAD_V * FP32 + s.KEY_BLOCK * s.E),
             ),
@@ -166,6 +175,8 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
             streamed=rows,
             height=rows,
             memory=_O_PARTS * _PARTS,
+            # Scores of full and of masked tiles, probabilities, the output and what is not sound of it.
+            tensor_memory=sympy.Rational(5, 2) * s.KEY_BLOCK + 2 * s.PAD_V,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (s.Dk + s.Dv),
         compulsory_bytes=Q_BYTES + KV_BYTES + O_BYTES + LSE_BYTES + _INDEX_BYTES,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import sympy
 
-from nsa_gen.hardware import Gpu
+from nsa_gen.hardware import TENSOR_MEMORY_COLUMNS, Gpu
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Config, Kernel
 
@@ -56,6 +56,7 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
     keeps = _keeping(kernel, sizes)
     shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
+    tensor_memory = _numeric(kernel.resources.tensor_memory, sizes)
 
     def test(config: dict[str, int]) -> bool:
         threads = config["num_warps"] * gpu.warp_size
@@ -63,6 +64,7 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
             keeps(config)
             and config["num_stages"] <= _DEEPEST_PIPELINE[gpu.backend]
             and shared_memory(config) <= gpu.shared_memory_per_block
+            and (gpu.target not in _STAGED_SCORES or tensor_memory(config) <= TENSOR_MEMORY_COLUMNS)
             and registers(config) <= threads * gpu.registers_per_thread * _REGISTER_SHARE
         )
 

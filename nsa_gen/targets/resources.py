@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.hardware import Gpu
+from nsa_gen.hardware import TENSOR_MEMORY_COLUMNS, Gpu
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Resources:
     binary_bytes: int
     unread: str = ""
 
-
-TENSOR_MEMORY_COLUMNS = 512
 
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
 

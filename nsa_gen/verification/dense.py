@@ -280,7 +280,8 @@ def block_fingerprint(p: OracleParameters, probabilities: Tensor, blocks: int) -
     probability to the same place of both, and practically never otherwise. Sums of other terms that happen to be equal
     may round differently.
     """
-    factors = torch.arange(1, p.group + 1, dtype=torch.float64).sqrt()[:, None, None].to(probabilities)
+    heads = torch.arange(p.group, dtype=torch.float64)[:, None, None].to(probabilities)
+    factors = 1.0 + (heads * math.pi) % 1.0
     summed = (probabilities.detach() * factors).sum(1)
     assert p.selection_block is not None and p.compression_block is not None and p.compression_stride is not None
     weights = overlap_weights(p, summed.shape[-1], blocks).to(summed)
@@ -289,7 +290,7 @@ def block_fingerprint(p: OracleParameters, probabilities: Tensor, blocks: int) -
     starts = torch.arange(blocks, dtype=summed.dtype, device=weights.device) * ratio
     places = compressed - starts + p.compression_block // p.compression_stride
     unknown = torch.isnan(summed)
-    found = summed.masked_fill(unknown, 0.0) @ (weights * (1.0 + places.clamp(min=0.0)).sqrt())
+    found = summed.masked_fill(unknown, 0.0) @ (weights * (1.0 + (places * math.e) % 1.0))
     return found.masked_fill((unknown.to(summed) @ weights) > 0, math.nan).transpose(0, 1)
 
 
