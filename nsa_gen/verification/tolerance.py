@@ -152,7 +152,10 @@ def compare(
     # A bias shows far below the norm: independent errors average out over the elements, a wrong factor does not.
     weight = (truth / scale.sqrt()).square().sum().clamp(min=0.01 * truth.numel())  # where the truth is noise: no bias
     bias = [((e * truth / scale).sum() / weight).abs().item() for e in errors]
-    chance = 4.0 * (FACTOR * norm[1] + slack + wandered) / math.sqrt(independent)
+    # Every row counts alike for it, small ones too, whose relative errors the norm does not show.
+    drifted = moved.norm(dim=-1) / row_scale
+    typical = [x.square().mean().sqrt().item() for x in (row[1], drifted)]
+    chance = 4.0 * (FACTOR * typical[0] + slack + likely_largest(independent) * typical[1]) / math.sqrt(independent)
     return Comparison(
         row_error=row[0][worst].item(),
         row_bound=row_bound[worst].item(),
