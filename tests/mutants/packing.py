@@ -103,7 +103,7 @@ MUTANTS = (
         "the grid has no program for the ragged last tile",
         WINDOW,
         ("o_win", "lse_win"),
-        (Edit("sequences.py", "else triton.cdiv(tokens, size)", "else tokens // size"),),
+        (Edit("sequences.py", "else sizes.cdiv(tokens, size)", "else tokens // size"),),
     ),
     Mutant(
         "last_packed_tile_not_launched",
