@@ -26,7 +26,7 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dynamic", "graphs"),
-    [("aot_eager", False, len(LENGTHS)), ("aot_eager", None, 2), ("aot_eager", True, 1), ("eager", True, 1)],
+    [("eager", False, len(LENGTHS)), ("aot_eager", None, 2), ("eager", True, 1)],
 )
 def test_compiled_forward_is_one_graph_compiled_as_seldom_as_pytorch_allows(
     backend: str, dynamic: bool | None, graphs: int
