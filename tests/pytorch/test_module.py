@@ -16,7 +16,6 @@ TOKENS = 17
 DECODES = ("forward", "backward", "decode")
 
 KINDS: dict[str, dict[str, Any]] = {
-    "mean": {},
     "weighted and linear, per branch": {"phi": "weighted", "phi_value": "linear", "kv": "per_branch", "gate": "given"},
     "mlp with positions": {"phi": "mlp", "position": ("learned", "learned")},
     "external phi and blocks of the caller": {"phi": "external", "indices": "input"},
@@ -64,7 +63,7 @@ def test_gradients_reach_every_parameter_and_the_hidden_states(kind: str) -> Non
     assert all(x is not None and bool(x.isfinite().all()) and bool(x.abs().max() > 0) for x in grads.values()), grads
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[1:4])
+@pytest.mark.parametrize("kind", list(KINDS)[:2])
 def test_the_state_dict_makes_another_layer_the_same(kind: str) -> None:
     op = operator_of(**KINDS[kind])
     layer, more = layer_of(op), further(op, 12)
