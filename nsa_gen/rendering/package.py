@@ -109,7 +109,7 @@ def _modules(program: Program) -> list[str]:
     """Python modules of the package, each rendered from the template of the same name."""
     modules = [
         "__init__.py", "api.py", "arguments.py", "attention.py", "configs.py", "constants.py",
-        "ops.py", "primitives.py", "registration.py", "sequences.py", "sizes.py",
+        "module.py", "ops.py", "primitives.py", "registration.py", "sequences.py", "sizes.py",
     ]  # fmt: skip
     if program.combined or program.backward:
         modules.append("combine.py")
@@ -133,7 +133,7 @@ def _modules(program: Program) -> list[str]:
 
 
 def _exports(program: Program) -> list[str]:
-    names = ["SPEC", "Auxiliary", "combine", "explain", "nsa_attention", "ops"]
+    names = ["SPEC", "Auxiliary", "NativeSparseAttention", "combine", "explain", "nsa_attention", "ops"]
     if program.parameters:
         names.append("CompressionParameters")
     if program.compresses:

@@ -106,12 +106,24 @@ FORBIDDEN = {
 }
 
 
+MEANT = {
+    # Whose purpose is to read the lengths that a replayed graph has left on the device.
+    "cache.py": r"    def synchronize\(.*?(?=\n    def |\Z)",
+    # It tells who adds up the parts, which are always added in the same order.
+    "decode_attend.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
+}
+"""What a module may have once of what is forbidden elsewhere."""
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_generated_sources_are_free_of(what: str) -> None:
     specs = [*PACKAGES.values(), *(load_spec(name) for name in shipped_specs())]
     for spec in specs:
         for path in operator_of_spec(spec).folder.glob("*.py"):
-            found = re.search(FORBIDDEN[what], path.read_text(), re.MULTILINE)
+            text = path.read_text()
+            if path.name in MEANT:
+                text = re.sub(MEANT[path.name], "", text, count=1, flags=re.DOTALL)
+            found = re.search(FORBIDDEN[what], text, re.MULTILINE)
             assert found is None, f"{spec.name}/{path.name}: {found.group()!r}"
 
 

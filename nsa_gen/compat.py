@@ -1,0 +1,142 @@
+"""Calling generated operators as other packages' are called: their lists of blocks, and one of their signatures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sorted_lists(
+    block_indices: Tensor, block_counts: Tensor | int | None = None, *, blocks: int, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Lists of blocks as generated operators take them, of lists in any order, padded in any way.
+
+    Blocks that are negative or not below ``blocks`` are padding; a block named twice is kept once. Nothing is read on
+    the host. Blocks of the future are kept: the operators ignore them.
+
+    Args:
+        block_indices: block numbers (..., S), of any integer dtype.
+        block_counts: how many leading slots are in use: one number, or (...) integers; all of them if None.
+        blocks: number of selection blocks of the sequence, ceil(Tkv / l').
+        count: slots of the result, the spec's ``selection.count``; S if None.
+
+    Returns:
+        indices (..., count) int32, ascending and padded with -1, and counts (...) int32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(block_indices, Tensor) or block_indices.is_floating_point() or block_indices.dim() < 1:
+        shown = block_indices.dtype if isinstance(block_indices, Tensor) else type(block_indices).__name__
+        raise TypeError(f"block_indices: expected a tensor of integers (..., S), got {shown}")
+    if isinstance(block_counts, int):
+        if block_counts < 0:
+            raise ValueError(f"block_counts: expected at least 0, got {block_counts}")
+        block_indices, block_counts = block_indices[..., :block_counts], None
+    slots = block_indices.shape[-1]
+    count = slots if count is None else count
+    if slots > count:
+        raise ValueError(f"block_indices: expected at most {count} slots, got {slots}")
+    found = block_indices.long()
+    used = (found >= 0) & (found < blocks)
+    if block_counts is not None:
+        if block_counts.shape != block_indices.shape[:-1]:
+            wanted = tuple(block_indices.shape[:-1])
+            raise ValueError(f"block_counts: expected shape {wanted}, got {tuple(block_counts.shape)}")
+        used &= torch.arange(slots, device=found.device) < block_counts[..., None]
+    ordered = found.where(used, blocks).sort(dim=-1).values
+    twice = torch.zeros_like(used)
+    twice[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    ordered = ordered.masked_fill(twice, blocks).sort(dim=-1).values
+    indices = ordered.masked_fill(ordered == blocks, -1).int()
+    indices = torch.nn.functional.pad(indices, (0, count - slots), value=-1)
+    return indices, (indices >= 0).sum(dim=-1, dtype=torch.int32)
+
+
+def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
+    """A function with the signature of flash-linear-attention's ``parallel_nsa`` that runs a generated package.
+
+    Its spec must have ``combine: {gate: given}`` and keys shared by the branches, and either compression by means over
+    the selection's own blocks (block = stride = the selection's block), which then choose the blocks, or no compression
+    and ``indices: input``. What the call says of sizes must be what the spec says; which blocks are chosen whatever
+    their importance is the spec's ``initial`` and ``local``.
+
+    Raises:
+        ValueError: the spec cannot be called so; names the field.
+    """
+    spec = op.SPEC
+    compression, selection, window = spec["compression"], spec["selection"], spec["window"]
+    _expect("combine.gate", spec["combine"]["gate"], "given")
+    _expect("kv", spec["kv"], "shared")
+    if selection is None:
+        raise ValueError("selection: expected a selection, got none")
+    _expect("selection.indices", selection["indices"], "input" if compression is None else "computed")
+    if compression is not None:
+        _expect("compression.block", compression["block"], selection["block"])
+        _expect("compression.stride", compression["stride"], selection["block"])
+        for side in ("key", "value"):
+            _expect(f"compression.phi.{side}", compression["phi"][side], "mean")
+            _expect(f"compression.position.{side}", compression["position"][side], "none")
+    auto = spec["scale"] == "auto"
+    own_scale = spec["head_dim"]["qk"] ** -0.5 if auto else float(spec["scale"])
+
+    def parallel_nsa(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g_cmp: Tensor | None = None,
+        g_slc: Tensor | None = None,
+        g_swa: Tensor | None = None,
+        block_indices: Tensor | None = None,
+        block_counts: Tensor | int = 16,
+        block_size: int = 64,
+        window_size: int = 0,
+        scale: float | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Native sparse attention of q (B, T, Hq, Dk), k (B, T, Hkv, Dk), v (B, T, Hkv, Dv): o (B, T, Hq, Dv).
+
+        Gates are values (B, T, Hq), one for each branch of the spec. block_indices (B, T, Hkv, S) is for a spec without
+        compression. With cu_seqlens B is 1.
+        """
+        _expect("block_size", block_size, selection["block"])
+        _expect("window_size", window_size, window["size"] if window else 0)
+        wanted = q.shape[-1] ** -0.5 if scale is None else scale
+        if not math.isclose(wanted, own_scale, rel_tol=1e-6):
+            raise ValueError(f"scale: expected {own_scale}, as in the spec, got {wanted}")
+        given = {"g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
+        present = {"g_cmp": compression is not None, "g_slc": True, "g_swa": window is not None}
+        for name, gate in given.items():
+            if (gate is not None) != present[name]:
+                raise ValueError(f"{name}: expected {'a tensor' if present[name] else 'None'}, as the spec has it")
+        gates = torch.stack([gate for gate in given.values() if gate is not None], dim=-1)
+        lists: dict[str, Tensor] = {}
+        if compression is None:
+            if block_indices is None:
+                raise ValueError("block_indices: expected a tensor, as the spec has no compression, got None")
+            blocks = -(-k.shape[1] // block_size)
+            found = sorted_lists(block_indices, block_counts, blocks=blocks, count=selection["count"])
+            lists = dict(zip(("indices", "counts"), found, strict=True))
+        else:
+            if block_indices is not None:
+                raise ValueError("block_indices: expected None, as compression chooses the blocks, got a tensor")
+            _expect("block_counts", block_counts, selection["count"])
+        if cu_seqlens is None:
+            return op.nsa_attention(q, k, v, gates, **lists)
+        if q.shape[0] != 1:
+            raise ValueError(f"q: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
+        lists = {name: x[0] for name, x in lists.items()}
+        return op.nsa_attention(q[0], k[0], v[0], gates[0], cu_seqlens=cu_seqlens.int(), **lists)[None]
+
+    return parallel_nsa
+
+
+def _expect(name: str, found: object, expected: object) -> None:
+    if isinstance(found, Tensor) or found != expected:
+        raise ValueError(
+            f"{name}: expected {expected!r}, got {'a tensor' if isinstance(found, Tensor) else repr(found)}"
+        )
