@@ -38,7 +38,7 @@ KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_
 #: Bound on what the key-major kernels of a chunk leave for a later sum.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
-_CLEARLY = 0.9
+_CLEARLY = 0.85
 #: On the interpreter a short sequence then still has several chunks.
 _FEWEST_CHUNK_TOKENS = 64
 
@@ -158,7 +158,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
         constraints=(*constraints, *_piece_rules(_FORWARD_ROWS), height_rule(rows)),
         resources=Resources(
             # The values stay, and so do what is sound of them and where they are not, if the queries are pipelined: in
-            # two buffers, whatever the stages, as their numbers are loaded first. See also banded.forward_kernel.
+            # two buffers where probabilities are stored beside them, in one a stage where none are.
             shared_memory=sympy.Max(
                 (
                     rows * (buffers * s.PAD_QK + (1 + s.SCORES_STAGED) * s.KEY_BLOCK)
@@ -166,6 +166,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
                 )
                 * s.E
                 + _INDEX_BUFFERS,
+                (rows * s.NUM_STAGES * s.PAD_QK + s.KEY_BLOCK * (s.PAD_QK + (1 + buffers) * s.PAD_V)) * s.E,
                 # The output is laid out anew for its store.
                 rows * (s.PAD_V * FP32 + s.KEY_BLOCK * s.E),
             ),
@@ -239,9 +240,10 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
 
 #: Slots that one program handles: long lists are cut, short ones share a program.
 _PIECE = Tunable(s.PIECE.name, (16, 32, 64, 128, 256, 512, 1024, 2048))
-#: Rows after which a program's start and end no longer weigh; more would leave some multiprocessors idle at the end.
-#: The backward's are more, because of each piece that cuts a list it writes dk and dv apart.
-_FORWARD_ROWS, _BACKWARD_ROWS = 2048, 4096
+#: Rows after which a program's start and end no longer weigh; more would leave some multiprocessors idle at the end,
+#: and have more query rows pass through the L2 cache at a time. The backward's are more, because of each piece that
+#: cuts a list it writes dk and dv apart.
+_FORWARD_ROWS, _BACKWARD_ROWS = 1024, 2048
 
 
 def _piece_rules(most_rows: int) -> tuple[sympy.Basic, ...]:
@@ -274,7 +276,10 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
                 + rows * s.PAD_QK * s.NUM_WARPS / 8
             )
             * s.E,
-            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows),
+            # dq follows upon the scores; a pipeline keeps the addresses of the rows that it gathers ahead. What does
+            # not fit is spilled in every step, and passes through the L2 cache as do the rows.
+            registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows)
+            + rows * (s.PAD_QK / 4 + 80 * sympy.Min(s.NUM_STAGES - 1, 1)),
             flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
             traffic=_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
             + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)

@@ -17,7 +17,9 @@ from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Config, Kernel
 
 #: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
-_REGISTER_SHARE = 0.7
+_REGISTER_SHARE = 0.66
+#: Registers that compilers take for each of those: they use what a thread may have.
+_REGISTERS_TAKEN = 2.0
 #: Fraction of the matrix units' peak that a Triton kernel reaches, and of the L2's bandwidth over the memory's.
 _MATRIX_EFFICIENCY = 0.6
 _L2_OVER_MEMORY = 2.5
@@ -102,7 +104,7 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
         moving = (traffic(config) / _L2_OVER_MEMORY + memory(config) / _MEMORY_EFFICIENCY) / bandwidth
         together = resident(config)
         exposed = max(1.0, _HIDING_WARPS / (together * config["num_warps"])) ** 0.75 * (1.12 if together == 1 else 1.0)
-        overlap = min(2.0, max(1.0, together / 2))
+        overlap = min(2.0, 0.5 + together / 2)
         return exposed * (matrix**overlap + moving**overlap) ** (1 / overlap)
 
     return seconds
@@ -115,7 +117,7 @@ def _resident_programs(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: G
 
     def programs(config: dict[str, int]) -> int:
         threads = config["num_warps"] * gpu.warp_size
-        a_thread = min(gpu.registers_per_thread, 32 + registers(config) / threads / _REGISTER_SHARE)
+        a_thread = min(gpu.registers_per_thread, 32 + _REGISTERS_TAKEN * registers(config) / threads)
         by_registers = gpu.registers_per_sm / (threads * a_thread)
         by_memory = gpu.shared_memory_per_sm / (shared_memory(config) + _RESERVED_MEMORY)
         return max(1, int(min(by_registers, by_memory, _MOST_RESIDENT)))
