@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nsa_gen._files import write_whole
+
 
 @dataclass(frozen=True)
 class Row:
@@ -193,9 +195,7 @@ def write_json(path: Path, results: Results) -> None:
         if isinstance(value, list) and value:
             body = "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
         parts.append(f" {json.dumps(name)}: {body}")
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read_results(path: Path) -> Results:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -97,12 +97,17 @@ def read_specs(arguments: Sequence[str], *, as_json: bool) -> list[Spec]:
         if spec is not None:
             specs.append(spec)
     if problems:
-        if as_json:
-            print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
-        else:
-            note("\n".join(map(str, problems)))
-    stop(not problems)
+        refuse_problems(problems, as_json=as_json)
     return specs
+
+
+def refuse_problems(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:
+    """Print problems, as JSON on stdout or as lines on stderr, and end with exit code 1."""
+    if as_json:
+        print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
+    else:
+        note("\n".join(map(str, problems)))
+    raise typer.Exit(ANSWER_IS_NO)
 
 
 def try_spec(argument: str) -> tuple[Spec | None, tuple[Problem, ...]]:

@@ -7,11 +7,10 @@ import functools
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 from nsa_gen import __version__
+from nsa_gen._files import write_whole
 from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import Program, lower
@@ -78,7 +77,7 @@ def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str
         )
     package.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        _write_atomically(package / name, text)
+        _write_if_changed(package / name, text)
     for stale in _stale(package, files):
         stale.unlink()
     return package
@@ -196,18 +195,9 @@ def _tidy(text: str) -> str:
     return text.strip("\n") + "\n"
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        shutil.copymode(path, temporary) if path.exists() else os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
 
 
 def _is_ours(path: Path) -> bool:
