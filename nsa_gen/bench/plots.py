@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nsa_gen._files import replacing
 from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import Results
 from nsa_gen.bench.summary import BOTH, Entry, Key, best_dense, entries, speed_up
@@ -108,8 +109,8 @@ def _draw(
     for ax in axes.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=150, format=path.suffix.removeprefix(".").lower() or "png")
     pyplot.close(figure)
 
 

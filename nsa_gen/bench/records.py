@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsa_gen._files import write_whole
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,18 @@ def merge(several: Sequence[Results]) -> Results:
         last = {_identity(record): record for each in several for record in getattr(each, name)}
         lists[name] = tuple(last.values())
     return Results(several[0].machine, several[0].settings, **lists)
+
+
+def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
+    """The profiled kernels of a spec on independent inputs: of the workload of its name, or of one of its shape.
+
+    A shape is heads, head dims and dtype, as the rows of the workload have them.
+    """
+    shape = ((spec.heads.query, spec.heads.kv), (spec.head_dim.qk, spec.head_dim.v), spec.dtype)
+    named = [row for row in results.kernels if row.workload == spec.name]
+    alike = {row.workload for row in results.rows if (row.heads, row.head_dim, row.dtype) == shape}
+    found = named or [row for row in results.kernels if row.workload in alike]
+    return [row for row in found if row.inputs == "independent"]
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
