@@ -95,6 +95,19 @@ class OverlapRow:
 
 
 @dataclass(frozen=True)
+class SelectionRow:
+    """Where the selected blocks lie, over all KV heads.
+
+    `shares[i][j]` of the slots of the i-th part of the queries are of the j-th part of the keys; each row adds up to 1.
+    """
+
+    workload: str
+    inputs: str
+    tokens: int
+    shares: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class CheckRow:
     """What became of a check: faults of our operator against the oracle, or a contender's distance from our output.
 
@@ -122,15 +135,25 @@ class TaskRow:
     seconds: float = 0.0
 
 
-Record = Row | KernelRow | OverlapRow | CheckRow | TaskRow
+Record = Row | KernelRow | OverlapRow | SelectionRow | CheckRow | TaskRow
 _KINDS: dict[str, type[Any]] = {
     "row": Row,
     "kernel": KernelRow,
     "overlap": OverlapRow,
+    "selection": SelectionRow,
     "check": CheckRow,
     "task": TaskRow,
 }
-_LISTS = {"row": "rows", "kernel": "kernels", "overlap": "overlaps", "check": "checks", "task": "tasks"}
+_LISTS = {
+    "row": "rows",
+    "kernel": "kernels",
+    "overlap": "overlaps",
+    "selection": "selections",
+    "check": "checks",
+    "task": "tasks",
+}
+_LATER = ("selections",)
+"""Lists that results of earlier versions do not have."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +167,7 @@ class Results:
     overlaps: tuple[OverlapRow, ...] = ()
     checks: tuple[CheckRow, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
+    selections: tuple[SelectionRow, ...] = ()
 
     @classmethod
     def of(cls, records: Iterable[Record], machine: Mapping[str, Any], settings: Mapping[str, Any]) -> Results:
@@ -165,6 +189,7 @@ class Results:
             lists = {
                 name: tuple(_from_json(_KINDS[kind], record) for record in document[name])
                 for kind, name in _LISTS.items()
+                if name in document or name not in _LATER
             }
             return cls(document["machine"], document["settings"], **lists)
         except (KeyError, TypeError) as error:
@@ -263,4 +288,9 @@ def _without_defaults(record: Record) -> dict[str, Any]:
 
 
 def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+    return kind(**{name: _frozen(value) for name, value in found.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, in lists too, as the tuples that records have."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("new", "check", "generate", "explain", "compile", "verify", "bench", "demo", "env")
+COMMANDS = ("new", "check", "generate", "explain", "compile", "verify", "bench", "report", "demo", "env")
 
 
 def test_help_lists_every_command_and_shows_an_example(call):
