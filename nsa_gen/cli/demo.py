@@ -54,9 +54,9 @@ def demo(
     target: TargetOption = [],  # noqa: B006  typer copies it
     as_json: JsonOption = False,
 ) -> None:
-    """Run all of the above on one spec.
+    """Check, generate, explain, compile and verify one spec.
 
-    Checks, generates, explains, compiles and verifies it, and with a GPU times it too.
+    With a GPU it is timed too.
 
     Writes DIR/<name> (the package) and DIR/report.md. Without a GPU the kernels run under Triton's interpreter, at a
     small length.

@@ -44,7 +44,7 @@ def explain(
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formulas of FLOPs and bytes as well.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a spec's kernels, why they are what they are, and what they cost.
+    """Show a spec's kernels: why these, and what they cost.
 
     The floor is the time that necessary arithmetic or traffic takes at the GPU's peak: a lower bound. The prediction is
     the cost model's time of the chosen schedule and tiles, scaled by what was measured on an H100. With --measured, the

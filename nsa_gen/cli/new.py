@@ -101,11 +101,8 @@ def _of_model(shape: ModelShape) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str, *, force: bool, as_json: bool) -> list[str]:
-    """Write the spec and, unless it is there, the schema beside it, each whole or not at all; return what was written.
-
-    The schema comes first: a spec that names a schema has one even if the second file cannot be written.
-    """
-    from nsa_gen._files import write_whole
+    """Write the spec and, unless it is there, the schema beside it, both or neither; return what was written."""
+    from nsa_gen._files import write_all
     from nsa_gen._resources import specs_dir
     from nsa_gen.spec.schema import SCHEMA_FILE
 
@@ -113,8 +110,7 @@ def _write(path: Path, text: str, *, force: bool, as_json: bool) -> list[str]:
     beside = path.parent / SCHEMA_FILE
     files = {path: text} if beside.exists() and not force else {beside: schema, path: text}
     try:
-        for each, content in files.items():
-            write_whole(each, content)
+        write_all(files)
     except OSError as error:
         _refuse(f"{path} cannot be written: {error}", as_json=as_json)
     return [str(each) for each in files]

@@ -23,7 +23,7 @@ def report(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RESULTS...",
+            metavar="RESULTS",
             exists=True,
             dir_okay=False,
             help="Files of nsa-gen bench -o, nsa-gen verify --json, or the project's GPU tools.",

@@ -78,11 +78,12 @@ def tune(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the quickest tile sizes, warps, stages and schedules on this machine's GPUs.
+    """Find the quickest configurations on this machine's GPUs.
 
-    Candidates are compiled ahead of time, checked against the dense reference, then timed in turn with the default, in
-    processes that may die. The result is saved for the operator to find. Every step is in a journal at once: an
-    interrupted run goes on with --resume. Exits 1 when a bucket could not be tuned or saved, or a candidate was wrong.
+    Tile sizes, warps, stages and schedules: candidates are compiled ahead of time, checked against the dense reference,
+    then timed in turn with the default, in processes that may die. The result is saved for the operator to find. Every
+    step is in a journal at once: an interrupted run goes on with --resume. Exits 1 when a bucket could not be tuned or
+    saved, or a candidate was wrong.
 
     \b
     Example:
