@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import count
 
 from nsa_gen.bench import svg
+from nsa_gen.bench.breakdown import OTHER
 from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import KernelRow, Results, SelectionRow
-from nsa_gen.bench.summary import BOTH, Entry, Key, branch_times, entries, speed_up
+from nsa_gen.bench.summary import DIRECTIONS, TITLES, Entry, Key, branch_times, entries, profiles, short, speed_up
 from nsa_gen.hardware import Gpu, gpu_for_device
+from nsa_gen.lowering.program import BRANCH_NAMES
 
-DIRECTIONS = ("forward", "backward", BOTH)
-TITLES = {"forward": "forward", "backward": "backward", BOTH: "forward and backward"}
-BRANCHES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch", "other": "torch"}
+BRANCHES = {**BRANCH_NAMES, OTHER: "torch"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def figures(results: Results) -> list[Figure]:
     keys = (f"fig{number}" for number in count(1))
     device = gpu_for_device(str(results.machine.get("gpu")))
     found = [*_by_group(results, keys), *_by_length(results, keys)]
-    for kernels in _profiles(results.kernels):
+    for kernels in profiles(results.kernels):
         found.append(_branches(kernels, keys))
         if device is not None and any(kernel.flops for kernel in kernels):
             found.append(_roofline(kernels, device, keys))
@@ -76,12 +76,12 @@ def _by_group(results: Results, keys: Iterator[str]) -> list[Figure]:
 
 
 def _equal_dims(found: Sequence[Entry]) -> bool:
-    row = next(iter(found[0].rows.values()))
-    return row.head_dim[0] == row.head_dim[1]
+    qk, v = found[0].row.head_dim
+    return qk == v
 
 
 def _group(key: Key, found: Sequence[Entry]) -> int:
-    return next(iter(found[0].rows.values())).group
+    return found[0].row.group
 
 
 def _speed_ups(
@@ -120,13 +120,6 @@ def _speed_ups(
     legend = tuple((svg.swatch(*looks[name]), name) for name in names if name in drawn)
     caption = "Above the dashed line a contender is quicker than the quickest dense attention of the same run."
     return [Figure(title, caption, tuple(charts), legend)]
-
-
-def _profiles(kernels: Sequence[KernelRow]) -> list[list[KernelRow]]:
-    groups: dict[Key, list[KernelRow]] = {}
-    for kernel in kernels:
-        groups.setdefault(Key(kernel.workload, kernel.inputs, kernel.tokens), []).append(kernel)
-    return list(groups.values())
 
 
 def _branches(kernels: Sequence[KernelRow], keys: Iterator[str]) -> Figure:
@@ -186,9 +179,3 @@ def _selection(row: SelectionRow, keys: Iterator[str]) -> Figure:
     )
     chart = svg.heat_map(next(keys), title, said, row.shares, extent=short(row.tokens))
     return Figure(title, f"The darker, the more of a row's slots fall there. {said}", (("", chart),))
-
-
-def short(value: float) -> str:
-    """A length as axes show it: 8k for 8192."""
-    whole = int(value)
-    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, split_list, stop
-from nsa_gen.cli.verify import require_lengths
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    print_json,
+    read_spec,
+    require_lengths,
+    require_passes,
+    require_some,
+    show,
+    split_list,
+    stop,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import Results
 
 DEFAULT_LENGTHS = (8192, 32768, 65536)
-
-
-class Pass(StrEnum):
-    """Passes that can be timed."""
-
-    forward = "forward"
-    backward = "backward"
 
 
 class InputKind(StrEnum):
@@ -32,25 +36,8 @@ class InputKind(StrEnum):
     correlated = "correlated"
 
 
-def _require(kind: type[StrEnum], values: list[str]) -> list[str]:
-    """Split `a,b` and refuse what is no member of an enumeration."""
-    items = split_list(values)
-    for item in items:
-        if item not in list(kind):
-            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {item!r}")
-    return list(dict.fromkeys(items))
-
-
-def require_passes(values: list[str]) -> list[str]:
-    """Split `forward,backward`, refuse what is no pass, and a backward alone."""
-    found = _require(Pass, values)
-    if found == [Pass.backward]:
-        raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
-    return [name for name in Pass if name in found]
-
-
 def _require_inputs(values: list[str]) -> list[str]:
-    return _require(InputKind, values)
+    return require_some(InputKind, values)
 
 
 def bench(

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsa_gen.cli.blocks import Block, Table, Text
+from nsa_gen.lowering.program import BRANCH_NAMES
 
 Json = Mapping[str, Any]
-
-BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
 
 
 def explain_blocks(result: Json) -> list[Block]:

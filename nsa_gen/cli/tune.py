@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli.bench import require_passes
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, progress_bar, read_spec, show, stop
-from nsa_gen.cli.verify import require_lengths
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    print_json,
+    progress_bar,
+    read_spec,
+    require_lengths,
+    require_passes,
+    show,
+    stop,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
