@@ -62,7 +62,20 @@ def test_a_command_s_options_are_in_its_help(command, capsys):
 
 def test_every_command_is_in_the_table_with_options_that_exist(capsys):
     rows = re.findall(r"^\| `nsa-gen (\w+)([^`]*)` \|", README, flags=re.MULTILINE)
-    commands = ["check", "generate", "explain", "compile", "verify", "tune", "cache", "bench", "demo", "env"]
+    commands = [
+        "new",
+        "check",
+        "generate",
+        "explain",
+        "compile",
+        "verify",
+        "tune",
+        "cache",
+        "bench",
+        "report",
+        "demo",
+        "env",
+    ]
     assert [name for name, _ in rows] == commands
     for name, usage in rows:
         main([name, "--help"])

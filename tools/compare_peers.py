@@ -21,6 +21,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from nsa_gen._files import write_whole  # noqa: E402
 from nsa_gen.bench.contenders import OURS  # noqa: E402
 from nsa_gen.bench.plots import MatplotlibMissing, plot_by_group, plot_by_length  # noqa: E402
 from nsa_gen.bench.records import Results, merge, read_results, write_json  # noqa: E402
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = _measure(options)
     write_json(out / "comparison.json", results)
     blocks = report_blocks(results)
-    (out / "comparison.md").write_text(to_markdown(blocks), encoding="utf-8")
+    write_whole(out / "comparison.md", to_markdown(blocks))
     show(*blocks)
     for name, draw in (("by_length.png", _draw_lengths), ("by_group.png", plot_by_group)):
         try:

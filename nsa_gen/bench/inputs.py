@@ -126,3 +126,26 @@ def selection_overlap(indices: Tensor) -> float | None:
         both += int(((later[..., None] == earlier[..., None, :]).any(-1) & used).sum())
         chosen += int(used.sum())
     return both / chosen if chosen else None
+
+
+SELECTION_BINS = 48
+"""Rows and columns of a map of what is selected."""
+
+
+def selection_shares(indices: Tensor, block: int, bins: int = SELECTION_BINS) -> tuple[tuple[float, ...], ...]:
+    """Where the selected blocks of the first sequence lie: shares of a query part's slots by part of the keys.
+
+    `indices` is (B, T, Hkv, n) int32 with -1 for empty slots, `block` the tokens of a selection block. Queries and keys
+    are cut into `bins` parts of equal length (fewer where there are fewer blocks); row i adds up to 1.
+    """
+    tokens = indices.shape[1]
+    bins = max(1, min(bins, -(-tokens // block)))
+    counts = torch.zeros(bins * bins, dtype=torch.int64, device=indices.device)
+    for start in range(0, tokens, ROWS_AT_ONCE):
+        chunk = indices[0, start : start + ROWS_AT_ONCE].long()
+        query = (start + torch.arange(len(chunk), device=chunk.device)) * bins // tokens
+        cell = query[:, None, None] * bins + (chunk * block * bins // tokens).clamp(max=bins - 1)
+        counts += torch.bincount(cell[chunk >= 0], minlength=bins * bins)
+    rows = counts.view(bins, bins).double()
+    shares = rows / rows.sum(1, keepdim=True).clamp(min=1)
+    return tuple(tuple(round(share, 4) for share in row) for row in shares.tolist())

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nsa_gen._files import replacing
 from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import Results
-from nsa_gen.bench.summary import BOTH, Entry, Key, best_dense, entries, speed_up
+from nsa_gen.bench.summary import DIRECTIONS, TITLES, Entry, Key, best_dense, entries, short, speed_up
 
-DIRECTIONS = ("forward", "backward", BOTH)
-TITLES = {"forward": "forward", "backward": "backward", BOTH: "forward and backward"}
 MARKERS = "osD^vP*X"
 
 
@@ -52,7 +51,7 @@ def plot_by_group(results: Results, path: Path) -> None:
 
 
 def _group(key: Key, found: Sequence[Entry]) -> int:
-    return next(iter(found[0].rows.values())).group
+    return found[0].row.group
 
 
 def _draw(
@@ -97,7 +96,7 @@ def _draw(
             ax.axhline(1, color="grey", linewidth=0.8, linestyle="--")
             ax.set_xscale("log", base=2)
             ax.set_yscale("log", base=2)
-            ax.set_xticks(places, [_short(each) for each in places])
+            ax.set_xticks(places, [short(each) for each in places])
             ax.xaxis.minorticks_off()
             ax.yaxis.set_major_formatter(lambda value, position: f"{value:g}x")
             ax.set_title(f"{title}: {TITLES[direction]}", fontsize=9)
@@ -108,13 +107,9 @@ def _draw(
     for ax in axes.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=150, format=path.suffix.removeprefix(".").lower() or "png")
     pyplot.close(figure)
-
-
-def _short(value: int) -> str:
-    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
 
 
 def _pyplot() -> Any:

@@ -6,7 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from nsa_gen._files import write_whole
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,19 @@ class OverlapRow:
 
 
 @dataclass(frozen=True)
+class SelectionRow:
+    """Where the selected blocks lie, over all KV heads.
+
+    `shares[i][j]` of the slots of the i-th part of the queries are of the j-th part of the keys; each row adds up to 1.
+    """
+
+    workload: str
+    inputs: str
+    tokens: int
+    shares: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class CheckRow:
     """What became of a check: faults of our operator against the oracle, or a contender's distance from our output.
 
@@ -117,15 +135,25 @@ class TaskRow:
     seconds: float = 0.0
 
 
-Record = Row | KernelRow | OverlapRow | CheckRow | TaskRow
+Record = Row | KernelRow | OverlapRow | SelectionRow | CheckRow | TaskRow
 _KINDS: dict[str, type[Any]] = {
     "row": Row,
     "kernel": KernelRow,
     "overlap": OverlapRow,
+    "selection": SelectionRow,
     "check": CheckRow,
     "task": TaskRow,
 }
-_LISTS = {"row": "rows", "kernel": "kernels", "overlap": "overlaps", "check": "checks", "task": "tasks"}
+_LISTS = {
+    "row": "rows",
+    "kernel": "kernels",
+    "overlap": "overlaps",
+    "selection": "selections",
+    "check": "checks",
+    "task": "tasks",
+}
+_LATER = ("selections",)
+"""Lists that results of earlier versions do not have."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +167,7 @@ class Results:
     overlaps: tuple[OverlapRow, ...] = ()
     checks: tuple[CheckRow, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
+    selections: tuple[SelectionRow, ...] = ()
 
     @classmethod
     def of(cls, records: Iterable[Record], machine: Mapping[str, Any], settings: Mapping[str, Any]) -> Results:
@@ -160,6 +189,7 @@ class Results:
             lists = {
                 name: tuple(_from_json(_KINDS[kind], record) for record in document[name])
                 for kind, name in _LISTS.items()
+                if name in document or name not in _LATER
             }
             return cls(document["machine"], document["settings"], **lists)
         except (KeyError, TypeError) as error:
@@ -193,9 +223,7 @@ def write_json(path: Path, results: Results) -> None:
         if isinstance(value, list) and value:
             body = "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
         parts.append(f" {json.dumps(name)}: {body}")
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read_results(path: Path) -> Results:
@@ -231,6 +259,18 @@ def merge(several: Sequence[Results]) -> Results:
     return Results(several[0].machine, several[0].settings, **lists)
 
 
+def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
+    """The profiled kernels of a spec on independent inputs: of the workload of its name, or of one of its shape.
+
+    A shape is heads, head dims and dtype, as the rows of the workload have them.
+    """
+    shape = ((spec.heads.query, spec.heads.kv), (spec.head_dim.qk, spec.head_dim.v), spec.dtype)
+    named = [row for row in results.kernels if row.workload == spec.name]
+    alike = {row.workload for row in results.rows if (row.heads, row.head_dim, row.dtype) == shape}
+    found = named or [row for row in results.kernels if row.workload in alike]
+    return [row for row in found if row.inputs == "independent"]
+
+
 def _identity(record: Record) -> tuple[Any, ...]:
     """What a record is about: two with the same are two answers to one question."""
     names = ("part", "workload", "inputs", "tokens", "contender", "direction", "kernel")
@@ -248,4 +288,9 @@ def _without_defaults(record: Record) -> dict[str, Any]:
 
 
 def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+    return kind(**{name: _frozen(value) for name, value in found.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, in lists too, as the tuples that records have."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -16,7 +16,6 @@ CONTENDERS: dict[str, Contender] = {
     contender.name: contender for contender in (CUDNN, FA2, EFFICIENT, FlashAttention4(), FlexAttention(), *PEERS)
 }
 
-DENSE_NAMES = tuple(name for name, contender in CONTENDERS.items() if contender.dense)
 DEFAULT_NAMES = ("cudnn", "fa2", "fa4", *(peer.name for peer in PEERS))
 """What an operator is timed against where nothing else is asked for; those that are not installed are left out."""
 

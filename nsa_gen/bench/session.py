@@ -328,6 +328,7 @@ def run_session(session: Session, tasks: Sequence[Task], settings: Mapping[str, 
     found_on = machine()
     given = {"seed": session.seed, "budget_seconds": session.budget, **settings}
     if session.journal is not None:
+        session.journal.parent.mkdir(parents=True, exist_ok=True)
         session.journal.write_text(json.dumps({"machine": found_on, "settings": given}) + "\n", encoding="utf-8")
     started = time.monotonic()
     records = session.run(tasks)

@@ -12,6 +12,8 @@ from nsa_gen.bench.records import KernelRow, Row
 
 BOTH = "both"
 """Forward and backward together."""
+DIRECTIONS = ("forward", "backward", BOTH)
+TITLES = {"forward": "forward", "backward": "backward", BOTH: "forward and backward"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,13 @@ class Entry:
         return "; ".join(dict.fromkeys(row.refusal or row.error for row in self.rows.values() if row.median_ms is None))
 
     @property
+    def row(self) -> Row:
+        """Any of the rows: all have the sequence, heads and dtype in common."""
+        return next(iter(self.rows.values()))
+
+    @property
     def note(self) -> str:
+        """What a reader must know of the contender."""
         return next((row.note for row in self.rows.values() if row.note), "")
 
 
@@ -129,6 +137,20 @@ def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
             share = math.log(1 / low) / math.log(high / low)
             return Crossing("at", short * (long / short) ** share, shortest, longest)
     return Crossing("below", None, shortest, longest)
+
+
+def profiles(kernels: Iterable[KernelRow]) -> list[list[KernelRow]]:
+    """The kernels of each profiled sequence."""
+    groups: dict[Key, list[KernelRow]] = {}
+    for kernel in kernels:
+        groups.setdefault(Key(kernel.workload, kernel.inputs, kernel.tokens), []).append(kernel)
+    return list(groups.values())
+
+
+def short(value: float) -> str:
+    """A length as axes show it: 8k for 8192."""
+    whole = int(value)
+    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,19 @@ import nsa_gen
 from nsa_gen.bench.breakdown import breakdown, estimates
 from nsa_gen.bench.contenders import OURS, Contender, Operator, Prepared
 from nsa_gen.bench.correct import faults
-from nsa_gen.bench.inputs import draw_inputs, selection_overlap
+from nsa_gen.bench.inputs import draw_inputs, selection_overlap, selection_shares
 from nsa_gen.bench.measure import PASSES, DeviceLost, Measurement, first_line, race
-from nsa_gen.bench.records import CheckRow, KernelRow, OverlapRow, Record, Row, TaskRow, read_lines, to_line
+from nsa_gen.bench.records import (
+    CheckRow,
+    KernelRow,
+    OverlapRow,
+    Record,
+    Row,
+    SelectionRow,
+    TaskRow,
+    read_lines,
+    to_line,
+)
 from nsa_gen.bench.registry import CONTENDERS
 from nsa_gen.bench.workloads import Task
 from nsa_gen.hardware import gpu_for_device
@@ -148,8 +158,12 @@ class Worker:
         if ours is None or found[0].problem:
             return
         self._announce(number, OURS)
-        if (overlap := _overlap(self._package(task.spec), inputs)) is not None:
-            self._emit(OverlapRow(task.workload, task.inputs, task.tokens, overlap))
+        place = (task.workload, task.inputs, task.tokens)
+        indices = _selected(self._package(task.spec), inputs)
+        if indices is not None and (overlap := selection_overlap(indices)) is not None:
+            self._emit(OverlapRow(*place, overlap))
+        if indices is not None and task.profile and task.spec.selection is not None:
+            self._emit(SelectionRow(*place, selection_shares(indices, task.spec.selection.block)))
         if task.profile:
             for one in breakdown(ours.prepare(task.spec, inputs), task.spec, task.tokens, _gpu_key()):
                 self._emit(KernelRow(task.workload, task.inputs, task.tokens, **asdict(one)))
@@ -251,8 +265,8 @@ def _errors(lost: DeviceLost) -> list[str]:
     return of_it or [str(lost)]
 
 
-def _overlap(package: Any, inputs: Inputs) -> float | None:
-    """The overlap of neighbouring tokens' selections that our operator chooses; None without a choice of its own."""
+def _selected(package: Any, inputs: Inputs) -> torch.Tensor | None:
+    """The blocks that our operator chooses, (1, T, Hkv, n) int32; None without a choice of its own."""
     arguments = {name: x for name, x in inputs.arguments().items() if x is not None}
     if "compression" in arguments:
         arguments["compression"] = package.CompressionParameters(**arguments["compression"])
@@ -260,7 +274,7 @@ def _overlap(package: Any, inputs: Inputs) -> float | None:
     with torch.no_grad():
         _, aux = package.nsa_attention(*positional, **arguments, return_aux=True)
     indices = getattr(aux, "indices", None)
-    return None if indices is None or inputs.indices is not None else selection_overlap(indices)
+    return None if inputs.indices is not None else indices
 
 
 def _gpu_key() -> str | None:

@@ -3,7 +3,8 @@
 Results go to stdout, progress and errors to stderr. Exit codes:
 
     0    fine
-    1    the answer is no: a spec is invalid, a file is out of date, a kernel does not fit, a result is wrong
+    1    the answer is no: a spec is invalid, a file is out of date, a kernel does not fit, a result is wrong, a file
+         cannot be written
     2    the call is wrong: an unknown option, a file that does not exist
     70   a fault of nsa_gen's own; the traceback is shown
     130  interrupted by Ctrl-C
@@ -14,6 +15,7 @@ Command modules import nothing heavy at the top, so that `nsa-gen --help` needs 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -23,6 +25,8 @@ ANSWER_IS_NO = 1
 INTERNAL_FAULT = 70
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
+"""Errors of files that no program is to blame for: no permission, no space, a file where a folder should be."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is still in Python's buffer has no reader: without another descriptor, Python complains at exit.
         _send_to_nowhere(sys.stdout)
         code = BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            code = _fault()
+        else:
+            print(f"nsa-gen: {error}", file=sys.stderr)
+            code = ANSWER_IS_NO
     except Exception:
-        traceback.print_exc()
-        print("nsa-gen: this is a fault of nsa_gen itself; please report it with the lines above", file=sys.stderr)
-        code = INTERNAL_FAULT
+        code = _fault()
     if code == INTERRUPTED:
         print("nsa-gen: interrupted", file=sys.stderr)
     return code
+
+
+def _fault() -> int:
+    """Show the traceback of the error at hand."""
+    traceback.print_exc()
+    print("nsa-gen: this is a fault of nsa_gen itself; please report it with the lines above", file=sys.stderr)
+    return INTERNAL_FAULT
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -17,6 +17,8 @@ from nsa_gen.cli.demo import demo
 from nsa_gen.cli.env import env
 from nsa_gen.cli.explain import explain
 from nsa_gen.cli.generate import generate
+from nsa_gen.cli.new import new
+from nsa_gen.cli.report import report
 from nsa_gen.cli.tune import tune
 from nsa_gen.cli.verify import verify
 
@@ -76,6 +78,7 @@ def _root(
 
 
 for _name, _command in (
+    ("new", new),
     ("check", check),
     ("generate", generate),
     ("explain", explain),
@@ -83,6 +86,7 @@ for _name, _command in (
     ("verify", verify),
     ("tune", tune),
     ("bench", bench),
+    ("report", report),
     ("demo", demo),
     ("env", env),
 ):

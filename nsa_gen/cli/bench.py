@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, split_list, stop
-from nsa_gen.cli.verify import require_lengths
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    print_json,
+    read_spec,
+    require_lengths,
+    require_passes,
+    require_some,
+    show,
+    split_list,
+    stop,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import Results
 
 DEFAULT_LENGTHS = (8192, 32768, 65536)
-
-
-class Pass(StrEnum):
-    """Passes that can be timed."""
-
-    forward = "forward"
-    backward = "backward"
 
 
 class InputKind(StrEnum):
@@ -32,25 +36,8 @@ class InputKind(StrEnum):
     correlated = "correlated"
 
 
-def _require(kind: type[StrEnum], values: list[str]) -> list[str]:
-    """Split `a,b` and refuse what is no member of an enumeration."""
-    items = split_list(values)
-    for item in items:
-        if item not in list(kind):
-            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {item!r}")
-    return list(dict.fromkeys(items))
-
-
-def require_passes(values: list[str]) -> list[str]:
-    """Split `forward,backward`, refuse what is no pass, and a backward alone."""
-    found = _require(Pass, values)
-    if found == [Pass.backward]:
-        raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
-    return [name for name in Pass if name in found]
-
-
 def _require_inputs(values: list[str]) -> list[str]:
-    return _require(InputKind, values)
+    return require_some(InputKind, values)
 
 
 def bench(
@@ -84,6 +71,12 @@ def bench(
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="Draw speed-ups by length: .png, .svg or .pdf."),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", dir_okay=False, help="Keep the results: JSON for report and explain."
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(min=1, metavar="SECONDS", help="Start nothing new after so long.", show_default="no limit"),
@@ -96,10 +89,13 @@ def bench(
     Every contender takes its turn in every round. The operator is verified first. A contender that fails is a line of
     the report. Needs a GPU; without one, see what the operator must cost: nsa-gen explain.
 
+    With --output FILE.json, what is known at any time is in FILE.jsonl, which stays if the benchmark is interrupted.
+
     \b
     Example:
       nsa-gen bench llama3_8b
       nsa-gen bench llama3_8b --against dense --tokens 8192,65536 --inputs independent,correlated --plot speed.png
+      nsa-gen bench llama3_8b -o results.json
     """
     loaded = read_spec(spec, as_json=as_json)
     wanted = tuple(passes) or tuple(name for name in loaded.passes if name != "decode")
@@ -125,9 +121,12 @@ def bench(
         contenders=[each.name for each in contenders],
         passes=wanted,
     )
+    journal = None if output is None else output.with_suffix(".jsonl")
     with tempfile.TemporaryDirectory(prefix="nsa_gen_bench_") as folder:
-        session = Session(Path(folder), 1e9 if budget is None else budget, seed, progress=note)
+        session = Session(Path(folder), 1e9 if budget is None else budget, seed, journal, progress=note)
         results = run_session(session, tasks, {"spec": loaded.resolved_yaml()})
+    if output is not None and journal is not None:
+        _keep(results, output, journal)
     if as_json:
         print_json(results.to_document())
     else:
@@ -137,6 +136,15 @@ def bench(
     if plot is not None:
         _plot(results, plot)
     stop(_ours_is_timed(results))
+
+
+def _keep(results: Results, path: Path, journal: Path) -> None:
+    """Write the results whole; the journal that stood in for them goes."""
+    from nsa_gen.bench.records import write_json
+
+    write_json(path, results)
+    journal.unlink(missing_ok=True)
+    note(f"wrote {path}; to look at it: nsa-gen report {path}")
 
 
 def _require_gpu(spec: str) -> None:

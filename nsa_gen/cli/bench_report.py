@@ -8,18 +8,19 @@ from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import KernelRow, Results, Row
 from nsa_gen.bench.summary import (
     BOTH,
+    DIRECTIONS,
+    TITLES,
     BranchTime,
     Entry,
     Key,
     branch_times,
     crossing,
     entries,
+    profiles,
     speed_up,
 )
 from nsa_gen.cli.blocks import Block, Heading, Table, Text
-from nsa_gen.cli.tables import BRANCH_NAMES
-
-DIRECTIONS = ("forward", "backward", BOTH)
+from nsa_gen.lowering.program import BRANCH_NAMES
 
 
 def report_blocks(results: Results) -> list[Block]:
@@ -32,7 +33,7 @@ def report_blocks(results: Results) -> list[Block]:
         for inputs in dict.fromkeys(key.inputs for key in mine):
             blocks.append(times_table({key: each for key, each in mine.items() if key.inputs == inputs}, results))
         blocks += _if_any(cost_table(row for row in results.rows if row.workload == workload))
-        for kernels in _profiles(results.kernels, workload):
+        for kernels in profiles(row for row in results.kernels if row.workload == workload):
             blocks.append(branch_table(kernels))
     blocks += group_blocks(results) + crossing_blocks(results)
     return blocks + closing_blocks(results)
@@ -59,7 +60,7 @@ def _machine(results: Results) -> str:
 
 
 def _title(workload: str, found: dict[Key, list[Entry]]) -> str:
-    row = _row(next(iter(found.values()))[0])
+    row = next(iter(found.values()))[0].row
     dims = str(row.head_dim[0]) if row.head_dim[0] == row.head_dim[1] else f"{row.head_dim[0]} and {row.head_dim[1]}"
     heads = f"{row.heads[0]} query and {row.heads[1]} KV heads (groups of {row.group}), head dim {dims}, {row.dtype}"
     return f"{workload}: {heads}"
@@ -129,14 +130,6 @@ def cost_table(rows: Iterable[Row]) -> Table | None:
     return Table(columns, cells, title=title) if cells else None
 
 
-def _profiles(kernels: Sequence[KernelRow], workload: str) -> list[list[KernelRow]]:
-    groups: dict[Key, list[KernelRow]] = {}
-    for kernel in kernels:
-        if kernel.workload == workload:
-            groups.setdefault(Key(workload, kernel.inputs, kernel.tokens), []).append(kernel)
-    return list(groups.values())
-
-
 def branch_table(kernels: Sequence[KernelRow]) -> Table:
     """GPU time of our operator by branch, of one profiled forward and backward."""
     times = branch_times(kernels)
@@ -174,13 +167,12 @@ def group_blocks(results: Results) -> list[Block]:
     blocks: list[Block] = [Heading(f"Group sizes at {next(iter(found)).tokens:,} tokens")]
     for direction in (BOTH, "forward", "backward"):
         rows = []
-        for members in sorted(found.values(), key=lambda members: _row(members[0]).group):
-            row = _row(members[0])
+        for members in sorted(found.values(), key=lambda members: members[0].row.group):
+            row = members[0].row
             shown = (_ratio(speed_up(members, name, direction)) for name in names)
             rows.append((f"{row.group}", f"{row.heads[0]}/{row.heads[1]}", *shown))
-        title = "forward and backward" if direction == BOTH else direction
         columns = (">group", ">heads", *(f">{name}" for name in names))
-        blocks.append(Table(columns, rows, title=f"Speed-up over the best dense, {title}"))
+        blocks.append(Table(columns, rows, title=f"Speed-up over the best dense, {TITLES[direction]}"))
     return blocks
 
 
@@ -190,7 +182,7 @@ def crossing_blocks(results: Results) -> list[Block]:
     rows = []
     for workload in dict.fromkeys(key.workload for key in found):
         mine = {key.tokens: each for key, each in found.items() if key.workload == workload}
-        row = _row(next(iter(mine.values()))[0])
+        row = next(iter(mine.values()))[0].row
         for name in dict.fromkeys(each.contender for members in mine.values() for each in members if not each.dense):
             cells = []
             for direction in DIRECTIONS:
@@ -242,10 +234,6 @@ def _places(places: Sequence[str], most: int = 4) -> str:
     shown = list(dict.fromkeys(places))
     more = f" and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(shown[:most]) + more
-
-
-def _row(each: Entry) -> Row:
-    return next(iter(each.rows.values()))
 
 
 def _if_any(block: Block | None) -> list[Block]:

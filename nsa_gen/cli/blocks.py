@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,50 @@ def _print(block: Block, console: Console) -> None:
         case Code():
             console.print("\n".join(f"  {line}" for line in block.text.splitlines()), style="cyan", markup=False)
         case Table():
-            console.print(_rich_table(block))
+            _print_table(block, console)
 
 
-def _rich_table(block: Table) -> object:
+_LONGEST_WORD = 24
+"""Words longer than this are broken where a table is narrow."""
+
+
+def _print_table(block: Table, console: Console) -> None:
+    """Print a table; on a terminal that is too narrow, as wide as it must be, rather than with columns left out."""
+    least = sum(_least_width(block, index) + 3 for index in range(len(block.columns)))
+    if least > console.width:
+        from rich.console import Console
+
+        like = {"force_terminal": console.is_terminal, "no_color": console.no_color, "highlight": False}
+        console = Console(file=console.file, width=least, **like)
+    console.print(_rich_table(block))
+
+
+def _least_width(block: Table, index: int) -> int:
+    """The narrowest that a column can be: its longest cell where cells are not broken, else its longest word."""
+    cells = [block.columns[index].removeprefix(">"), *(row[index] for row in (*block.rows, block.footer) if row)]
+    if _is_unbroken(block, index):
+        return max(map(len, cells))
+    return min(max((len(word) for cell in cells for word in cell.split()), default=1), _LONGEST_WORD)
+
+
+def _is_unbroken(block: Table, index: int) -> bool:
+    """Names in the first column and numbers are never broken; descriptions are, where the terminal is narrow."""
+    return index == 0 or block.columns[index].startswith(">")
+
+
+def _rich_table(block: Table) -> RichTable:
     """The block as a rich table: a word "yes" or "ok" is green, a word "no" or "fails" is red."""
     from rich import box
     from rich.table import Table as RichTable
 
     table = RichTable(title=_escape(block.title) or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, name in enumerate(block.columns):
-        right = name.startswith(">")
-        # Names in the first column and numbers are never broken; descriptions are, where the terminal is narrow.
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right or index == 0)
+        table.add_column(
+            name.removeprefix(">"),
+            justify="right" if name.startswith(">") else "left",
+            no_wrap=_is_unbroken(block, index),
+            min_width=_least_width(block, index),
+        )
     for row in block.rows:
         table.add_row(*map(_coloured, row))
     if block.footer:

@@ -22,10 +22,10 @@ cache = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Show and move tuned configurations.\n\nEntries lie in the user's cache, a file for each kernels' hash, GPU "
-    "and bucket of calls.",
+    "and bucket of calls.\n\n\b\nExample:\n  nsa-gen cache list\n  nsa-gen cache why llama3_8b --tokens 8192",
 )
 NamesArgument = Annotated[
-    list[str], typer.Argument(metavar="[NAME]...", help="Names of specs; all when left out.", show_default=False)
+    list[str], typer.Argument(metavar="NAME", help="Names of specs; all when left out.", show_default=False)
 ]
 
 
@@ -41,7 +41,12 @@ def _noted_warnings() -> Iterator[None]:
 
 @cache.command("list")
 def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # noqa: B006  typer copies it
-    """Show what is tuned."""
+    """Show what is tuned.
+
+    \b
+    Example:
+      nsa-gen cache list llama3_8b
+    """
     from nsa_gen.tuning.store import Store
 
     with _noted_warnings():
@@ -91,9 +96,9 @@ def why(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which entry serves a call, and why each other does not, field by field.
+    """Say which entry serves a call, and why others do not.
 
-    Exits 1 when the cost model's choice is used.
+    Each other entry is compared field by field. Exits 1 when the cost model's choice is used.
 
     \b
     Example:
@@ -174,7 +179,14 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="The file to write.")],
     names: NamesArgument = [],  # noqa: B006
 ) -> None:
-    """Write entries to one file, for another machine with the same GPUs."""
+    """Write entries to one file, for another machine like this.
+
+    They serve there on the same GPUs.
+
+    \b
+    Example:
+      nsa-gen cache export tuned.json llama3_8b
+    """
     from nsa_gen.tuning.cache import export as write
     from nsa_gen.tuning.store import Store
 
@@ -192,7 +204,7 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="What export wrote.")],
     specs: Annotated[
-        list[str], typer.Argument(metavar="[SPEC]...", help="Specs that are not shipped.", show_default=False)
+        list[str], typer.Argument(metavar="SPEC", help="Specs that are not shipped.", show_default=False)
     ] = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
@@ -200,6 +212,10 @@ def import_(
 
     Entries that were measured for other kernels than today's are refused, and so are illegal configurations. Exits 1
     when one is refused.
+
+    \b
+    Example:
+      nsa-gen cache import tuned.json my_operator.yaml
     """
     from nsa_gen.cli.common import read_specs, require_spec
     from nsa_gen.spec import load_spec, shipped_specs
@@ -234,7 +250,12 @@ def clear(
     names: NamesArgument = [],  # noqa: B006
     stale: Annotated[bool, typer.Option("--stale", help="Only entries that no package uses any more.")] = False,
 ) -> None:
-    """Delete entries. Those set aside as .bad stay."""
+    """Delete entries. Those set aside as .bad stay.
+
+    \b
+    Example:
+      nsa-gen cache clear --stale
+    """
     from nsa_gen.tuning.store import Store
 
     store = Store()

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -97,12 +98,17 @@ def read_specs(arguments: Sequence[str], *, as_json: bool) -> list[Spec]:
         if spec is not None:
             specs.append(spec)
     if problems:
-        if as_json:
-            print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
-        else:
-            note("\n".join(map(str, problems)))
-    stop(not problems)
+        refuse_problems(problems, as_json=as_json)
     return specs
+
+
+def refuse_problems(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:
+    """Print problems, as JSON on stdout or as lines on stderr, and end with exit code 1."""
+    if as_json:
+        print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
+    else:
+        note("\n".join(map(str, problems)))
+    raise typer.Exit(ANSWER_IS_NO)
 
 
 def try_spec(argument: str) -> tuple[Spec | None, tuple[Problem, ...]]:
@@ -130,6 +136,40 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
 def split_list(values: Sequence[str]) -> list[str]:
     """The items of an option that may be repeated and may hold commas: `--target a,b --target c` gives a, b, c."""
     return [item.strip() for value in values for item in value.split(",") if item.strip()]
+
+
+def require_lengths(values: list[str]) -> list[int]:
+    """Split `63,65`, refuse what is no positive number; an empty list when none is given."""
+    lengths = []
+    for item in split_list(values):
+        if not item.isdecimal() or int(item) < 1:
+            raise typer.BadParameter(f"expected positive numbers of tokens such as 63,65, got {item!r}")
+        lengths.append(int(item))
+    return lengths
+
+
+def require_some(kind: type[StrEnum], values: list[str]) -> list[str]:
+    """Split `a,b` and refuse what is no member of an enumeration."""
+    items = split_list(values)
+    for item in items:
+        if item not in list(kind):
+            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {item!r}")
+    return list(dict.fromkeys(items))
+
+
+class Pass(StrEnum):
+    """Passes that can be timed."""
+
+    forward = "forward"
+    backward = "backward"
+
+
+def require_passes(values: list[str]) -> list[str]:
+    """Split `forward,backward`, refuse what is no pass, and a backward alone."""
+    found = require_some(Pass, values)
+    if found == [Pass.backward]:
+        raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
+    return [name for name in Pass if name in found]
 
 
 def command_line(arguments: Sequence[str]) -> str:

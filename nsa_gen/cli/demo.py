@@ -54,9 +54,9 @@ def demo(
     target: TargetOption = [],  # noqa: B006  typer copies it
     as_json: JsonOption = False,
 ) -> None:
-    """Run all of the above on one spec.
+    """Check, generate, explain, compile and verify one spec.
 
-    Checks, generates, explains, compiles and verifies it, and with a GPU times it too.
+    With a GPU it is timed too.
 
     Writes DIR/<name> (the package) and DIR/report.md. Without a GPU the kernels run under Triton's interpreter, at a
     small length.
@@ -66,7 +66,9 @@ def demo(
       nsa-gen demo llama3_8b -o build/demo
     """
     read_spec(spec, as_json=as_json)
+    from nsa_gen._files import write_whole
     from nsa_gen.cli import demo_report as report
+    from nsa_gen.cli.blocks import to_markdown
 
     started = time.monotonic()
     machine = _run("env").result
@@ -100,7 +102,7 @@ def demo(
         steps["verify"] = _run("verify", spec, "--device", "cpu", "--length", CPU_LENGTHS)
         present(report.verified(steps["verify"]))
     present(report.closing(package, out_dir / "report.md", steps.values(), time.monotonic() - started))
-    _write(out_dir / "report.md", blocks)
+    write_whole(out_dir / "report.md", to_markdown(blocks))
     ok = all(step.ok for step in steps.values())
     if as_json:
         results = {
@@ -136,13 +138,3 @@ def _time_on_gpu(package_dir: Path) -> list[Any]:
     note("timing against dense causal attention")
     spec = load_spec(package_dir / "spec.yaml")
     return list(compare_with_dense(import_package(package_dir), spec, DENSE_LENGTHS))
-
-
-def _write(path: Path, blocks: Sequence[Any]) -> None:
-    """Write the report whole or not at all."""
-    from nsa_gen.cli.blocks import to_markdown
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".md.new")
-    scratch.write_text(to_markdown(blocks), encoding="utf-8")
-    scratch.replace(path)

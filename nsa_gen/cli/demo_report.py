@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_gen.cli.blocks import Block, Code, Heading, Table, Text
 from nsa_gen.cli.common import command_line
-from nsa_gen.cli.tables import branch_table, compile_matrix, explain_table, failures, verify_blocks
+from nsa_gen.cli.tables import branch_table, compile_matrix, explain_blocks, failures, verify_blocks
 
 if TYPE_CHECKING:
     from nsa_gen.bench import DenseComparison
@@ -61,10 +61,11 @@ def explained(step: Step) -> list[Block]:
         _commands(step),
         Text(
             "The floor is the time the arithmetic or the traffic of a kernel takes at the device's peak, whichever is "
-            "more. It is a lower bound from a formula, not a measurement."
+            "more: a lower bound from a formula. The prediction is the cost model's time of the schedule and tiles "
+            "chosen, scaled by measurements on an H100. Neither is a measurement on this machine."
         ),
         branch_table(result),
-        explain_table(result),
+        *explain_blocks(result),
     ]
 
 

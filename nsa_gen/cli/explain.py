@@ -1,15 +1,21 @@
-"""`nsa-gen explain`: which kernels a spec becomes, what each computes, and the least time it can take."""
+"""`nsa-gen explain`: which kernels a spec becomes and why, what each must cost, and how long it is expected to take."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, print_json, read_spec, show
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, stop
 
 if TYPE_CHECKING:
-    from nsa_gen.lowering import KernelEstimate
+    from nsa_gen.bench.records import KernelRow
+    from nsa_gen.lowering import KernelEstimate, Program
+    from nsa_gen.lowering.prediction import Alternative, Prediction
+    from nsa_gen.spec import Spec
+
+DEFAULT_TOKENS = 65536
 
 
 def require_gpu(key: str) -> str:
@@ -24,39 +30,74 @@ def require_gpu(key: str) -> str:
 
 def explain(
     spec: SpecArgument,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the one sequence the costs are for.")] = 65536,
-    gpu: Annotated[str, typer.Option(callback=require_gpu, help="GPU whose peaks give the floor.")] = "h100",
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Length of the one sequence.", show_default=f"{DEFAULT_TOKENS}"),
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", callback=require_gpu, help="The GPU it is for.")] = "h100",
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Results of nsa-gen bench, to set beside the predictions."
+        ),
+    ] = None,
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formulas of FLOPs and bytes as well.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a spec's kernels and their costs.
+    """Show a spec's kernels: why these, and what they cost.
 
-    Schedules, FLOPs, bytes, and the floor: the time that arithmetic or traffic takes at the GPU's peak, a lower bound.
+    The floor is the time that necessary arithmetic or traffic takes at the GPU's peak: a lower bound. The prediction is
+    the cost model's time of the chosen schedule and tiles, scaled by what was measured on an H100. With --measured, the
+    times of a benchmark stand beside it.
 
     \b
     Example:
       nsa-gen explain llama3_8b --tokens 65536 --gpu h100
+      nsa-gen explain llama3_8b --measured results.json
     """
     loaded = read_spec(spec, as_json=as_json)
-    from nsa_gen.lowering import explain as estimate
+    times, tokens = ({}, tokens or DEFAULT_TOKENS) if measured is None else _read_times(measured, loaded, tokens)
     from nsa_gen.lowering import lower
 
-    estimates = estimate(lower(loaded), tokens=tokens, gpu_key=gpu)
-    rows = [as_row(one, formulas=formulas) for one in estimates]
-    result = {"ok": True, "name": loaded.name, "tokens": tokens, "gpu": gpu, "kernels": rows}
+    result = explain_result(lower(loaded), tokens=tokens, gpu=gpu, times=times, formulas=formulas)
     if as_json:
         print_json(result)
         return
-    from nsa_gen.cli.tables import explain_table
+    from nsa_gen.cli.tables import explain_blocks
 
-    show(explain_table(result))
-    for row in rows if formulas else ():
+    show(*explain_blocks(result))
+    for row in result["kernels"] if formulas else ():
         print(f"{row['kernel']}\n  FLOPs = {row['flops_formula']}\n  bytes = {row['bytes_formula']}\n")
 
 
-def as_row(one: KernelEstimate, *, formulas: bool) -> dict[str, Any]:
-    """One kernel's estimate for `--json`: FLOPs and bytes of one launch, the floor in seconds."""
-    row = {
+def explain_result(
+    program: Program, *, tokens: int, gpu: str, times: dict[str, KernelRow], formulas: bool = False
+) -> dict[str, Any]:
+    """What `explain --json` prints. `times` are measured kernels by name; those the call does not run come last."""
+    from nsa_gen.lowering import explain as estimate
+    from nsa_gen.lowering.prediction import alternatives, predict
+
+    predictions = predict(program, tokens=tokens, gpu_key=gpu)
+    estimates = estimate(program, tokens=tokens, gpu_key=gpu)
+    rows = [_row(one, predictions[one.kernel], times.get(one.kernel), formulas=formulas) for one in estimates]
+    return {
+        "ok": True,
+        "name": program.spec.name,
+        "tokens": tokens,
+        "gpu": gpu,
+        "kernels": rows,
+        "choices": [_choice(each) for each in alternatives(program, gpu)],
+        "unpredicted": [
+            {"kernel": row.kernel, "direction": row.direction, "measured_seconds": row.ms / 1000}
+            for name, row in times.items()
+            if name not in predictions
+        ],
+    }
+
+
+def _row(one: KernelEstimate, prediction: Prediction, time: KernelRow | None, *, formulas: bool) -> dict[str, Any]:
+    """One kernel for `--json`: FLOPs and bytes of one call, times in seconds; `error` is predicted over measured."""
+    row: dict[str, Any] = {
         "kernel": one.kernel,
         "branch": one.branch,
         "direction": one.direction,
@@ -67,7 +108,44 @@ def as_row(one: KernelEstimate, *, formulas: bool) -> dict[str, Any]:
         "seconds_floor": one.seconds_floor,
         "limited_by": one.limited_by,
         "config": one.config,
+        "executed_flops": prediction.flops,
+        "traffic": prediction.traffic,
+        "legal_configs": prediction.legal,
+        "configs": prediction.candidates,
+        "seconds_predicted": prediction.seconds,
+        "bound_by": prediction.bound_by,
+        "calibrated": prediction.calibrated,
     }
+    if time is not None:
+        row |= {"measured_seconds": time.ms / 1000, "error": 1000 * prediction.seconds / time.ms}
     if formulas:
         row |= {"flops_formula": one.flops_formula, "bytes_formula": one.bytes_formula}
     return row
+
+
+def _choice(one: Alternative) -> dict[str, Any]:
+    return {
+        "choice": one.choice,
+        "chosen": list(one.chosen),
+        "chosen_seconds": one.chosen_seconds,
+        "other": list(one.other),
+        "other_seconds": one.other_seconds,
+    }
+
+
+def _read_times(path: Path, spec: Spec, tokens: int | None) -> tuple[dict[str, KernelRow], int]:
+    """The profiled kernels of a spec at a length (the longest, if left open) and that length, or exit code 1."""
+    from nsa_gen.bench.records import kernels_of, read_results
+
+    try:
+        rows = kernels_of(read_results(path), spec)
+    except (OSError, ValueError) as error:
+        note(f"nsa-gen: {path}: {error}")
+        raise typer.Exit(1) from None
+    lengths = sorted({row.tokens for row in rows})
+    wanted = tokens if tokens is not None else max(lengths, default=DEFAULT_TOKENS)
+    if wanted not in lengths:
+        there = f"profiled are {', '.join(map(str, lengths))} tokens" if lengths else "no kernels of this spec"
+        note(f"nsa-gen: {path}: expected kernels of {spec.name} at {wanted} tokens; {there}")
+        stop(False)
+    return {row.kernel: row for row in rows if row.tokens == wanted}, wanted

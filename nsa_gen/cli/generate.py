@@ -62,6 +62,11 @@ def _write(specs: Sequence[Spec], out_dir: Path, *, as_json: bool) -> None:
                 print_json({"ok": False, "packages": packages, "refused": str(error)})
             note(f"nsa-gen: {error}")
             raise typer.Exit(ANSWER_IS_NO) from None
+        except OSError as error:
+            if as_json:
+                print_json({"ok": False, "packages": packages, "problem": str(error)})
+            note(f"nsa-gen: {out_dir} cannot be written: {error}")
+            raise typer.Exit(ANSWER_IS_NO) from None
         packages.append({"name": spec.name, "digest": spec.digest(), "path": str(package)})
         if not as_json:
             print(package)

@@ -7,37 +7,105 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsa_gen.cli.blocks import Block, Table, Text
+from nsa_gen.lowering.program import BRANCH_NAMES
 
 Json = Mapping[str, Any]
 
-BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
+
+def explain_blocks(result: Json) -> list[Block]:
+    """What `explain --json` says: the kernels of each pass with their costs, and why they are what they are."""
+    directions = list(dict.fromkeys(kernel["direction"] for kernel in result["kernels"]))
+    blocks: list[Block] = [Text(_opening(result))]
+    blocks += [_cost_table(result, direction) for direction in directions]
+    blocks += [_kernel_table(result), *_notes(result)]
+    return blocks
 
 
-def explain_table(result: Json) -> Table:
-    """What `explain --json` says: a row a kernel, and the sum."""
+def _opening(result: Json) -> str:
     from nsa_gen.hardware import gpu
 
     facts = gpu(result["gpu"])
-    kernels = result["kernels"]
+    peaks = f"{facts.name} ({facts.bf16_tflops:.0f} TFLOP/s, {facts.bandwidth_tbs:g} TB/s)"
+    return f"{result['name']}: one sequence of {result['tokens']:,} tokens on {peaks}"
+
+
+def _cost_table(result: Json, direction: str) -> Table:
+    """A row a kernel of one pass, and the sum."""
+    kernels = [kernel for kernel in result["kernels"] if kernel["direction"] == direction]
+    timed = any("measured_seconds" in kernel for kernel in result["kernels"])
+    sums = {
+        field: sum(kernel[field] for kernel in kernels)
+        for field in ("flops", "bytes", "seconds_floor", "seconds_predicted")
+    }
+    both = [kernel for kernel in kernels if "measured_seconds" in kernel]
+    if both:
+        sums["measured_seconds"] = sum(kernel["measured_seconds"] for kernel in both)
+        sums["error"] = sum(kernel["seconds_predicted"] for kernel in both) / sums["measured_seconds"]
+    columns = ("kernel", "branch", ">FLOPs", ">bytes", ">floor", "limited by", ">predicted", "bound by")
     rows = [
         (
             kernel["kernel"],
             BRANCH_NAMES.get(kernel["branch"], kernel["branch"]),
-            kernel["purpose"],
-            kernel["schedule"],
             *_cost(kernel),
             kernel["limited_by"],
+            si(kernel["seconds_predicted"], "s") + ("" if kernel["calibrated"] else " *"),
+            kernel["bound_by"],
+            *(_measured(kernel) if timed else ()),
         )
         for kernel in kernels
     ]
-    total = {field: sum(kernel[field] for kernel in kernels) for field in ("flops", "bytes", "seconds_floor")}
+    total = si(sums["seconds_predicted"], "s")
     return Table(
-        columns=("kernel", "branch", "purpose", "schedule", ">FLOPs", ">bytes", ">floor", "limited by"),
+        columns=(*columns, *((">measured", ">predicted/measured") if timed else ())),
         rows=rows,
-        footer=("sum", "", "", "", *_cost(total), ""),
-        title=f"{result['name']}: one sequence of {result['tokens']:,} tokens on {facts.name} "
-        f"({facts.bf16_tflops:.0f} TFLOP/s, {facts.bandwidth_tbs:g} TB/s)",
+        footer=("sum", "", *_cost(sums), "", total, "", *(_measured(sums) if timed else ())),
+        title=direction,
     )
+
+
+def _measured(kernel: Json) -> tuple[str, str]:
+    if "measured_seconds" not in kernel:
+        return "-", "-"
+    return si(kernel["measured_seconds"], "s"), f"{kernel['error']:.2f}x"
+
+
+def _kernel_table(result: Json) -> Table:
+    """What each kernel is for, how it goes about it, and how its configuration came about."""
+    rows = []
+    for kernel in result["kernels"]:
+        config = ", ".join(f"{name}={value}" for name, value in kernel["config"].items())
+        fit = f"{kernel['legal_configs']} of {kernel['configs']}"
+        rows.append((kernel["kernel"], kernel["purpose"], kernel["schedule"], config, fit))
+    columns = ("kernel", "purpose", "schedule", "configuration", ">fit")
+    title = "What runs, and how: of the configurations that fit the GPU, the one of least modelled time"
+    return Table(columns, rows, title=title)
+
+
+def _notes(result: Json) -> list[Block]:
+    """The choices between schedules, what the predictions rest on, and how far they are off."""
+    lines = [
+        f"{each['choice']}: {_side(each, 'chosen')} rather than {_side(each, 'other')}, by the cost model"
+        for each in result["choices"]
+    ]
+    if any(not kernel["calibrated"] for kernel in result["kernels"]):
+        lines.append("* no kernel of this kind has been measured: the cost model's time as it is")
+    if result["gpu"] != "h100":
+        lines.append("predictions are scaled by measurements on an H100; on another GPU they are further off")
+    errors = {kernel["kernel"]: kernel["error"] for kernel in result["kernels"] if "error" in kernel}
+    if errors:
+        worst = max(errors, key=lambda name: max(errors[name], 1 / errors[name]))
+        lines.append(f"the prediction furthest off: {worst}, {errors[worst]:.2f} times what was measured")
+    if result["unpredicted"]:
+        seconds = sum(each["measured_seconds"] for each in result["unpredicted"])
+        names = [each["kernel"].partition("<")[0] for each in result["unpredicted"]]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        lines.append(f"measured beside these: {', '.join(names[:4])}{more}, {si(seconds, 's')} together")
+    return [Text("\n".join(f"- {line}" for line in lines))] if lines else []
+
+
+def _side(choice: Json, side: str) -> str:
+    names = " and ".join(choice[side]) or "nothing"
+    return f"{names} ({si(choice[f'{side}_seconds'], 's')})"
 
 
 def branch_table(result: Json) -> Table:

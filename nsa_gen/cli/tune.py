@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli.bench import require_passes
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, progress_bar, read_spec, show, stop
-from nsa_gen.cli.verify import require_lengths
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    print_json,
+    progress_bar,
+    read_spec,
+    require_lengths,
+    require_passes,
+    show,
+    stop,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -78,11 +87,12 @@ def tune(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the quickest tile sizes, warps, stages and schedules on this machine's GPUs.
+    """Find the quickest configurations on this machine's GPUs.
 
-    Candidates are compiled ahead of time, checked against the dense reference, then timed in turn with the default, in
-    processes that may die. The result is saved for the operator to find. Every step is in a journal at once: an
-    interrupted run goes on with --resume. Exits 1 when a bucket could not be tuned or saved, or a candidate was wrong.
+    Tile sizes, warps, stages and schedules: candidates are compiled ahead of time, checked against the dense reference,
+    then timed in turn with the default, in processes that may die. The result is saved for the operator to find. Every
+    step is in a journal at once: an interrupted run goes on with --resume. Exits 1 when a bucket could not be tuned or
+    saved, or a candidate was wrong.
 
     \b
     Example:

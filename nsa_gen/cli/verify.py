@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, output_console, read_spec, split_list, stop
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, output_console, read_spec, require_lengths, stop
 
 
 class Device(StrEnum):
@@ -24,16 +24,6 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
-
-
-def require_lengths(values: list[str]) -> list[int]:
-    """Split `63,65`, refuse what is no positive number; an empty list when none is given."""
-    lengths = []
-    for item in split_list(values):
-        if not item.isdecimal() or int(item) < 1:
-            raise typer.BadParameter(f"expected positive numbers of tokens such as 63,65, got {item!r}")
-        lengths.append(int(item))
-    return lengths
 
 
 def verify(

@@ -12,6 +12,9 @@ from nsa_gen.lowering.inference import InferenceProgram
 from nsa_gen.lowering.overlap import Overlap
 from nsa_gen.spec import Spec
 
+BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
+"""What people call the branches of kernels; "all" are kernels of every branch."""
+
 
 @dataclass(frozen=True)
 class Argument:

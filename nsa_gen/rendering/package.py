@@ -7,11 +7,10 @@ import functools
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 from nsa_gen import __version__
+from nsa_gen._files import write_all
 from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import Program, lower
@@ -59,8 +58,8 @@ def render(spec: Spec) -> dict[str, str]:
 def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str] | None = None) -> Path:
     """Write the package for a spec (or a spec's path or shipped name) to ``out_dir/<name>`` and return that folder.
 
-    Each file is replaced atomically, and only if its text changed. Files of an earlier generation that this one does
-    not have are removed; files that the generator did not write are never touched.
+    Files whose text changed are replaced, together: an interruption leaves the package as it was. Files of an earlier
+    generation that this one does not have are removed; files that the generator did not write are never touched.
 
     Raises:
         SpecError: the spec is not valid.
@@ -76,11 +75,8 @@ def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str
             f"{package}: {', '.join(foreign)} not written by nsa_gen, so it is not replaced; move it or choose another "
             "output folder"
         )
-    package.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        _write_atomically(package / name, text)
-    for stale in _stale(package, files):
-        stale.unlink()
+    changed = {package / name: text for name, text in files.items() if _differs(package / name, text)}
+    write_all(changed, remove=_stale(package, files))
     return package
 
 
@@ -196,18 +192,8 @@ def _tidy(text: str) -> str:
     return text.strip("\n") + "\n"
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        shutil.copymode(path, temporary) if path.exists() else os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _differs(path: Path, text: str) -> bool:
+    return not path.is_file() or path.read_text(encoding="utf-8") != text
 
 
 def _is_ours(path: Path) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsa_gen._files import write_whole
 from nsa_gen._resources import cache_dir
 from nsa_gen.rendering.identity import TUNED_SCHEMA
 from nsa_gen.tuning.identity import Identity, Provenance, slug
@@ -119,23 +119,6 @@ def layout(value: Any, indent: str = "") -> str:
         lines = (f"{inner}{json.dumps(name)}: {layout(child, inner)}" for name, child in value.items())
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     return "[\n" + ",\n".join(inner + layout(child, inner) for child in value) + f"\n{indent}]"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by a text in one step, so that no reader and no crash ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 class Store:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa_gen
-from nsa_gen.bench.inputs import RHO, draw_inputs, selection_overlap
+from nsa_gen.bench.inputs import RHO, draw_inputs, selection_overlap, selection_shares
 from nsa_gen.bench.workloads import nsa_spec
 from nsa_gen.spec import Spec
 from nsa_gen.verification.inputs import make_inputs
@@ -94,3 +94,26 @@ def test_the_overlap_of_a_long_sequence_does_not_depend_on_how_it_is_cut(monkeyp
     whole = selection_overlap(indices)
     monkeypatch.setattr("nsa_gen.bench.inputs.ROWS_AT_ONCE", 7)
     assert selection_overlap(indices) == whole
+
+
+def test_the_map_of_what_is_selected_adds_up_to_one_and_says_where_it_lies():
+    tokens, block = 64, 8
+    own = torch.arange(tokens) // block
+    # Every query selects block 0 and its own; the first eight have one block, twice the same share.
+    indices = torch.stack([torch.zeros_like(own), torch.where(own > 0, own, -1)], -1)[None, :, None].int()
+    shares = selection_shares(indices, block, bins=8)
+    assert [sum(row) for row in shares] == pytest.approx([1.0] * 8)
+    assert shares[0][0] == 1.0
+    assert all(row[0] == row[i] == 0.5 for i, row in enumerate(shares) if i > 0)
+
+
+def test_a_short_sequence_has_a_part_a_block():
+    indices = torch.zeros(1, 20, 2, 3, dtype=torch.int32)
+    assert selection_shares(indices, 8) == ((1.0, 0.0, 0.0),) * 3
+
+
+def test_the_map_of_a_long_sequence_does_not_depend_on_how_it_is_cut(monkeypatch):
+    indices = torch.randint(0, 8, (1, 64, 2, 3), dtype=torch.int32)
+    whole = selection_shares(indices, 8)
+    monkeypatch.setattr("nsa_gen.bench.inputs.ROWS_AT_ONCE", 7)
+    assert selection_shares(indices, 8) == whole

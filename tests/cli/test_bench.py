@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_gen.bench import session as session_module
-from nsa_gen.bench.records import Results, TaskRow
+from nsa_gen.bench.records import Results, TaskRow, read_results
 from tests.bench.fakes import pair, sample_results
 
 
@@ -129,3 +129,10 @@ def test_a_task_that_was_not_run_ends_with_1(call, asked):
     )
     answer = call("bench", "tiny")
     assert answer.returncode == 1 and "not run: the budget was spent" in answer.stdout
+
+
+def test_results_are_kept_where_it_is_asked_for_and_explain_reads_them(call, asked, tmp_path):
+    answer = call("bench", "tiny", "--output", "out/results.json")
+    assert answer.returncode == 0 and "nsa-gen report out/results.json" in answer.stderr
+    assert read_results(tmp_path / "out" / "results.json").rows == asked.results.rows
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]

@@ -2,32 +2,119 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.console import Console
 
-COMMANDS = ("check", "generate", "explain", "compile", "verify", "bench", "demo", "env")
+from nsa_gen.cli.app import app
+from nsa_gen.cli.blocks import Table, to_terminal
+
+NO_JSON = {("cache",), ("cache", "export"), ("cache", "clear")}
+COMMANDS = (
+    "new",
+    "check",
+    "generate",
+    "explain",
+    "compile",
+    "verify",
+    "tune",
+    "bench",
+    "report",
+    "demo",
+    "env",
+    "cache",
+)
+
+
+def commands() -> dict[tuple[str, ...], Any]:
+    """Every command of the application, those of groups too, by what is typed."""
+
+    def below(group: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
+        found = {}
+        for name, command in group.commands.items():
+            found[*path, name] = command
+            if hasattr(command, "commands"):
+                found |= below(command, (*path, name))
+        return found
+
+    return below(typer.main.get_command(app), ())
 
 
 def test_help_lists_every_command_and_shows_an_example(call):
     answer = call("--help")
     assert answer.returncode == 0
     assert "Example:" in answer.stdout
-    for command in COMMANDS:
-        assert f"\n  {command} " in answer.stdout
+    listed = answer.stdout.partition("Commands:")[2]
+    assert tuple(line.split()[0] for line in listed.splitlines() if line.strip()) == COMMANDS
+    assert "..." not in listed  # no summary is too long for its line
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_every_command_has_an_example_of_itself(call, command):
-    answer = call(command, "--help")
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_the_help_of_every_command_has_an_example_of_itself_and_a_sentence_an_option(call, path):
+    answer = call(*path, "--help")
     assert answer.returncode == 0
     _, _, example = answer.stdout.partition("Example:")
-    assert f"nsa-gen {command}" in example.split("Options:")[0]
-    assert "--json" in answer.stdout
+    assert f"nsa-gen {' '.join(path)}" in example.split("Options:")[0]
+    for parameter in commands()[path].params:
+        assert getattr(parameter, "help", "") or parameter.name == "help", parameter.name
+
+
+@pytest.mark.parametrize("path", [path for path in commands() if path not in NO_JSON], ids=" ".join)
+def test_every_command_that_answers_can_answer_in_json(call, path):
+    assert "--json" in call(*path, "--help").stdout
+
+
+def examples() -> list[str]:
+    """The lines of all examples of all helps."""
+    helps = [command.help or "" for command in commands().values()]
+    return [line.strip() for text in helps for line in text.splitlines() if line.strip().startswith("nsa-gen ")]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_options_of_an_example_exist(line):
+    words = shlex.split(line.partition(" > ")[0])[1:]
+    known = commands()
+    path = next(tuple(words[:length]) for length in (2, 1) if tuple(words[:length]) in known)
+    options = {name for parameter in known[path].params for name in parameter.opts}
+    assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options
+
+
+@pytest.mark.parametrize("arguments", [["explain", "tiny"], ["cache", "list"], ["chek"]])
+def test_what_is_piped_has_no_colour_and_nothing_cut_off(nsa_gen, arguments, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "")
+    answer = nsa_gen(*arguments)
+    assert "\x1b" not in answer.stdout + answer.stderr
+    assert "…" not in answer.stdout + answer.stderr
+
+
+def test_without_colour_a_terminal_gets_the_same_words():
+    block = Table(("what", "result"), [("window", "ok"), ("selection", "fails")], title="Results")
+    texts = []
+    for no_color in (False, True):
+        stream = io.StringIO()
+        to_terminal([block], Console(file=stream, force_terminal=True, no_color=no_color, width=60))
+        texts.append(re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue()))
+    assert texts[0] == texts[1] and "fails" in texts[1]
+
+
+def test_a_narrow_terminal_loses_no_column():
+    block = Table(
+        ("kernel", ">time", "limited by", "schedule"), [("selected_forward", "1.23 ms", "memory", "one pass")]
+    )
+    stream = io.StringIO()
+    to_terminal([block], Console(file=stream, width=24))
+    for word in ("kernel", "limited", "schedule", "selected_forward", "1.23 ms", "memory"):
+        assert word in stream.getvalue()
 
 
 def test_version_is_the_package_s(call):
@@ -55,6 +142,10 @@ def test_version_is_the_package_s(call):
         (["verify", "tiny", "--length", "0"], "'0'"),
         (["verify", "tiny", "--device", "tpu"], "tpu"),
         (["verify", "tiny", "--dtype", "float64"], "float64"),
+        (["report", "no/such.json"], "no/such.json"),
+        (["explain", "tiny", "--measured", "no/such.json"], "no/such.json"),
+        (["new"], "NAME"),
+        (["new", "a.b"], "a_b"),
     ],
 )
 def test_a_wrong_call_ends_with_2_and_names_what_is_wrong_on_stderr(call, arguments, named):

@@ -28,7 +28,13 @@ def answers(tmp_path):
         "seconds_floor": 0.004,
         "limited_by": "matrix units",
         "config": {},
+        "legal_configs": 3,
+        "configs": 9,
+        "seconds_predicted": 0.006,
+        "bound_by": "matrix units",
+        "calibrated": True,
     }
+    no_more: dict[str, list[object]] = {"choices": [], "unpredicted": []}
     compiled = {
         "kernel": "window_forward",
         "target": "sm_90",
@@ -43,7 +49,7 @@ def answers(tmp_path):
         "env": ({**versions, "gpus": []}, True),
         "check": ({"ok": True}, True),
         "generate": ({"ok": True, "packages": [{"name": "tiny", "path": str(package)}]}, True),
-        "explain": ({"name": "tiny", "tokens": 65536, "gpu": "h100", "kernels": [kernel]}, True),
+        "explain": ({"name": "tiny", "tokens": 65536, "gpu": "h100", "kernels": [kernel], **no_more}, True),
         "compile": ({"ok": True, "specs": [{"rows": [compiled]}]}, True),
         "verify": (
             {

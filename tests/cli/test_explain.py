@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+
+from nsa_gen.bench.records import KernelRow, Results, write_json
+
+MEASURED = Path(__file__).parents[2] / "docs" / "results" / "h100_2026-11-22_key_major" / "bench.json"
 
 
 def explained(call, *arguments):
@@ -54,3 +59,50 @@ def test_formulas_name_the_sizes_they_depend_on(call):
     assert answer.returncode == 0
     assert "FLOPs = " in answer.stdout
     assert "bytes = " in answer.stdout
+
+
+def test_every_kernel_has_a_prediction_above_its_floor_and_a_reason(call):
+    for kernel in explained(call, "llama3_8b", "--tokens", "8192")["kernels"]:
+        assert kernel["seconds_predicted"] > kernel["seconds_floor"]
+        assert kernel["bound_by"] in ("matrix units", "L2", "memory")
+        assert kernel["legal_configs"] <= kernel["configs"]
+
+
+def test_the_schedules_not_taken_are_named_with_their_times(call):
+    text = call("explain", "llama3_8b").stdout
+    assert "KEY_MAJOR_FORWARD: selected_forward_key_major" in text and "rather than selected_forward (" in text
+
+
+def test_measured_times_stand_beside_the_predictions_with_the_error_of_each(call):
+    result = explained(call, "llama3_8b", "--measured", str(MEASURED))
+    assert result["tokens"] == 65536  # the longest that was profiled
+    timed = [kernel for kernel in result["kernels"] if "measured_seconds" in kernel]
+    assert len(timed) > 10
+    for kernel in timed:
+        assert kernel["error"] == pytest.approx(kernel["seconds_predicted"] / kernel["measured_seconds"])
+    text = call("explain", "llama3_8b", "--measured", str(MEASURED)).stdout
+    assert "predicted/measured" in text and "the prediction furthest off: " in text
+
+
+def test_what_was_measured_beside_the_operator_s_kernels_is_named_apart(call, tmp_path):
+    name = "void at::native::copy<8>(int)"
+    row = KernelRow("tiny", "independent", 512, name, "other", "forward", 0.5, 1, 0, 0, None, "")
+    mine = KernelRow("tiny", "independent", 512, "window_forward", "win", "forward", 0.1, 1, 1, 1, None, "")
+    write_json(tmp_path / "found.json", Results(kernels=(mine, row)))
+    text = call("explain", "tiny", "--measured", "found.json").stdout
+    assert "measured beside these: void at::native::copy, 500 µs together" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["tiny"], "no kernels of this spec"), (["llama3_8b", "--tokens", "4096"], "profiled are 8192, 65536 tokens")],
+)
+def test_results_without_the_kernels_asked_for_end_with_1(call, arguments, said):
+    answer = call("explain", *arguments, "--measured", str(MEASURED))
+    assert answer.returncode == 1 and said in answer.stderr
+
+
+def test_a_file_of_no_results_is_named(call, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    answer = call("explain", "tiny", "--measured", "other.json")
+    assert answer.returncode == 1 and "other.json: expected the JSON of a benchmark" in answer.stderr

@@ -1,0 +1,93 @@
+"""Writing files whole: no reader, no crash and no Ctrl-C ever leaves half of one, or some of several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by a text, in UTF-8 with newlines as they are, in one step; its bytes reach the disk first.
+
+    Raises OSError as `write_all` does.
+    """
+    write_all({path: text})
+
+
+def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = ()) -> None:
+    """Replace several files by texts, then remove others: all of it, or nothing if it is interrupted.
+
+    Every text is on the disk, under a hidden name, before the first file is replaced; Ctrl-C waits while they are. The
+    folders are created if need be; a file that is replaced keeps its mode.
+
+    Raises:
+        OSError: a file cannot be written. Nothing is replaced then, unless replacing itself has failed midway; each
+            file is whole in any case.
+    """
+    with _staged(texts) as scratches:
+        for path, scratch in scratches.items():
+            with scratch.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(texts[path])
+                file.flush()
+                os.fsync(file.fileno())
+        with _uninterrupted():
+            _put_in_place(scratches)
+            for path in remove:
+                path.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of an empty file in the same folder, hidden, and put it in the place of `path` at the end.
+
+    Whatever is raised within the block, KeyboardInterrupt included, leaves `path` as it was and no other file behind.
+    """
+    with _staged([path]) as scratches:
+        yield scratches[path]
+        with _uninterrupted():
+            _put_in_place(scratches)
+
+
+@contextmanager
+def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
+    """An empty hidden file beside each path; after an error they are gone, and so are folders that were created."""
+    scratches: dict[Path, Path] = {}
+    folders: list[Path] = []
+    try:
+        for path in paths:
+            with _uninterrupted():
+                missing = [folder for folder in path.parents if not folder.exists()]
+                folders += missing
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+                os.close(handle)
+                scratches[path] = Path(name)
+        yield scratches
+    except BaseException:
+        for scratch in scratches.values():
+            with suppress(OSError):
+                scratch.unlink()
+        for folder in folders:  # the innermost first; those that hold something stay
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _put_in_place(scratches: Mapping[Path, Path]) -> None:
+    for path, scratch in scratches.items():
+        scratch.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        os.replace(scratch, path)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within the block, the signals of Ctrl-C and of `kill` wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,142 @@
+"""Result files as a report takes them: of benchmarks, of `verify --json`, and of tools/gpu_suite.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsa_gen.bench.breakdown import OTHER, estimates
+from nsa_gen.bench.records import KernelRow, Results, Row, read_results
+from nsa_gen.bench.registry import CONTENDERS
+from nsa_gen.hardware import gpu_for_device
+from nsa_gen.spec import Spec, SpecError, load_spec
+
+_FORMS = "the JSON of nsa-gen bench, tools/compare_peers.py, nsa-gen verify --json or tools/gpu_suite.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a suite of checks: how it ended, and its comparisons as `verify --json` has them, if any."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+    rows: tuple[Mapping[str, Any], ...] = ()
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """What one file holds: any of a benchmark's results, one verification, and the jobs of a suite."""
+
+    path: Path
+    results: Results | None = None
+    verification: Mapping[str, Any] | None = None
+    machine: Mapping[str, Any] | None = None
+    jobs: tuple[Job, ...] = ()
+
+
+def read_document(path: Path) -> Document:
+    """Read a result file, whichever of the forms it has.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none of them, or is cut short; the message names the file.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            return Document(path, results=read_results(path))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected {_FORMS}: {error}") from error
+    if isinstance(found, dict) and {"machine", "jobs"} <= found.keys():
+        return _suite(path, found)
+    if isinstance(found, dict) and {"cases", "rows", "digest"} <= found.keys():
+        return Document(path, verification=found)
+    if isinstance(found, dict) and {"machine", "rows", "kernels"} <= found.keys():
+        try:
+            return Document(path, results=Results.from_document(found))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    raise ValueError(f"{path}: expected {_FORMS}, got something else")
+
+
+def _suite(path: Path, found: Mapping[str, Any]) -> Document:
+    """The jobs of a suite; those that time are results, the others checks."""
+    machine, jobs = found["machine"], found["jobs"]
+    timed = [job["result"] for job in jobs if "kernels" in (job.get("result") or {})]
+    checks = tuple(_job(job) for job in jobs if "kernels" not in (job.get("result") or {}))
+    results = None
+    if timed:
+        gpu = gpu_for_device(str(machine.get("gpu")))
+        pairs = [_benchmark(result, gpu.key if gpu else None) for result in timed]
+        rows, kernels = (tuple(item for pair in pairs for item in pair[part]) for part in (0, 1))
+        results = Results(machine, {"seed": found.get("seed", 0)}, rows, kernels)
+    return Document(path, results=results, machine=machine, jobs=checks)
+
+
+def _job(job: Mapping[str, Any]) -> Job:
+    result = job.get("result") or {}
+    rows = tuple(row for row in result.get("rows", ()) if {"quantity", "ok"} <= row.keys())
+    examples = result.get("examples", 0)
+    count = examples if isinstance(examples, int) else 0
+    seconds, detail = float(job.get("seconds") or 0), str(job.get("detail", ""))
+    return Job(str(job["name"]), str(job["status"]), seconds, detail, rows, count)
+
+
+def _benchmark(result: Mapping[str, Any], gpu_key: str | None) -> tuple[list[Row], list[KernelRow]]:
+    """Rows and kernels of a suite's timing of one shipped spec; of other specs nothing is known, so there are none."""
+    try:
+        spec = load_spec(str(result["request"]["spec"]))
+    except SpecError:
+        return [], []
+    rows = [_row(spec, row) for row in result.get("rows", ())]
+    tokens = result.get("profiled_tokens")
+    if not tokens:
+        return rows, []
+    return rows, _kernels(spec, int(tokens), result["kernels"], gpu_key)
+
+
+def _row(spec: Spec, row: Mapping[str, Any]) -> Row:
+    name = str(row["contender"])
+    return Row(
+        workload=spec.name,
+        part=spec.name,
+        inputs="independent",
+        tokens=int(row["tokens"]),
+        heads=(spec.heads.query, spec.heads.kv),
+        head_dim=(spec.head_dim.qk, spec.head_dim.v),
+        dtype=spec.dtype,
+        contender=name,
+        dense=name in CONTENDERS and CONTENDERS[name].dense,
+        direction=str(row["direction"]),
+        median_ms=row["median_ms"],
+        repeats=int(row.get("repeats", 0)),
+        peak_bytes=row.get("peak_bytes"),
+    )
+
+
+def _kernels(spec: Spec, tokens: int, kernels: Sequence[Mapping[str, Any]], gpu_key: str | None) -> list[KernelRow]:
+    known = estimates(spec, tokens, gpu_key)
+    found = []
+    for kernel in kernels:
+        name = str(kernel["kernel"]).removesuffix("_kernel")
+        one = known.get(name)
+        # A kernel that the spec's program does not have any more is told by its name alone.
+        direction = one.direction if one else "backward" if "backward" in name else "forward"
+        branch = one.branch if one else _branch(name)
+        costs = (one.flops, one.bytes, 1000 * one.seconds_floor, one.limited_by) if one else (0.0, 0.0, None, "")
+        place = (spec.name, "independent", tokens, name[:120], branch, direction)
+        found.append(KernelRow(*place, float(kernel["ms"]), int(kernel["launches"]), *costs))
+    return found
+
+
+def _branch(name: str) -> str:
+    for start, branch in (("compressed", "cmp"), ("select", "slc"), ("window", "win")):
+        if name.startswith(start):
+            return branch
+    return OTHER

@@ -1,0 +1,123 @@
+"""`nsa-gen new`: a commented spec to start from, like a shipped one or in the shape of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from nsa_gen.cli import ANSWER_IS_NO
+from nsa_gen.cli.common import JsonOption, note, print_json, read_spec, refuse_problems, require_spec
+
+if TYPE_CHECKING:
+    from nsa_gen.spec.huggingface import ModelShape
+
+
+def _require_name(name: str) -> str:
+    """Refuse what cannot be the name of a package."""
+    from pydantic_core import PydanticCustomError
+
+    from nsa_gen.spec.fields import PackageName
+
+    try:
+        return PackageName().check(name)
+    except PydanticCustomError as error:
+        raise typer.BadParameter(error.message()) from None
+
+
+def new(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", callback=_require_name, help="Name of the spec and of its package.")
+    ],
+    like: Annotated[
+        str,
+        typer.Option(metavar="SPEC", callback=require_spec, help="A spec's path, or a shipped one's name, to copy."),
+    ] = "llama3_8b",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="FILE", exists=True, help="A model's config.json (Hugging Face): heads, dims, dtype."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write.", show_default="NAME.yaml"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a commented spec to start from.
+
+    It is a copy of another one, each field with what it means and may be. With --from, heads, head dims, dtype and
+    scale are those of a model. The JSON Schema that editors complete it by is put beside it, unless it is there.
+
+    \b
+    Example:
+      nsa-gen new my_attention --like llama3_8b
+      nsa-gen new my_attention --from path/to/model/config.json -o specs/my_attention.yaml
+    """
+    path = output if output is not None else Path(f"{name}.yaml")
+    if path.is_dir():
+        raise typer.BadParameter(f"--output: {path} is a folder; expected a file such as {path / name}.yaml")
+    base = read_spec(like, as_json=as_json)
+    if path.exists() and not force:
+        _refuse(f"{path} exists, so it is not replaced; choose another --output, or say --force", as_json=as_json)
+    from nsa_gen.spec import SpecError
+    from nsa_gen.spec.huggingface import read_config
+    from nsa_gen.spec.starter import starter_text
+
+    changes: dict[str, Any] = {"name": name, "description": f"Native sparse attention like {base.name}"}
+    notes: tuple[str, ...] = ()
+    if config is not None:
+        try:
+            shape = read_config(config)
+        except SpecError as error:
+            refuse_problems(error.problems, as_json=as_json)
+        notes = shape.notes
+        changes |= _of_model(shape)
+    spec = base.replace(**changes)
+    text = starter_text(spec, [f"Change it, then: nsa-gen check {path.name}", *notes])
+    written = _write(path, text, force=force, as_json=as_json)
+    if as_json:
+        print_json({"ok": True, "name": name, "path": str(path), "written": written, "notes": list(notes)})
+        return
+    for line in notes:
+        note(f"note: {line}")
+    print(path)
+
+
+def _of_model(shape: ModelShape) -> dict[str, Any]:
+    """The fields of a spec that a model decides."""
+    kind = shape.model or "the model"
+    return {
+        "description": f"Native sparse attention in the head layout of {kind}",
+        "heads": shape.heads,
+        "head_dim": shape.head_dim,
+        "dtype": shape.dtype,
+        "fp32_precision": "ieee",
+        "scale": shape.scale,
+    }
+
+
+def _write(path: Path, text: str, *, force: bool, as_json: bool) -> list[str]:
+    """Write the spec and, unless it is there, the schema beside it, both or neither; return what was written."""
+    from nsa_gen._files import write_all
+    from nsa_gen._resources import specs_dir
+    from nsa_gen.spec.schema import SCHEMA_FILE
+
+    schema = (specs_dir() / SCHEMA_FILE).read_text(encoding="utf-8")
+    beside = path.parent / SCHEMA_FILE
+    files = {path: text} if beside.exists() and not force else {beside: schema, path: text}
+    try:
+        write_all(files)
+    except OSError as error:
+        _refuse(f"{path} cannot be written: {error}", as_json=as_json)
+    return [str(each) for each in files]
+
+
+def _refuse(reason: str, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print_json({"ok": False, "problem": reason})
+    note(f"nsa-gen: {reason}")
+    raise typer.Exit(ANSWER_IS_NO)

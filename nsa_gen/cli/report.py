@@ -1,0 +1,130 @@
+"""`nsa-gen report`: results of benchmarks and verifications as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nsa_gen.cli import ANSWER_IS_NO
+from nsa_gen.cli.common import JsonOption, note, print_json
+
+if TYPE_CHECKING:
+    from nsa_gen.bench.documents import Document, Job
+    from nsa_gen.bench.figures import Figure
+    from nsa_gen.cli.blocks import Block
+
+MOST_FAILURES = 20
+
+
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS",
+            exists=True,
+            dir_okay=False,
+            help="Files of nsa-gen bench -o, nsa-gen verify --json, or the project's GPU tools.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="The page to write.")
+    ] = Path("report.html"),
+    title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Native sparse attention",
+    as_json: JsonOption = False,
+) -> None:
+    """Write tables and figures of results as one HTML file.
+
+    Speed-ups by length and group size, kernels under the roofline, time by branch, what a run selects, and what was
+    verified. The page needs no network and no script, on a phone, on paper, light or dark. Of results of the same thing
+    the last file counts.
+
+    \b
+    Example:
+      nsa-gen bench llama3_8b -o results.json
+      nsa-gen verify llama3_8b --device cuda --json > verified.json
+      nsa-gen report results.json verified.json -o report.html
+    """
+    from nsa_gen._files import write_whole
+    from nsa_gen.cli.html import to_html
+
+    try:
+        blocks = report_page(files)
+        write_whole(output, to_html(title, blocks))
+    except (OSError, ValueError) as error:
+        if as_json:
+            print_json({"ok": False, "problem": str(error)})
+        note(f"nsa-gen: {error}")
+        raise typer.Exit(ANSWER_IS_NO) from None
+    if as_json:
+        print_json({"ok": True, "path": str(output), "files": [str(path) for path in files]})
+    else:
+        print(output)
+
+
+def report_page(paths: Sequence[Path]) -> list[Block | Figure]:
+    """The page of some result files.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file holds no results, or the benchmarks are of different GPUs.
+    """
+    from nsa_gen.bench.documents import read_document
+    from nsa_gen.bench.figures import figures
+    from nsa_gen.bench.records import merge
+    from nsa_gen.cli.bench_report import report_blocks
+    from nsa_gen.cli.blocks import Heading, Text
+
+    documents = [read_document(path) for path in paths]
+    blocks: list[Block | Figure] = []
+    timed = [document.results for document in documents if document.results is not None]
+    if timed:
+        results = merge(timed)
+        blocks += [Heading("Figures"), *figures(results), *report_blocks(results)]
+    for document in documents:
+        blocks += _verified(document)
+    sources = "\n".join(f"- {path.name}" for path in paths)
+    return [*blocks, Heading("Made from"), Text(sources)]
+
+
+def _verified(document: Document) -> list[Block]:
+    """The checks of one file."""
+    from nsa_gen.cli.blocks import Heading, Text
+    from nsa_gen.cli.tables import verify_blocks
+
+    if document.verification is not None:
+        name = document.verification["name"]
+        return [Heading(f"Verification of {name}"), *verify_blocks(document.verification)]
+    if not document.jobs:
+        return []
+    machine = document.machine or {}
+    facts = [machine.get("gpu"), f"torch {machine.get('torch')}", f"triton {machine.get('triton')}"]
+    facts += [f"commit {str(machine.get('commit'))[:12]}", machine.get("date")]
+    blocks: list[Block] = [
+        Heading(f"Checks: {document.path.stem}"),
+        Text(", ".join(str(each) for each in facts if each)),
+    ]
+    return [*blocks, *_jobs(document.jobs)]
+
+
+def _jobs(jobs: Sequence[Job]) -> list[Block]:
+    """A row a job, and what failed."""
+    from nsa_gen.cli.blocks import Table, Text
+
+    rows, failures = [], []
+    for job in jobs:
+        bad = [row for row in job.rows if not row["ok"]]
+        failures += [f"{job.name}: {row.get('case', '')}: {row['quantity']}: {row.get('problem', '')}" for row in bad]
+        counts = str(len(job.rows)), str(len(bad)), str(job.examples or "-")
+        rows.append((job.name, job.status, *counts, f"{job.seconds:.0f} s", job.detail.partition("\n")[0][:160]))
+    sums = str(sum(len(job.rows) for job in jobs)), str(len(failures)), str(sum(job.examples for job in jobs) or "-")
+    columns = ("job", "result", ">comparisons", ">failed", ">examples", ">time", "remarks")
+    blocks: list[Block] = [Table(columns, rows, footer=("sum", "", *sums, "", ""))]
+    if failures:
+        shown = failures[:MOST_FAILURES]
+        more = [f"and {len(failures) - len(shown)} more"] if len(failures) > len(shown) else []
+        blocks.append(Text("\n".join(f"- {line}" for line in [*shown, *more])))
+    return blocks

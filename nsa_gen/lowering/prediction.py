@@ -1,0 +1,171 @@
+"""How long each kernel of a call is expected to take: the cost model's time, scaled by what was measured.
+
+The cost model (`space.modelled_seconds`) decides between configurations, where only ratios matter. Here its times are
+brought to the clock: by a factor a kernel, from measured over modelled times on an H100, and a cost of each launch.
+The factors are made by `tools/calibrate.py` from a benchmark's kernels; `tests/lowering/test_prediction.py` holds the
+predictions within a factor of two of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from nsa_gen.hardware import Gpu, gpu
+from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.calibration import FACTORS
+from nsa_gen.lowering.program import Kernel, Program
+from nsa_gen.lowering.space import (
+    _L2_OVER_MEMORY,
+    _MATRIX_EFFICIENCY,
+    _MEMORY_EFFICIENCY,
+    _numeric,
+    candidates,
+    fits,
+    matrix_rate,
+    modelled_seconds,
+)
+
+LAUNCH_SECONDS = 4e-6
+"""What a kernel takes on the GPU however little there is to do: its start, and the last programs' end."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One kernel of one call, as the chosen configuration runs it.
+
+    Attributes:
+        kernel: its name.
+        seconds: predicted time of all its launches.
+        calibrated: whether its kind has been measured; if not, `seconds` is the cost model's own.
+        bound_by: what takes most of the time: "matrix units", "L2" or "memory".
+        flops: executed FLOPs, padding and masked edges included.
+        traffic: bytes that all programs read and write, mostly through L2.
+        legal: configurations that keep the kernel's constraints and fit the device.
+        candidates: all configurations.
+    """
+
+    kernel: str
+    seconds: float
+    calibrated: bool
+    bound_by: str
+    flops: float
+    traffic: float
+    legal: int
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A choice between schedules: the kernels that run only for the one, or only for the other, and their times.
+
+    The times are the cost model's, uncalibrated, for the call that the choice is made for; kernels that run for either
+    are in neither.
+    """
+
+    choice: str
+    chosen: tuple[str, ...]
+    chosen_seconds: float
+    other: tuple[str, ...]
+    other_seconds: float
+
+
+def predict(program: Program, *, tokens: int, batch: int = 1, gpu_key: str = "h100") -> dict[str, Prediction]:
+    """Predictions for the kernels that a call of ``batch`` sequences of ``tokens`` tokens runs, by name.
+
+    Raises:
+        UnknownGpuError: ``gpu_key`` is not in the hardware table.
+    """
+    device = gpu(gpu_key)
+    sizes = {**program.sizes, s.T: tokens, s.B: batch}
+    running = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
+    return {kernel.name: _predict(program, kernel, sizes, device) for kernel in running}
+
+
+def _predict(program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu) -> Prediction:
+    config = program.defaults[device.target][kernel.name].mapping()
+    needs = kernel.resources
+    flops, traffic, memory = (_numeric(each, sizes)(config) for each in (needs.flops, needs.traffic, needs.memory))
+    bandwidth = device.bandwidth_tbs * 1e12
+    times = {
+        "matrix units": flops / (matrix_rate(device, sizes) * _MATRIX_EFFICIENCY),
+        "L2": traffic / (_L2_OVER_MEMORY * bandwidth),
+        "memory": max(memory, _numeric(kernel.compulsory_bytes, sizes)(config)) / (_MEMORY_EFFICIENCY * bandwidth),
+    }
+    test = fits(kernel, sizes, device)
+    everything = list(candidates(kernel))
+    return Prediction(
+        kernel=kernel.name,
+        seconds=_seconds(program, kernel, sizes, device, FACTORS),
+        calibrated=kernel.name in FACTORS,
+        bound_by=max(times, key=lambda name: times[name]),
+        flops=flops,
+        traffic=traffic,
+        legal=sum(map(test, everything)),
+        candidates=len(everything),
+    )
+
+
+def predict_kernel_seconds(
+    program: Program, name: str, tokens: int, gpu_key: str = "h100", factors: Mapping[str, float] = FACTORS
+) -> float | None:
+    """The predicted time of one kernel, whether or not the chosen schedule runs it; None if the program has none."""
+    kernel = next((each for each in program.kernels if each.name == name), None)
+    if kernel is None:
+        return None
+    return _seconds(program, kernel, {**program.sizes, s.T: tokens, s.B: 1}, gpu(gpu_key), factors)
+
+
+def _seconds(
+    program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu, factors: Mapping[str, float]
+) -> float:
+    modelled, floor = _modelled_and_floor(program, kernel, sizes, device)
+    return max(factors.get(kernel.name, 1.0) * modelled, floor) + LAUNCH_SECONDS
+
+
+def _modelled_and_floor(
+    program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu
+) -> tuple[float, float]:
+    """The time that a factor scales, and the least there can be at the device's peaks; the one is never below it."""
+    config = program.defaults[device.target][kernel.name].mapping()
+    moving = _numeric(kernel.compulsory_bytes, sizes)(config) / (device.bandwidth_tbs * 1e12)
+    floor = max(moving, _numeric(kernel.useful_flops, sizes)(config) / matrix_rate(device, sizes))
+    return max(modelled_seconds(kernel, sizes, device)(config), floor), floor
+
+
+def calibrate(measured: Iterable[tuple[Program, str, int, float]], gpu_key: str = "h100") -> dict[str, float]:
+    """Factors by kernel from measured times: (program, kernel, tokens, seconds of all launches) of one sequence each.
+
+    A factor is the middle, on a logarithmic scale, of the span of measured (less a launch) over modelled times: no
+    other has a smaller worst error. Kernels that a program does not have are passed over.
+    """
+    device = gpu(gpu_key)
+    ratios: dict[str, list[float]] = {}
+    for program, name, tokens, seconds in measured:
+        kernel = next((each for each in program.kernels if each.name == name), None)
+        if kernel is not None:
+            modelled, _ = _modelled_and_floor(program, kernel, {**program.sizes, s.T: tokens, s.B: 1}, device)
+            ratios.setdefault(name, []).append(math.log(max(seconds - LAUNCH_SECONDS, 0.1 * seconds) / modelled))
+    return {name: round(math.exp((min(logs) + max(logs)) / 2), 2) for name, logs in sorted(ratios.items())}
+
+
+def alternatives(program: Program, gpu_key: str = "h100") -> list[Alternative]:
+    """The choices between schedules that a program has on a device, each with what the other side would take."""
+    device = gpu(gpu_key)
+    configs = program.defaults[device.target]
+    found = []
+    for choice in dict.fromkeys(kernel.choice[0] for kernel in program.kernels if kernel.choice):
+        sides: dict[bool, list[Kernel]] = {True: [], False: []}
+        for kernel in program.kernels:
+            if kernel.choice and kernel.choice[0] == choice:
+                sides[program.runs(kernel, device.target)].append(kernel)
+        seconds = {
+            side: sum(modelled_seconds(k, program.sizes, device)(configs[k.name].mapping()) for k in kernels)
+            for side, kernels in sides.items()
+        }
+        names = {side: tuple(kernel.name for kernel in kernels) for side, kernels in sides.items()}
+        found.append(Alternative(choice, names[True], seconds[True], names[False], seconds[False]))
+    return found
