@@ -109,7 +109,7 @@ def _modules(program: Program) -> list[str]:
     """Python modules of the package, each rendered from the template of the same name."""
     modules = [
         "__init__.py", "api.py", "arguments.py", "attention.py", "configs.py", "constants.py",
-        "module.py", "ops.py", "primitives.py", "registration.py", "sequences.py", "sizes.py",
+        "launch.py", "module.py", "ops.py", "primitives.py", "registration.py", "sequences.py", "sizes.py",
     ]  # fmt: skip
     if program.combined or program.backward:
         modules.append("combine.py")
