@@ -1,4 +1,4 @@
-"""Run by test_parallel, one process a rank: `parallel_worker.py KIND RANK WORLD FILE FOLDER`; prints JSON.
+"""Run by test_parallel, one process a rank: `parallel_worker.py RANK WORLD FILE FOLDER`; prints JSON.
 
 A layer trains one step under DistributedDataParallel or FSDP2, and alone on the batches of all ranks.
 """
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nsa_gen.rendering import import_package
 
-TOKENS, WIDTH = 6, 32
+TOKENS, WIDTH = 9, 32
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
@@ -25,9 +25,15 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train and compare."""
-    kind, rank, world, file, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    """Train and compare, wrapped either way."""
+    rank, world, file, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    print(json.dumps({kind: trained_error(kind, rank, world, folder) for kind in ("ddp", "fsdp")}))
+    dist.destroy_process_group()
+
+
+def trained_error(kind: str, rank: int, world: int, folder: str) -> dict[str, float]:
+    """How far a step's parameters are from those of the step alone, and how far they moved."""
     torch.manual_seed(0)
     layer = import_package(folder).NativeSparseAttention(WIDTH)
     alone = copy.deepcopy(layer)
@@ -46,8 +52,7 @@ def main() -> None:
     error = max((x - y).abs().max().item() for x, y in zip(trained, alone.parameters(), strict=True))
     moved = max(y.grad.abs().max().item() for y in alone.parameters())
     sharded = sum(hasattr(x, "full_tensor") for x in layer.parameters())
-    print(json.dumps({"error": error, "moved": moved, "sharded": sharded, "parameters": len(trained)}))
-    dist.destroy_process_group()
+    return {"error": error, "moved": moved, "sharded": sharded, "parameters": len(trained)}
 
 
 if __name__ == "__main__":
