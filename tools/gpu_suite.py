@@ -6,7 +6,7 @@ Each check is a process of its own: a crash or a hang costs that check alone. DI
 summary.json, written anew as each check ends, and in DIR/jobs the log and the result so far of each that runs: being
 killed loses nothing that was found. The table comes last. Exit status 0: all is well; 1: something failed or was not
 run; 2: a wrong call. On a machine without a GPU, `--device cpu --specs tiny --only correctness,examples` runs those
-parts under Triton's interpreter; `repeats`, `hygiene`, `far` and `soak` run there at tiny sizes.
+parts under Triton's interpreter; `repeats`, `hygiene`, `far`, `soak`, `pytorch` and `training` run there at tiny sizes.
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ def _choice(parser: argparse.ArgumentParser, option: str, text: str, known: Sequ
 def _reason(part: str) -> str:
     if part == "sanitizer" and sanitizer.program() is None:
         return "compute-sanitizer is not installed"
+    if part == "fla" and plan.missing_for_fla():
+        return f"not importable: {plan.missing_for_fla()}"
     return "none of its specs was asked for"
 
 

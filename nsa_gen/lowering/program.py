@@ -265,11 +265,26 @@ class Program(InferenceProgram):
         unused = {"o"} if self.combined else set()
         return tuple(output for output in self.outputs if output.name not in unused)
 
+    def recomputed(self, branch: str) -> tuple[str, ...]:
+        """Saved outputs that the backward may compute anew for a branch instead; never the choice of blocks."""
+        own = {f"o_{branch}", f"lse_{branch}"}
+        if branch == "cmp" and self.compresses:
+            own |= {"k_cmp", "v_cmp"} | {output.name for output in self.outputs if output.saved_by_phi}
+        if branch == "slc":
+            own |= {"sorted_keys", "sorted_slots"}
+        return tuple(output.name for output in self.saved_outputs if output.name in own)
+
+    @property
+    def may_be_recomputed(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(name for branch in self.spec.branches for name in self.recomputed(branch))
+
     @property
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
-        return (*names, "cu_seqlens?", *(("chunk_tokens:int",) if self.spec.selection else ()))
+        chunk = ("chunk_tokens:int",) if self.spec.selection else ()
+        return (*names, "cu_seqlens?", *chunk, *(("recompute:int",) if self.backward else ()))
 
     @property
     def combine_inputs(self) -> tuple[str, ...]:

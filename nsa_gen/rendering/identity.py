@@ -23,15 +23,16 @@ MEASUREMENT = "interleaved-1"
 """Version of how times are taken; to be raised when those of before can no longer be compared."""
 
 _ROOT = "attention.py"
-_NOT_CODE = ("configs", "lookup")
+_NOT_CODE = ("configs", "launch", "lookup")
 _DIGITS = 12
 
 
 def kernels_digest(files: Mapping[str, str]) -> str:
     """Twelve hex digits of the code that runs: `attention.py` and every module it imports, directly or not.
 
-    `configs.py` and `lookup.py` are left out, which only choose numbers; so is what `attention.py` does not need, such
-    as the checks of arguments. Of each module, what counts is its text without comments, docstrings and blank lines.
+    `configs.py` and `lookup.py` are left out, which only choose numbers, and `launch.py`, which runs on the host alone;
+    so is what `attention.py` does not need, such as the checks of arguments. Of each module, what counts is its text
+    without comments, docstrings and blank lines.
 
     Args:
         files: modules of a package by file name; those that are not Python are ignored.

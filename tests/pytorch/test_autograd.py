@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from tests.support import DEVICE, Operator, inputs_of, operator_of
+from tests.support import DEVICE, Operator, call, inputs_of, operator_of
 
 TOKENS = 10
 
@@ -67,13 +67,13 @@ def test_autocast_leaves_inputs_of_the_spec_s_dtype_alone_and_casts_parameters_o
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
-    op = operator_of()
+    op = operator_of("cmp win")
     recomputed = gradients(op, lambda *x: checkpoint(op.nsa_attention, *x, use_reentrant=reentrant))
     assert same(recomputed, gradients(op, op.nsa_attention))
 
 
 def test_func_grad_vjp_and_vmap_of_grad_give_what_backward_gives() -> None:
-    op = operator_of()
+    op = operator_of("cmp win")  # selection takes the interpreter longest
     expected, arguments = gradients(op, op.nsa_attention), drawn(op)
     every = (0, 1, 2, 3)
 
@@ -88,7 +88,7 @@ def test_func_grad_vjp_and_vmap_of_grad_give_what_backward_gives() -> None:
 
 
 def test_forward_mode_and_second_derivatives_are_refused_and_never_silently_zero() -> None:
-    op = operator_of()
+    op = operator_of("cmp win")
     arguments = drawn(op)
     with pytest.raises(NotImplementedError, match="forward-mode derivatives are not offered"):
         torch.func.jvp(op.nsa_attention, tuple(arguments), tuple(arguments))
@@ -100,7 +100,9 @@ def test_forward_mode_and_second_derivatives_are_refused_and_never_silently_zero
         first.sum().backward()
 
 
-def kept(op: Operator, context: contextlib.AbstractContextManager, *, grad: bool = True) -> list[Tensor]:
+def kept(
+    op: Operator, context: contextlib.AbstractContextManager, *, grad: bool = True, **more: tuple[str, ...]
+) -> list[Tensor]:
     tensors: list[Tensor] = []
     arguments = drawn(op, grad=grad)
 
@@ -109,7 +111,7 @@ def kept(op: Operator, context: contextlib.AbstractContextManager, *, grad: bool
         return tensor
 
     with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        op.nsa_attention(*arguments)
+        op.nsa_attention(*arguments, **more)
     return tensors
 
 
@@ -123,6 +125,56 @@ def test_the_backward_keeps_the_inputs_and_the_outputs_that_the_docstring_names_
     by_name = dict(zip(names, tensors[4:], strict=True))
     assert set(aux._fields) | {"sorted_keys", "sorted_slots"} == set(names)
     assert all(torch.equal(by_name[name], getattr(aux, name)) for name in aux._fields)
+
+
+def saved_bytes(op: Operator, recompute: tuple[str, ...]) -> int:
+    return sum(x.numel() * x.element_size() for x in kept(op, contextlib.nullcontext(), recompute=recompute))
+
+
+@pytest.mark.parametrize("recompute", [("cmp",), ("win", "slc")], ids=str)
+def test_branches_computed_anew_give_the_same_bits_and_keep_none_of_what_the_docstring_names(
+    recompute: tuple[str, ...],
+) -> None:
+    op = operator_of()
+    found = gradients(op, lambda *x: op.nsa_attention(*x, recompute=recompute))
+    assert same(found, gradients(op, op.nsa_attention))
+    text = " ".join(op.nsa_attention.__doc__.split())
+    _, *outputs = op.registration.operator("attention")(*drawn(op), None, 64, 0)
+    sizes = {name: x.numel() * x.element_size() for name, x in zip(op.ops.ATTENTION.outputs[1:], outputs, strict=True)}
+    dropped = [name for branch in recompute for name in text.split(f"for {branch}: ")[1].split(";")[0].split(", ")]
+    assert len(dropped) >= 2 * len(recompute) and not {"indices", "counts"} & set(dropped)
+    assert saved_bytes(op, ()) - saved_bytes(op, recompute) == sum(sizes[name] for name in dropped) > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"branches": "cmp win", "phi": "mlp", "kv": "per_branch"},
+        {"branches": "slc", "gate": "none", "indices": "input"},
+        {"branches": "win", "gate": "none"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_operator_can_compute_its_branches_anew(changes: dict[str, str]) -> None:
+    op = operator_of(**changes)
+    inputs = inputs_of(op, TOKENS)
+
+    def run(recompute: tuple[str, ...]) -> list[Tensor]:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
+        o = call(op, inputs.replace_differentiable(leaves), recompute=recompute)
+        return list(torch.autograd.grad(o, list(leaves.values()), inputs.do))
+
+    assert same(run(op.arguments.BRANCHES), run(()))
+
+
+def test_branches_are_computed_anew_in_compiled_code_and_others_are_refused_by_name() -> None:
+    op = operator_of()
+    compiled = torch.compile(op.nsa_attention, backend="aot_eager", fullgraph=True)
+    found = gradients(op, lambda *x: compiled(*x, recompute=("cmp", "slc")))
+    assert same(found, gradients(op, op.nsa_attention))
+    for wrong in ("cmp", ("swa",), ["cmp", 1]):
+        with pytest.raises(ValueError, match=r"^recompute: expected some of cmp, slc, win in a tuple, got "):
+            op.nsa_attention(*drawn(op), recompute=wrong)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -95,15 +95,34 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             model(hidden, **{name: object()})
 
 
-def test_a_model_of_the_transformers_library_runs_with_it() -> None:
+def of_transformers() -> Any:
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(6)
     config = transformers.LlamaConfig(
         hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=50, attn_implementation="sdpa",
+        vocab_size=50, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(DEVICE).eval()
+    return transformers.LlamaForCausalLM(config).to(DEVICE)
+
+
+def test_a_model_of_the_transformers_library_runs_with_it() -> None:
+    model = of_transformers().eval()
     tokens = torch.arange(TOKENS, device=DEVICE)[None]
     with torch.no_grad():
         expected = model(tokens).logits
         found = use_sparse_attention(model, whole_window())(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_the_transformers_library_trains_and_writes_with_it() -> None:
+    model, dense = (of_transformers() for _ in range(2))
+    use_sparse_attention(model, whole_window())
+    tokens = torch.arange(1, TOKENS, device=DEVICE)[None] % 50
+    for each in (model, dense):
+        optimiser = torch.optim.SGD(each.parameters(), lr=0.1)
+        each(tokens, labels=tokens).loss.backward()
+        optimiser.step()
+    assert all(x.grad is not None for x in model.parameters())
+    told = {"max_new_tokens": 2, "do_sample": False, "use_cache": False}
+    written, expected = (each.eval().generate(tokens[:, :5], **told) for each in (model, dense))
+    assert written.shape == (1, 7) and torch.equal(written, expected)

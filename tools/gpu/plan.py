@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -25,17 +26,21 @@ PARTS = (
     "far",
     "soak",
     "tuner_faults",
+    "pytorch",
+    "training",
+    "fla",
     "decode",
     "bench",
 )
 """Every part, in the order in which they are reported."""
-CPU_PARTS = ("correctness", "inference", "examples", "repeats", "hygiene", "far", "soak")
+CPU_PARTS = ("correctness", "inference", "examples", "repeats", "hygiene", "far", "soak", "pytorch", "training")
 """What Triton's interpreter can do, at tiny sizes."""
 PHASES = (
     ("correctness", "inference", "examples", "repeats", "hygiene", "long", "sanitizer"),
     ("far",),
     ("soak",),
     ("tuner_faults",),
+    ("pytorch", "training", "fla"),
 )
 """Parts that run side by side, one phase after the other: `far` needs most of the GPU's memory, `soak` takes every
 worker for as long as it lasts, and `tuner_faults` has kernels that never end. Decode and the benchmark come last, by
@@ -73,6 +78,8 @@ BENCHED: Mapping[str, tuple[int, ...]] = {
     "mha_16": (8192, 32768),
     "nsa_paper": (8192, 32768, 65536),
 }
+PYTORCH = ("llama3_8b", "mha_16", "tiny")
+"""Specs that PyTorch's tools are tried on."""
 DECODED = ("nsa_64x4", "llama3_8b")
 """Specs whose decode is timed."""
 DECODE_SHAPES = (
@@ -115,6 +122,9 @@ class Plan:
             "soak": self._soak,
             "tuner_faults": self._tuner_faults,
             "inference": self._inference,
+            "pytorch": self._pytorch,
+            "training": self._training,
+            "fla": self._fla,
             "decode": self._decode,
             "bench": self._bench,
         }[part]()
@@ -276,6 +286,16 @@ class Plan:
             for name, text in sanitizer.SPECS.items()
         ]
 
+    def _pytorch(self) -> list[Job]:
+        specs = [spec for spec in PYTORCH if spec in self._runnable]
+        return [self._job(f"pytorch {spec}", kind="pytorch", spec=spec, device=self.device) for spec in specs]
+
+    def _training(self) -> list[Job]:
+        return [self._job("training", 1e6, kind="training", device=self.device)]
+
+    def _fla(self) -> list[Job]:
+        return [] if missing_for_fla() else [self._job("fla", kind="fla", device=self.device)]
+
     def compile_for_bench(self) -> list[Job]:
         """Jobs that leave the benchmark's kernels in Triton's cache, side by side; the benchmark itself runs alone."""
         return [
@@ -372,6 +392,11 @@ class Plan:
         }
         text = json.dumps({"seed": self.seed, **request, "root": str(self.root)})
         return Job(name, (*prefix, sys.executable, "-m", "tools.gpu.worker", text), expected, settings)
+
+
+def missing_for_fla() -> str:
+    """Packages of the part `fla` that cannot be imported here; empty where all can."""
+    return ", ".join(name for name in ("fla", "einops") if importlib.util.find_spec(name) is None)
 
 
 def _weight(spec: str, dtype: str) -> float:

@@ -125,8 +125,9 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
         elif "sanitizer_errors" in result:
             facts.append(f"{result['sanitizer_errors']} errors")
         lines.append(f"{outcome.name:<30} {outcome.status:<10} {', '.join(facts)}")
-    for outcome in parts.get("decode", ()):
-        lines += (outcome.result or {}).get("table", ())
+    for part in ("pytorch", "training", "fla", "decode"):
+        for outcome in parts.get(part, ()):
+            lines += (outcome.result or {}).get("table", ())
     lines += _times(parts.get("bench", ()))
     lines += [f"note: {note}" for note in notes]
     room = LONGEST_TABLE - 1

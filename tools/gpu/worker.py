@@ -25,6 +25,9 @@ KINDS = {
     "tuner run": ("tools.gpu.tuner_faults", "tuner_run_job"),
     "inference": ("tools.gpu.inference", "inference_job"),
     "decode": ("tools.gpu.decode", "decode_job"),
+    "pytorch": ("tools.gpu.pytorch", "pytorch_job"),
+    "training": ("tools.gpu.training", "training_job"),
+    "fla": ("tools.gpu.reference_fla", "fla_job"),
     "bench": ("tools.gpu.bench", "bench_job"),
 }
 """What a job may be, and the function that does it: it fills the result it is given, and sets `ok`."""

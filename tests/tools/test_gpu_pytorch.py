@@ -1,0 +1,104 @@
+"""The GPU suite's parts on PyTorch's tools, on training and on flash-linear-attention, as far as a CPU shows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_gen.spec import load_spec
+from tools.gpu import host_time, plan, pytorch, reference_fla, training
+
+
+def test_a_check_that_raises_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(subject: pytorch.Subject) -> str:
+        pytorch.expect([torch.zeros(1), torch.ones(1)], [torch.zeros(1), torch.zeros(1)], "something")
+        return "never"
+
+    monkeypatch.setattr(pytorch, "CHECKS", {"broken": broken, "checkpointing": pytorch._checkpointed})
+    result: dict = {}
+    pytorch.pytorch_job(result, spec="tiny", device="cpu", seed=0, root=str(tmp_path))
+    assert [row["ok"] for row in result["rows"]] == [False, True] and not result["ok"]
+    assert "something: tensors [1] of (o, gradients) differ" in result["rows"][0]["detail"]
+    assert result["table"][-1] == "tiny: 1 of 2 checks with PyTorch's tools ok"
+
+
+def test_every_check_named_for_gpus_alone_is_a_check() -> None:
+    assert set(pytorch.ONLY_ON_A_GPU) < set(pytorch.CHECKS)
+
+
+def test_losses_that_part_or_do_not_fall_are_not_ok() -> None:
+    falling = [5.0 - step / 100 for step in range(300)]
+    rising = falling[::-1]
+    nudged = [loss * (1 + 1e-4) for loss in falling]
+    early = [*(loss * 1.01 for loss in falling[:1]), *falling[1:]]
+    late = [*falling[:200], *(loss * 1.1 for loss in falling[200:])]
+
+    def ok(eager: list[float], compiled: list[float], dense: float = 1.0) -> bool:
+        return training.compared({"sparse": eager, "sparse, compiled": compiled, "dense": [dense]})["ok"]
+
+    assert ok(falling, nudged)
+    assert not ok(falling, early) and not ok(falling, late) and not ok(rising, rising)
+    assert not ok(falling, falling, dense=float("nan"))
+
+
+def test_the_model_is_of_ten_million_parameters_and_the_corpus_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = training.SIZES["cuda"]
+    model = training.Model(size, lambda: training.DenseAttention(size.hidden, "meta"), "meta")
+    assert 9e6 < sum(x.numel() for x in model.parameters()) < 13e6
+    text = training.corpus()
+    assert len(text) > 500_000 and (text < 128).float().mean() > 0.99
+
+
+def test_the_loss_curve_is_drawn_from_the_suite_s_json(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = {
+        "losses": {"sparse": [3.0, 2.0], "dense": [3.0, 1.0]},
+        "parameters": 10_000_000,
+        "size": {"batch": 1, "tokens": 2},
+    }
+    document = tmp_path / "training.json"
+    document.write_text(json.dumps({"jobs": [{"result": result}]}))
+    training.plot(document, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_configurations_beside_fla_are_specs_that_the_front_end_takes() -> None:
+    for each in reference_fla.CONFIGURATIONS:
+        query, kv = each.heads
+        spec = each.spec
+        assert (
+            spec.combine.gate == "given" and query // kv in (16, 32) and (spec.compression is not None) == each.chosen
+        )
+    assert {each.against for each in reference_fla.CONFIGURATIONS} == {"naive_nsa", "parallel_nsa"}
+
+
+def test_lists_are_compared_as_sets_of_blocks_that_a_token_can_see() -> None:
+    each = reference_fla.Configuration((16, 1), 64, 3, 16, (0, 20, 53), 0, "float16", False, "naive_nsa")
+    lists = reference_fla.some_lists(each, "cpu", 0)
+    assert lists.shape == (1, 53, 1, 3) and lists[0, 19].max() == 1 and lists[0, 20].max() == 0
+    other = lists.flip(-1).clone()
+    assert reference_fla.same_lists(lists, other, each).all()
+    other[other == -1] = 77
+    assert reference_fla.same_lists(lists, other, each).all()
+    other[0, 50] = 0
+    assert reference_fla.same_lists(lists, other, each).logical_not().nonzero().tolist() == [[0, 50]]
+
+
+def test_calls_timed_on_the_host_give_the_same_bits_by_either_way(tmp_path: Path) -> None:
+    from nsa_gen.rendering import generate, import_package
+
+    spec = load_spec("tiny")
+    module = import_package(generate(spec, tmp_path))
+    found = host_time.calls(module, spec, 5, "cpu")
+    assert [len(call()) for call in found.values()] == [1, 1, 5]
+    assert host_time.host_microseconds(lambda: None, lambda: None, bursts=3) < 1e4
+
+
+def test_parts_for_pytorch_are_planned_on_shipped_specs() -> None:
+    everything = plan.Plan(plan.PYTORCH, plan.PARTS, plan.DTYPES, plan.LENGTHS, "cuda", 0, Path("packages"))
+    assert [job.name for job in everything.jobs("pytorch")] == [f"pytorch {spec}" for spec in plan.PYTORCH]
+    assert [job.name for job in everything.jobs("training")] == ["training"]
+    assert bool(everything.jobs("fla")) == (plan.missing_for_fla() == "")

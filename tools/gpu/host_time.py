@@ -1,0 +1,145 @@
+"""What a call costs the host: `python tools/gpu/host_time.py [--specs llama3_8b,mha_16] [--tokens 512] [--json F]`.
+
+Results of launches past Triton's dispatcher and by it are compared bit by bit first. Then calls are issued in bursts
+that the GPU's queue holds, and only their issuing is timed. Needs a GPU; exit status 1 if any result differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+from nsa_gen.rendering import generate, import_package  # noqa: E402
+from nsa_gen.spec import Spec, load_spec  # noqa: E402
+from nsa_gen.verification.inputs import make_inputs  # noqa: E402
+
+BURST, BURSTS = 20, 25
+SPECS = ("llama3_8b", "mha_16", "tiny")
+
+
+@contextmanager
+def by_triton(module: ModuleType) -> Iterator[None]:
+    """Within the block, a package's kernels are launched by Triton's own dispatcher."""
+    with mock.patch.object(module.launch.Lean, "__getitem__", lambda self, grid: self.kernel[grid]):
+        yield
+
+
+@contextmanager
+def counted(module: ModuleType) -> Iterator[list[str]]:
+    """Within the block, the names of kernels as they are launched."""
+    names: list[str] = []
+    original = module.launch.Lean.__getitem__
+
+    def launch(self: Any, grid: tuple[int, ...]) -> Any:
+        names.append(self.__name__)
+        return original(self, grid)
+
+    with mock.patch.object(module.launch.Lean, "__getitem__", launch):
+        yield names
+
+
+def calls(module: ModuleType, spec: Spec, tokens: int, device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """A forward without gradients, one with, and a forward with its backward; each returns what it computed."""
+    inputs = make_inputs(spec, tokens=tokens, batch=1, dtype=getattr(torch, spec.dtype), device=torch.device(device))
+    given = {name: x for name, x in inputs.arguments().items() if x is not None}
+    if "compression" in given:
+        given["compression"] = module.CompressionParameters(**given["compression"])
+    plain = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    leaves = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in plain.items()}
+    learned = [x for x in leaves.values() if x.requires_grad]
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (module.nsa_attention(**given),)
+
+    def recorded() -> tuple[Tensor, ...]:
+        return (module.nsa_attention(**{**given, **leaves}),)
+
+    def backward() -> tuple[Tensor, ...]:
+        (o,) = recorded()
+        return (o.detach(), *torch.autograd.grad(o, learned, inputs.do))
+
+    return {"forward": forward, "forward with grad": recorded, "forward and backward": backward}
+
+
+def host_microseconds(call: Callable[[], Any], synchronise: Callable[[], None], bursts: int = BURSTS) -> float:
+    """Median over bursts of the microseconds that issuing one call takes."""
+    found = []
+    for _ in range(bursts):
+        synchronise()
+        start = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        found.append((time.perf_counter() - start) / BURST * 1e6)
+    synchronise()
+    return sorted(found)[len(found) // 2]
+
+
+def measure(module: ModuleType, spec: Spec, tokens: int, device: str, bursts: int = BURSTS) -> list[dict[str, Any]]:
+    """By call: launches, host microseconds past Triton's dispatcher and by it, and whether all bits are equal."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    rows = []
+    for name, call in calls(module, spec, tokens, device).items():
+        for _ in range(3):
+            found = call()
+        with by_triton(module):
+            expected = call()
+        equal = all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        with counted(module) as launches:
+            call()
+        row = {"spec": spec.name, "tokens": tokens, "call": name, "launches": len(launches), "equal": equal}
+        row["microseconds"] = host_microseconds(call, synchronise, bursts)
+        with by_triton(module):
+            row["by_triton_microseconds"] = host_microseconds(call, synchronise, bursts)
+        rows.append(row)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    each = row["microseconds"] / max(1, row["launches"])
+    verdict = "equal" if row["equal"] else "DIFFERENT"
+    return (
+        f"{row['spec']:<12} {row['tokens']:>6}  {row['call']:<22} {row['launches']:>3} launches  "
+        f"{row['microseconds']:7.1f} us  ({row['by_triton_microseconds']:7.1f} by Triton's dispatcher), "
+        f"{each:5.1f} us a launch, bits {verdict}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--specs", default=",".join(SPECS), help="comma-separated shipped specs")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="where the rows go")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("expected a machine with a GPU, got none that torch can use")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.specs.split(","):
+            spec = load_spec(name)
+            rows += measure(import_package(generate(spec, folder)), spec, options.tokens, "cuda")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(line(row) for row in rows))
+    return 0 if all(row["equal"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
