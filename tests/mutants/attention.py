@@ -14,8 +14,8 @@ SELECTED_NAN = Check("selected", 14, tokens_kv=32, kind="nan", query_major="both
 SELECTED_COUNTS = Check("selected", 8, tokens_kv=48, altered="counts", query_major="both")
 COMPRESSED = Check("compressed", 22)
 
-SCALE_OF_HEAD_DIM = "0.36067376022224085"
-"""log2(e) / sqrt(16): the scale that `scale: auto` would give, where the specs here say 0.37."""
+SCALE_OF_HEAD_DIM = "(0.25 / 0.37)"
+"""The scale that `scale: auto` would give, 1 / sqrt(16), over the 0.37 that the specs here say."""
 
 
 def forgotten_scale(branch: str, file: str, old: str, check: Check, times: int = 1) -> Mutant:
@@ -25,7 +25,7 @@ def forgotten_scale(branch: str, file: str, old: str, check: Check, times: int =
         f"`{branch}`: 1/sqrt(Dk) where the spec gives another scale",
         check,
         (f"o_{branch}", f"lse_{branch}"),
-        (Edit(file, old, old.replace("SCALE_LOG2", SCALE_OF_HEAD_DIM), times),),
+        (Edit(file, old, old.replace("dot_qk(q, k)", f"dot_qk(q, k) * {SCALE_OF_HEAD_DIM}"), times),),
     )
 
 
@@ -50,9 +50,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "        visible = keys[None, :] < end_visible(positions)[:, None]\n",
-                "        visible = keys[None, :] <= end_visible(positions)[:, None]\n",
-                times=2,
+                "return visible & (keys[None, :] < end_visible(positions)[:, None])",
+                "return visible & (keys[None, :] <= end_visible(positions)[:, None])",
             ),
         ),
     ),
@@ -118,9 +117,16 @@ MUTANTS = (
         ),
     ),
     # The scale
-    forgotten_scale("cmp", "compressed_attention.py", "scores = dot_qk(q, k) * SCALE_LOG2", COMPRESSED),
-    forgotten_scale("slc", "selected_query_major.py", "dot_qk(q, k) * SCALE_LOG2, float", SELECTED),
-    forgotten_scale("win", "window_attention.py", "scores = dot_qk(q, k) * SCALE_LOG2", WINDOW),
+    forgotten_scale("cmp", "compressed_attention.py", "products = dot_qk(q, k)\n", COMPRESSED),
+    forgotten_scale("slc", "selected_query_major.py", "dot_qk(q, k), float", SELECTED),
+    forgotten_scale("win", "window_attention.py", "products = dot_qk(q, k)\n", WINDOW),
+    Mutant(
+        "poisoned_values_not_gone_through_again",
+        "o keeps the NaN of a value that its query does not see",
+        WINDOW_NAN,
+        ("o_win",),
+        (Edit("window_attention.py", "if not all_finite_v_rows(acc):", "if tl.num_programs(0) < 0:"),),
+    ),
     # Softmax
     Mutant(
         "accumulator_not_rescaled",
@@ -144,8 +150,8 @@ MUTANTS = (
         (
             Edit(
                 "primitives.py",
-                "    p = tl.exp2(scores - reference[:, None])\n",
-                "    p = tl.exp2(scores - reference[:, None]).to(tl.bfloat16).to(tl.float32)\n",
+                "SCALE_LOG2, -reference[:, None]))\n    rescale",
+                "SCALE_LOG2, -reference[:, None])).to(tl.bfloat16).to(tl.float32)\n    rescale",
             ),
         ),
     ),

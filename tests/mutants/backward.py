@@ -21,8 +21,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "        head = kv_head * GROUP + group_head\n",
-                "        head = kv_head * GROUP + group_head\n        dk = zero_qk_rows(KEY_BLOCK)\n",
+                "        head = first_head + step // viewers\n",
+                "        head = first_head + step // viewers\n        dk = tl.where(step % viewers == 0, 0.0, dk)\n",
             ),
         ),
     ),
@@ -34,8 +34,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "        head = kv_head * GROUP + group_head\n",
-                "        head = kv_head * GROUP + group_head\n        dv = zero_v_rows(KEY_BLOCK)\n",
+                "        head = first_head + step // viewers\n",
+                "        head = first_head + step // viewers\n        dv = tl.where(step % viewers == 0, 0.0, dv)\n",
             ),
         ),
     ),
@@ -47,8 +47,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "ds = p * (dot_v(do, v) - delta[:, None])\n    dq",
-                "ds = p * dot_v(do, v)\n    dq",
+                "ds = p * (dot_v(do, v) - delta[:, None])\n        dq",
+                "ds = p * dot_v(do, v)\n        dq",
             ),
         ),
     ),
@@ -60,8 +60,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "ds = p * (dot_v(do, v) - delta[:, None])\n    p =",
-                "ds = p * dot_v(do, v)\n    p =",
+                "ds = p * (dot_v(do, v) - delta[:, None])\n        p =",
+                "ds = p * dot_v(do, v)\n        p =",
             ),
         ),
     ),
@@ -87,8 +87,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "visible &= keys[None, :] >= first_visible(queries + offset)[:, None]",
-                "visible &= keys[None, :] > first_visible(queries + offset)[:, None]",
+                "p = tl.where(is_visible(queries + offset, keys), p, 0.0)",
+                "p = tl.where(is_visible(queries + offset + 1, keys), p, 0.0)",
             ),
         ),
     ),

@@ -46,8 +46,8 @@ MUTANTS = (
         (
             Edit(
                 KERNELS,
-                "mask=positions < end, other=-1)\n    return tl.where(positions < end,",
-                "mask=positions < end, other=-1)\n    return tl.where(positions < end - 1,",
+                "return tl.load(slots_ptr + positions, mask=positions < end, other=-1)",
+                "return tl.load(slots_ptr + positions, mask=positions < end - 1, other=-1)",
             ),
         ),
     ),
