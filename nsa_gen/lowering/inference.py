@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nsa_gen.lowering.heads import HeadDim
     from nsa_gen.lowering.overlap import Overlap
+    from nsa_gen.lowering.program import Kernel
     from nsa_gen.spec import Spec
 
 #: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
@@ -58,6 +59,8 @@ class InferenceProgram:
         selects: bool
         combined: bool
         raw_names: tuple[str, ...]
+
+        def kernel(self, name: str) -> Kernel: ...
 
         def kv(self, branch: str) -> tuple[str, str]: ...
 
@@ -130,6 +133,12 @@ class InferenceProgram:
     def decode_selects(self) -> bool:
         """Decode ranks blocks by importance."""
         return self.free_blocks > 0
+
+    @property
+    def largest_share(self) -> int:
+        """Most selection blocks that one program ranks."""
+        (tiles,) = (each for each in self.kernel("decode_select").tunables if each.name == "BLOCK_TILE")
+        return tiles.values[-1]
 
     @property
     def decode_shares(self) -> bool:

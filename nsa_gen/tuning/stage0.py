@@ -80,7 +80,11 @@ class Selection:
 
 def spaces_of(program: Program, gpu: Gpu, bucket: Bucket, most: int, passes: Sequence[str]) -> list[KernelSpace]:
     """The spaces of the operator's kernels for the passes to be tuned, without those that have one configuration."""
-    kernels = (kernel for kernel in program.kernels if kernel.whole and kernel.direction in passes)
+    if bucket.decode:
+        # What decode itself launches; adding tokens to a cache is not timed.
+        kernels = [kernel for kernel in program.kernels if kernel.module.startswith("decode")]
+    else:
+        kernels = [kernel for kernel in program.kernels if kernel.whole and kernel.direction in passes]
     found = (kernel_space(program, kernel, gpu, bucket, most) for kernel in kernels)
     return [each for each in found if len(each.candidates) > 1]
 
@@ -157,11 +161,15 @@ class Compiler:
 
 
 def calls_of(bucket: Bucket, check_tokens: int) -> list[dict[str, Any]]:
-    """The calls that a candidate will meet: the bucket's, and the one it is checked with.
+    """The calls that a candidate will meet: the bucket's, and those it is checked with.
 
     Packed, the lengths and the number of sequences do not matter to what is compiled as long as there are several: two
     halves stand for them.
     """
+    if bucket.decode:
+        ours = {"tokens": bucket.tokens, "batch": bucket.batch, "new_tokens": 1}
+        checked = ({"tokens": check_tokens, "batch": min(bucket.batch, 2), "new_tokens": new} for new in (1, 2))
+        return [ours, *checked]
     if bucket.packed:
         return [{"tokens": tokens // 2, "batch": 2, "packed": True} for tokens in (bucket.tokens, check_tokens)]
     shape = {"tokens": bucket.tokens, "batch": bucket.batch, "packed": False}
