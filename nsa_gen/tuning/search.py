@@ -362,7 +362,7 @@ class Search:
     def _finalists(
         self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]
     ) -> list[Candidate]:
-        """The default, then the best, its halves, the other schedules, and the best with runners-up, as many as allowed."""
+        """The default, then the best, its halves, the other schedules, and the best with runners-up; not all."""
         found = [Candidate(), best]
         found += [self._with_winners(combos[0], ranked, direction) for direction in (FORWARD, BACKWARD)]
         found += [self._with_winners(combo, ranked) for combo in combos]

@@ -1,8 +1,8 @@
 """The process that measures: `python -m nsa_gen.tuning.worker`, JSON lines in and out.
 
 The first line opens it; each further one is a request, {"do": "device" | "check" | "race", ...}. While it works it
-writes {"now": number} whenever it turns to a candidate, and {"round": times} after each round of a race. When a candidate has left the GPU unusable it writes
-{"lost": reason} and ends: nothing more can be measured in this process.
+writes {"now": number} whenever it turns to a candidate, and {"round": times} after each round of a race. When a
+candidate has left the GPU unusable it writes {"lost": reason} and ends: nothing more can be measured in this process.
 """
 
 from __future__ import annotations
