@@ -23,6 +23,7 @@ from nsa_gen.rendering import generate, render
 from nsa_gen.targets.pool import worker_environment
 from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
 from nsa_gen.tuning.crew import Crew
+from nsa_gen.tuning.estimate import estimate
 from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
 from nsa_gen.tuning.journal import Journal
 from nsa_gen.tuning.lengths import check_tokens
@@ -160,7 +161,9 @@ class _Tuning:
     def dry_run(self, gpu: Gpu) -> TuneReport:
         with _work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
             selections = self._stage0(self._compiler(package, gpu, work), gpu)
-        return TuneReport(self._spec.name, gpu.target, None, selections, seconds=time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        expected = estimate(selections, self._effort, self._settings.jobs or os.cpu_count() or 1)
+        return TuneReport(self._spec.name, gpu.target, None, selections, seconds=seconds, expected=expected)
 
     def run(self) -> TuneReport:
         say = self._tools.say

@@ -1,8 +1,8 @@
 """Times of decode and of prefill in chunks, beside dense attention and the bytes that must be read.
 
 Decode is timed as a captured graph of several layers, whose keys together exceed the L2 cache, over the number of
-layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run. What is found is in
-the result as numbers, `decode` and `prefill`, and as lines, `table`.
+layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run. What is found
+is in the result as numbers, `decode` and `prefill`, and as lines, `table`.
 """
 
 from __future__ import annotations
