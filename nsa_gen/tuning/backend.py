@@ -21,6 +21,8 @@ CANDIDATE_SECONDS = 60.0
 """A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
 START_SECONDS = 180.0
 """What a process may take to import torch, and to draw inputs."""
+FIRST_PATIENCE = 3
+"""Times as long may the very first answer take: kernels with one configuration are compiled, launchers built."""
 MOST_STARTS = 3
 """Deaths in a row that no candidate can be blamed for, after which there is no going on."""
 
@@ -169,6 +171,7 @@ class ProcessBackend:
         self._quarantine: dict[tuple[str, str], str] = {}
         self._second_chance: set[tuple[str, str]] = set()
         self._closed = False
+        self._settled = False
 
     def device(self) -> Device:
         for left in reversed(range(MOST_STARTS)):
@@ -225,8 +228,10 @@ class ProcessBackend:
             asked = {"do": do, **request, "candidates": [candidates[number].configs for number in left]}
             if do == "race":
                 asked["earlier"] = [[times[number] for number in left] for times in rounds]
+            patience = self._candidate_seconds * (1 if self._settled else FIRST_PATIENCE)
             try:
-                answer = self._worker.ask(asked, self._start_seconds, self._candidate_seconds, heard)
+                answer = self._worker.ask(asked, self._start_seconds, patience, heard)
+                self._settled = True
             except WorkerDied as died:
                 if self._closed:
                     raise BackendLost("the measuring process was closed") from died
