@@ -175,7 +175,7 @@ class _Tuning:
             if gpu is None:
                 known = ", ".join(dict.fromkeys(each.target for each in GPUS))
                 raise UnknownGpuError(f"gpu: expected an architecture of {known}, got {device}")
-            path = stack.enter_context(_own_file(work / f"{device.slug}.journal.jsonl", say))
+            path = stack.enter_context(_own_file(work / f"{device.slug}.{'-'.join(self._passes)}.journal.jsonl", say))
             journal = Journal(path, self._heading(device), resume=self._settings.resume)
             stack.callback(journal.close)
             crew = Crew(backends, journal)
