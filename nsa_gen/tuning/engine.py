@@ -39,22 +39,32 @@ if TYPE_CHECKING:
 FLUSHED_OVER_L2 = 2
 USUAL_L2_BYTES = 2**26
 """Taken for the L2 cache's size where the driver does not tell."""
+KEPT_SHARE = 0.4
+"""Of the GPU's memory, what torch's allocator may keep between candidates."""
 GRAPH_KERNELS_BELOW_MS = 1.0
 """Kernels timed alone that are quicker are replayed as a graph: their launch would count as much as they do."""
 DECODE = "decode"
 
 
 class ColdClock(CudaClock):
-    """A clock that overwrites the L2 cache before each sample."""
+    """A clock that overwrites the L2 cache before each sample, and keeps memory that the next candidate will need."""
 
     def __init__(self) -> None:
         super().__init__()
-        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or USUAL_L2_BYTES
+        properties = torch.cuda.get_device_properties(0)
+        cache = getattr(properties, "L2_cache_size", 0) or USUAL_L2_BYTES
+        self._most_kept = KEPT_SHARE * properties.total_memory
         self._flushed = torch.empty(FLUSHED_OVER_L2 * cache, dtype=torch.uint8, device="cuda")
 
     def reset_peak(self) -> None:
         self._flushed.zero_()
         super().reset_peak()
+
+    def recover(self) -> None:
+        """Wait for the device. Memory is freed once much is kept: freeing it a candidate costs more than a race."""
+        torch.cuda.synchronize()
+        if torch.cuda.memory_reserved() > self._most_kept:
+            super().recover()
 
 
 class Tuned(Operator):
