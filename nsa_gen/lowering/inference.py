@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 #: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
 _MOST_POOLED_ELEMENTS = 32
-#: Floats of the parts of one row that are merged at once.
+#: Floats of parts that are merged at once.
 _MERGED_FLOATS = 8192
 _FEWEST_ROWS = 16
 
@@ -178,6 +178,11 @@ class InferenceProgram:
         """Compressed blocks looked at before a tile: a product takes sixteen at least."""
         assert self.overlap is not None
         return max(_FEWEST_ROWS, _power_of_two(-self.overlap.first))
+
+    @property
+    def merged_floats(self) -> int:
+        """Floats of parts that one program merges at once."""
+        return _MERGED_FLOATS
 
     @property
     def most_compressed_splits(self) -> int:

@@ -78,7 +78,7 @@ MUTANTS: tuple[Mutant, ...] = (
         TWO_TOKENS,
         ("o_cmp",),
         "decode_select.py",
-        'weight = tl.where(used, tl.exp2(part_max - tl.where(row_max == float("-inf"), 0.0, row_max)), 0.0)',
+        "weight = tl.where(used, tl.exp2(part_max - reference[:, None]), 0.0)",
         "weight = tl.where(used, 1.0, 0.0)",
     ),
     _mutant(
