@@ -35,6 +35,15 @@ def specs_dir() -> Path:
     return _resource_dir("specs")
 
 
+def tuned_dir(name: str) -> Path | None:
+    """The folder of tuned tables that are shipped for a spec, None where there are none."""
+    for root in (_PACKAGE / "_data" / "generated", _PACKAGE.parent / "generated"):
+        folder = root / name / "tuned"
+        if folder.is_dir():
+            return folder
+    return None
+
+
 CACHE_VARIABLE = "NSA_GEN_CACHE_DIR"
 """Environment variable that names another folder than the user's cache."""
 

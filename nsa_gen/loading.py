@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from nsa_gen._resources import cache_dir
+from nsa_gen._resources import cache_dir, tuned_dir
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -22,7 +22,8 @@ def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
 
     The package's place in the cache and its module name carry a digest of the generated text, so that a changed spec
     or a newer nsa_gen gets a package of its own. The same text gives the same module object within a process. Several
-    processes may call this at once: one generates, the others wait.
+    processes may call this at once: one generates, the others wait. Tuned tables that are shipped for a spec of this
+    name come along; the package uses those that were measured with its kernels.
 
     Args:
         spec: a Spec, the path of a spec's file, or the name of a shipped spec.
@@ -45,6 +46,7 @@ def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
     package = cache_dir() / "packages" / key / loaded.name
     if not package.is_dir():
         _generate_into(package, loaded)
+    _bring_tuned(package)
     return import_package(package, module_name)
 
 
@@ -56,6 +58,25 @@ def _digest(files: dict[str, str]) -> str:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()[:12]
+
+
+def _bring_tuned(package: Path) -> None:
+    """Lay the shipped tuned tables of the spec beside the package, as they are today."""
+    shipped = tuned_dir(package.name)
+    if shipped is None:
+        return
+    for table in sorted(shipped.glob("*.json")):
+        target = package / "tuned" / table.name
+        text = table.read_bytes()
+        if target.is_file() and target.read_bytes() == text:
+            continue
+        target.parent.mkdir(exist_ok=True)
+        # Replaced in one step, as another process may be reading it.
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{table.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
 
 
 def _generate_into(package: Path, spec: Spec) -> None:

@@ -87,3 +87,20 @@ def test_the_cache_is_the_user_s_unless_the_environment_says_otherwise(cache, mo
     monkeypatch.delenv("NSA_GEN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "xdg"))
     assert cache_dir() == cache / "xdg" / "nsa_gen"
+
+
+def test_shipped_tables_come_along_and_are_kept_up_to_date(cache, own_spec, tmp_path, monkeypatch):
+    from nsa_gen import loading
+
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(loading, "tuned_dir", lambda name: shipped if name.startswith("own_") else None)
+    table = shipped / "nvidia_h100.json"
+    table.write_text("first")
+    package = Path(nsa_gen.load(own_spec).__file__).parent
+    assert (package / "tuned" / "nvidia_h100.json").read_text() == "first"
+    table.write_text("second")
+    sys.modules.pop(next(name for name in sys.modules if own_spec.parent.name.replace("-", "_") in name))
+    nsa_gen.load(own_spec)
+    assert [path.name for path in (package / "tuned").iterdir()] == ["nvidia_h100.json"]
+    assert (package / "tuned" / "nvidia_h100.json").read_text() == "second"

@@ -161,6 +161,11 @@ class _Runner:
     errors: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def latest(self) -> dict[str, float] | None:
+        """Milliseconds of its last sample; None once it is out."""
+        return self.samples[-1].ms if self.passes and self.samples else None
+
     def sample(self, clock: Clock) -> _Sample:
         """One forward and one backward. An error of the backward ends the backwards alone."""
         assert self.prepared is not None
@@ -191,7 +196,9 @@ class _Runner:
 
     def result(self) -> Measurement:
         timings = {
-            name: _timing([s.ms[name] for s in self.samples], max(s.peaks[name] for s in self.samples), self.graphs)
+            name: _timing(
+                [s.ms[name] for s in self.samples], max(s.peaks.get(name, 0) for s in self.samples), self.graphs
+            )
             for name in self.passes
             if self.samples and name not in self.errors and all(name in s.ms for s in self.samples)
         }
@@ -208,6 +215,9 @@ def race(
     seconds: float = 4.0,
     clock: Clock | None = None,
     announce: Callable[[str], None] = lambda name: None,
+    graph_below_ms: float = GRAPH_BELOW_MS,
+    earlier: Sequence[Sequence[dict[str, float] | None]] = (),
+    hear: Callable[[list[dict[str, float] | None]], None] = lambda times: None,
 ) -> list[Measurement]:
     """Time contenders in turn on the same inputs: warm-up of each, then rounds of all.
 
@@ -215,6 +225,17 @@ def race(
     tried; one that raises is left out of the rounds and keeps its error. `announce` is called with a contender's name
     each time before anything of it runs. A backward follows the forward it belongs to, as in training; with `passes`
     of "forward" alone nothing is kept for it.
+
+    Args:
+        contenders: what is timed.
+        spec, inputs: what they are prepared for.
+        passes: names of PASSES.
+        seconds: time for the rounds.
+        clock: the device's; a `CudaClock` if None.
+        announce: hears of each contender before it runs.
+        graph_below_ms: passes quicker than this are timed as replays of a CUDA graph.
+        earlier: rounds of the same race that was interrupted, milliseconds by pass a contender, which count.
+        hear: hears of each round's times as it ends, in the same form.
 
     Raises:
         DeviceLost: a contender's error outlived it.
@@ -226,18 +247,20 @@ def race(
     runners = [_Runner(each, () if refusals[each.name] else timed_passes, refusals[each.name]) for each in contenders]
     for runner in (runner for runner in runners if runner.passes):
         announce(runner.contender.name)
-        _guarded(runner, runners, clock, partial(_warm_up, runner, spec, inputs, clock))
+        _guarded(runner, runners, clock, partial(_warm_up, runner, spec, inputs, clock, graph_below_ms))
     timed = [runner for runner in runners if runner.passes and runner.samples[-1].seconds <= SLOW_SECONDS]
     for runner in (runner for runner in runners if runner.passes and runner not in timed):
         runner.notes.append("one sample after warm-up: it is slow")
     round_seconds = sum(runner.samples[-1].seconds for runner in timed)
     repeats = min(REPEATS[1], max(REPEATS[0], int(seconds / max(round_seconds, 1e-6))))
-    for runner in timed:
-        runner.samples = []
-    for _ in range(repeats if timed else 0):
+    for number, runner in enumerate(runners):
+        if runner in timed:
+            runner.samples = [_Sample(dict(ms), {}) for times in earlier if (ms := times[number]) is not None]
+    for _ in range(repeats - len(earlier) if timed else 0):
         for runner in [runner for runner in timed if runner.passes]:
             announce(runner.contender.name)
             _guarded(runner, runners, clock, partial(_add_sample, runner, clock))
+        hear([runner.latest if runner in timed else None for runner in runners])
     return [runner.result() for runner in runners]
 
 
@@ -245,13 +268,13 @@ def _add_sample(runner: _Runner, clock: Clock) -> None:
     runner.samples.append(runner.sample(clock))
 
 
-def _warm_up(runner: _Runner, spec: Spec, inputs: Inputs, clock: Clock) -> None:
+def _warm_up(runner: _Runner, spec: Spec, inputs: Inputs, clock: Clock, graph_below_ms: float) -> None:
     runner.prepared = runner.contender.prepare(spec, inputs)
     runner.notes.append(runner.prepared.note)
     for _ in range(WARM_UP):
         runner.samples = [runner.sample(clock)]
     runner.peaks = runner.samples[-1].peaks
-    if min(runner.samples[-1].ms.values()) < GRAPH_BELOW_MS:
+    if min(runner.samples[-1].ms.values()) < graph_below_ms:
         try:
             with runner.prepared.within():
                 runner.graphs = Graphs.capture(runner.prepared, "backward" in runner.passes)

@@ -60,7 +60,7 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # no
         show(Text(f"Nothing is tuned in {Store().root}. To tune: nsa-gen tune SPEC"))
         return
     rows = [_listed(entry) for _, entry in found]
-    columns = ("spec", "GPU", ">tokens", ">batch", "packed", ">gain", "changed", "kernels", "tuned with")
+    columns = ("spec", "GPU", ">tokens", ">batch", "calls", ">gain", "changed", "kernels", "tuned with")
     show(Table(columns, rows), Text(f"In {Store().root}."))
 
 
@@ -72,7 +72,7 @@ def _listed(entry: Entry) -> tuple[str, ...]:
         identity.gpu,
         str(identity.bucket.tokens),
         str(identity.bucket.batch),
-        "packed" if identity.bucket.packed else "",
+        "packed" if identity.bucket.packed else "decode" if identity.bucket.decode else "",
         f"{gain:.2f}x" if isinstance(gain, int | float) else "",
         str(len(entry.configs)),
         identity.kernels,
@@ -86,6 +86,7 @@ def why(
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Key tokens of the call.")] = 8192,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences of the call.")] = 1,
     packed: Annotated[bool, typer.Option("--packed", help="The call is of packed sequences.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="The call decodes; N is the cache's capacity.")] = False,
     gpu: Annotated[
         str | None,
         typer.Option(metavar="NAME", help='The GPU, such as "NVIDIA H100 80GB HBM3".', show_default="this machine's"),
@@ -105,11 +106,13 @@ def why(
       nsa-gen cache why llama3_8b --tokens 8192
     """
     loaded = read_spec(spec, as_json=as_json)
+    if decode and "decode" not in loaded.passes:
+        raise typer.BadParameter(f"--decode: the spec has no decode pass; it has {', '.join(loaded.passes)}")
     from nsa_gen.tuning.cache import why as explain
     from nsa_gen.tuning.shapes import Bucket
 
     try:
-        bucket = Bucket.of(tokens, batch, packed)
+        bucket = Bucket.of(tokens, batch, packed, decode)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     folder = (package if package is not None else Path("generated") / loaded.name) / "tuned"
@@ -277,5 +280,10 @@ def _is_stale(entry: Entry) -> bool:
     from nsa_gen.spec import load_spec, shipped_specs
     from nsa_gen.tuning.identity import kernels_of
 
-    name = entry.identity.spec
-    return name in shipped_specs() and kernels_of(render(load_spec(name))) != entry.identity.kernels
+    name, decode = entry.identity.spec, entry.identity.bucket.decode
+    if name not in shipped_specs():
+        return False
+    spec = load_spec(name)
+    if decode and "decode" not in spec.passes:
+        return True
+    return kernels_of(render(spec), decode=decode) != entry.identity.kernels

@@ -20,8 +20,8 @@ from nsa_gen.cli.common import (
     progress_bar,
     read_spec,
     require_lengths,
-    require_passes,
     show,
+    split_list,
     stop,
 )
 
@@ -50,6 +50,16 @@ def require_seconds(text: str | None) -> float | None:
     return float(found[1]) * _UNITS[found[2] or "s"]
 
 
+def require_tuned_passes(values: list[str]) -> list[str]:
+    """Split `forward,backward,decode`, and refuse what is no pass; in the order in which they are tuned."""
+    known = ("forward", "backward", "decode")
+    named = split_list(values)
+    for name in named:
+        if name not in known:
+            raise typer.BadParameter(f"expected some of {', '.join(known)}, got {name!r}")
+    return [name for name in known if name in named]
+
+
 def tune(
     spec: SpecArgument,
     shapes: Annotated[
@@ -61,11 +71,19 @@ def tune(
             show_default="8192,65536",
         ),
     ] = [],  # noqa: B006  typer copies it
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences of a call.")] = 1,
+    batch: Annotated[
+        list[str],
+        typer.Option(metavar="N[,N]", callback=require_lengths, help="Sequences of a call.", show_default="1"),
+    ] = [],  # noqa: B006
     packed: Annotated[bool, typer.Option("--packed", help="Calls of packed sequences, N tokens in all.")] = False,
     passes: Annotated[
         list[str],
-        typer.Option(metavar="NAMES", callback=require_passes, help="Passes to tune.", show_default="the spec's"),
+        typer.Option(
+            metavar="NAMES",
+            callback=require_tuned_passes,
+            help="Passes to tune; decode is tuned where it is named.",
+            show_default="the spec's without decode",
+        ),
     ] = [],  # noqa: B006
     effort: Annotated[EffortName, typer.Option(help="How many candidates, and how long they are timed.")] = (
         EffortName.default
@@ -98,6 +116,7 @@ def tune(
     Example:
       nsa-gen tune llama3_8b --budget 5m
       nsa-gen tune llama3_8b --shapes 8192,65536 --out generated/llama3_8b/tuned
+      nsa-gen tune llama3_8b --passes decode --shapes 65536 --batch 1,32
       nsa-gen tune llama3_8b --dry-run --gpu h100
     """
     seconds = require_seconds(budget)
@@ -108,7 +127,7 @@ def tune(
     os.environ.pop("TRITON_INTERPRET", None)
     settings: dict[str, Any] = {
         "shapes": tuple(shapes) or (8192, 65536),
-        "batch": batch,
+        "batch": tuple(batch) or 1,
         "packed": packed,
         "passes": tuple(passes) or None,
         "effort": effort.value,
@@ -160,8 +179,14 @@ def _tools() -> Tools:
 
 
 def _require_gpu() -> None:
-    """Refuse to tune where torch sees no GPU, in a process of its own so that this one stays without a driver."""
+    """Refuse to tune where torch sees no GPU, in a process of its own so that this one stays without a driver.
+
+    Where there is a GPU's device file nobody is asked: if torch does not see it, the measuring process will say so.
+    """
     import subprocess
+
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
+        return
 
     program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode:

@@ -16,10 +16,19 @@ MOST_LISTED = 20
 def report_blocks(report: TuneReport) -> list[Block]:
     """Stage 0 for a dry run; else the results, what was quarantined, and where everything is."""
     if report.device is None:
-        return [
+        blocks = [
             *_stage0(report),
             Text(f"{report.name} for {report.target}: {report.seconds:.0f} s; nothing was timed."),
         ]
+        if (expected := report.expected) is not None:
+            blocks.append(
+                Text(
+                    f"Tuning it would take about {expected.wall_seconds:.0f} s: compiling, "
+                    f"{expected.compile_seconds:.0f} s over {expected.jobs} processes, and "
+                    f"{expected.gpu_seconds:.0f} s on the GPU."
+                )
+            )
+        return blocks
     blocks: list[Block] = [Heading(f"{report.name} on {report.device.name}")]
     blocks += [block for result in report.results for block in _result(result)]
     if report.wrong:

@@ -20,8 +20,11 @@ _O_ROW = s.B * s.Hq * s.Dv * s.E
 _ROW_BYTES = (s.Dk + s.Dv) * s.E
 #: Shared memory of one stage of keys and values, and depth of the pipeline.
 _KV_TILE = s.KEY_BLOCK * QK_V * s.E * s.NUM_STAGES
-#: Programs a multiprocessor should be given, so that loads of some hide the waiting of others.
-_PROGRAMS_CHOICES = (8, 4, 2, 1)
+#: Programs a multiprocessor is given. Two fit at the registers that products of 16 rows take, so that two are one wave:
+#: fewer leave loads waiting, more leave parts to be merged and a last wave that is not full.
+_PROGRAMS_CHOICES = (1, 2, 3, 4, 8)
+_LIST_REGISTERS = 6500
+_WAVES = 1 / (2 * _PROGRAMS) + _PROGRAMS / 8
 
 
 def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
@@ -152,16 +155,16 @@ def _decode_compressed(spec: Spec) -> Kernel:
         schedule="split over the compressed blocks",
         tunables=(
             _key_tiles(spec, least),
-            Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]),
+            Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES),
             *launch((4, 8), (1, 2, 3)),
         ),
         constraints=(),
         resources=Resources(
             shared_memory=_KV_TILE + 16 * QK_V * s.E,
-            registers=64 * (s.PAD_V + 2 * s.KEY_BLOCK) / 2 + s.KEY_BLOCK * s.PAD_V / 4,
+            registers=48 * (s.PAD_V + 2 * s.KEY_BLOCK) + s.KEY_BLOCK * s.PAD_V / 2,
             flops=2 * keys * s.SELECTED_ROWS * QK_V,
-            # Memory is what it waits for: more programs, larger tiles and a deeper pipeline keep more loads in flight.
-            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + 1 / _PROGRAMS + 1 / (4 * s.NUM_STAGES)) + importance,
+            # Memory is what it waits for: larger tiles and a deeper pipeline keep more loads in flight.
+            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)) + importance,
             streamed=s.KEY_BLOCK,
             height=sympy.Integer(64),
         ),
@@ -211,15 +214,15 @@ def _decode_attend(spec: Spec) -> Kernel:
         direction="decode",
         purpose="selected and window attention, and the sum of the branches",
         schedule="split over tiles of keys; the last program merges the parts",
-        # Products of 16 rows: every warp computes all of them, so more warps gain nothing.
-        tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES[::-1]), *launch((4,), (1, 2))),
-        constraints=(),
+        tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES), *launch((4,), (1, 2, 3))),
+        # Products of 64 rows run on while the next tile is loaded, and values are read twice in a step: no pipeline.
+        constraints=(sympy.Or(sympy.Lt(s.SELECTED_ROWS, 64), sympy.Le(s.NUM_STAGES, 1)),),
         resources=Resources(
             shared_memory=_KV_TILE,
-            # Addresses and values of a tile beside two accumulators, which every warp holds.
-            registers=s.SELECTED_ROWS * 2 * s.PAD_V + 3 * s.KEY_BLOCK * QK_V / 2,
+            # Two accumulators, addresses of a tile, and what the list of blocks and the merge take.
+            registers=s.SELECTED_ROWS * 2 * s.PAD_V + s.KEY_BLOCK * QK_V / 2 + _LIST_REGISTERS,
             flops=2 * keys * s.SELECTED_ROWS * QK_V,
-            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + 1 / _PROGRAMS + _PROGRAMS / 16),
+            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)),
             streamed=s.KEY_BLOCK,
             height=sympy.Integer(64),
         ),

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nsa_gen.lowering.heads import HeadDim
     from nsa_gen.lowering.overlap import Overlap
+    from nsa_gen.lowering.program import Kernel
     from nsa_gen.spec import Spec
 
 #: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
 _MOST_POOLED_ELEMENTS = 32
-#: Floats of the parts of one row that are merged at once.
+#: Floats of parts that are merged at once.
 _MERGED_FLOATS = 8192
 _FEWEST_ROWS = 16
 
@@ -58,6 +59,8 @@ class InferenceProgram:
         selects: bool
         combined: bool
         raw_names: tuple[str, ...]
+
+        def kernel(self, name: str) -> Kernel: ...
 
         def kv(self, branch: str) -> tuple[str, str]: ...
 
@@ -132,6 +135,12 @@ class InferenceProgram:
         return self.free_blocks > 0
 
     @property
+    def largest_share(self) -> int:
+        """Most selection blocks that one program ranks."""
+        (tiles,) = (each for each in self.kernel("decode_select").tunables if each.name == "BLOCK_TILE")
+        return tiles.values[-1]
+
+    @property
     def decode_shares(self) -> bool:
         """Selection and window read the same keys, so that a tile of both is loaded once."""
         return self.spec.selection is not None and self.spec.window is not None and self.spec.kv == "shared"
@@ -169,6 +178,11 @@ class InferenceProgram:
         """Compressed blocks looked at before a tile: a product takes sixteen at least."""
         assert self.overlap is not None
         return max(_FEWEST_ROWS, _power_of_two(-self.overlap.first))
+
+    @property
+    def merged_floats(self) -> int:
+        """Floats of parts that one program merges at once."""
+        return _MERGED_FLOATS
 
     @property
     def most_compressed_splits(self) -> int:

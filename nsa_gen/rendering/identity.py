@@ -22,23 +22,25 @@ TUNED_SCHEMA = 1
 MEASUREMENT = "interleaved-1"
 """Version of how times are taken; to be raised when those of before can no longer be compared."""
 
-_ROOT = "attention.py"
+ATTENTION, DECODE = "attention.py", "decode.py"
+"""Modules that launch what is tuned: forward and backward, and decode. What they import counts with them."""
 _NOT_CODE = ("configs", "launch", "lookup")
 _DIGITS = 12
 
 
-def kernels_digest(files: Mapping[str, str]) -> str:
-    """Twelve hex digits of the code that runs: `attention.py` and every module it imports, directly or not.
+def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
+    """Twelve hex digits of the code that runs: a root module and every module it imports, directly or not.
 
     `configs.py` and `lookup.py` are left out, which only choose numbers, and `launch.py`, which runs on the host alone;
-    so is what `attention.py` does not need, such as the checks of arguments. Of each module, what counts is its text
-    without comments, docstrings and blank lines.
+    so is what the root does not need, such as the checks of arguments. Of each module, what counts is its text without
+    comments, docstrings and blank lines.
 
     Args:
         files: modules of a package by file name; those that are not Python are ignored.
+        root: ATTENTION or DECODE.
     """
     found: set[str] = set()
-    waiting = [_ROOT]
+    waiting = [root]
     while waiting:
         name = waiting.pop()
         if name in found or name not in files:
@@ -51,13 +53,16 @@ def kernels_digest(files: Mapping[str, str]) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def space_digest(program: Program) -> str:
-    """Twelve hex digits of what may be tuned: kernels and schedules, their tunables with values, and constraints."""
+def space_digest(program: Program, root: str = ATTENTION) -> str:
+    """Twelve hex digits of what may be tuned: kernels and schedules, their tunables with values, and constraints.
+
+    Of decode there are its own kernels and no schedules, of the rest all others.
+    """
     lines = []
-    for kernel in program.kernels:
+    for kernel in (each for each in program.kernels if (each.direction == "decode") == (root == DECODE)):
         rules = sorted(str(rule) for rule in kernel.constraints)
         lines.append(f"{kernel.name} {[(each.name, each.values) for each in kernel.tunables]} {rules}")
-    for schedule in program.schedules:
+    for schedule in program.schedules if root == ATTENTION else ():
         lines.append(f"{schedule.name} {[(each.name, each.values) for each in schedule.tunables]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
 

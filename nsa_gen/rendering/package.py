@@ -15,7 +15,7 @@ from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering.environment import environment
-from nsa_gen.rendering.identity import LOOKUP, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
+from nsa_gen.rendering.identity import DECODE, LOOKUP, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
 from nsa_gen.rendering.literals import docstring_text, python_literal
 from nsa_gen.spec import Spec, load_spec
 
@@ -43,6 +43,8 @@ def render(spec: Spec) -> dict[str, str]:
         "tuned_schema": TUNED_SCHEMA,
         "measurement": MEASUREMENT,
         "space_digest": space_digest(program),
+        "decode_space_digest": space_digest(program, DECODE),
+        "multiprocessors": {target: gpu_for_target(target).sm_count for target in TARGETS},
         "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
         "explanation": _explanation(program),
         "summary": docstring_text(f"{spec.name}: {spec.description or 'native sparse attention'}"),
@@ -51,6 +53,7 @@ def render(spec: Spec) -> dict[str, str]:
     for name in _modules(program):
         if name == LOOKUP:  # it names the digest of the others, so it comes last
             context["kernels_digest"] = kernels_digest(files)
+            context["decode_kernels_digest"] = kernels_digest(files, DECODE)
         text = environment().get_template(f"package/{name}.jinja").render(context)
         files[name] = _tidy(_typed(text, context["header"]))
     files["spec.yaml"] = f"{_header(spec)}\n{spec.resolved_yaml()}"

@@ -133,7 +133,9 @@ def _do_candidate(
 ) -> dict[str, Any]:
     """Compile one kernel with other tiles than its table's, for every call that is listed, equal code once.
 
-    Calls are {"tokens": ..., "batch": ..., "packed": ...}; a trace launches the kernels of every schedule.
+    Calls are {"tokens": ..., "batch": ..., "packed": ...}; a trace launches the kernels of every schedule. Those of
+    decode have "new_tokens" in place of "packed". The digest is that of the machine code and of the grids, as some
+    tunables are nothing but a number of programs.
     """
     import triton
 
@@ -143,25 +145,38 @@ def _do_candidate(
     if state.package is None:
         state.package = _import_package(state.package_dir)
     name = state.package.__name__
-    ops, configs = (importlib.import_module(f"{name}.{module}") for module in ("ops", "configs"))
+    configs = importlib.import_module(f"{name}.configs")
     gpu = gpu_for_target(target)
     wanted: dict[str, Specialization] = {}
+    grids = []
     with configs.use_target(target), configs.override(kernel, **config):
         for call in calls:
             with record_launches() as launches:
-                ops.trace(**call, device="meta", passes=state.passes)
-            mine = (launch for launch in launches if launch.kernel.__name__ == f"{kernel}_kernel")
+                _trace_call(state, name, call)
+            mine = [launch for launch in launches if launch.kernel.__name__ == f"{kernel}_kernel"]
+            grids.append([launch.grid for launch in mine])
             for one in (specialize(launch, gpu) for launch in mine):
                 wanted[one.key] = one
     if not wanted:
         raise RuntimeError(f"{kernel}: no call launches it")
     start = time.perf_counter()
-    binaries, digest = [], hashlib.sha256()
+    binaries, digest = [], hashlib.sha256(str(grids).encode())
     for one in wanted.values():
         compiled = triton.compile(one.source, target=one.target, options=one.options)
         binaries.append(dataclasses.asdict(read_resources(compiled, gpu)))
         digest.update(f"{one.options['num_warps']} ".encode() + compiled.kernel)
     return {"binaries": binaries, "digest": digest.hexdigest()[:16], "seconds": time.perf_counter() - start}
+
+
+def _trace_call(state: _State, name: str, call: dict[str, Any]) -> None:
+    """Launch what one call launches, on tensors without storage."""
+    if "new_tokens" in call:
+        inference = importlib.import_module(f"{name}.inference_ops")
+        calls = (call["new_tokens"],)
+        inference.trace(call["tokens"], call["batch"], "meta", calls=calls, page_sizes=(0,))
+        return
+    passes = tuple(each for each in state.passes if each != "decode")
+    importlib.import_module(f"{name}.ops").trace(**call, device="meta", passes=passes)
 
 
 def _whereabouts(state: _State, kernel: JITFunction) -> dict[str, str]:

@@ -21,6 +21,8 @@ CANDIDATE_SECONDS = 60.0
 """A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
 START_SECONDS = 180.0
 """What a process may take to import torch, and to draw inputs."""
+FIRST_PATIENCE = 3
+"""Times as long may the very first answer take: kernels with one configuration are compiled, launchers built."""
 MOST_STARTS = 3
 """Deaths in a row that no candidate can be blamed for, after which there is no going on."""
 
@@ -92,13 +94,18 @@ class Reading:
 
 @dataclass(frozen=True)
 class Race:
-    """Candidates to be timed in turn on the same inputs: a bucket, a kind of input, passes, seconds for the rounds."""
+    """Candidates to be timed in turn on the same inputs: a bucket, a kind of input, passes, seconds for the rounds.
+
+    With a `kernel`, what is timed is the call that launches it alone, on what the first candidate hands it within the
+    pass named, in place of whole passes.
+    """
 
     candidates: tuple[Candidate, ...]
     bucket: Bucket
     inputs: str
     passes: tuple[str, ...]
     seconds: float
+    kernel: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -108,12 +115,18 @@ class Race:
             "inputs": self.inputs,
             "passes": list(self.passes),
             "seconds": self.seconds,
+            "kernel": self.kernel,
         }
 
     @property
     def key(self) -> str:
         """Sixteen hex digits, equal exactly for equal races."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+Round = list[dict[str, float] | None]
+"""Milliseconds by pass of each candidate of a race in one round; None of one that is out."""
+Hear = Callable[[Round], None]
 
 
 class Backend(Protocol):
@@ -127,8 +140,11 @@ class Backend(Protocol):
         """What is wrong with a candidate's outputs and gradients at a ragged length, or ""."""
         ...
 
-    def race(self, race: Race) -> list[Reading]:
-        """Times of the candidates, in their order."""
+    def race(self, race: Race, earlier: Sequence[Round] = (), hear: Hear = lambda times: None) -> list[Reading]:
+        """Times of the candidates, in their order.
+
+        `earlier` rounds, of the same race interrupted, count; each further one is told to `hear` as it ends.
+        """
         ...
 
     def close(self) -> None:
@@ -155,6 +171,7 @@ class ProcessBackend:
         self._quarantine: dict[tuple[str, str], str] = {}
         self._second_chance: set[tuple[str, str]] = set()
         self._closed = False
+        self._settled = False
 
     def device(self) -> Device:
         for left in reversed(range(MOST_STARTS)):
@@ -173,9 +190,9 @@ class ProcessBackend:
         (answer,) = self._survive("check", (candidate,), bucket, {"bucket": bucket.to_json()})
         return answer.get("error", "")
 
-    def race(self, race: Race) -> list[Reading]:
+    def race(self, race: Race, earlier: Sequence[Round] = (), hear: Hear = lambda times: None) -> list[Reading]:
         rest = {name: value for name, value in race.to_json().items() if name != "candidates"}
-        answers = self._survive("race", race.candidates, race.bucket, rest)
+        answers = self._survive("race", race.candidates, race.bucket, rest, earlier, hear)
         return [Reading.from_json({"times": {}, **answer}) for answer in answers]
 
     def close(self) -> None:
@@ -183,7 +200,13 @@ class ProcessBackend:
         self._worker.close()
 
     def _survive(
-        self, do: str, candidates: Sequence[Candidate], bucket: Bucket, request: Mapping[str, Any]
+        self,
+        do: str,
+        candidates: Sequence[Candidate],
+        bucket: Bucket,
+        request: Mapping[str, Any],
+        earlier: Sequence[Round] = (),
+        hear: Hear = lambda times: None,
     ) -> list[dict[str, Any]]:
         """Ask about candidates until all are answered for, each with its answer or {"error": ...}."""
         places = [(bucket.name, each.key) for each in candidates]
@@ -191,13 +214,24 @@ class ProcessBackend:
             {"error": self._quarantine[place]} if place in self._quarantine else {} for place in places
         ]
         left = [number for number, place in enumerate(places) if place not in self._quarantine]
+        rounds = list(earlier)
         blameless = 0
+
+        def heard(said: dict[str, Any]) -> None:
+            times: Round = [None] * len(candidates)
+            for number, one in zip(left, said["round"], strict=True):
+                times[number] = one
+            rounds.append(times)
+            hear(times)
+
         while left:
-            asked = [candidates[number].configs for number in left]
+            asked = {"do": do, **request, "candidates": [candidates[number].configs for number in left]}
+            if do == "race":
+                asked["earlier"] = [[times[number] for number in left] for times in rounds]
+            patience = self._candidate_seconds * (1 if self._settled else FIRST_PATIENCE)
             try:
-                answer = self._worker.ask(
-                    {"do": do, **request, "candidates": asked}, self._start_seconds, self._candidate_seconds
-                )
+                answer = self._worker.ask(asked, self._start_seconds, patience, heard)
+                self._settled = True
             except WorkerDied as died:
                 if self._closed:
                     raise BackendLost("the measuring process was closed") from died

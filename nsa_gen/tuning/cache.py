@@ -90,7 +90,7 @@ def why(
         shipped: the package's `tuned` folder, if there is one.
         environment: where NSA_GEN_TUNED is read.
     """
-    wanted = Identity.of(lower(spec), kernels_of(render(spec)), device, bucket)
+    wanted = Identity.of(lower(spec), kernels_of(render(spec), decode=bucket.decode), device, bucket)
     explicit = environment.get("NSA_GEN_TUNED", "")
     if explicit == "off":
         return Explanation(wanted, note="NSA_GEN_TUNED=off: nothing is looked up, the cost model's choice is used")
@@ -207,7 +207,9 @@ def _refusal(entry: Entry, spec: Spec | None) -> str:
         return f"no spec named {identity.spec} is known; name its file after the FILE"
     program = lower(spec)
     device = Device(identity.gpu, identity.multiprocessors, identity.architecture)
-    wanted = Identity.of(program, kernels_of(render(spec)), device, identity.bucket)
+    if identity.bucket.decode and "decode" not in spec.passes:
+        return f"bucket: {spec.name} has no decode pass"
+    wanted = Identity.of(program, kernels_of(render(spec), decode=identity.bucket.decode), device, identity.bucket)
     if fatal := [each for each in differences(wanted, identity) if each.fatal]:
         return "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
     gpu = device.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,25 +41,32 @@ class Crew:
         """How many GPUs are left."""
         return len(self._backends)
 
-    def check(self, candidate: Candidate, bucket: Bucket) -> str:
-        """What is wrong with a candidate, or ""; asked once for each kind of call, whatever its length."""
-        kind = f"check {'packed' if bucket.packed else 'batched'} {min(bucket.batch, 2)} {candidate.key}"
+    def check(self, candidate: Candidate, bucket: Bucket, *, several: bool = False) -> str:
+        """What is wrong with a candidate, or ""; asked once for each kind of call, whatever its length.
+
+        `several` are configurations of several kernels checked at once: what is wrong is nobody's in particular.
+        """
+        calls = "decode" if bucket.decode else "packed" if bucket.packed else "batched"
+        kind = f"check {calls} {min(bucket.batch, 2)} {candidate.key}"
         known = self._journal.get(kind)
         if known is None:
             known = self._with_one(lambda backend: backend.check(candidate, bucket))
             self._journal.put(kind, "check", known)
-        if known:
+        if known and not several:
             self._put_away(bucket, candidate, known)
         return known
 
     def race(self, race: Race) -> list[Reading]:
-        """Times of candidates, in their order; each is a line of the journal."""
+        """Times of candidates, in their order; each is a line of the journal, and so is each round until then."""
         keys = [f"race {race.key} {number}" for number in range(len(race.candidates))]
         known = [self._journal.get(key) for key in keys]
         if all(answer is not None for answer in known):
             readings = [Reading.from_json(answer) for answer in known]
         else:
-            readings = self._with_one(lambda backend: backend.race(race))
+            rounds = f"rounds {race.key}"
+            earlier = self._journal.rounds(rounds)
+            keep = functools.partial(self._journal.add_round, rounds)
+            readings = self._with_one(lambda backend: backend.race(race, earlier, keep))
             for key, candidate, reading in zip(keys, race.candidates, readings, strict=True):
                 where = {"bucket": race.bucket.name, "inputs": race.inputs, "configs": candidate.configs}
                 self._journal.put(key, "time", reading.to_json(), **where)

@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from nsa_gen.bench.contenders import Operator, Prepared
-from nsa_gen.bench.measure import Clock, CudaClock, DeviceLost, Measurement, first_line, race
+from nsa_gen.bench.contenders import Contender, Operator, Prepared
+from nsa_gen.bench.measure import GRAPH_BELOW_MS, Clock, CudaClock, DeviceLost, Measurement, first_line, race
+from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
+from nsa_gen.tuning.decoding import DecodeInputs, DecodeStep, check_scenario, decode_inputs
 from nsa_gen.tuning.inputs import bucket_inputs
 from nsa_gen.tuning.lengths import check_tokens
 from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.solo import Call, NoLaunch, Solo, noted_launches
 from nsa_gen.tuning.store import Configs
 from nsa_gen.tuning.worker import Lost
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import References
+from nsa_gen.verification.inference import run_scenario
 from nsa_gen.verification.inputs import make_inputs
 from nsa_gen.verification.verify import check_case, environment
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
+    from nsa_gen.verification.report import Row
 
 FLUSHED_OVER_L2 = 2
 USUAL_L2_BYTES = 2**26
 """Taken for the L2 cache's size where the driver does not tell."""
+KEPT_SHARE = 0.4
+"""Of the GPU's memory, what torch's allocator may keep between candidates."""
+GRAPH_KERNELS_BELOW_MS = 1.0
+"""Kernels timed alone that are quicker are replayed as a graph: their launch would count as much as they do."""
+DECODE = "decode"
 
 
 class ColdClock(CudaClock):
-    """A clock that overwrites the L2 cache before each sample."""
+    """A clock that overwrites the L2 cache before each sample, and keeps memory that the next candidate will need."""
 
     def __init__(self) -> None:
         super().__init__()
-        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or USUAL_L2_BYTES
+        properties = torch.cuda.get_device_properties(0)
+        cache = getattr(properties, "L2_cache_size", 0) or USUAL_L2_BYTES
+        self._most_kept = KEPT_SHARE * properties.total_memory
         self._flushed = torch.empty(FLUSHED_OVER_L2 * cache, dtype=torch.uint8, device="cuda")
 
     def reset_peak(self) -> None:
         self._flushed.zero_()
         super().reset_peak()
+
+    def recover(self) -> None:
+        """Wait for the device. Memory is freed once much is kept: freeing it a candidate costs more than a race."""
+        torch.cuda.synchronize()
+        if torch.cuda.memory_reserved() > self._most_kept:
+            super().recover()
 
 
 class Tuned(Operator):
@@ -67,6 +87,11 @@ def overridden(package: Any, configs: Configs) -> Iterator[None]:
         yield
 
 
+def _renamed(ms: dict[str, float] | None, old: str, new: str, shares: float) -> dict[str, float] | None:
+    """Milliseconds with a pass under another name, where there is one, and its share of them."""
+    return ms if ms is None or not (old and new) else {new: ms[old] / shares}
+
+
 class GpuEngine:
     """Checks and times candidates on the current GPU. What is not overridden is the cost model's choice, always.
 
@@ -87,6 +112,8 @@ class GpuEngine:
         self._drawn_for: Bucket | None = None
         self._drawn: dict[str, Inputs] = {}
         self._checks: dict[str, tuple[Case, Inputs, References]] = {}
+        self._cache: DecodeInputs | None = None
+        self._noted: tuple[tuple[Any, ...], Call] | None = None
 
     def device(self) -> dict[str, Any]:
         gpu = self._package.configs.gpu_of(self._device)
@@ -106,33 +133,34 @@ class GpuEngine:
     def check(
         self, candidates: list[Configs], announce: Callable[[int], None], *, bucket: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Hold each candidate's outputs, gradients and selection against the oracle."""
-        case, inputs, references = self._check_of(Bucket.from_json(bucket))
-        return [
-            self._checked(number, configs, announce, case, inputs, references)
-            for number, configs in enumerate(candidates)
-        ]
+        """Hold each candidate's outputs, gradients and selection against the oracle; of decode, a scenario's steps."""
+        kind = Bucket.from_json(bucket)
+        answer = self._decode_check(kind) if kind.decode else self._operator_check(kind)
+        return [self._checked(number, configs, announce, answer) for number, configs in enumerate(candidates)]
+
+    def _decode_check(self, bucket: Bucket) -> Callable[[], list[Row]]:
+        scenario = check_scenario(check_tokens(self._spec), min(bucket.batch, 2), self._seed)
+        return partial(run_scenario, self._spec, self._package, scenario, self._device.type)
+
+    def _operator_check(self, bucket: Bucket) -> Callable[[], list[Row]]:
+        case, inputs, references = self._check_of(bucket)
+        return partial(
+            check_case,
+            self._package,
+            OracleParameters.from_spec(self._spec),
+            case,
+            inputs,
+            with_gradients="backward" in self._spec.passes,
+            references=references,
+        )
 
     def _checked(
-        self,
-        number: int,
-        configs: Configs,
-        announce: Callable[[int], None],
-        case: Case,
-        inputs: Inputs,
-        references: References,
+        self, number: int, configs: Configs, announce: Callable[[int], None], answer: Callable[[], list[Row]]
     ) -> dict[str, Any]:
         announce(number)
         try:
             with overridden(self._package, configs):
-                rows = check_case(
-                    self._package,
-                    OracleParameters.from_spec(self._spec),
-                    case,
-                    inputs,
-                    with_gradients="backward" in self._spec.passes,
-                    references=references,
-                )
+                rows = answer()
             self._clock.recover()
         except Exception as error:
             return {"error": self._survived(error)}
@@ -164,30 +192,94 @@ class GpuEngine:
         inputs: str,
         passes: list[str],
         seconds: float,
+        kernel: str = "",
+        earlier: Sequence[Sequence[dict[str, float] | None]] = (),
+        hear: Callable[[list[dict[str, float] | None]], None] = lambda times: None,
     ) -> list[dict[str, Any]]:
-        """Time candidates in turn, round after round."""
-        contenders = [Tuned(self._package, number, configs) for number, configs in enumerate(candidates)]
-        drawn = self._inputs(Bucket.from_json(bucket), inputs)
+        """Time candidates in turn, round after round; with a `kernel`, that kernel's call alone in place of a pass."""
+        kind = Bucket.from_json(bucket)
+        announce(0)
+        try:
+            drawn: Any = self._decoded(kind) if kind.decode else self._inputs(kind, inputs)
+            contenders = self._contenders(candidates, drawn, kind, inputs, kernel, passes)
+        except NoLaunch:
+            return [{"times": {}, "error": ""} for _ in candidates]
+        except Exception as error:
+            # The first candidate is what the others are compared with: without it there is no race.
+            return [{"times": {}, "error": "" if n else self._survived(error)} for n in range(len(candidates))]
+        # What is no whole forward or backward is timed as one, and has its own name outside.
+        alone, shares = passes[0] if kind.decode or kernel else "", drawn.layers if kind.decode else 1
         try:
             found = race(
                 contenders,
                 self._spec,
                 drawn,
-                passes=passes,
+                passes=("forward",) if alone else passes,
                 seconds=seconds,
                 clock=self._clock,
                 announce=lambda name: announce(int(name)),
+                graph_below_ms=0.0 if kind.decode else GRAPH_KERNELS_BELOW_MS if kernel else GRAPH_BELOW_MS,
+                earlier=[[_renamed(ms, alone, "forward", 1 / shares) for ms in times] for times in earlier],
+                hear=lambda times: hear([_renamed(ms, "forward", alone, shares) for ms in times]),
             )
         except DeviceLost as lost:
             announce(int(lost.contender))
             raise Lost(str(lost)) from lost
-        return [reading_of(each) for each in found]
+        return [reading_of(each, alone, shares) for each in found]
+
+    def _contenders(
+        self,
+        candidates: list[Configs],
+        drawn: Any,
+        bucket: Bucket,
+        inputs: str,
+        kernel: str,
+        passes: list[str],
+    ) -> list[Contender]:
+        within = [partial(overridden, self._package, configs) for configs in candidates]
+        if bucket.decode:
+            return [DecodeStep(drawn, number, each) for number, each in enumerate(within)]
+        if not kernel:
+            return [Tuned(self._package, number, configs) for number, configs in enumerate(candidates)]
+        call = self._call_of(kernel, candidates[0], bucket, inputs, drawn, backward="forward" not in passes)
+        return [Solo(self._package, number, call, each) for number, each in enumerate(within)]
+
+    def _call_of(
+        self, kernel: str, configs: Configs, bucket: Bucket, inputs: str, drawn: Inputs, *, backward: bool
+    ) -> Call:
+        """The call that launches a kernel, as a whole pass under the configurations makes it; the last one is kept."""
+        key = (kernel, json.dumps(configs, sort_keys=True), bucket, inputs)
+        if self._noted is not None and self._noted[0] == key:
+            return self._noted[1]
+        self._noted = None
+        prepared = Tuned(self._package, 0, configs).prepare(self._spec, drawn)
+        module = lower(self._spec).kernel(kernel).module
+        with prepared.within(), noted_launches(self._package, module, kernel) as noted:
+            with torch.set_grad_enabled(backward):
+                o = prepared.call()
+            if backward:
+                torch.autograd.grad(o, prepared.leaves, prepared.do, allow_unused=True)
+        if not noted:
+            raise NoLaunch(f"{kernel} is not launched")
+        self._noted = key, noted[0]
+        return noted[0]
+
+    def _decoded(self, bucket: Bucket) -> DecodeInputs:
+        """The cache of a bucket of decode; that of the last one is kept."""
+        if bucket != self._drawn_for or self._cache is None:
+            self._forget(bucket)
+            self._cache = decode_inputs(self._spec, self._package, bucket, device=self._device, seed=self._seed)
+        return self._cache
+
+    def _forget(self, bucket: Bucket) -> None:
+        """Give back what belongs to the bucket before."""
+        self._drawn_for, self._drawn, self._cache, self._noted = bucket, {}, None, None
+        self._clock.recover()
 
     def _inputs(self, bucket: Bucket, kind: str) -> Inputs:
         """The inputs of a bucket; those of the last one are kept."""
         if bucket != self._drawn_for:
-            self._drawn_for, self._drawn = bucket, {}
-            self._clock.recover()
+            self._forget(bucket)
         if kind not in self._drawn:
             self._drawn[kind] = bucket_inputs(self._spec, bucket, kind, device=self._device, seed=self._seed)  # type: ignore[arg-type]
         return self._drawn[kind]
@@ -202,10 +294,15 @@ class GpuEngine:
         return reason
 
 
-def reading_of(found: Measurement) -> dict[str, Any]:
-    """A measurement as an answer: times by pass, or the error."""
+def reading_of(found: Measurement, alone: str = "", shares: int = 1) -> dict[str, Any]:
+    """A measurement as an answer: times by pass, or the error. What was timed `alone` has its name and its share."""
     times = {
-        name: {"median": each.median_ms, "low": each.low_ms, "high": each.high_ms, "repeats": each.repeats}
+        alone or name: {
+            "median": each.median_ms / shares,
+            "low": each.low_ms / shares,
+            "high": each.high_ms / shares,
+            "repeats": each.repeats,
+        }
         for name, each in found.timings.items()
     }
     return {"times": {} if found.problem else times, "error": found.problem}

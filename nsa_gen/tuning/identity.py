@@ -11,7 +11,7 @@ from typing import Any
 
 from nsa_gen.hardware import GPUS, Gpu, gpu_for_device
 from nsa_gen.lowering import Program
-from nsa_gen.rendering.identity import LOOKUP, MEASUREMENT, space_digest
+from nsa_gen.rendering.identity import ATTENTION, DECODE, LOOKUP, MEASUREMENT, space_digest
 from nsa_gen.tuning.shapes import Bucket
 
 
@@ -79,7 +79,7 @@ class Identity:
         return cls(
             spec.name,
             kernels,
-            space_digest(program),
+            space_digest(program, DECODE if bucket.decode else ATTENTION),
             spec.dtype,
             MEASUREMENT,
             device.name,
@@ -108,7 +108,9 @@ class Identity:
                 try:
                     value = Bucket.from_json(value)
                 except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"identity.bucket: expected tokens, batch and packed, got {value!r}") from error
+                    raise ValueError(
+                        f"identity.bucket: expected tokens, batch, packed and decode, got {value!r}"
+                    ) from error
             elif not isinstance(value, int if each.name == "multiprocessors" else str):
                 raise ValueError(f"identity.{each.name}: got {value!r}")
             found[each.name] = value
@@ -187,9 +189,14 @@ def drifted(now: Device, made_with: Provenance) -> list[Difference]:
     ]
 
 
-def kernels_of(files: dict[str, str]) -> str:
-    """The digest of its kernels that a rendered package carries."""
-    found = re.search(r'^KERNELS = "(\w+)"$', files[LOOKUP], flags=re.MULTILINE)
+def kernels_of(files: dict[str, str], *, decode: bool = False) -> str:
+    """The digest of its kernels, or of those of decode, that a rendered package carries.
+
+    Raises:
+        ValueError: it has none, as a package without decode has none of decode.
+    """
+    name = "DECODE_KERNELS" if decode else "KERNELS"
+    found = re.search(rf'^{name} = "(\w+)"$', files[LOOKUP], flags=re.MULTILINE)
     if found is None:
-        raise ValueError(f"{LOOKUP}: expected a line KERNELS = ..., found none")
+        raise ValueError(f"{LOOKUP}: expected a line {name} = ..., found none")
     return found[1]

@@ -1,7 +1,8 @@
 """Everything a tuning has found, on disk as soon as it is found: JSON lines, which an interrupted run resumes from.
 
 The first line says what is tuned on what. Each further line answers one question the search may ask; a search that is
-run again asks the same questions in the same order, and gets the answers from here as far as they go.
+run again asks the same questions in the same order, and gets the answers from here as far as they go. Rounds of a race
+are lines too, so that one which is interrupted goes on with those that are left.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Journal:
         self._lock = threading.Lock()
         self._file: IO[str] | None = None
         self._answers: dict[str, Any] = {}
+        self._rounds: dict[str, list[Any]] = {}
         self._heading = json.loads(json.dumps(dict(heading)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,16 @@ class Journal:
             self._answers[key] = answer
             self._write({"key": key, "kind": kind, **more, "answer": answer})
 
+    def rounds(self, key: str) -> list[Any]:
+        """Rounds of a race that an earlier run has come to."""
+        return list(self._rounds.get(key, ()))
+
+    def add_round(self, key: str, times: Any) -> None:
+        """Keep the times of a round, on disk before this returns."""
+        with self._lock:
+            self._rounds.setdefault(key, []).append(times)
+            self._write({"round": key, "times": times})
+
     def close(self) -> None:
         """End writing."""
         if self._file is not None:
@@ -71,6 +83,9 @@ class Journal:
         same = heading.get("journal") == JOURNAL_SCHEMA and heading.get("heading") == self._heading
         if resume and same:
             self._answers = {line["key"]: line["answer"] for line in lines[1:] if "key" in line and "answer" in line}
+            for line in lines[1:]:
+                if "round" in line and "times" in line:
+                    self._rounds.setdefault(line["round"], []).append(line["times"])
             self.resumed = len(self._answers)
             _cut_ragged_end(self.path)
             return

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LOST_STATUS = 3
@@ -32,7 +32,7 @@ class WorkerDied(RuntimeError):
 class WorkerProcess:
     """A process that answers a request a line: JSON lines in, JSON lines out.
 
-    Before its answer it may write any number of `{"now": candidate}`, of which each is a sign of life.
+    Before its answer it may write any number of `{"now": candidate}` and `{"round": times}`, each a sign of life.
     """
 
     def __init__(self, command: Sequence[str], opening: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -46,13 +46,20 @@ class WorkerProcess:
         """The process's number while there is one."""
         return None if self._process is None else self._process.pid
 
-    def ask(self, request: Mapping[str, Any], start_seconds: float, candidate_seconds: float) -> dict[str, Any]:
+    def ask(
+        self,
+        request: Mapping[str, Any],
+        start_seconds: float,
+        candidate_seconds: float,
+        heard: Callable[[dict[str, Any]], None] = lambda said: None,
+    ) -> dict[str, Any]:
         """Send a request and return its answer.
 
         Args:
             request: what to send.
             start_seconds: silence allowed until the first candidate is begun.
             candidate_seconds: silence allowed after each.
+            heard: is called with each round's times.
 
         Raises:
             WorkerDied: it ended, or was silent for too long and has been ended.
@@ -71,6 +78,8 @@ class WorkerProcess:
                 said = json.loads(line)
                 if "now" in said:
                     candidate = said["now"]
+                elif "round" in said:
+                    heard(said)
                 elif "lost" in said:
                     lost = said["lost"]
                 else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsa_gen.tuning.estimate import Estimate
 from nsa_gen.tuning.identity import Device
 from nsa_gen.tuning.shapes import Bucket
 from nsa_gen.tuning.stage0 import Selection
@@ -50,7 +51,7 @@ class TuneReport:
     """Everything a tuning found.
 
     `selections` is what stage 0 left, by bucket; `quarantined` maps candidates to the reason they failed. `device` is
-    None where nothing was measured (`--dry-run`).
+    None where nothing was measured (`--dry-run`), and `expected` then says how long measuring would take.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TuneReport:
     resumed: int = 0
     journal: Path | None = None
     seconds: float = 0.0
+    expected: Estimate | None = None
 
     @property
     def wrong(self) -> dict[str, str]:
@@ -87,6 +89,7 @@ class TuneReport:
             "resumed": self.resumed,
             "journal": None if self.journal is None else str(self.journal),
             "seconds": round(self.seconds, 1),
+            "expected": None if self.expected is None else self.expected.to_json(),
             "stage0": {
                 bucket.name: [each.to_json() for each in selections] for bucket, selections in self.selections.items()
             },

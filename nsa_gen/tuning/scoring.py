@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nsa_gen.tuning.backend import Reading
 
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The search for one bucket: schedules sketched, each kernel by itself, schedules against each other, and a final.
 
-Every time is that of whole passes, because a kernel's tiles decide what others have to do (partial sums, index build,
-merges). Every race has the default in it, interleaved, and what counts is the ratio to it.
+Schedules, and all of decode, are timed as whole passes, because they decide what others have to do (partial sums, index
+build, merges). A kernel of the forward or backward is timed by the call that launches it, and what it gains has to show
+in the whole passes of the final. Every race has the default in it, interleaved, and what counts is the ratio to it.
 """
 
 from __future__ import annotations
@@ -22,23 +23,40 @@ from nsa_gen.tuning.store import Configs
 
 HOPELESS = 1.5
 """A schedule this much slower than the best with the default's tiles is not looked into."""
-FINALISTS = 8
+KEPT_SHARE = 3
+"""One of so many candidates of a kernel goes on from the short race to the longer one, and two at least."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried: candidates a kernel, seconds of a race's rounds, of the final's, and how many sweeps."""
+    """How much is tried.
+
+    Attributes:
+        name: of EFFORTS.
+        candidates: compiled of a kernel, at most.
+        seconds: of a race's rounds.
+        final_seconds: of the final's rounds.
+        finalists: besides the default.
+        sweeps: over the kernels.
+        every_kind: races before the final are held on every kind of input.
+    """
 
     name: str
     candidates: int
     seconds: float
     final_seconds: float
+    finalists: int = 8
     sweeps: int = 1
+    every_kind: bool = True
 
 
 EFFORTS = {
     each.name: each
-    for each in (Effort("quick", 5, 0.4, 2.0), Effort("default", 10, 0.8, 5.0), Effort("thorough", 24, 2.0, 12.0, 2))
+    for each in (
+        Effort("quick", 6, 0.15, 1.0, finalists=3, every_kind=False),
+        Effort("default", 16, 0.4, 4.0),
+        Effort("thorough", 24, 2.0, 12.0, sweeps=2),
+    )
 }
 
 
@@ -101,6 +119,13 @@ class Search:
         self._done = 0
         self._total = self._expected()
         self._cut_short = False
+        self._right: set[str] = set()
+        self._fault = ""
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Kinds of input that races before the final are held on."""
+        return self._bucket.kinds if self._effort.every_kind else self._bucket.kinds[:1]
 
     def run(self) -> Outcome:
         """Search, and hold the final."""
@@ -138,7 +163,7 @@ class Search:
 
     def _live_combos(self) -> list[Configs]:
         """The combinations worth tuning: with the default's tiles not hopelessly slower than the best."""
-        combos = self._combos()
+        combos = [{}] if self._bucket.decode else self._combos()
         if len(combos) == 1:
             return combos
         candidates = [Candidate(), *(Candidate(combo) for combo in combos[1:])]
@@ -150,12 +175,13 @@ class Search:
 
     def _sized(self, base: Candidate) -> Candidate:
         """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
-        for schedule in self._program.schedules:
+        reach = (-2, -1, 1, 2) if self._effort.every_kind else (-1, 1)
+        for schedule in () if self._bucket.decode else self._program.schedules:
             for tunable in schedule.tunables:
                 if tunable.name in self._choices or self._late():
                     continue
                 at = tunable.values.index(self._defaults[schedule.name][tunable.name])
-                near = [tunable.values[i] for i in (at - 2, at - 1, at + 1, at + 2) if 0 <= i < len(tunable.values)]
+                near = [tunable.values[at + i] for i in reach if 0 <= at + i < len(tunable.values)]
                 tried = [base, *(base.with_configs({schedule.name: {tunable.name: value}}) for value in near)]
                 winner = self._contest(
                     tried, self._passes, self._passes, [(0.0,), *((float(value),) for value in near)], tunable.name
@@ -176,8 +202,26 @@ class Search:
         ]
         # What takes longest first: if time runs out, what is left matters least.
         tasks.sort(key=lambda task: -task[0].survivors[0].seconds)
+        self._check_together(tasks)
         found = self._crew.map(lambda task: self._tune_kernel(*task), tasks)
         return {selection.kernel: best for (selection, _), best in zip(tasks, found, strict=True)}
+
+    def _check_together(self, tasks: Sequence[tuple[Selection, Candidate]]) -> None:
+        """Check a candidate of each kernel at once, and then the next; who is in a wrong one is checked by itself.
+
+        Kernels that different schedules run are not checked together: only one of them would be launched.
+        """
+        for key in dict.fromkeys(around.key for _, around in tasks):
+            group = [selection for selection, around in tasks if around.key == key]
+            around = next(each for _, each in tasks if each.key == key)
+            for number in range(1, max(len(each.survivors) for each in group)):
+                members = [each for each in group if number < len(each.survivors)]
+                if len(members) < 2 or self._late():
+                    continue
+                together = around.with_configs({each.kernel: each.survivors[number].config for each in members})
+                if not self._crew.check(together, self._bucket, several=True):
+                    single = (around.with_configs({m.kernel: m.survivors[number].config}) for m in members)
+                    self._right |= {each.key for each in single}
 
     def _around(self, choice: tuple[str, int] | None, base: Candidate, combos: Sequence[Configs]) -> Candidate | None:
         """What a kernel is tuned within: the base, by the first live schedule that runs it; None if none does."""
@@ -195,10 +239,10 @@ class Search:
             return []
         survivors = selection.survivors
         tried = [around, *(around.with_configs({selection.kernel: each.config}) for each in survivors[1:])]
-        passes = (FORWARD,) if selection.direction == FORWARD else self._passes
-        winner, found = self._contest(
-            tried, passes, (selection.direction,), [each.cost for each in survivors], selection.kernel
-        )
+        objective = (selection.direction,)
+        alone = "" if self._bucket.decode else selection.kernel
+        costs = [each.cost for each in survivors]
+        winner, found = self._contest(tried, objective, objective, costs, selection.kernel, alone)
         if winner == 0:
             return []
         others = sorted(
@@ -240,15 +284,16 @@ class Search:
         objective: tuple[str, ...],
         costs: Sequence[tuple[float, ...]],
         what: str,
+        kernel: str = "",
     ) -> tuple[int, list[Score]]:
-        """Successive halving: a short race of all, then a longer one of the better half on every kind of input."""
-        right = [0, *(n for n in range(1, len(candidates)) if not self._crew.check(candidates[n], self._bucket))]
+        """Successive halving: a short race of all, then a longer one of the best on every kind of input."""
+        right = [0, *(n for n in range(1, len(candidates)) if not self._check(candidates[n]))]
         if len(right) > 4:
             short = [candidates[number] for number in right]
-            found = scores([self._race(short, KINDS[0], passes, self._effort.seconds / 2)], objective)
-            right = [right[number] for number in spread(found, (len(short) + 1) // 2)]
+            found = scores([self._race(short, KINDS[0], passes, self._effort.seconds / 2, kernel)], objective)
+            right = [right[number] for number in spread(found, max(3, 1 + len(short) // KEPT_SHARE))]
         finalists = [candidates[number] for number in right]
-        found = self._measure(finalists, passes, objective, self._effort.seconds, what, checked=True)
+        found = self._measure(finalists, passes, objective, self._effort.seconds, what, kernel, checked=True)
         result = [Score(float("inf"), 0.0)] * len(candidates)
         for number, score in zip(right, found, strict=True):
             result[number] = score
@@ -261,12 +306,13 @@ class Search:
         objective: tuple[str, ...],
         seconds: float,
         what: str,
+        kernel: str = "",
         *,
         checked: bool = False,
     ) -> list[Score]:
         """Scores against the first of the candidates, over every kind of input."""
         right = [n for n in range(len(candidates)) if n == 0 or checked or not self._check(candidates[n])]
-        readings = [self._race([candidates[n] for n in right], kind, passes, seconds) for kind in KINDS]
+        readings = [self._race([candidates[n] for n in right], kind, passes, seconds, kernel) for kind in self._kinds]
         result = [Score(float("inf"), 0.0)] * len(candidates)
         for number, score in zip(right, scores(readings, objective), strict=True):
             result[number] = score
@@ -274,25 +320,34 @@ class Search:
         return result
 
     def _check(self, candidate: Candidate) -> str:
-        return self._crew.check(candidate, self._bucket)
+        return "" if candidate.key in self._right else self._crew.check(candidate, self._bucket)
 
     def _race(
-        self, candidates: Sequence[Candidate], kind: str, passes: tuple[str, ...], seconds: float
+        self, candidates: Sequence[Candidate], kind: str, passes: tuple[str, ...], seconds: float, kernel: str = ""
     ) -> list[Reading]:
-        found = self._crew.race(Race(tuple(candidates), self._bucket, kind, passes, seconds))
+        found = self._crew.race(Race(tuple(candidates), self._bucket, kind, passes, seconds, kernel))
         self._done += len(candidates)
+        if not candidates[0].configs and found[0].error:
+            self._fault = found[0].error
         return found
 
     def _final(self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> Outcome:
         """The best eight and the default, interleaved, on every kind of input, for longer."""
         finalists = self._finalists(best, combos, ranked)
         if len(finalists) == 1:
-            return Outcome(self._bucket, finalists[0], Score(1.0, 0.0), cut_short=self._cut_short)
+            return Outcome(
+                self._bucket,
+                finalists[0],
+                Score(1.0, 0.0),
+                default_fault=self._fault,
+                cut_short=self._cut_short,
+            )
         right = [each for n, each in enumerate(finalists) if n == 0 or not self._check(each)]
-        readings = {kind: self._race(right, kind, self._passes, self._effort.final_seconds) for kind in KINDS}
+        kinds, seconds = self._bucket.kinds, self._effort.final_seconds
+        readings = {kind: self._race(right, kind, self._passes, seconds) for kind in kinds}
         found = scores(list(readings.values()), self._passes)
-        if fault := next((race[0].error for race in readings.values() if race[0].error), ""):
-            return Outcome(self._bucket, Candidate(), Score(1.0, 0.0), default_fault=fault)
+        if self._fault:
+            return Outcome(self._bucket, Candidate(), Score(1.0, 0.0), default_fault=self._fault)
         # A winner must not be slower in any pass: somebody may run that pass alone.
         for name in self._passes:
             for number, score in enumerate(scores(list(readings.values()), (name,))):
@@ -307,15 +362,15 @@ class Search:
     def _finalists(
         self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]
     ) -> list[Candidate]:
-        """The default, then at most eight: the best, its halves, the other schedules, and the best with runners-up."""
+        """The default, then the best, its halves, the other schedules, and the best with runners-up; not all."""
         found = [Candidate(), best]
-        found += [self._with_winners(combo, ranked) for combo in combos]
         found += [self._with_winners(combos[0], ranked, direction) for direction in (FORWARD, BACKWARD)]
+        found += [self._with_winners(combo, ranked) for combo in combos]
         for kernel, order in sorted(ranked.items(), key=lambda item: -self._selections[item[0]].survivors[0].seconds):
             if len(order) > 1 and kernel in best.configs:
                 found.append(best.with_configs({kernel: order[1].config}))
         distinct = list({each.key: each for each in found}.values())
-        return distinct[: 1 + FINALISTS]
+        return distinct[: 1 + self._effort.finalists]
 
     # Time and progress
 
@@ -327,7 +382,7 @@ class Search:
     def _expected(self) -> int:
         """Candidates that will have been timed at the end, about."""
         kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self._effort.sweeps
-        return kernels + 4 * len(self._combos()) + 10 * len(self._program.schedules) + 2 * (1 + FINALISTS)
+        return kernels + 4 * len(self._combos()) + 10 * len(self._program.schedules) + 2 * (1 + self._effort.finalists)
 
     def _report(self, found: Sequence[Score], objective: Sequence[Any], what: str) -> None:
         if tuple(objective) == self._passes:

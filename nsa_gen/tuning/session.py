@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ from nsa_gen.rendering import generate, render
 from nsa_gen.targets.pool import worker_environment
 from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
 from nsa_gen.tuning.crew import Crew
+from nsa_gen.tuning.estimate import estimate
 from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
 from nsa_gen.tuning.journal import Journal
 from nsa_gen.tuning.lengths import check_tokens
 from nsa_gen.tuning.report import BucketResult, TuneReport
+from nsa_gen.tuning.scoring import BACKWARD, DECODE, FORWARD
 from nsa_gen.tuning.search import EFFORTS, Outcome, Progress, Search
 from nsa_gen.tuning.shapes import Bucket
 from nsa_gen.tuning.stage0 import Compiler, Selection, select, spaces_of
@@ -35,6 +38,13 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 DEFAULT_SHAPES = (8192, 65536)
+PASSES = (
+    (FORWARD,),
+    (FORWARD, BACKWARD),
+    (FORWARD, DECODE),
+    (FORWARD, BACKWARD, DECODE),
+    (DECODE,),
+)
 WORKER = (sys.executable, "-m", "nsa_gen.tuning.worker")
 NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -48,9 +58,11 @@ class Settings:
     """What a tuning was asked for.
 
     Attributes:
-        shapes: key tokens of the buckets.
-        batch, packed: of every bucket.
-        passes: forward, or forward and backward; the spec's if None.
+        shapes: key tokens of the buckets; of decode, what a cache may hold.
+        batch: sequences of a call, or several numbers of them.
+        packed: of every bucket.
+        passes: forward, forward and backward, or these with decode, or decode alone; if None, forward and, where the
+            spec has it, backward.
         effort: a name of EFFORTS.
         budget: seconds after which no further kernel is begun; None for no limit.
         resume: take what an interrupted run has found.
@@ -60,7 +72,7 @@ class Settings:
     """
 
     shapes: tuple[int, ...] = DEFAULT_SHAPES
-    batch: int = 1
+    batch: int | Sequence[int] = 1
     packed: bool = False
     passes: tuple[str, ...] | None = None
     effort: str = "default"
@@ -70,10 +82,12 @@ class Settings:
     jobs: int | None = None
     seed: int = 0
 
-    @property
-    def buckets(self) -> list[Bucket]:
-        """What is tuned, each bucket once."""
-        return list(dict.fromkeys(Bucket.of(tokens, self.batch, self.packed) for tokens in self.shapes))
+    def buckets(self, passes: Sequence[str]) -> list[Bucket]:
+        """What is tuned for some passes, each bucket once; those of decode come last."""
+        batches = (self.batch,) if isinstance(self.batch, int) else tuple(self.batch)
+        kinds = [decode for decode in (False, True) if (DECODE in passes if decode else FORWARD in passes)]
+        every = itertools.product(kinds, self.shapes, batches)
+        return list(dict.fromkeys(Bucket.of(tokens, n, self.packed, decode) for decode, tokens, n in every))
 
 
 @dataclass
@@ -128,23 +142,28 @@ class _Tuning:
     def __init__(self, spec: Spec, settings: Settings, tools: Tools) -> None:
         if settings.effort not in EFFORTS:
             raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, got {settings.effort!r}")
-        self._passes = tuple(settings.passes or (name for name in spec.passes if name in ("forward", "backward")))
-        if self._passes not in (("forward",), ("forward", "backward")) or set(self._passes) - set(spec.passes):
+        self._passes = tuple(settings.passes or (name for name in spec.passes if name != DECODE))
+        if self._passes not in PASSES or set(self._passes) - set(spec.passes):
             raise ValueError(
-                f"passes: expected forward, or forward and backward if the spec has it, got {self._passes}"
+                "passes: expected forward, or forward and backward, then decode, or decode alone, as the spec has "
+                f"them ({', '.join(spec.passes)}), got {', '.join(self._passes)}"
             )
         self._spec, self._settings, self._tools = spec, settings, tools
         self._effort = EFFORTS[settings.effort]
         self._program: Program = lower(spec)
-        self._kernels = kernels_of(render(spec))
-        self._buckets = settings.buckets
+        files = render(spec)
+        self._kernels = kernels_of(files)
+        self._decode_kernels = kernels_of(files, decode=True) if DECODE in self._passes else ""
+        self._buckets = settings.buckets(self._passes)
         self._started = time.monotonic()
         self._deadline = self._started + (float("inf") if settings.budget is None else settings.budget)
 
     def dry_run(self, gpu: Gpu) -> TuneReport:
         with _work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
             selections = self._stage0(self._compiler(package, gpu, work), gpu)
-        return TuneReport(self._spec.name, gpu.target, None, selections, seconds=time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        expected = estimate(selections, self._effort, self._settings.jobs or os.cpu_count() or 1)
+        return TuneReport(self._spec.name, gpu.target, None, selections, seconds=seconds, expected=expected)
 
     def run(self) -> TuneReport:
         say = self._tools.say
@@ -156,7 +175,7 @@ class _Tuning:
             if gpu is None:
                 known = ", ".join(dict.fromkeys(each.target for each in GPUS))
                 raise UnknownGpuError(f"gpu: expected an architecture of {known}, got {device}")
-            path = stack.enter_context(_own_file(work / f"{device.slug}.journal.jsonl", say))
+            path = stack.enter_context(_own_file(work / f"{device.slug}.{'-'.join(self._passes)}.journal.jsonl", say))
             journal = Journal(path, self._heading(device), resume=self._settings.resume)
             stack.callback(journal.close)
             crew = Crew(backends, journal)
@@ -181,7 +200,7 @@ class _Tuning:
                 bucket,
                 selections[bucket],
                 crew,
-                self._passes,
+                self._passes_of(bucket),
                 self._effort,
                 now + share,
                 self._tell,
@@ -205,7 +224,7 @@ class _Tuning:
 
     def _stage0(self, compiler: Any, gpu: Gpu) -> dict[Bucket, tuple[Selection, ...]]:
         spaces = {
-            bucket: spaces_of(self._program, gpu, bucket, self._effort.candidates, self._passes)
+            bucket: spaces_of(self._program, gpu, bucket, self._effort.candidates, self._passes_of(bucket))
             for bucket in self._buckets
         }
         total = sum(len(each.candidates) for found in spaces.values() for each in found)
@@ -239,8 +258,14 @@ class _Tuning:
             raise
         return found, device
 
+    def _passes_of(self, bucket: Bucket) -> tuple[str, ...]:
+        return tuple(name for name in self._passes if (name == DECODE) == bucket.decode)
+
+    def _identity(self, device: Device, bucket: Bucket) -> Identity:
+        return Identity.of(self._program, self._decode_kernels if bucket.decode else self._kernels, device, bucket)
+
     def _heading(self, device: Device) -> dict[str, Any]:
-        identity = Identity.of(self._program, self._kernels, device, self._buckets[0]).to_json()
+        identity = self._identity(device, self._buckets[0]).to_json()
         del identity["bucket"]
         versions = {"driver": device.driver, "torch": device.torch, "triton": device.triton}
         return {**identity, **versions, "passes": list(self._passes), "seed": self._settings.seed}
@@ -255,9 +280,10 @@ class _Tuning:
         assert device.gpu is not None
         configs = self._complete(found.winner, device.gpu.target)
         ratio, noise = found.score.ratio, found.score.noise
-        times = {kind: _times(default, tuned, self._passes) for kind, (default, tuned) in found.times.items()}
+        passes = self._passes_of(found.bucket)
+        times = {kind: _times(default, tuned, passes) for kind, (default, tuned) in found.times.items()}
         entry = Entry(
-            Identity.of(self._program, self._kernels, device, found.bucket),
+            self._identity(device, found.bucket),
             configs,
             Provenance(
                 device.driver,
@@ -269,7 +295,7 @@ class _Tuning:
             {
                 "gain": round(1 / ratio, 4),
                 "noise": round(noise / ratio**2, 4),
-                "passes": list(self._passes),
+                "passes": list(passes),
                 "effort": self._effort.name,
                 "ms": times,
             },
@@ -282,13 +308,34 @@ class _Tuning:
         out = self._settings.out
         try:
             if out is None:
-                return self._tools.store.save(entry), ""
+                return self._tools.store.save(entry, self._merged), ""
             device = Device(entry.identity.gpu, entry.identity.multiprocessors, entry.identity.architecture)
             path = out if out.suffix == ".json" else out / f"{device.slug}.json"
-            merge_into_bundle(path, entry)
+            merge_into_bundle(path, entry, self._merged)
         except OSError as error:
             return None, f"not saved: {error}; --resume saves it without measuring anew"
         return path, ""
+
+    def _merged(self, earlier: Entry, entry: Entry) -> Entry:
+        """A tuning of the forward alone leaves an earlier one of the backward its kernels, and its times."""
+        passes = entry.result["passes"]
+        others = [name for name in earlier.result.get("passes", ()) if name not in passes]
+        if not others:
+            return entry
+        kept = {kernel.name for kernel in self._program.kernels if kernel.direction in others}
+        decided = {kernel.choice[0] for kernel in self._program.kernels if kernel.choice and kernel.direction in passes}
+        configs = {name: values for name, values in earlier.configs.items() if name in kept} | entry.configs
+        for schedule in self._program.schedules:
+            # Who runs the kernels that were tuned is decided anew; the rest of a schedule serves the other passes too.
+            default = self._program.defaults[entry.identity.architecture][schedule.name].mapping()
+            old = earlier.configs.get(schedule.name, default)
+            new = entry.configs.get(schedule.name, default)
+            configs[schedule.name] = {name: new[name] if name in decided else old[name] for name in default}
+            if configs[schedule.name] == default:
+                del configs[schedule.name]
+        before, now = earlier.result.get("ms", {}), entry.result["ms"]
+        times = {kind: {**before.get(kind, {}), **now.get(kind, {})} for kind in {**before, **now}}
+        return replace(entry, configs=configs, result={**entry.result, "passes": [*passes, *others], "ms": times})
 
     def _complete(self, winner: Candidate, target: str) -> Configs:
         """Every value of each kernel and schedule that differs from the default in one."""

@@ -11,8 +11,10 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class Survivor:
 class Selection:
     """What stage 0 left of a kernel's space for a bucket; the default comes first, and is never dropped.
 
-    `dropped` maps configurations, as text, to the reason.
+    `dropped` maps configurations, as text, to the reason. `compile_seconds` is what all of them took on one core.
     """
 
     kernel: str
@@ -67,6 +69,7 @@ class Selection:
     survivors: tuple[Survivor, ...]
     dropped: dict[str, str] = field(default_factory=dict)
     merged: int = 0
+    compile_seconds: float = 0.0
 
     @property
     def default(self) -> dict[str, int]:
@@ -80,7 +83,11 @@ class Selection:
 
 def spaces_of(program: Program, gpu: Gpu, bucket: Bucket, most: int, passes: Sequence[str]) -> list[KernelSpace]:
     """The spaces of the operator's kernels for the passes to be tuned, without those that have one configuration."""
-    kernels = (kernel for kernel in program.kernels if kernel.whole and kernel.direction in passes)
+    if bucket.decode:
+        # What decode itself launches; adding tokens to a cache is not timed.
+        kernels = [kernel for kernel in program.kernels if kernel.module.startswith("decode")]
+    else:
+        kernels = [kernel for kernel in program.kernels if kernel.whole and kernel.direction in passes]
     found = (kernel_space(program, kernel, gpu, bucket, most) for kernel in kernels)
     return [each for each in found if len(each.candidates) > 1]
 
@@ -107,7 +114,8 @@ class Compiler:
         self._opening = {"package": str(package), "tokens": 4096, "batch": 1, "passes": list(passes)}
         self._environment = worker_environment(triton_cache.resolve(), None)
         self._target, self._jobs = target, jobs or os.cpu_count() or 1
-        self._known: dict[str, Compiled] = {}
+        self._kept = triton_cache.parent / f"stage0-{target}-{version('triton')}.jsonl"
+        self._known: dict[str, Compiled] = dict(_lines(self._kept)) if triton_cache.is_dir() else {}
 
     def compile(
         self,
@@ -133,6 +141,7 @@ class Compiler:
                     answer = self._one(worker, *wanted[key])
                     with lock:
                         found[key] = self._known[key] = answer
+                        self._keep(key, answer)
                         done(key, answer)
             except BaseException as error:
                 troubles.append(error)
@@ -148,6 +157,12 @@ class Compiler:
             raise troubles[0]
         return found
 
+    def _keep(self, key: str, answer: Compiled) -> None:
+        """Remember what was compiled for the next run, whose machine code is in the same folder; failures are not."""
+        if "error" not in answer:
+            with suppress(OSError), self._kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, answer]) + "\n")
+
     def _one(self, worker: Worker, kernel: str, config: dict[str, int], calls: list[dict[str, Any]]) -> Compiled:
         request = {"do": "candidate", "target": self._target, "kernel": kernel, "config": config, "calls": calls}
         try:
@@ -156,12 +171,27 @@ class Compiler:
             return {"error": str(failure)}
 
 
+def _lines(path: Path) -> Iterator[tuple[str, Compiled]]:
+    """What an earlier run has compiled; lines that were cut short are left out."""
+    text = ""
+    with suppress(OSError):
+        text = path.read_text(encoding="utf-8")
+    for line in text.splitlines():
+        with suppress(ValueError):
+            key, answer = json.loads(line)
+            yield key, answer
+
+
 def calls_of(bucket: Bucket, check_tokens: int) -> list[dict[str, Any]]:
-    """The calls that a candidate will meet: the bucket's, and the one it is checked with.
+    """The calls that a candidate will meet: the bucket's, and those it is checked with.
 
     Packed, the lengths and the number of sequences do not matter to what is compiled as long as there are several: two
     halves stand for them.
     """
+    if bucket.decode:
+        ours = {"tokens": bucket.tokens, "batch": bucket.batch, "new_tokens": 1}
+        checked = ({"tokens": check_tokens, "batch": min(bucket.batch, 2), "new_tokens": new} for new in (1, 2))
+        return [ours, *checked]
     if bucket.packed:
         return [{"tokens": tokens // 2, "batch": 2, "packed": True} for tokens in (bucket.tokens, check_tokens)]
     shape = {"tokens": bucket.tokens, "batch": bucket.batch, "packed": False}
@@ -217,8 +247,9 @@ def _kept(space: KernelSpace, answers: Sequence[Compiled], gpu: Gpu) -> Selectio
         seen.add(answer.get("digest", "default"))
         survivors.append(_survivor(config, seconds, used, answer))
     kernel = space.kernel
+    took = sum(answer.get("seconds", 0.0) for answer in answers)
     return Selection(
-        kernel.name, kernel.direction, space.total, space.legal, compiled, tuple(survivors), dropped, merged
+        kernel.name, kernel.direction, space.total, space.legal, compiled, tuple(survivors), dropped, merged, took
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from nsa_gen.rendering.identity import TUNED_SCHEMA
 from nsa_gen.tuning.identity import Identity, Provenance, slug
 
 Configs = dict[str, dict[str, int]]
+Merge = Callable[["Entry", "Entry"], "Entry"]
+"""Makes one entry of an earlier one and a new one of the same identity."""
 LOCK_SECONDS = 60.0
 
 
@@ -132,12 +134,16 @@ class Store:
         package = f"{identity.spec}-{identity.dtype}-{identity.kernels}"
         return self.root / package / slug(identity.gpu) / f"{identity.bucket.name}.json"
 
-    def save(self, entry: Entry) -> Path:
-        """Write an entry, in place of one with the same kernels, GPU and bucket. OSError if the cache cannot be."""
+    def save(self, entry: Entry, merge: Merge | None = None) -> Path:
+        """Write an entry, in place of one with the same kernels, GPU and bucket. OSError if the cache cannot be.
+
+        `merge`, if given, makes one of the entry of exactly this identity that is there and the new one.
+        """
         path = self.path(entry.identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            write_entries(path, [entry], bundle=False)
+            earlier = self.load(entry.identity) if merge is not None else None
+            write_entries(path, [entry if earlier is None or merge is None else merge(earlier, entry)], bundle=False)
         return path
 
     def load(self, identity: Identity) -> Entry | None:
@@ -201,8 +207,12 @@ def set_aside(path: Path, reason: str) -> Path | None:
     return target
 
 
-def merge_into_bundle(path: Path, entry: Entry) -> None:
-    """Add an entry to a shipped file, in place of one of the same bucket; those of other kernels are dropped."""
+def merge_into_bundle(path: Path, entry: Entry, merge: Merge | None = None) -> None:
+    """Add an entry to a shipped file, in place of one of the same bucket; those of other kernels are dropped.
+
+    Entries of decode and of the other passes have kernels of their own, and leave each other alone. `merge` is as in
+    `Store.save`.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,12 +226,14 @@ def merge_into_bundle(path: Path, entry: Entry) -> None:
             except Unreadable as error:
                 set_aside(path, str(error))
         mine = entry.identity
-        current = [
-            each
-            for each in kept
-            if each.identity.kernels == mine.kernels
-            and each.identity.space == mine.space
-            and each.identity.measurement == mine.measurement
-            and each.identity.bucket != mine.bucket
-        ]
-        write_entries(path, [*current, entry], bundle=True)
+        if merge is not None and (earlier := next((each for each in kept if each.identity == mine), None)):
+            entry = merge(earlier, entry)
+        write_entries(path, [*(each for each in kept if _beside(each.identity, mine)), entry], bundle=True)
+
+
+def _beside(other: Identity, mine: Identity) -> bool:
+    """Whether an entry stays in a bundle that gets a new one."""
+    if other.bucket.decode != mine.bucket.decode:
+        return True
+    same = (other.kernels, other.space, other.measurement) == (mine.kernels, mine.space, mine.measurement)
+    return same and other.bucket != mine.bucket

@@ -1,8 +1,8 @@
 """The process that measures: `python -m nsa_gen.tuning.worker`, JSON lines in and out.
 
 The first line opens it; each further one is a request, {"do": "device" | "check" | "race", ...}. While it works it
-writes {"now": number} whenever it turns to a candidate. When a candidate has left the GPU unusable it writes
-{"lost": reason} and ends: nothing more can be measured in this process.
+writes {"now": number} whenever it turns to a candidate, and {"round": times} after each round of a race. When a
+candidate has left the GPU unusable it writes {"lost": reason} and ends: nothing more can be measured in this process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def serve(build: Callable[[dict[str, Any]], Engine]) -> NoReturn:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            say(_answer(engine, request, lambda number: say({"now": number})))
+            say(_answer(engine, request, say))
         except Lost as lost:
             say({"lost": str(lost)})
             os._exit(LOST_STATUS)  # an orderly end would wait for the GPU
@@ -54,12 +54,18 @@ def serve(build: Callable[[dict[str, Any]], Engine]) -> NoReturn:
     os._exit(0)
 
 
-def _answer(engine: Engine, request: dict[str, Any], announce: Callable[[int], None]) -> dict[str, Any]:
+def _answer(engine: Engine, request: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     do = request.pop("do")
     if do == "device":
         return {"device": engine.device()}
-    work = engine.check if do == "check" else engine.race
-    return {"answers": work(request.pop("candidates"), announce, **request)}
+
+    def announce(number: int) -> None:
+        say({"now": number})
+
+    candidates = request.pop("candidates")
+    if do == "check":
+        return {"answers": engine.check(candidates, announce, **request)}
+    return {"answers": engine.race(candidates, announce, hear=lambda times: say({"round": times}), **request)}
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ It speaks the protocol of `nsa_gen.tuning.worker`. The variable FAKE_GPU holds J
     faults     "kernel NAME=VALUE" -> crash | hang | lost | wrong | oom | kill | stop
     log        a file that gets a line for each candidate that is begun
     devices    how many GPUs there are
+    final seconds, kill parent after
+               races of so many seconds have six rounds, told as they end; the parent is killed after this one
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 from nsa_gen.tuning.worker import Lost, serve
 
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("FAKE_GPU", "{}"))
-BASE = {"forward": 10.0, "backward": 20.0}
+BASE = {"forward": 10.0, "backward": 20.0, "decode": 0.05}
 
 
 def applies(rule: str, configs: dict[str, dict[str, int]]) -> bool:
@@ -54,7 +56,20 @@ class FakeEngine:
         return [self._checked(number, configs, announce) for number, configs in enumerate(candidates)]
 
     def race(self, candidates: list[Any], announce: Callable[[int], None], **request: Any) -> list[dict[str, Any]]:
+        self._tell_rounds(candidates, **request)
         return [self._timed(number, configs, announce, request["passes"]) for number, configs in enumerate(candidates)]
+
+    def _tell_rounds(self, candidates: list[Any], **request: Any) -> None:
+        if request["seconds"] != SCRIPT.get("final seconds"):
+            return
+        earlier = len(request["earlier"])
+        for number in range(earlier, 6):
+            self._begin("round", number, {}, lambda number: None)
+            request["hear"]([{name: milliseconds(name, each) for name in request["passes"]} for each in candidates])
+            if SCRIPT.get("kill parent after") == number:
+                time.sleep(0.3)
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(60)
 
     def _checked(self, number: int, configs: Any, announce: Callable[[int], None]) -> dict[str, Any]:
         self._begin("check", number, configs, announce)

@@ -137,6 +137,62 @@ def test_an_error_costs_its_candidate_and_a_lost_device_the_process(faulty: Any)
     assert begun[-1] == 1, "the culprit is named last"
 
 
+def test_a_kernel_alone_is_the_call_that_launches_it_and_nothing_else(package: Path) -> None:
+    engine = engine_of(package)
+    launched: list[str] = []
+    configs = engine._package.configs
+    plain = configs.get
+
+    def watched(kernel: str, device: torch.device, bucket: Any = None) -> dict[str, int]:
+        launched.append(f"{kernel} {plain(kernel, device, bucket)['KEY_BLOCK']}" if "window" in kernel else kernel)
+        return plain(kernel, device, bucket)
+
+    configs.get = watched
+    tiles = {"window_backward_dkdv": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}}
+    request = {"bucket": SMALL.to_json(), "inputs": "independent", "seconds": 0.01, "kernel": "window_backward_dkdv"}
+    rounds: list[Any] = []
+    answers = engine.race([{}, tiles], lambda n: None, passes=["backward"], hear=rounds.append, **request)
+    assert [each["times"].keys() for each in answers] == [{"backward"}] * 2
+    assert rounds and all(set(times) == {"backward"} for times in rounds[0])
+    whole = launched.index("window_backward_dkdv 16") + 1
+    assert "window_forward 16" in launched[:whole], "one whole pass first"
+    assert set(launched[whole:]) == {"window_backward_dq 16", "window_backward_dkdv 16", "window_backward_dkdv 32"}, (
+        "their launches share a function"
+    )
+    earlier = [*rounds] * 2
+    again = engine.race([{}, tiles], lambda n: None, passes=["backward"], earlier=earlier, **request)
+    assert [each["times"]["backward"]["repeats"] for each in again] == [2 * len(rounds)] * 2, "nothing is left to do"
+
+
+def test_a_race_without_its_base_says_so_and_blames_nobody_else(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(package)
+    request = {"bucket": SMALL.to_json(), "inputs": "independent", "seconds": 0.01, "passes": ["forward"]}
+    never = engine.race([{}, OTHER], lambda n: None, kernel="window_backward_dq", **request)
+    assert never == [{"times": {}, "error": ""}] * 2
+    monkeypatch.setattr(engine_module, "bucket_inputs", lambda *_, **__: (_ for _ in ()).throw(MemoryError("full")))
+    engine._drawn.clear()
+    answers = engine.race([{}, OTHER], lambda n: None, **request)
+    assert [each["error"] for each in answers] == ["MemoryError: full", ""]
+
+
+def test_decode_is_checked_by_a_cache_and_timed_a_layer(tmp_path: Path, short: None) -> None:
+    of = small_spec(gate="sigmoid", window=20, passes=("forward", "decode"))
+    package = generate(of, tmp_path)
+    opening = {"package": str(package), "spec": of.resolved_yaml(), "seed": 0}
+    engine = GpuEngine(opening, torch.device("cpu"), TickingClock())
+    bucket = Bucket(64, 2, decode=True)
+    tiles = {"decode_attend": {"KEY_BLOCK": 16, "PROGRAMS": 2, "num_warps": 4, "num_stages": 1}}
+    assert engine.check([{}, tiles], lambda n: None, bucket=bucket.to_json()) == [{}, {}]
+    request = {"bucket": bucket.to_json(), "inputs": "independent", "passes": ["decode"], "seconds": 0.01}
+    answers = engine.race([{}, tiles], lambda n: None, **request)
+    assert [each["times"]["decode"]["median"] for each in answers] == [1.0, 1.0]
+    assert engine._cache is not None and engine._cache.cache.tokens == (64, 64)
+    spoilt = engine._package.decode.decode_forward
+    engine._package.inference_ops.decode_forward = lambda *a: (spoilt(*a), a[4].mul_(1.5))
+    (answer,) = engine.check([tiles], lambda n: None, bucket=bucket.to_json())
+    assert answer["error"].startswith("wrong: ")
+
+
 def test_it_needs_a_gpu_unless_told_otherwise(package: Path) -> None:
     with pytest.raises(RuntimeError, match="torch sees no GPU"):
         GpuEngine({"package": str(package), "spec": SPEC.resolved_yaml()})

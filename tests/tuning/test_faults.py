@@ -90,8 +90,8 @@ def test_a_default_that_fails_in_the_final_is_reported_and_not_compared_with(cac
         backend = make(*arguments)
         plain = backend.race
 
-        def race(asked: Any) -> Any:
-            readings = plain(asked)
+        def race(asked: Any, *rest: Any) -> Any:
+            readings = plain(asked, *rest)
             if asked.seconds == EFFORTS["quick"].final_seconds:
                 readings[0] = Reading(error="OutOfMemoryError: CUDA out of memory")
             return readings
@@ -150,6 +150,22 @@ def test_a_run_that_is_killed_is_resumed_without_measuring_anything_twice(cache:
     again = run(cache, script, "--resume")
     assert json.loads(again.stdout.splitlines()[-1])[0]["configs"] == result["configs"]
     assert not log.exists(), "everything was known"
+
+
+def test_a_final_that_is_interrupted_goes_on_with_the_rounds_that_are_left(cache: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = {"times": QUICKER, "log": str(log), "final seconds": EFFORTS["quick"].final_seconds}
+    killed = run(cache, {**script, "kill parent after": 3})
+    assert killed.returncode == -signal.SIGKILL
+    rounds = [each for each in began(log) if each["what"] == "round"]
+    assert len(rounds) == 4
+
+    log.unlink()
+    resumed = run(cache, script, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    finals = [each for each in began(log) if each["what"] == "round"]
+    # The interrupted race has two rounds left, that of the other kind of input all of its six.
+    assert len(finals) == 2 + 6
 
 
 def test_the_measuring_process_ends_with_its_owner(cache: Path, tmp_path: Path) -> None:
@@ -217,7 +233,7 @@ def test_a_disk_that_is_full_costs_the_journal_and_the_saving_and_not_the_result
             self._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
 
     tools = fake_tools(cache, {"times": QUICKER})
-    tools.store.save = lambda entry: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    tools.store.save = lambda *entries: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="cannot be resumed.*No space left"):
         patch.setattr(session, "Journal", Full)
         report = tune(spec(), tools=tools, shapes=(8192,), effort="quick")

@@ -205,7 +205,7 @@ def test_nothing_is_ever_tuned_unless_asked_for(
     assert warps(op) == 31
     (command,) = ran
     assert command[1:5] == ["-m", "nsa_gen", "tune", str(op.folder / "spec.yaml")]
-    assert command[5:] == ["--shapes", "8192", "--batch", "1", "--effort", "quick"]
+    assert command[5:] == ["--shapes", "8192", "--effort", "quick"]
     assert warps(op) == 31 and len(ran) == 1, "what is tuned is not tuned again"
 
 
@@ -245,4 +245,54 @@ def test_a_compiled_call_takes_the_chunks_of_its_bucket(cache: Path, monkeypatch
         q = torch.ones(1, tokens, 2, 16)
         assert torch.equal(compiled(q, q), 128 * q)
     assert len(seen) == 1
+    q = torch.ones(1, 600, 2, 16)
+    assert torch.equal(compiled(q, q), 128 * q) and len(seen) == 2, "another bucket is another graph"
     op.configs.forget()
+
+
+def test_what_is_chosen_is_marked_as_the_public_decorator_marks_it() -> None:
+    """The decorator itself would import the compiler; should it come to mean something else, this fails."""
+    op = operator_of("slc", indices="input", gate="none", dtype="float16")
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked).items() <= vars(op.configs.chosen).items() and vars(marked)
+
+
+# Decode
+
+
+def test_decode_is_looked_up_by_the_capacity_of_its_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = operator_of("cmp slc win", dtype="float16", passes=("forward", "decode"))
+    monkeypatch.setattr(op.configs, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(op.configs, "architecture", lambda device: "interpreter")
+    program = lower(op.spec)
+    bucket = Bucket.of(1000, 3, decode=True)
+    assert bucket == Bucket(1024, 4, decode=True)
+    identity = Identity.of(program, kernels_of(render(op.spec), decode=True), H100, bucket)
+    default = program.defaults["interpreter"]["decode_attend"].mapping()
+    Store(cache).save(Entry(identity, {"decode_attend": {**default, "PROGRAMS": 2}}))
+    op.configs.forget()
+    lookup, programs = op.configs.lookup, {}
+    for capacity in (1000, 600, 1025, 10**5):
+        with op.configs.serving(CPU, lookup.decode_bucket(capacity, 3)):
+            programs[capacity] = op.configs.get("decode_attend", CPU)["PROGRAMS"]
+    assert programs == {1000: 2, 600: 2, 1025: 2, 10**5: default["PROGRAMS"]}
+    with op.configs.serving(CPU, lookup.bucket_of(1000, 3, False)):
+        assert op.configs.get("decode_attend", CPU) == default, "a forward is not served by a decode's entry"
+    seen = []
+    monkeypatch.setattr(op.configs, "serving", _noting(op.configs.serving, seen))
+    small = op.module.NSACache(batch=1, capacity=900, device="cpu")
+    small.extend(1)
+    new = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
+    small.write(new, new)
+    q = torch.zeros(1, 1, 2, 16, dtype=torch.float16)
+    op.module.nsa_decode(q, small, torch.zeros(1, 1, 2, 3, dtype=torch.float16))
+    assert seen[-1] == lookup.Bucket(1024, 1, packed=False, decode=True)
+    op.configs.forget()
+
+
+def _noting(serving: Any, seen: list[Any]) -> Any:
+    def noted(device: torch.device, bucket: Any) -> Any:
+        seen.append(bucket)
+        return serving(device, bucket)
+
+    return noted

@@ -13,8 +13,9 @@ from nsa_gen.hardware import gpu_for_target
 from nsa_gen.lowering import lower, space
 from nsa_gen.rendering import generate
 from nsa_gen.spec import load_spec
-from nsa_gen.tuning import Bucket, dry_run
+from nsa_gen.tuning import EFFORTS, Bucket, dry_run
 from nsa_gen.tuning.candidates import is_legal, kernel_space
+from nsa_gen.tuning.estimate import estimate
 from nsa_gen.tuning.inputs import bucket_inputs
 from nsa_gen.tuning.lengths import check_tokens
 from nsa_gen.tuning.stage0 import Compiler, calls_of, job_key, select, spaces_of
@@ -127,6 +128,28 @@ def test_the_compiler_compiles_a_candidate_once_for_equal_code_and_fails_alone(t
     assert os.listdir(tmp_path / "triton")
 
 
+def test_what_was_compiled_once_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"a": ("kernel", {"num_warps": 4}, [])}
+    asked: list[str] = []
+
+    def one(self: Compiler, worker: Any, kernel: str, config: Any, calls: Any) -> dict[str, Any]:
+        asked.append(kernel)
+        return {"error": "ptxas failed"} if kernel == "broken" else {"binaries": [], "digest": "d", "seconds": 2.5}
+
+    monkeypatch.setattr(Compiler, "_one", one)
+    cache = tmp_path / "triton"
+    assert Compiler(tmp_path, "sm_90", (), cache, 1).compile(wanted)["a"]["seconds"] == 2.5
+    cache.mkdir()
+    both = {**wanted, "b": ("broken", {}, [])}
+    assert Compiler(tmp_path, "sm_90", (), cache, 1).compile(both)["a"]["seconds"] == 2.5
+    assert Compiler(tmp_path, "sm_90", (), cache, 1).compile(both)["b"] == {"error": "ptxas failed"}
+    assert asked == ["kernel", "broken", "broken"], "a failure may have been the machine's"
+    Compiler(tmp_path, "sm_80", (), cache, 1).compile(wanted)
+    cache.rmdir()
+    Compiler(tmp_path, "sm_90", (), cache, 1).compile(wanted)
+    assert asked[3:] == ["kernel", "kernel"], "another target, and machine code that is gone"
+
+
 def test_packed_candidates_are_compiled_for_several_sequences() -> None:
     """One sequence would be another program: its number, 1, would be a constant."""
     calls = calls_of(Bucket(8192, 1, True), 976)
@@ -171,3 +194,17 @@ def test_indices_of_packed_sequences_are_each_sequences_own() -> None:
     for length in bucket.lengths:
         assert int(found[start : start + length].max()) == (length - 1) // 16
         start += length
+
+
+def test_an_estimate_grows_with_what_is_compiled_and_timed() -> None:
+    spaces = spaces_of(PROGRAM, H100, Bucket(65536), 16, ("forward", "backward"))
+    compiler = FakeCompiler(Path(), "sm_90", (), Path(), None)
+    answer = compiler.answer
+    compiler.answer = lambda kernel, config: {**answer(kernel, config), "seconds": 2.0}  # type: ignore[method-assign]
+    found = {Bucket(65536): select(spaces, compiler, H100, Bucket(65536), 976)}
+    few = {bucket: each[:2] for bucket, each in found.items()}
+    count = sum(len(each.candidates) for each in spaces)
+    whole = estimate(found, EFFORTS["default"], 16)
+    assert whole.compile_seconds == 2.0 * count and whole.wall_seconds == whole.gpu_seconds + 2.0 * count / 16
+    assert estimate(few, EFFORTS["default"], 16).gpu_seconds < whole.gpu_seconds
+    assert estimate(found, EFFORTS["quick"], 16).gpu_seconds < whole.gpu_seconds

@@ -222,7 +222,7 @@ def test_a_package_has_the_same_buckets_and_the_same_steps() -> None:
         Bucket.of(tokens, batch) if not packed else replace(Bucket.of(tokens, batch), packed=True)
         for tokens, batch, packed in calls
     ]
-    assert [tuple(each) for each in theirs] == [(each.tokens, each.batch, each.packed) for each in ours]
+    assert [tuple(each) for each in theirs] == [tuple(vars(each).values()) for each in ours]
     for place in range(len(calls) - 7):
         assert theirs[place].steps(theirs[place + 7]) == ours[place].steps(ours[place + 7])
 

@@ -1,7 +1,8 @@
 """Times of decode and of prefill in chunks, beside dense attention and the bytes that must be read.
 
 Decode is timed as a captured graph of several layers, whose keys together exceed the L2 cache, over the number of
-layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run.
+layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run. What is found
+is in the result as numbers, `decode` and `prefill`, and as lines, `table`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
+from nsa_gen.tuning.decoding import step_bytes
 from nsa_gen.verification.oracle import OracleParameters
 from nsa_gen.verification.verify import environment
-from tools.gpu.inference import CHUNK, captured, filled_cache, new_tokens, queries
+from tools.gpu.inference import CHUNK, captured, new_tokens, queries
 from tools.gpu.packages import package_of, variant
 from tools.gpu.progress import save, say, seconds_left
 
@@ -25,37 +27,70 @@ MOST_CACHE_BYTES = 30e9
 COLD_BYTES = 150e6
 """Bytes that the layers decoded in turn read together: three times the L2 cache of an H100."""
 PROMPT = 131072
+ROOM = 64
+"""Tokens that a cache is larger than what it holds; part of what kernels are compiled for."""
 
 
 def decode_job(
-    result: dict[str, Any], *, spec: str, shapes: Sequence[Sequence[int]], timed: bool, seed: int, root: str
+    result: dict[str, Any],
+    *,
+    spec: str,
+    shapes: Sequence[Sequence[int]],
+    timed: bool,
+    seed: int,
+    root: str,
+    prefill: bool = True,
 ) -> None:
     """Time the decode of a shipped spec at (tokens, sequences), and its prefill; not `timed`, run each shape once."""
     meaning = variant(spec, "bfloat16")
     module = import_package(package_of(meaning, Path(root)))
-    result.update(environment=asdict(environment(torch.device("cuda"))), table=[], seed=seed)
+    result.update(environment=asdict(environment(torch.device("cuda"))), table=[], decode=[], seed=seed)
     bandwidth = copy_bandwidth() if timed else 1.0
     result["copy_tbs"] = bandwidth / 1e12
+    if prefill and not timed:
+        touch_prefill(meaning, module)
+    if prefill and timed and seconds_left() > 20:
+        say(f"{spec}: prefill of {PROMPT} in chunks of {CHUNK}")
+        result["prefill"] = found = prefill_times(meaning, module)
+        result["table"].append(
+            f"{spec} prefill of {PROMPT}: at once {found['whole_ms']:.1f} ms, in chunks of {CHUNK} "
+            f"{found['chunks_ms']:.1f} ms ({found['ratio']:.3f} x)"
+        )
+        torch.cuda.empty_cache()
     for tokens, batch in shapes:
-        if seconds_left() < 20:
+        if seconds_left() < 10:
             result["table"].append(f"{spec}: the budget was spent before {tokens} tokens, batch {batch}")
             break
-        say(f"{spec}: decode, {tokens} tokens, batch {batch}")
-        if timed:
-            result["table"].append(f"{spec} {_timed(meaning, module, tokens, batch, bandwidth)}")
-        else:
+        if not timed:
             touch(meaning, module, tokens, batch)
+            continue
+        try:
+            found = decode_times(meaning, module, tokens, batch, bandwidth)
+        except torch.cuda.OutOfMemoryError:
+            found = {"tokens": tokens, "batch": batch, "skipped": "out of memory"}
+        result["decode"].append(found)
+        result["table"].append(f"{spec} {decode_line(found)}")
+        say(result["table"][-1])
         torch.cuda.empty_cache()
         save(result)
-    if timed and seconds_left() > 20:
-        say(f"{spec}: prefill of {PROMPT} in chunks of {CHUNK}")
-        result["table"].append(f"{spec} {prefill_line(meaning, module)}")
     result["ok"] = True
+
+
+def decode_line(found: dict[str, Any]) -> str:
+    """What was found at one shape, in a line."""
+    shape = f"{found['tokens']:>6} tokens, batch {found['batch']:>2}"
+    if "skipped" in found:
+        return f"{shape}: skipped, {found['skipped']}"
+    dense = "" if found["dense_us"] is None else f"; dense cuDNN {found['dense_us']:.0f} ({found['speedup']:.1f}x)"
+    return (
+        f"{shape}: decode {found['decode_us']:7.1f} us, {100 * found['floor_fraction']:3.0f}% of the floor "
+        f"{found['floor_us']:.1f}; write {found['write_us']:.1f}{dense}"
+    )
 
 
 def touch(spec: Spec, module: Any, tokens: int, batch: int) -> None:
     """Compile what timing a shape needs, on a cache of that capacity that holds little."""
-    cache = module.NSACache(batch, tokens + 64, device="cuda")
+    cache = module.NSACache(batch, tokens + ROOM, device="cuda")
     new = new_tokens(spec, module, batch, 100, torch.Generator("cuda"))
     cache.extend(100)
     cache.write(**new)
@@ -63,6 +98,17 @@ def touch(spec: Spec, module: Any, tokens: int, batch: int) -> None:
     cache.extend(1)
     cache.write(**new_tokens(spec, module, batch, 1, torch.Generator("cuda")))
     module.nsa_decode(q, cache, **gates, out=out)
+    torch.cuda.synchronize()
+
+
+def touch_prefill(spec: Spec, module: Any) -> None:
+    """Compile what timing prefill needs, which does not depend on lengths: a prompt at once, and a chunk behind it."""
+    cache = module.NSACache(1, 4096, device="cuda")
+    for tokens in (1024, 2048):
+        cache.extend(tokens)
+        cache.write(**new_tokens(spec, module, 1, tokens, torch.Generator("cuda")))
+        q, gates, _ = queries(spec, 1, tokens)
+        module.nsa_prefill(q, cache, **gates)
     torch.cuda.synchronize()
 
 
@@ -91,23 +137,17 @@ def copy_bandwidth() -> float:
     return 2 * x.numel() * 4 / (graph_microseconds(graph, 5, 3) * 1e-6)
 
 
-def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
-    """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
-    p = OracleParameters.from_spec(spec)
-    rows = p.compressed_blocks(tokens) + (p.selection_count * p.selection_block if p.selection_block else 0)
-    rows += p.window or 0
-    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * 2
-
-
-def _timed(spec: Spec, module: Any, tokens: int, batch: int, bandwidth: float) -> str:
+def decode_times(spec: Spec, module: Any, tokens: int, batch: int, bandwidth: float) -> dict[str, Any]:
+    """Microseconds of a step at one shape: decode, writing a token, dense attention (None where that is refused)."""
     p = OracleParameters.from_spec(spec)
     row = p.kv_heads * (p.head_dim_qk + p.head_dim_v) * 2
     one = batch * tokens * row * (1 + 1 / (p.compression_stride or tokens))
     needed = step_bytes(spec, tokens, batch)
     layers = max(1, min(int(COLD_BYTES / needed) + 1, int(MOST_CACHE_BYTES / one), 32))
+    shape = {"tokens": tokens, "batch": batch}
     if one > MOST_CACHE_BYTES:
-        return f"{tokens} tokens, batch {batch}: skipped, the cache takes {one / 1e9:.0f} GB"
-    cache = filled_cache(spec, module, tokens, batch, room=64, layers=layers)
+        return {**shape, "skipped": f"the cache takes {one / 1e9:.0f} GB"}
+    cache = random_cache(module, tokens, batch, layers)
     q, gates, out = queries(spec, batch, 1)
 
     def decode() -> None:
@@ -123,17 +163,33 @@ def _timed(spec: Spec, module: Any, tokens: int, batch: int, bandwidth: float) -
         for layer in range(layers):
             cache.write(**new, layer=layer)
 
-    writing = graph_microseconds(captured(write)) / layers
+    writing = graph_microseconds(captured(write), 7, 5) / layers
     dense = _dense_microseconds(spec, cache, q, tokens)
     floor = 1e6 * needed / bandwidth
-    return (
-        f"{tokens:>6} tokens, batch {batch:>2}: decode {microseconds:7.1f} us, {100 * floor / microseconds:3.0f}% of "
-        f"the floor {floor:.1f}; write {writing:.1f}; dense cuDNN {dense}"
-    )
+    return {
+        **shape,
+        "layers": layers,
+        "bytes": needed,
+        "decode_us": microseconds,
+        "write_us": writing,
+        "floor_us": floor,
+        "floor_fraction": floor / microseconds,
+        "dense_us": dense,
+        "speedup": None if dense is None else dense / microseconds,
+    }
 
 
-def _dense_microseconds(spec: Spec, cache: Any, q: torch.Tensor, tokens: int) -> str:
-    """Dense attention of the same token to the same keys, of the first layer."""
+def random_cache(module: Any, tokens: int, batch: int, layers: int) -> Any:
+    """A cache of `tokens` random tokens a sequence, laid down as they are, with room for one more."""
+    cache = module.NSACache(batch, tokens + ROOM, layers=layers, device="cuda")
+    for tensor in (tensor for layer in cache.layers for tensor in layer):
+        tensor.normal_()
+    cache.extend(tokens)
+    return cache
+
+
+def _dense_microseconds(spec: Spec, cache: Any, q: torch.Tensor, tokens: int) -> float | None:
+    """Dense attention of the same token to the same keys, of the first layer; None where cuDNN refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     layer = cache.layers[0]
@@ -145,19 +201,21 @@ def _dense_microseconds(spec: Spec, cache: Any, q: torch.Tensor, tokens: int) ->
             torch.nn.functional.scaled_dot_product_attention(query, k, v, scale=spec.scale_value, enable_gqa=True)
 
     try:
-        return f"{graph_microseconds(captured(attend), 5, 5):.0f}"
+        return graph_microseconds(captured(attend), 5, 3)
     except RuntimeError as error:
-        return f"refused ({str(error).splitlines()[0][:60]})"
+        say(f"dense refused: {str(error).splitlines()[0][:80]}")
+        return None
 
 
-def prefill_line(spec: Spec, module: Any) -> str:
-    """Time of a prompt in chunks beside that of the same prompt at once."""
+def prefill_times(spec: Spec, module: Any) -> dict[str, float]:
+    """Milliseconds of a prompt at once, and in chunks; the cache is written in both."""
     new = new_tokens(spec, module, 1, PROMPT, torch.Generator("cuda").manual_seed(3))
     q, gates, _ = queries(spec, 1, PROMPT)
     cache = module.NSACache(1, PROMPT, device="cuda")
 
     def run(chunk: int) -> float:
         cache.reset()
+        torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for first in range(0, PROMPT, chunk):
@@ -175,4 +233,4 @@ def prefill_line(spec: Spec, module: Any) -> str:
         for chunk, times in both.items():
             times.append(run(chunk))
     whole, chunks = (sorted(times[1:])[1] for times in both.values())
-    return f"prefill of {PROMPT}: at once {whole:.1f} ms, in chunks of {CHUNK} {chunks:.1f} ms ({chunks / whole:.2f} x)"
+    return {"tokens": PROMPT, "chunk": CHUNK, "whole_ms": whole, "chunks_ms": chunks, "ratio": chunks / whole}

@@ -82,10 +82,19 @@ PYTORCH = ("llama3_8b", "mha_16", "tiny")
 """Specs that PyTorch's tools are tried on."""
 DECODED = ("nsa_64x4", "llama3_8b")
 """Specs whose decode is timed."""
+DECODE_TARGETS = ((65536, 1), (65536, 32), (65536, 16))
 DECODE_SHAPES = (
-    (65536, 1), (65536, 32), (65536, 16), (4096, 1), (4096, 64), (16384, 8), (262144, 1), (262144, 4),
-)  # fmt: skip
+    *DECODE_TARGETS,
+    *(
+        (tokens, batch)
+        for tokens in (4096, 16384, 65536, 262144)
+        for batch in (1, 4, 16, 64)
+        if (tokens, batch) not in DECODE_TARGETS
+    ),
+)
 """(Tokens, sequences) at which decode is timed, the most telling first."""
+DECODE_JOBS = 7
+"""Processes a spec that compile what these need."""
 SCENARIO_JOBS = {"cuda": (4, 2), "cpu": (1, 2)}
 """Jobs a spec, and scenarios a job."""
 MEMORY_SHARE_GB = 25
@@ -325,18 +334,20 @@ class Plan:
         ]
 
     def compile_for_decode(self) -> list[Job]:
-        """Jobs that leave in Triton's cache what the times of decode need, side by side."""
+        """Jobs that leave in Triton's cache what the times of decode and prefill need, side by side."""
         return [
             self._job(
-                f"compile decode {spec} {tokens} {batch}",
+                f"compile decode {spec} {number}",
+                -number,
                 kind="decode",
                 spec=spec,
-                shapes=((tokens, batch),),
+                shapes=DECODE_SHAPES[number::DECODE_JOBS],
                 timed=False,
+                prefill=number == 0,
             )
             for spec in DECODED
             if spec in self.specs
-            for tokens, batch in DECODE_SHAPES
+            for number in range(DECODE_JOBS)
         ]
 
     def _inference(self) -> list[Job]:
