@@ -63,13 +63,14 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
     for name in names:
         dim = p.head_dim_qk if name.startswith("k") else p.head_dim_v
         shape = (batch, tokens, p.kv_heads, dim)
-        found[name] = torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+        found[name] = torch.randn(shape, device="cuda", dtype=getattr(torch, spec.dtype), generator=generator)
     hidden = spec.compression.phi.hidden if spec.compression else None
     shapes = parameter_shapes(p, hidden)
     if shapes:
         fixed = torch.Generator("cuda").manual_seed(0)
         drawn = {
-            name: torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=fixed) / shape[-2] ** 0.5
+            name: torch.randn(shape, device="cuda", dtype=getattr(torch, spec.dtype), generator=fixed)
+            / shape[-2] ** 0.5
             for name, shape in shapes.items()
         }
         found["compression"] = module.CompressionParameters(**drawn)
@@ -79,9 +80,9 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
 def queries(spec: Spec, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Random queries, gates by name where the operator has them, and a place for o."""
     p = OracleParameters.from_spec(spec)
-    q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=torch.bfloat16)
-    gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=torch.bfloat16)
-    out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=getattr(torch, spec.dtype))
+    gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
+    out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=getattr(torch, spec.dtype))
     return q, {} if p.gate == "none" else {"gates": gates}, out
 
 
