@@ -100,7 +100,7 @@ def _outputs(spec: Spec) -> tuple[Output, ...]:
     outputs += [output for output in compressed if not output.saved_by_phi]
     if spec.selection and "backward" in spec.passes:
         outputs.append(Output("sorted_keys", "index_slots(q, sequences)", "torch.int32", auxiliary=False))
-        outputs.append(Output("sorted_slots", "index_slots(q, sequences)", "torch.int64", auxiliary=False))
+        outputs.append(Output("sorted_slots", "index_slots(q, sequences)", "torch.int32", auxiliary=False))
     outputs += [output for output in compressed if output.saved_by_phi]
     return tuple(outputs)
 

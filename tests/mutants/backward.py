@@ -21,8 +21,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "        head = first_head + step // viewers\n",
-                "        head = first_head + step // viewers\n        dk = tl.where(step % viewers == 0, 0.0, dk)\n",
+                "        head = first_head + step // head_steps\n",
+                "        head = first_head + step // head_steps\n        dk = tl.where(step % head_steps == 0, 0.0, dk)\n",
             ),
         ),
     ),
@@ -34,8 +34,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "        head = first_head + step // viewers\n",
-                "        head = first_head + step // viewers\n        dv = tl.where(step % viewers == 0, 0.0, dv)\n",
+                "        head = first_head + step // head_steps\n",
+                "        head = first_head + step // head_steps\n        dv = tl.where(step % head_steps == 0, 0.0, dv)\n",
             ),
         ),
     ),

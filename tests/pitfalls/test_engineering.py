@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -125,6 +126,36 @@ def test_generated_sources_are_free_of(what: str) -> None:
                 text = re.sub(MEANT[path.name], "", text, count=1, flags=re.DOTALL)
             found = re.search(FORBIDDEN[what], text, re.MULTILINE)
             assert found is None, f"{spec.name}/{path.name}: {found.group()!r}"
+
+
+POSITIVE = {"block_rows", "blocks_per_batch", "chunk_tokens", "tiles_per_batch", "tokens"}
+"""Arguments of kernels that are positive wherever a kernel that divides by them is launched."""
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_kernels_divide_by_no_number_that_may_be_zero(name: str) -> None:
+    # Not even in a loop of no steps: a pipeline computes the first steps' addresses before the loop is entered, and a
+    # compiler that sees a division takes its divisor, and with it the number of steps, not to be 0.
+    for path in operator_of_spec(PACKAGES[name]).folder.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or "jit" not in map(_last_name, function.decorator_list):
+                continue
+            guarded = {
+                ast.unparse(node.targets[0])
+                for node in ast.walk(function)
+                if isinstance(node, ast.Assign) and re.fullmatch(r"tl\.maximum\(.*, 1\)", ast.unparse(node.value))
+            }
+            for node in ast.walk(function):
+                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod):
+                    divisor = ast.unparse(node.right)
+                    constant = divisor.isdigit() or re.fullmatch(r"[A-Z0-9_ *+()-]+", divisor)
+                    assert constant or divisor in guarded | POSITIVE, f"{path.name}: {ast.unparse(node)}"
+
+
+def _last_name(decorator: ast.expr) -> str:
+    """`jit` of `@triton.jit` and of `@triton.jit(...)`."""
+    named = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(named).rpartition(".")[2]
 
 
 def test_two_interleaved_calls_do_not_touch_each_other() -> None:
