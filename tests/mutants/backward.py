@@ -22,7 +22,7 @@ MUTANTS = (
             Edit(
                 "window_attention.py",
                 "        head = first_head + step // head_steps\n",
-                "        head = first_head + step // head_steps\n        dk = tl.where(step % head_steps == 0, 0.0, dk)\n",
+                "        head = first_head + step // head_steps\n        dk *= step % head_steps != 0\n",
             ),
         ),
     ),
@@ -35,7 +35,7 @@ MUTANTS = (
             Edit(
                 "window_attention.py",
                 "        head = first_head + step // head_steps\n",
-                "        head = first_head + step // head_steps\n        dv = tl.where(step % head_steps == 0, 0.0, dv)\n",
+                "        head = first_head + step // head_steps\n        dv *= step % head_steps != 0\n",
             ),
         ),
     ),
