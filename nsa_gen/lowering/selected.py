@@ -207,10 +207,12 @@ def _merge(name: str, direction: str, purpose: str, moved: sympy.Expr, choice: s
 
 def _merge_dkdv() -> Kernel:
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
-    return elementwise(
+    pieces = _SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
+    kernel = elementwise(
         "merge_dkdv", "selected_key_major", "slc", "backward", "sum of what the pieces of a long list found",
-        2 * KV_BYTES, launch,
+        pieces * s.SLC_BLOCK * (s.Dk + s.Dv) * FP32, launch,
     )  # fmt: skip
+    return dataclasses.replace(kernel, compulsory_bytes=2 * KV_BYTES)
 
 
 def _selected_backward_dq(spec: Spec) -> Kernel:

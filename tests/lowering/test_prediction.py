@@ -13,7 +13,7 @@ from nsa_gen.lowering.calibration import FACTORS
 from nsa_gen.lowering.prediction import alternatives, calibrate, predict, predict_kernel_seconds
 from nsa_gen.spec import load_spec, shipped_specs
 
-MEASURED = Path(__file__).parents[2] / "docs" / "results" / "h100_2026-11-22_key_major" / "bench.json"
+MEASURED = Path(__file__).parents[2] / "docs" / "results" / "h100_2026-11-23_one_loop" / "bench.json"
 ROWS = read_results(MEASURED).kernels
 
 
@@ -35,9 +35,7 @@ def test_most_kernels_that_were_measured_still_exist():
     assert len(known) > 0.6 * len(ROWS)
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens"), [("llama3_8b", 8192), ("llama3_8b", 65536), ("nsa_64x4", 65536), ("mha_16", 32768)]
-)
+@pytest.mark.parametrize(("name", "tokens"), [("llama3_8b", 65536), ("nsa_64x4", 65536), ("mha_16", 32768)])
 def test_the_kernels_of_a_call_together_are_within_a_third_of_the_measurement(name, tokens):
     rows = [row for row in kernels_of(read_results(MEASURED), load_spec(name)) if row.tokens == tokens]
     found = predict(program(name), tokens=tokens)

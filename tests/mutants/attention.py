@@ -133,7 +133,7 @@ MUTANTS = (
         "the accumulator keeps its scale when the running maximum moves",
         WINDOW,
         ("o_win",),
-        (Edit("window_attention.py", "    acc = scale_v_rows(acc, rescale[:, None])\n", ""),),
+        (Edit("window_attention.py", "        acc = scale_v_rows(acc, rescale[:, None])\n", ""),),
     ),
     Mutant(
         "row_sum_not_rescaled",

@@ -149,9 +149,11 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "    dv = add_v_product(tl.trans(p), do, dv)\n",
-                "    ungated = gated_probabilities(dot_qk(q, k), lse[:, None], 1.0, visible)\n"
-                "    dv = add_v_product(tl.trans(ungated), do, dv)\n",
+                "        dv = add_v_product(tl.trans(p), do, dv)\n",
+                "        ungated = gated_probabilities(\n"
+                "            dot_qk(q, k), lse[:, None], 1.0, is_visible(queries + offset, keys)\n"
+                "        )\n"
+                "        dv = add_v_product(tl.trans(ungated), do, dv)\n",
             ),
         ),
     ),

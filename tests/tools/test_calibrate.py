@@ -9,7 +9,7 @@ import pytest
 import tools.calibrate as tool
 from nsa_gen.bench.records import Results, read_results, write_json
 
-MEASURED = Path(__file__).parents[2] / "docs" / "results" / "h100_2026-11-22_key_major" / "bench.json"
+MEASURED = Path(__file__).parents[2] / "docs" / "results" / "h100_2026-11-23_one_loop" / "bench.json"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_what_it_writes_is_a_module_of_factors_and_a_page(written):
     exec((written / "calibration.py").read_text(), names)
     assert all(0.1 < factor < 10 for factor in names["FACTORS"].values()) and len(names["FACTORS"]) > 15
     page = (written / "predictions.md").read_text()
-    assert page.count("| llama3_8b |") > 20 and "NVIDIA H100" in page
+    assert page.count("| llama3_8b |") > 15 and "NVIDIA H100" in page
 
 
 def test_predictions_that_are_far_off_end_with_1(written, tmp_path, capsys):
