@@ -35,6 +35,15 @@ def nsa_gen(tmp_path: Path) -> Callable[..., Answer[str]]:
 
 
 @pytest.fixture
+def trained(tmp_path: Path) -> str:
+    """A spec's path: tiny's training half, as commands on the whole of it take as long again for decode."""
+    text = (Path(__file__).parents[2] / "specs" / "tiny.yaml").read_text()
+    path = tmp_path / "trained.yaml"
+    path.write_text(text.replace("name: tiny", "name: trained").replace("backward, decode]", "backward]"))
+    return str(path)
+
+
+@pytest.fixture
 def call(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Answer[str]]:

@@ -199,7 +199,7 @@ def test_tokens_whose_scores_are_held_a_share_at_a_time_get_the_same_blocks(
     assert torch.equal(in_shares.indices, at_once.indices) and torch.equal(in_shares.counts, at_once.counts)
 
 
-@pytest.mark.parametrize("count", [40, 70])
+@pytest.mark.parametrize("count", [70])
 def test_lists_too_long_for_registers_are_chosen_rightly(count: int) -> None:
     op = operator_of("cmp slc", gate="none", compression=(16, 16), count=count, initial=1, local=1, passes=("forward",))
     assert_matches_oracle(op, 2, tokens_kv=16 * (count + 30) + 5, gradients=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def machine() -> Iterator[FakeMachine]:
         yield machine
 
 
+@functools.cache
 def launches() -> ModuleType:
     return operator_of().module.launch
 
