@@ -10,7 +10,6 @@ import pytest
 from nsa_gen.cli.blocks import Table, Text
 from nsa_gen.cli.tables import verify_blocks
 
-
 WINDOW = """\
 version: 1
 name: window_alone
