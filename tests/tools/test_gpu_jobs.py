@@ -346,3 +346,13 @@ def test_other_bits_far_along_are_well_where_they_are_as_near_as_rounding(tmp_pa
     packages(build)
     result = far_along(tmp_path, False)
     assert result["ok"] and any("elements of other bits" in row["case"] for row in result["rows"])
+
+
+def test_a_check_of_pytorch_s_tools_that_failed_is_named_with_its_reason() -> None:
+    rows = [
+        {"check": "export", "ok": True, "detail": ""},
+        {"check": "opcheck", "ok": False, "detail": "int64 is not int32"},
+    ]
+    failed = Outcome("pytorch tiny", "failed", 1.0, "", {"ok": False, "rows": rows, "table": []})
+    lines = report.table({"pytorch": [failed]}, [])
+    assert any("pytorch tiny" in line and "opcheck: int64 is not int32" in line for line in lines)

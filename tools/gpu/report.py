@@ -175,7 +175,9 @@ def _why(outcome: Outcome) -> str:
     result = outcome.result or {}
     rows = [row for row in result.get("rows", ()) if row.get("ok") is False]
     text = outcome.detail
-    if rows:
+    if rows and "check" in rows[0]:
+        text += f"; {rows[0]['check']}: {rows[0]['detail']}"
+    elif rows:
         row = rows[0]
         text += f"; {row['case']}: {row['quantity']} {row['problem'] or row['measure']}"
         if not row["problem"] and row["error"] is not None:
