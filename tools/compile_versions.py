@@ -1,9 +1,10 @@
 """Compile packages for every target with other versions of Triton than the one installed.
 
-    python tools/compile_versions.py [--specs tiny,llama3_8b] FOLDER...
+    python tools/compile_versions.py [--specs tiny:batched,llama3_8b:packed] FOLDER...
 
-FOLDER is where a version lies, as `pip install --no-deps --target FOLDER triton==VERSION` leaves it. Exit status 0 when
-every kernel compiles and fits every target with every version, else 1.
+After a spec stands the call whose launches are compiled, batched or packed; where none does, both are. FOLDER is where
+a version lies, as `pip install --no-deps --target FOLDER triton==VERSION` leaves it. Exit status 0 when every kernel
+compiles and fits every target with every version, else 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ sys.path.insert(0, str(PROJECT))
 
 from nsa_gen.hardware import TARGETS  # noqa: E402
 from nsa_gen.spec import shipped_specs  # noqa: E402
-from nsa_gen.targets import compile_spec  # noqa: E402
+from nsa_gen.targets import VARIANTS, compile_spec  # noqa: E402
 
 
 def main() -> int:
@@ -25,19 +26,23 @@ def main() -> int:
     known = shipped_specs()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="where a version of Triton lies")
-    parser.add_argument("--specs", default="tiny,llama3_8b", help=f"of {', '.join(known)}")
+    parser.add_argument("--specs", default="tiny:batched,llama3_8b:packed", help=f"of {', '.join(known)}")
     options = parser.parse_args()
-    names = options.specs.split(",")
-    if unknown := [name for name in names if name not in known]:
+    asked = [(name, call) for name, _, call in (text.partition(":") for text in options.specs.split(","))]
+    if unknown := [name for name, _ in asked if name not in known]:
         parser.error(f"--specs: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+    if unknown := [call for _, call in asked if call and call not in VARIANTS]:
+        parser.error(f"--specs: expected calls of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if missing := [str(folder) for folder in options.folders if not (folder / "triton").is_dir()]:
         parser.error(f"FOLDER: expected a folder with a triton package in it, got {', '.join(missing)}")
     ok = True
     for folder in options.folders:
-        for name in names:
-            report = compile_spec(PROJECT / "generated" / name, TARGETS, triton_path=folder.resolve())
+        for name, call in asked:
+            package, path = PROJECT / "generated" / name, folder.resolve()
+            report = compile_spec(package, TARGETS, variants=[call] if call else VARIANTS, triton_path=path)
             failures = [row for row in report.rows if not row.ok]
-            print(f"{folder.name}: {name}: {len(report.rows) - len(failures)} of {len(report.rows)} kernels fit")
+            fit = f"{len(report.rows) - len(failures)} of {len(report.rows)} kernels fit"
+            print(f"{folder.name}: {name} ({call or 'all calls'}): {fit}", flush=True)
             for row in failures:
                 print(f"  {row.target} {row.kernel} ({', '.join(row.variants)}): {row.reason}")
             ok = ok and report.ok

@@ -11,7 +11,7 @@
 Importing this package imports neither torch nor triton: both stay in the worker processes.
 """
 
-from nsa_gen.targets.compile import HEAVY_SPILL_BYTES, Compilation, CompileReport, compile_spec
+from nsa_gen.targets.compile import HEAVY_SPILL_BYTES, VARIANTS, Compilation, CompileReport, compile_spec
 from nsa_gen.targets.hardware import GPUS, TARGETS, Gpu, UnknownGpuError, find_gpu, gpu, gpu_for_device, gpu_for_target
 from nsa_gen.targets.report import print_report
 from nsa_gen.targets.resources import Resources
@@ -20,6 +20,7 @@ __all__ = [
     "GPUS",
     "HEAVY_SPILL_BYTES",
     "TARGETS",
+    "VARIANTS",
     "Compilation",
     "CompileReport",
     "Gpu",

@@ -29,6 +29,8 @@ HEAVY_SPILL_BYTES = 128
 """Local memory of a thread from which a kernel is flagged: 32 registers written out and read back."""
 
 ALL_PASSES = ("forward", "backward", "decode")
+VARIANTS = ("batched", "packed")
+"""The calls whose launches are compiled: of sequences of one length, and of packed ones."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def compile_spec(
     jobs: int | None = None,
     progress: Progress | None = None,
     passes: Iterable[str] | None = None,
+    variants: Iterable[str] = VARIANTS,
     tokens: int = 4096,
     batch: int = 2,
     kernel_timeout: float = 300.0,
@@ -139,6 +142,7 @@ def compile_spec(
         jobs: worker processes; default as many as CPU cores.
         progress: called after every kernel.
         passes: out of "forward", "backward" and "decode"; default what the spec says, and all for a folder.
+        variants: out of "batched" and "packed": the calls whose launches are compiled; default both.
         tokens: sequence length of the traced call; launches do not depend on it but for its divisibility by 16.
         batch: sequences of the traced call.
         kernel_timeout: seconds one kernel may take before it is reported as failed and its process ended.
@@ -148,13 +152,16 @@ def compile_spec(
 
     Raises:
         UnknownGpuError: an architecture is not in the table.
-        ValueError: no target, or jobs, tokens, batch or kernel_timeout not positive.
+        ValueError: no target, no variant or an unknown one, or jobs, tokens, batch or kernel_timeout not positive.
         FileNotFoundError: `spec` names a folder without a package.
     """
     started = time.monotonic()
     wanted = tuple(dict.fromkeys(gpu_for_target(target).target for target in targets))
     if not wanted:
         raise ValueError(f"targets: expected at least one of {', '.join(TARGETS)}, got none")
+    calls = tuple(dict.fromkeys(variants))
+    if not calls or not set(calls) <= set(VARIANTS):
+        raise ValueError(f"variants: expected some of {', '.join(VARIANTS)}, got {', '.join(calls) or 'none'}")
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
     for name, value in (("jobs", jobs), ("tokens", tokens), ("batch", batch), ("kernel_timeout", kernel_timeout)):
         if value <= 0:
@@ -170,7 +177,7 @@ def compile_spec(
         cache = Path(cache_dir) if cache_dir is not None else user_cache_dir() / "triton"
         other_triton = Path(triton_path).resolve() if triton_path is not None else None
         environment = worker_environment(cache.resolve(), other_triton)
-        rows, versions = _compile_all(opening, environment, wanted, jobs, progress, kernel_timeout)
+        rows, versions = _compile_all(opening, environment, wanted, calls, jobs, progress, kernel_timeout)
     return CompileReport(package.name, rows, time.monotonic() - started, versions)
 
 
@@ -193,13 +200,14 @@ def _compile_all(
     opening: dict[str, Any],
     environment: dict[str, str],
     targets: tuple[str, ...],
+    variants: tuple[str, ...],
     jobs: int,
     progress: Progress | None,
     timeout: float,
 ) -> tuple[tuple[Compilation, ...], dict[str, str]]:
     tracer = Worker(opening, environment)
     try:
-        todo, failed, versions = _trace_all(tracer, targets, timeout)
+        todo, failed, versions = _trace_all(tracer, targets, variants, timeout)
         rows: list[Compilation | None] = [None] * len(todo)
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(todo)):
@@ -249,7 +257,7 @@ def _compile_all(
 
 
 def _trace_all(
-    tracer: Worker, targets: tuple[str, ...], timeout: float
+    tracer: Worker, targets: tuple[str, ...], variants: tuple[str, ...], timeout: float
 ) -> tuple[list[_Job], list[Compilation], dict[str, str]]:
     """What is to be compiled, equal code once, and a failed row for each call that could not be traced."""
     todo: list[_Job] = []
@@ -257,8 +265,8 @@ def _trace_all(
     versions: dict[str, str] = {}
     for target in targets:
         found: dict[str, _Job] = {}
-        for packed in (False, True):
-            variant = "packed" if packed else "batched"
+        for variant in variants:
+            packed = variant == "packed"
             try:
                 answer = tracer.ask({"do": "trace", "target": target, "packed": packed}, timeout)
             except WorkerFailure as failure:
@@ -273,8 +281,8 @@ def _trace_all(
                 )
             for listed in answer["launches"]:
                 seen = found.get(listed["key"])
-                variants = (*seen.variants, variant) if seen else (variant,)
-                found[listed["key"]] = _Job(target, seen.packed if seen else packed, variants, listed)
+                launched_by = (*seen.variants, variant) if seen else (variant,)
+                found[listed["key"]] = _Job(target, seen.packed if seen else packed, launched_by, listed)
         todo += found.values()
     return todo, failed, versions
 

@@ -176,6 +176,20 @@ def test_a_package_whose_launches_cannot_be_recorded_is_reported_with_the_reason
     assert all("ValueError: heads: expected 4, got 3" in row.reason for row in report.rows)
 
 
+@pytest.mark.parametrize("variant", ["batched", "packed"])
+def test_one_of_the_calls_may_be_compiled_alone(sample: CompileReport, cache: Path, variant: str) -> None:
+    report = compile_spec(SAMPLE, ["sm_90"], jobs=1, cache_dir=cache, variants=[variant])
+    expected = {row.kernel for row in sample.rows if row.target == "sm_90" and variant in row.variants}
+    assert report.ok and {row.kernel for row in report.rows} == expected
+    assert {row.variants for row in report.rows} == {(variant,)}
+
+
+@pytest.mark.parametrize(("variants", "got"), [([], "none"), (["padded"], "padded")])
+def test_calls_that_do_not_exist_are_refused(variants: list[str], got: str) -> None:
+    with pytest.raises(ValueError, match=f"variants: expected some of batched, packed, got {got}"):
+        compile_spec(SAMPLE, ["sm_90"], variants=variants)
+
+
 def test_a_package_that_launches_nothing_is_not_a_success(cache: Path) -> None:
     report = compile_spec(SAMPLE, ["sm_90"], jobs=1, cache_dir=cache, passes=[])
     assert not report.ok
