@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 
 import sympy
@@ -170,16 +171,29 @@ def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
 
 def _numeric(expression: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dict[str, int]], float]:
     """An expression over tunables as a function of a configuration, with sizes and, lacking one, a typical call."""
-    names, function = _compiled(expression)
-    fixed = {symbol.name: value for symbol, value in {**_TYPICAL_CALL, **sizes}.items()}
-
-    def evaluate(config: dict[str, int]) -> float:
-        return function(*(config[name] if name in config else fixed[name] for name in names))
-
-    return evaluate
+    known = {symbol.name: value for symbol, value in {**_TYPICAL_CALL, **sizes}.items()}
+    names = _names(expression)
+    tunables = tuple(name for name in names if name not in known)
+    sized = tuple(name for name in names if name in known)
+    # Symbols that are known come first, so that a configuration is asked for its tunables alone.
+    function = functools.partial(_compiled(expression, sized + tunables), *(known[name] for name in sized))
+    if not tunables:
+        value = function()
+        return lambda config: value
+    if len(tunables) == 1:
+        (only,) = tunables
+        return lambda config: function(config[only])
+    values_of = operator.itemgetter(*tunables)
+    return lambda config: function(*values_of(config))
 
 
 @functools.cache
-def _compiled(expression: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., float]]:
-    arguments = sorted(expression.free_symbols, key=lambda symbol: symbol.name)
-    return tuple(argument.name for argument in arguments), sympy.lambdify(arguments, expression, modules="math")
+def _names(expression: sympy.Basic) -> tuple[str, ...]:
+    return tuple(sorted(symbol.name for symbol in expression.free_symbols))
+
+
+@functools.cache
+def _compiled(expression: sympy.Basic, names: tuple[str, ...]) -> Callable[..., float]:
+    """An expression as a function of its symbols' values, in the order of their names."""
+    by_name = {symbol.name: symbol for symbol in expression.free_symbols}
+    return sympy.lambdify([by_name[name] for name in names], expression, modules="math")

@@ -35,11 +35,13 @@ def nsa_gen(tmp_path: Path) -> Callable[..., Answer[str]]:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> str:
-    """A spec's path: tiny's training half, as commands on the whole of it take as long again for decode."""
-    text = (Path(__file__).parents[2] / "specs" / "tiny.yaml").read_text()
-    path = tmp_path / "trained.yaml"
-    path.write_text(text.replace("name: tiny", "name: trained").replace("backward, decode]", "backward]"))
+def small(tmp_path: Path) -> str:
+    """A spec's path: few kernels, as what each costs a command is seen elsewhere."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "version: 1\nname: small\nheads: {query: 4, kv: 2}\nhead_dim: 16\ndtype: float32\n"
+        "window: {size: 24}\npasses: [forward, backward]\n"
+    )
     return str(path)
 
 

@@ -122,10 +122,10 @@ def test_with_a_gpu_it_verifies_there_and_times_it(call, commands, answers, monk
 
 
 @pytest.mark.slow
-def test_the_real_thing_ends_well(nsa_gen, trained, tmp_path):
-    answer = nsa_gen("demo", trained, "-o", "out", "--target", "sm_90", timeout=900)
+def test_the_real_thing_ends_well(nsa_gen, small, tmp_path):
+    answer = nsa_gen("demo", small, "-o", "out", "--target", "sm_90", timeout=900)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert (tmp_path / "out" / "trained" / "__init__.py").is_file()
+    assert (tmp_path / "out" / "small" / "__init__.py").is_file()
     report = (tmp_path / "out" / "report.md").read_text()
     for heading in ("The spec and the package", "Compiled", "Verified", "Outcome"):
         assert f"## {heading}" in report

@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from nsa_gen.spec import Spec, load_spec, parse_spec, shipped_specs
 from tests.spec.spec_texts import as_text, valid_documents
 
+DRAWN = 30
+"""How many there are: drawing them takes seconds, and every process that runs tests of them draws them all."""
+
 
 def structure(spec: Spec) -> tuple[object, ...]:
     """What decides which code is generated, sizes apart."""
@@ -42,13 +45,18 @@ def features(spec: Spec) -> set[tuple[str, object]]:
     return made
 
 
+def drawn_specs(count: int = DRAWN) -> tuple[Spec, ...]:
+    """The first of `DRAWN` specs of different structure out of everything the language allows: drawn_0, drawn_1, ..."""
+    assert count <= DRAWN
+    return _drawn()[:count]
+
+
 @functools.cache
-def drawn_specs(count: int) -> tuple[Spec, ...]:
-    """`count` specs of different structure out of everything the language allows, named drawn_0, drawn_1, ..."""
+def _drawn() -> tuple[Spec, ...]:
     found: dict[tuple[object, ...], Spec] = {}
 
     @settings(
-        max_examples=12 * count,
+        max_examples=12 * DRAWN,
         derandomize=True,
         database=None,
         deadline=None,
@@ -61,7 +69,7 @@ def drawn_specs(count: int) -> tuple[Spec, ...]:
         found.setdefault(structure(spec), spec)
 
     draw()
-    assert len(found) >= count
+    assert len(found) >= DRAWN
     # What is drawn changes with hypothesis' version and the project's sources. So: first a spec for every feature that
     # was drawn at all, then others from everywhere, since neighbours of one example come in a row.
     pool = list(found.values())
@@ -71,13 +79,13 @@ def drawn_specs(count: int) -> tuple[Spec, ...]:
         if features(spec) - covered:
             telling.append(number)
             covered |= features(spec)
-    spread = [number * len(pool) // count for number in range(count)]
-    numbers = list(dict.fromkeys([*telling, *spread, *range(len(pool))]))[:count]
+    spread = [number * len(pool) // DRAWN for number in range(DRAWN)]
+    numbers = list(dict.fromkeys([*telling, *spread, *range(len(pool))]))[:DRAWN]
     return tuple(pool[number].replace(name=f"drawn_{index}") for index, number in enumerate(numbers))
 
 
 @functools.cache
-def specs(drawn: int) -> dict[str, Spec]:
+def specs(drawn: int = DRAWN) -> dict[str, Spec]:
     """The shipped specs and `drawn` drawn ones, by name."""
     shipped = {name: load_spec(name) for name in shipped_specs()}
     return shipped | {spec.name: spec for spec in drawn_specs(drawn)}

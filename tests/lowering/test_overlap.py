@@ -107,7 +107,7 @@ def test_the_emitted_formula_gives_the_same_weights(emitted_formula, selection_b
 
 
 def test_the_constants_of_a_package_name_the_compressed_blocks_that_overlap():
-    computed = [s for s in specs(30).values() if s.selection and s.selection.indices == "computed"]
+    computed = [s for s in specs().values() if s.selection and s.selection.indices == "computed"]
     assert len(computed) > 6
     for spec in computed:
         constants = render(spec)["constants.py"]

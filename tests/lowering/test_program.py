@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -15,10 +16,19 @@ from nsa_gen.lowering.program import Program
 from nsa_gen.spec import shipped_specs
 from tests.lowering.drawn_specs import specs
 
-SPECS = specs(30)
-PROGRAMS = {name: lower(spec) for name, spec in SPECS.items()}
-every_program = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+SPECS = specs()
+every_program = pytest.mark.parametrize("program", SPECS, indirect=True)
 TABLES = ("interpreter", *TARGETS)
+
+
+@functools.cache
+def lowered(name: str) -> Program:
+    return lower(SPECS[name])
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> Program:
+    return lowered(request.param)
 
 
 def test_the_drawn_specs_cover_the_language():
@@ -88,7 +98,7 @@ def test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuratio
 
 @pytest.mark.parametrize("name", shipped_specs())
 def test_every_default_of_a_shipped_spec_is_expected_to_fit_the_h100_it_is_for(name: str):
-    program, device = PROGRAMS[name], gpu("h100")
+    program, device = lowered(name), gpu("h100")
     for kernel in program.kernels:
         config = program.defaults[device.target][kernel.name].mapping()
         assert space.fits(kernel, program.sizes, device)(config), (kernel.name, config)
@@ -175,7 +185,7 @@ def test_explain_gives_floors_that_follow_from_the_devices_peaks(program: Progra
 
 
 def test_the_papers_compressed_attention_has_the_floor_that_its_flops_give():
-    (estimate,) = [e for e in explain(PROGRAMS["nsa_64x4"], tokens=65536) if e.kernel == "compressed_forward"]
+    (estimate,) = [e for e in explain(lowered("nsa_64x4"), tokens=65536) if e.kernel == "compressed_forward"]
     # 64 heads, T^2 / (2 * 16) pairs, two products of 128: 2.2e12 multiplications and as many additions.
     assert estimate.flops == pytest.approx(64 * 65536**2 / 32 * 2 * (128 + 128), rel=0.01)
     assert estimate.limited_by == "matrix units"
@@ -184,12 +194,12 @@ def test_the_papers_compressed_attention_has_the_floor_that_its_flops_give():
 @pytest.mark.parametrize(("tokens", "batch"), [(0, 1), (1, 0), (-1, 1)])
 def test_explain_refuses_a_call_without_tokens(tokens: int, batch: int):
     with pytest.raises(ValueError, match="expected positive"):
-        explain(PROGRAMS["tiny"], tokens=tokens, batch=batch)
+        explain(lowered("tiny"), tokens=tokens, batch=batch)
 
 
 def test_explain_refuses_an_unknown_device():
     with pytest.raises(UnknownGpuError, match="abacus"):
-        explain(PROGRAMS["tiny"], gpu_key="abacus")
+        explain(lowered("tiny"), gpu_key="abacus")
 
 
 @every_program
@@ -267,7 +277,7 @@ def test_a_gradient_to_which_selection_adds_is_written_before_or_begins_at_zero(
 
 def test_an_unknown_kernel_is_a_key_error():
     with pytest.raises(KeyError, match="nonsense"):
-        PROGRAMS["tiny"].kernel("nonsense")
+        lowered("tiny").kernel("nonsense")
 
 
 def substitute(formula, program: Program, config: dict[str, int], call: dict[sympy.Symbol, int] | None = None):

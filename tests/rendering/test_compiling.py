@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from nsa_gen.spec import Spec
@@ -22,7 +20,7 @@ def light(spec: Spec) -> bool:
     return max(sizes) <= 128 and spec.heads.group <= 8 and few
 
 
-CHOSEN = random.Random(5).sample([spec for spec in drawn_specs(60) if light(spec)], 3)
+CHOSEN = [spec for spec in drawn_specs() if light(spec)][-3:]
 
 
 @pytest.mark.slow
