@@ -119,7 +119,10 @@ def _modules(program: Program) -> list[str]:
     if program.compresses:
         modules.append("compression.py")
     if program.spec.selection:
-        modules += ["inverted_index.py", "selected_attention.py", "selected_key_major.py", "selected_query_major.py"]
+        modules += ["inverted_index.py", "selected_attention.py", "selected_query_major.py"]
+        modules += [f"selected_key_major_{part}.py" for part in ("forward", "lists", "merge")]
+        if program.backward:
+            modules.append("selected_key_major_backward.py")
     if program.selects:
         modules.append("selection.py")
     if program.spec.window:
