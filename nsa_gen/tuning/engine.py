@@ -25,11 +25,12 @@ from nsa_gen.tuning.solo import Call, NoLaunch, Solo, noted_launches
 from nsa_gen.tuning.store import Configs
 from nsa_gen.tuning.worker import Lost
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import References
 from nsa_gen.verification.inference import run_scenario
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.verify import check_case, environment
+from nsa_gen.verification.report import environment
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -14,7 +14,8 @@ from nsa_gen.spec import Spec
 from nsa_gen.verification.inference import run_scenarios
 from nsa_gen.verification.inputs import parameter_shapes
 from nsa_gen.verification.oracle import OracleParameters
-from nsa_gen.verification.verify import adapt, environment
+from nsa_gen.verification.report import environment
+from nsa_gen.verification.verify import adapt
 from tools.gpu.packages import package_of, spec_of_request
 from tools.gpu.progress import say
 
