@@ -22,8 +22,8 @@ from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Se
 from nsa_gen.verification import Inputs, OracleParameters, Row, make_inputs
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
+from tests.machine import GPU
 
-GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 _packages = tempfile.TemporaryDirectory(prefix="nsa_gen_tests_")

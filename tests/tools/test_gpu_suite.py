@@ -19,7 +19,7 @@ from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.inputs import make_inputs
 from tools import gpu_suite
-from tools.gpu import plan, pool, report
+from tools.gpu import plan, pool, report, sizes
 from tools.gpu.long import check_rows
 from tools.gpu.packages import variant
 from tools.gpu.pool import RESULT_VARIABLE, Job, Outcome, run_jobs
@@ -251,7 +251,7 @@ def test_a_share_of_memory_is_held_by_one_process_and_given_back_by_one_that_is_
 
 def the_plan(**changes: object) -> plan.Plan:
     specs = tuple(shipped_specs())
-    whole = plan.Plan(specs, plan.PARTS, plan.DTYPES, plan.LENGTHS, "cuda", 0, Path("packages"))
+    whole = plan.Plan(specs, sizes.PARTS, sizes.DTYPES, sizes.LENGTHS, "cuda", 0, Path("packages"))
     return replace(whole, **changes)
 
 
