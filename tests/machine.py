@@ -1,4 +1,4 @@
-"""Whether this machine has a GPU that torch can use: tests and their settings ask here, and nowhere else."""
+"""What tests ask of the machine: whether it has a GPU that torch can use, and whether a process runs."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def _gpu_present() -> bool:
 
 
 GPU = _gpu_present()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (one that has ended and waits to be collected does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
