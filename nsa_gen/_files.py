@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -38,6 +40,18 @@ def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = ()) -> None
             _put_in_place(scratches)
             for path in remove:
                 path.unlink()
+
+
+def json_text(value: Any, indent: str = "") -> str:
+    """JSON with objects and lists that hold no others on a line each."""
+    inner = indent + " "
+    children = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else []
+    if not any(isinstance(child, Mapping | list | tuple) for child in children):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        lines = (f"{inner}{json.dumps(str(name))}: {json_text(child, inner)}" for name, child in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + json_text(child, inner) for child in children) + f"\n{indent}]"
 
 
 @contextmanager

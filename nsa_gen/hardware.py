@@ -55,11 +55,6 @@ class Gpu:
     bandwidth_tbs: float
     l2_bytes: int
 
-    @property
-    def balance(self) -> float:
-        """FLOPs the device can do in the time it reads one byte: below it a kernel is limited by memory."""
-        return self.bf16_tflops / self.bandwidth_tbs
-
 
 _KIB = 1024
 _MIB = 1024 * 1024

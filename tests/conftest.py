@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-
-def _gpu_present() -> bool:
-    """Whether torch can use a GPU; torch is imported only where a driver hints at one."""
-    if shutil.which("nvidia-smi") is None and not Path("/dev/kfd").exists():
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
+from tests.machine import GPU
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-GPU_PRESENT = _gpu_present()
 
-if not GPU_PRESENT:
+if not GPU:
     # Triton reads this once, when it is imported: kernels of this process then run under its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -43,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` on a machine without one."""
-    if GPU_PRESENT:
+    if GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:

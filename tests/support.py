@@ -21,9 +21,9 @@ from nsa_gen.rendering import generate, import_package
 from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Selection, Spec, Window, parse_spec
 from nsa_gen.verification import Inputs, OracleParameters, Row, make_inputs
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.verify import check_case
+from nsa_gen.verification.checking import check_case
+from tests.machine import GPU
 
-GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 _packages = tempfile.TemporaryDirectory(prefix="nsa_gen_tests_")

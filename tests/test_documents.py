@@ -14,17 +14,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import typer
 
 from nsa_gen.cli import main
 from nsa_gen.cli.app import app
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning.store import Entry
+from tests.machine import GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-GPU = torch.cuda.is_available()
 
 ELSEWHERE = {
     ("README.md", "python"): "test_the_readme_s_python_runs_in_small, below",

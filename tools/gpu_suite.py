@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from nsa_gen.spec import shipped_specs  # noqa: E402
-from tools.gpu import plan, report, sanitizer  # noqa: E402
+from tools.gpu import plan, report, sanitizer, sizes  # noqa: E402
 from tools.gpu.pool import Job, Outcome, run_jobs  # noqa: E402
 
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notes = [f"{part}: skipped, {_reason(part)}" for part in options.only if not jobs[part]]
         suite = _Suite(out, document, jobs, started, deadline, options.timeout)
         try:
-            for phase in plan.PHASES:
+            for phase in sizes.PHASES:
                 suite.run(tuple(part for part in options.only if part in phase), options.workers)
             # Times are taken with the GPU to themselves: what is benchmarked comes after all else, one at a time.
             if "decode" in options.only:
@@ -161,7 +161,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     shipped = tuple(shipped_specs())
     listed = "comma-separated; all if left out"
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON files")
-    parser.add_argument("--only", default="", help=f"parts: {', '.join(plan.PARTS)} ({listed})")
+    parser.add_argument("--only", default="", help=f"parts: {', '.join(sizes.PARTS)} ({listed})")
     parser.add_argument("--specs", default="", help=f"shipped specs ({listed})")
     parser.add_argument("--dtypes", default="", help=f"dtypes of correctness and examples ({listed})")
     parser.add_argument("--lengths", default="", help="sequence lengths of the correctness part")
@@ -176,13 +176,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    parts = plan.PARTS if options.device == "cuda" else plan.CPU_PARTS
-    dtypes = plan.DTYPES if options.device == "cuda" else plan.DTYPES[1:]
+    parts = sizes.PARTS if options.device == "cuda" else sizes.CPU_PARTS
+    dtypes = sizes.DTYPES if options.device == "cuda" else sizes.DTYPES[1:]
     options.only = _choice(parser, "--only", options.only, parts)
     options.specs = _choice(parser, "--specs", options.specs, shipped)
     options.dtypes = _choice(parser, "--dtypes", options.dtypes, dtypes)
     try:
-        options.lengths = tuple(int(length) for length in options.lengths.split(",") if length) or plan.LENGTHS
+        options.lengths = tuple(int(length) for length in options.lengths.split(",") if length) or sizes.LENGTHS
     except ValueError:
         parser.error(f"--lengths: expected numbers and commas, got {options.lengths!r}")
     if min(options.lengths) < 1:

@@ -26,8 +26,8 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from nsa_gen._files import json_text, write_whole  # noqa: E402
 from nsa_gen.spec import load_spec, shipped_specs  # noqa: E402
-from nsa_gen.tuning.store import layout  # noqa: E402
 
 Run = Callable[[list[str]], subprocess.CompletedProcess[str]]
 FREE_CORES = 4
@@ -142,9 +142,9 @@ def report(folder: Path) -> int:
         "quarantined": {each["name"]: each["quarantined"] for each in found if each["quarantined"]},
         "rows": rows,
     }
-    (folder / "tuned.json").write_text(layout(document) + "\n", encoding="utf-8")
+    write_whole(folder / "tuned.json", json_text(document) + "\n")
     text = "\n".join(markdown(document["gpu"], rows))
-    (folder / "tuned.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "tuned.md", text + "\n")
     print(text)
     return 0
 

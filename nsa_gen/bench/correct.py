@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.verify import check_case
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

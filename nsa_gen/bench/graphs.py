@@ -36,7 +36,7 @@ class Graphs:
         def both() -> None:
             torch.autograd.grad(prepared.call(), prepared.leaves, prepared.do, allow_unused=True)
 
-        return cls(_captured(forward), _captured(both) if backward else None)
+        return cls(captured(forward), captured(both) if backward else None)
 
     def milliseconds(self, clock: Any) -> dict[str, float]:
         """Milliseconds of each pass; the backward is what the two take beyond the forward."""
@@ -49,7 +49,8 @@ class Graphs:
         return {"forward": found[0]} if self.both is None else {"forward": found[0], "backward": found[1] - found[0]}
 
 
-def _captured(action: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(action: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of an action, which is run once before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import CheckRow, Record, Results, Row, TaskRow, read_lines, to_line
 from nsa_gen.bench.worker import DEVICE_LOST, Plan
 from nsa_gen.bench.workloads import Task
+from nsa_gen.machine import machine
 
 GRACE_SECONDS = 20.0
 """What a task that runs at the deadline gets beyond it."""
@@ -30,7 +28,6 @@ SILENCE_SECONDS = 300.0
 POLL_SECONDS = 0.1
 PEERS_ENVIRONMENT = {"FLA_CACHE_RESULTS": "0"}
 """fla would keep what it tuned while other checks ran beside it; the timing process tunes anew, alone on the GPU."""
-PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
 
 
 @dataclass
@@ -290,37 +287,6 @@ def _ending(status: int | None) -> str:
         return signal.Signals(-status).name
     except ValueError:
         return f"signal {-status}"
-
-
-def machine() -> dict[str, Any]:
-    """GPU, driver, versions, date and the commit of the checkout (None where unknown)."""
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
-    name, driver, memory = gpu.splitlines()[0].split(", ") if gpu else (None, None, None)
-    project = str(Path(nsa_gen.__file__).resolve().parents[1])
-    return {
-        "gpu": name,
-        "driver": driver,
-        "gpu_memory_mib": None if memory is None else float(memory),
-        "python": platform.python_version(),
-        "nsa_gen": nsa_gen.__version__,
-        **{package: _version(package) for package in PACKAGES},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", project, "rev-parse", "HEAD") or None,
-    }
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def run_session(session: Session, tasks: Sequence[Task], settings: Mapping[str, Any]) -> Results:

@@ -82,7 +82,7 @@ def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol) -> Kernel
     zero = sympy.Integer(0)
     return Kernel(
         name=name,
-        module="compression",
+        module="compression_pool",
         branch="cmp",
         direction=direction,
         purpose=purpose,
@@ -123,7 +123,7 @@ def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
         shares = (Tunable(_SHARES.name, (1, 2, 4)),)
     return Kernel(
         name=name,
-        module="compression",
+        module="compression_linear",
         branch="cmp",
         direction=direction,
         purpose=purpose,

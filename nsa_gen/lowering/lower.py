@@ -34,7 +34,7 @@ def lower(spec: Spec) -> Program:
     selected_rows = max(group_rows, _FEWEST_ROWS)
     weights = _overlap(spec)
     kernels = (*compression_kernels(spec), *attention_kernels(spec), *inference_kernels(spec))
-    sizes = spec_sizes(spec, qk, v, group_rows, selected_rows, len(weights.weights) if weights else 0)
+    sizes = spec_sizes(spec, qk, v, group_rows, selected_rows)
     return Program(
         spec=spec,
         qk=qk,

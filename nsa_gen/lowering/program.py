@@ -275,11 +275,6 @@ class Program(InferenceProgram):
         return tuple(output.name for output in self.saved_outputs if output.name in own)
 
     @property
-    def may_be_recomputed(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset(name for branch in self.spec.branches for name in self.recomputed(branch))
-
-    @property
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)

@@ -148,7 +148,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
     tokens, constraints = token_tile(spec)
     return Kernel(
         name="selected_forward_key_major",
-        module="selected_key_major",
+        module="selected_key_major_forward",
         branch="slc",
         direction="forward",
         purpose="parts of attention to selected blocks, one for each slot",
@@ -201,7 +201,7 @@ def _merge_dq() -> Kernel:
 
 
 def _merge(name: str, direction: str, purpose: str, moved: sympy.Expr, choice: str) -> Kernel:
-    kernel = elementwise(name, "selected_key_major", "slc", direction, purpose, moved, rows_tunables())
+    kernel = elementwise(name, "selected_key_major_merge", "slc", direction, purpose, moved, rows_tunables())
     return dataclasses.replace(kernel, choice=(choice, 1))
 
 
@@ -209,7 +209,7 @@ def _merge_dkdv() -> Kernel:
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
     pieces = _SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
     kernel = elementwise(
-        "merge_dkdv", "selected_key_major", "slc", "backward", "sum of what the pieces of a long list found",
+        "merge_dkdv", "selected_key_major_merge", "slc", "backward", "sum of what the pieces of a long list found",
         pieces * s.SLC_BLOCK * (s.Dk + s.Dv) * FP32, launch,
     )  # fmt: skip
     return dataclasses.replace(kernel, compulsory_bytes=2 * KV_BYTES)
@@ -258,7 +258,7 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
     tokens, constraints = token_tile(spec)
     return Kernel(
         name="selected_backward_dkdv",
-        module="selected_key_major",
+        module="selected_key_major_backward",
         branch="slc",
         direction="backward",
         purpose="dk and dv of selected blocks, and parts of dq",

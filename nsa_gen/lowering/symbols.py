@@ -17,7 +17,6 @@ CMP_BLOCK, CMP_STRIDE = sympy.symbols("l d", positive=True, integer=True)
 SLC_BLOCK, SLC_COUNT = sympy.symbols("L n", positive=True, integer=True)
 WINDOW = sympy.Symbol("w", positive=True, integer=True)
 HIDDEN = sympy.Symbol("hidden", positive=True, integer=True)
-OVERLAPS = sympy.Symbol("overlaps", positive=True, integer=True)
 # Of lowering: head dims and group as the matrix units see them, padded.
 PAD_QK, PAD_V, GROUP_ROWS, SELECTED_ROWS = sympy.symbols(
     "Dk_padded Dv_padded G_padded G_rows", positive=True, integer=True
@@ -33,9 +32,7 @@ NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, int
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def spec_sizes(
-    spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_rows: int, overlaps: int
-) -> Mapping[sympy.Symbol, int]:
+def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_rows: int) -> Mapping[sympy.Symbol, int]:
     """Values of every symbol that a spec decides; symbols of absent branches are left out."""
     sizes = {
         Hq: spec.heads.query,
@@ -57,8 +54,6 @@ def spec_sizes(
     if spec.selection:
         sizes[SLC_BLOCK] = spec.selection.block
         sizes[SLC_COUNT] = spec.selection.count
-        if overlaps:
-            sizes[OVERLAPS] = overlaps
     if spec.window:
         sizes[WINDOW] = spec.window.size
     return sizes

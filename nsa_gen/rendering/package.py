@@ -108,29 +108,18 @@ def _package_dir(spec: Spec, out_dir: str | os.PathLike[str] | None) -> Path:
 
 def _modules(program: Program) -> list[str]:
     """Python modules of the package, each rendered from the template of the same name."""
-    modules = [
-        "__init__.py", "api.py", "arguments.py", "attention.py", "configs.py", "constants.py",
-        "launch.py", "module.py", "ops.py", "primitives.py", "registration.py", "sequences.py", "sizes.py",
-    ]  # fmt: skip
-    if program.combined or program.backward:
-        modules.append("combine.py")
-    if program.spec.compression:
-        modules.append("compressed_attention.py")
+    modules = {
+        "__init__", "api", "arguments", "attention", "configs", "constants",
+        "launch", "module", "ops", "primitives", "registration", "sequences", "sizes",
+    }  # fmt: skip
+    modules |= {kernel.module for kernel in program.kernels}
     if program.compresses:
-        modules.append("compression.py")
+        modules.add("compression")
     if program.spec.selection:
-        modules += ["inverted_index.py", "selected_attention.py", "selected_key_major.py", "selected_query_major.py"]
-    if program.selects:
-        modules.append("selection.py")
-    if program.spec.window:
-        modules.append("window_attention.py")
+        modules |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
-        modules += ["append.py", "cache.py", "decode.py", "inference.py", "inference_ops.py", "pages.py", "storage.py"]
-        if program.spec.compression:
-            modules += ["decode_compressed.py", "decode_select.py"]
-        if not program.decode_finishes_early:
-            modules.append("decode_attend.py")
-    return [*modules, LOOKUP]
+        modules |= {"cache", "decode", "inference", "inference_ops", "pages", "storage"}
+    return [*(f"{name}.py" for name in sorted(modules)), LOOKUP]
 
 
 def _exports(program: Program) -> list[str]:

@@ -19,7 +19,7 @@ from nsa_gen.tuning.store import Configs
 
 CANDIDATE_SECONDS = 60.0
 """A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
-START_SECONDS = 180.0
+START_LIMIT_SECONDS = 180.0
 """What a process may take to import torch, and to draw inputs."""
 FIRST_PATIENCE = 3
 """Times as long may the very first answer take: kernels with one configuration are compiled, launchers built."""
@@ -162,7 +162,7 @@ class ProcessBackend:
         environment: Mapping[str, str],
         *,
         candidate_seconds: float = CANDIDATE_SECONDS,
-        start_seconds: float = START_SECONDS,
+        start_seconds: float = START_LIMIT_SECONDS,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._worker = WorkerProcess(command, opening, environment)

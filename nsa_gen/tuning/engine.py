@@ -25,11 +25,12 @@ from nsa_gen.tuning.solo import Call, NoLaunch, Solo, noted_launches
 from nsa_gen.tuning.store import Configs
 from nsa_gen.tuning.worker import Lost
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import References
 from nsa_gen.verification.inference import run_scenario
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.verify import check_case, environment
+from nsa_gen.verification.report import environment
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 FLUSHED_OVER_L2 = 2
 USUAL_L2_BYTES = 2**26
 """Taken for the L2 cache's size where the driver does not tell."""
-KEPT_SHARE = 0.4
+KEPT_MEMORY_SHARE = 0.4
 """Of the GPU's memory, what torch's allocator may keep between candidates."""
 GRAPH_KERNELS_BELOW_MS = 1.0
 """Kernels timed alone that are quicker are replayed as a graph: their launch would count as much as they do."""
@@ -53,7 +54,7 @@ class ColdClock(CudaClock):
         super().__init__()
         properties = torch.cuda.get_device_properties(0)
         cache = getattr(properties, "L2_cache_size", 0) or USUAL_L2_BYTES
-        self._most_kept = KEPT_SHARE * properties.total_memory
+        self._most_kept = KEPT_MEMORY_SHARE * properties.total_memory
         self._flushed = torch.empty(FLUSHED_OVER_L2 * cache, dtype=torch.uint8, device="cuda")
 
     def reset_peak(self) -> None:

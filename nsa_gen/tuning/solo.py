@@ -17,12 +17,10 @@ from nsa_gen.bench.contenders import Operator, Prepared
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
-    from nsa_gen.tuning.store import Configs
     from nsa_gen.verification.inputs import Inputs
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 """A function of the package and the arguments it was called with."""
-Overridden = Callable[[Any, "Configs"], Any]
 
 
 class NoLaunch(RuntimeError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_gen._files import write_whole
+from nsa_gen._files import json_text, write_whole
 from nsa_gen._resources import cache_dir
 from nsa_gen.rendering.identity import TUNED_SCHEMA
 from nsa_gen.tuning.identity import Identity, Provenance, slug
@@ -108,19 +108,7 @@ def write_entries(path: Path, entries: Iterable[Entry], *, bundle: bool) -> None
     listed = sorted(entries, key=lambda each: each.identity.bucket)
     document: dict[str, Any] = {"schema": TUNED_SCHEMA}
     document |= {"entries": [each.to_json() for each in listed]} if bundle else listed[0].to_json()
-    write_whole(path, layout(document) + "\n")
-
-
-def layout(value: Any, indent: str = "") -> str:
-    """JSON with objects and lists that hold no others on a line each."""
-    inner = indent + " "
-    children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    if not any(isinstance(child, dict | list) for child in children):
-        return json.dumps(value)
-    if isinstance(value, dict):
-        lines = (f"{inner}{json.dumps(name)}: {layout(child, inner)}" for name, child in value.items())
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(inner + layout(child, inner) for child in value) + f"\n{indent}]"
+    write_whole(path, json_text(document) + "\n")
 
 
 class Store:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from nsa_gen.verification.calls import steady_products
 from nsa_gen.verification.cases import Case, boundary_lengths
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
 from nsa_gen.verification.oracle import argument_suffixes, reference_attention
 from nsa_gen.verification.report import Row
-from nsa_gen.verification.verify import check_case
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -17,6 +17,7 @@ from torch.nn import functional
 from nsa_gen.verification import relations
 from nsa_gen.verification.calls import Call, arguments_of, call_package
 from nsa_gen.verification.cases import FORWARD_ONLY, Case
+from nsa_gen.verification.checking import check_case, comparison_row
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.hygiene import GuardBands, synchronises
@@ -25,7 +26,6 @@ from nsa_gen.verification.memory import ALLOCATOR_BYTES, measured, memory_bound
 from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.tolerance import compare, unit_roundoff
-from nsa_gen.verification.verify import check_case, comparison_row
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification.calls import Call
+from nsa_gen.verification.checking import comparison_row, drift_sources
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import compressed_rows
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.tolerance import compare, unit_roundoff
-from nsa_gen.verification.verify import comparison_row, drift_sources
 
 COMPRESSED = ("k_cmp", "v_cmp")
 BY_QUERY = ("q", "do", "gates", "indices", "counts")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
 
@@ -48,6 +51,28 @@ class Environment:
     torch: str
     triton: str
     python: str
+
+
+def environment(device: torch.device) -> Environment:
+    """The machine and versions a report was made with."""
+    import torch
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    gpu = driver = ""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device)
+        driver = f"hip {torch.version.hip}" if torch.version.hip else _nvidia_driver()
+    return Environment(str(device), gpu, driver, torch.__version__, triton_version, platform.python_version())
+
+
+def _nvidia_driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0].strip() if version.exists() else ""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_gen.verification.examples import ExampleResult, reproduction, require_example, run_example, run_examples
-from nsa_gen.verification.report import ExampleRecord, Reproduction, VerifyReport
+from nsa_gen.verification.report import ExampleRecord, Reproduction, VerifyReport, environment
 from nsa_gen.verification.shrinking import SECONDS, Shrunk, shrink
-from nsa_gen.verification.verify import environment
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -10,6 +10,7 @@ import torch
 from nsa_gen.bench import measure
 from nsa_gen.bench.measure import DeviceLost, first_line, race
 from tests.bench.fakes import FakeClock, FakeContender
+from tests.machine import GPU
 
 SPEC = SimpleNamespace()
 INPUTS = SimpleNamespace(q=torch.zeros(1, 64, 1, 1))
@@ -133,7 +134,7 @@ def test_a_device_that_an_error_made_unusable_ends_the_race_and_names_the_culpri
 
 
 def test_a_pass_below_fifty_microseconds_is_timed_eagerly_where_it_cannot_be_captured(clock):
-    if torch.cuda.is_available():
+    if GPU:
         pytest.skip("a GPU captures it")
     one = run(clock, FakeContender("tiny", clock, forward=[0.01]))[0]
     assert "without a CUDA graph" in one.note and not one.timings["forward"].graph

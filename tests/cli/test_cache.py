@@ -10,9 +10,10 @@ import pytest
 
 from nsa_gen.tuning import Bucket, Store
 from nsa_gen.tuning.identity import Device
+from tests.machine import GPU
 from tests.tuning.test_cache import entry
 
-GPU = ("--gpu", "NVIDIA H100 80GB HBM3")
+H100 = ("--gpu", "NVIDIA H100 80GB HBM3")
 
 
 @pytest.fixture
@@ -49,14 +50,14 @@ def test_a_broken_file_is_set_aside_with_a_warning_and_not_a_crash(call, store: 
 
 def test_why_names_the_entry_that_serves(call, store: Store) -> None:
     store.save(entry(16384))
-    answer = call("cache", "why", "tiny", *GPU, "--tokens", "9000")
+    answer = call("cache", "why", "tiny", *H100, "--tokens", "9000")
     assert answer.returncode == 0
     assert "used (user's cache, bucket t16384_b1): exactly this call" in answer.stdout
 
 
 def test_why_says_no_with_every_field_that_differs(call, store: Store) -> None:
     store.save(entry(kernels="0123", dtype="float16"))
-    answer = call("cache", "why", "tiny", *GPU)
+    answer = call("cache", "why", "tiny", *H100)
     assert answer.returncode == 1
     text = " ".join(answer.stdout.split())
     assert "not used (user's cache, bucket t8192_b1)" in text and "no kernels: wanted" in text
@@ -68,15 +69,13 @@ def test_why_reads_what_a_package_ships(call, store: Store, tmp_path: Path) -> N
     from nsa_gen.tuning.store import write_entries
 
     write_entries(tmp_path / "here" / "tuned" / "h100.json", [entry()], bundle=True)
-    answer = call("cache", "why", "tiny", *GPU, "--package", str(tmp_path / "here"), "--json")
+    answer = call("cache", "why", "tiny", *H100, "--package", str(tmp_path / "here"), "--json")
     (verdict,) = json.loads(answer.stdout)["entries"]
     assert verdict["used"] and verdict["level"] == "shipped"
 
 
 def test_why_needs_to_know_the_gpu(call, store: Store) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
+    if not GPU:
         answer = call("cache", "why", "tiny")
         assert answer.returncode == 2 and "name one, such as --gpu h100" in " ".join(answer.stderr.split())
     assert call("cache", "why", "tiny", "--gpu", "toaster").returncode == 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nsa_gen.cli import tune as command
+from tests.machine import GPU
 from tests.tuning.fakes import SPEC, FakeCompiler, fake_tools
 from tests.tuning.test_search import other_tile
 
@@ -98,9 +99,7 @@ def test_a_dry_run_shows_what_would_be_tried(
 
 
 def test_without_a_gpu_it_says_what_can_be_done(call, cache: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
+    if GPU:
         pytest.skip("there is a GPU")
     answer = call("tune", "tiny")
     assert answer.returncode == 2 and "--dry-run --gpu h100" in answer.stderr and answer.stdout == ""

@@ -113,6 +113,5 @@ def test_the_constants_of_a_package_name_the_compressed_blocks_that_overlap():
         constants = render(spec)["constants.py"]
         expected = counted(spec.compression.block, spec.compression.stride, spec.selection.block)
         assert f"\nFIRST_OVERLAP = tl.constexpr({min(expected)})\n" in constants
-        assert f"\nOVERLAPS = tl.constexpr({len(expected)})\n" in constants
         ratio = spec.selection.block // spec.compression.stride
         assert f"\nBLOCKS_PER_SELECTION = tl.constexpr({ratio})\n" in constants

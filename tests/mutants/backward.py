@@ -117,7 +117,7 @@ MUTANTS = (
         "a token's gradient comes from one of the compressed blocks it is in",
         COMPRESSED,
         ("dk", "dv"),
-        (Edit("compression.py", "range(0, COMPRESSION_BLOCK // COMPRESSION_STRIDE)", "range(0, 1)"),),
+        (Edit("compression_pool.py", "range(0, COMPRESSION_BLOCK // COMPRESSION_STRIDE)", "range(0, 1)"),),
     ),
     # Branches and gates
     Mutant(

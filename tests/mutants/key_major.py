@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Mutant
 
-INDEX, KERNELS = "inverted_index.py", "selected_key_major.py"
+INDEX, LISTS, MERGE = "inverted_index.py", "selected_key_major_lists.py", "selected_key_major_merge.py"
+FORWARDS, BACKWARDS = "selected_key_major_forward.py", "selected_key_major_backward.py"
 
 # Chunks of 6 and 5 tokens.
 FORWARD = Check("selected", 11, tokens_kv=41, chunk_tokens=6)
@@ -25,15 +26,18 @@ GROUPED_BACKWARD = replace(GROUPED, gradients=True, query_major="forward")
 
 O_LSE = ("o_slc", "lse_slc")
 GRADIENTS = ("dq", "dk", "dv")
-OF_THE_FORWARD, OF_THE_BACKWARD = "\n    p, row_max", "\n    p = gated"
-"""What follows the mask of a tile in the forward, and in the backward."""
 
 
-def unmasked(after: str) -> Edit:
-    """Tokens see their own block's keys after them; `after` is what follows in the kernel meant."""
+def unmasked(file: str) -> Edit:
+    """Tokens see their own block's keys after them."""
     old = "visible = keys[None, :] <= (first_position + tokens)[:, None]"
     new = "visible = keys[None, :] <= (first_position + tokens + SELECTION_BLOCK)[:, None]"
-    return Edit(KERNELS, old + after, new + after)
+    return Edit(file, old, new)
+
+
+def in_both(old: str, new: str) -> tuple[Edit, Edit]:
+    """The same mistake in the forward and in the backward."""
+    return Edit(FORWARDS, old, new), Edit(BACKWARDS, old, new)
 
 
 MUTANTS = (
@@ -45,7 +49,7 @@ MUTANTS = (
         GRADIENTS,
         (
             Edit(
-                KERNELS,
+                LISTS,
                 "return tl.load(slots_ptr + positions, mask=positions < end, other=-1)",
                 "return tl.load(slots_ptr + positions, mask=positions < end - 1, other=-1)",
             ),
@@ -120,7 +124,7 @@ MUTANTS = (
         O_LSE,
         (
             Edit(
-                KERNELS,
+                LISTS,
                 "tl.where(keys == key, end, tl.minimum(positions, end))",
                 "tl.where(keys >= key, end, tl.minimum(positions, end))",
             ),
@@ -132,14 +136,14 @@ MUTANTS = (
         "no causal mask inside the query's own selected block",
         FORWARD,
         O_LSE,
-        (unmasked(OF_THE_FORWARD),),
+        (unmasked(FORWARDS),),
     ),
     Mutant(
         "key_major_diagonal_unmasked_in_the_backward",
         "no causal mask inside the query's own selected block, in the backward",
         BACKWARD,
         GRADIENTS,
-        (unmasked(OF_THE_BACKWARD),),
+        (unmasked(BACKWARDS),),
     ),
     Mutant(
         "edge_one_tile_short",
@@ -148,7 +152,7 @@ MUTANTS = (
         O_LSE,
         (
             Edit(
-                KERNELS,
+                LISTS,
                 "tl.cdiv(tl.sum(edge.to(tl.int32), 0), TOKEN_BLOCK)",
                 "tl.sum(edge.to(tl.int32), 0) // TOKEN_BLOCK",
             ),
@@ -159,28 +163,28 @@ MUTANTS = (
         "a token that sees all keys of a block but the last is taken to see that one too",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "slots // SLOTS_PER_TOKEN < last_key", "slots // SLOTS_PER_TOKEN < last_key - 1"),),
+        (Edit(LISTS, "slots // SLOTS_PER_TOKEN < last_key", "slots // SLOTS_PER_TOKEN < last_key - 1"),),
     ),
     Mutant(
         "key_major_query_offset_forgotten",
         "with more keys than queries, query r is taken to be at position r",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "first_token - first_row + sequence_kv - sequence_q", "first_token - first_row", times=2),),
+        in_both("first_token - first_row + sequence_kv - sequence_q", "first_token - first_row"),
     ),
     Mutant(
         "sequence_start_forgotten",
         "the position of a packed token is counted from the first sequence's start",
         PACKED,
         O_LSE,
-        (Edit(KERNELS, "(first_token - first_row + sequence_kv", "(first_token + sequence_kv", times=2),),
+        in_both("(first_token - first_row + sequence_kv", "(first_token + sequence_kv"),
     ),
     Mutant(
         "nan_leaks_from_a_block",
         "0 * NaN: a plain product with values that some tokens of a block's tile do not see",
         NAN,
         ("o_slc",),
-        (Edit(KERNELS, "add_visible_values(p, visible, v, acc)", "add_v_product(p, v, acc)"),),
+        (Edit(FORWARDS, "add_visible_values(p, visible, v, acc)", "add_v_product(p, v, acc)"),),
     ),
     # Parts of a block and of a group
     Mutant(
@@ -190,7 +194,9 @@ MUTANTS = (
         O_LSE,
         (
             Edit(
-                KERNELS, "keys = block * SELECTION_BLOCK + part * KEY_BLOCK + tl", "keys = block * SELECTION_BLOCK + tl"
+                FORWARDS,
+                "keys = block * SELECTION_BLOCK + part * KEY_BLOCK + tl",
+                "keys = block * SELECTION_BLOCK + tl",
             ),
         ),
     ),
@@ -199,21 +205,21 @@ MUTANTS = (
         "the heads of a group leave their parts in each other's rows",
         GROUPED,
         O_LSE,
-        (Edit(KERNELS, "* GROUP + group_heads\n    tl.store(max_parts_ptr", "* GROUP\n    tl.store(max_parts_ptr"),),
+        (Edit(FORWARDS, "* GROUP + group_heads\n    tl.store(max_parts_ptr", "* GROUP\n    tl.store(max_parts_ptr"),),
     ),
     Mutant(
         "parts_of_another_head",
         "the merge gives each head of a group the parts of another",
         GROUPED,
         O_LSE,
-        (Edit(KERNELS, "slots * PARTS * GROUP + heads % GROUP", "slots * PARTS * GROUP + GROUP - 1 - heads % GROUP"),),
+        (Edit(MERGE, "slots * PARTS * GROUP + heads % GROUP", "slots * PARTS * GROUP + GROUP - 1 - heads % GROUP"),),
     ),
     Mutant(
         "parts_of_the_first_kv_head",
         "the merge gives every head the parts of the first KV head's slots",
         GROUPED_BACKWARD,
         ("dq",),
-        (Edit(KERNELS, "(rows // QUERY_HEADS * KV_HEADS + heads // GROUP)", "(rows // QUERY_HEADS * KV_HEADS)"),),
+        (Edit(MERGE, "(rows // QUERY_HEADS * KV_HEADS + heads // GROUP)", "(rows // QUERY_HEADS * KV_HEADS)"),),
     ),
     Mutant(
         "padding_rows_counted",
@@ -222,7 +228,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                KERNELS,
+                BACKWARDS,
                 "    valid = (slots >= 0) & (group_heads < GROUP)\n"
                 "    tokens = slots // SLOTS_PER_TOKEN\n"
                 "    row_offsets",
@@ -239,7 +245,13 @@ MUTANTS = (
         "`slc`: 1/sqrt(Dk) where the spec gives another scale, block by block",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "softmax_tile(dot_qk(q, k), visible)", "softmax_tile(dot_qk(q, k) * (0.25 / 0.37), visible)"),),
+        (
+            Edit(
+                FORWARDS,
+                "softmax_tile(dot_qk(q, k), visible)",
+                "softmax_tile(dot_qk(q, k) * (0.25 / 0.37), visible)",
+            ),
+        ),
     ),
     Mutant(
         "parts_averaged",
@@ -248,7 +260,7 @@ MUTANTS = (
         ("o_slc",),
         (
             Edit(
-                KERNELS,
+                MERGE,
                 "o += (tl.exp2(max_part - reference) * sum_part * normaliser)[:, None] * o_part",
                 "o += o_part / tl.maximum(tl.sum((sum_parts > 0.0).to(tl.float32), 1), 1.0)[:, None]",
             ),
@@ -259,14 +271,14 @@ MUTANTS = (
         "the sums of the parts are added up without regard for their maxima",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "tl.sum(tl.exp2(max_parts - reference[:, None]) * sum_parts, 1)", "tl.sum(sum_parts, 1)"),),
+        (Edit(MERGE, "tl.sum(tl.exp2(max_parts - reference[:, None]) * sum_parts, 1)", "tl.sum(sum_parts, 1)"),),
     ),
     Mutant(
         "nothing_merged_with_nothing",
         "a token without any part subtracts a maximum of -inf from -inf",
         FORWARD,
         ("o_slc",),
-        (Edit(KERNELS, 'reference = tl.where(row_max == float("-inf"), 0.0, row_max)', "reference = row_max"),),
+        (Edit(MERGE, 'reference = tl.where(row_max == float("-inf"), 0.0, row_max)', "reference = row_max"),),
     ),
     Mutant(
         "parts_of_empty_slots_merged",
@@ -274,8 +286,8 @@ MUTANTS = (
         FORWARD,
         O_LSE,
         (
-            Edit(KERNELS, "written = wanted & (keys != no_key)", "written = wanted"),
-            Edit(KERNELS, "filled = in_range & (key != no_key)", "filled = in_range"),
+            Edit(MERGE, "written = wanted & (keys != no_key)", "written = wanted"),
+            Edit(MERGE, "filled = in_range & (key != no_key)", "filled = in_range"),
         ),
     ),
     Mutant(
@@ -283,7 +295,7 @@ MUTANTS = (
         "slots that select nothing, and left no part, are added to dQ",
         BACKWARD_ALONE,
         ("dq",),
-        (Edit(KERNELS, "mask = (in_range & (key != no_key))[:, None]", "mask = in_range[:, None]"),),
+        (Edit(MERGE, "mask = (in_range & (key != no_key))[:, None]", "mask = in_range[:, None]"),),
     ),
     Mutant(
         "parts_of_another_slot_asked_for",
@@ -291,8 +303,8 @@ MUTANTS = (
         GROUPED,
         O_LSE,
         (
-            Edit(KERNELS, "parts[None, :] // PARTS", "parts[None, :] % PARTS"),
-            Edit(KERNELS, "slots + index // PARTS", "slots + index % PARTS", times=2),
+            Edit(MERGE, "parts[None, :] // PARTS", "parts[None, :] % PARTS"),
+            Edit(MERGE, "slots + index // PARTS", "slots + index % PARTS", times=2),
         ),
     ),
 )

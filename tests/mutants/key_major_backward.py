@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.mutants.key_major import BACKWARD, BACKWARD_ALONE, BATCH, FORWARD, GRADIENTS, KERNELS, O_LSE
+from tests.mutants.key_major import (
+    BACKWARD,
+    BACKWARD_ALONE,
+    BACKWARDS,
+    BATCH,
+    FORWARD,
+    GRADIENTS,
+    MERGE,
+    O_LSE,
+    in_both,
+)
 from tests.mutants.model import Check, Edit, Mutant
 
 # All tokens select the first blocks: lists of 36 slots and fewer, the first over three pieces; and lists of 16 slots.
@@ -23,21 +33,21 @@ MUTANTS = (
         "dK and dV of a list lack what pieces after its first found",
         LONG,
         ("dk", "dv"),
-        (Edit(KERNELS, "if pieces > 1:", "if pieces < 1:"),),
+        (Edit(BACKWARDS, "if pieces > 1:", "if pieces < 1:"),),
     ),
     Mutant(
         "long_list_merged_at_each_piece",
         "what a list's third piece found is added by the second piece's program and by its own",
         LONG,
         ("dk", "dv"),
-        (Edit(KERNELS, "if continues & second & (key", "if continues & (key"),),
+        (Edit(MERGE, "if continues & second & (key", "if continues & (key"),),
     ),
     Mutant(
         "third_piece_of_a_list_forgotten",
         "dK and dV of a list lack what its third piece found",
         LONG,
         ("dk", "dv"),
-        (Edit(KERNELS, "        piece += 1\n", "        piece += 2\n"),),
+        (Edit(MERGE, "        piece += 1\n", "        piece += 2\n"),),
     ),
     Mutant(
         "first_piece_overwritten_by_the_others",
@@ -46,7 +56,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                KERNELS,
+                MERGE,
                 "gradient = tl.load(pointers, mask=mask, other=0.0)",
                 "gradient = tl.zeros(pointers.shape, dtype=tl.float32)",
             ),
@@ -57,7 +67,7 @@ MUTANTS = (
         "a list that begins where a piece does is left to the piece before it",
         ALIGNED,
         ("dk", "dv"),
-        (Edit(KERNELS, "if (start == first) & (key == key_before):", "if (start == first) & (start > 0):"),),
+        (Edit(BACKWARDS, "if (start == first) & (key == key_before):", "if (start == first) & (start > 0):"),),
     ),
     # Chunks
     Mutant(
@@ -65,7 +75,7 @@ MUTANTS = (
         "tokens after the first chunk are left out",
         BACKWARD,
         (*O_LSE, *GRADIENTS),
-        (Edit(KERNELS, "for chunk in range(layout.chunks):", "for chunk in range(1):", times=2),),
+        in_both("for chunk in range(layout.chunks):", "for chunk in range(1):"),
     ),
     Mutant(
         "dk_of_the_last_chunk",
@@ -73,8 +83,8 @@ MUTANTS = (
         BACKWARD,
         ("dk", "dv"),
         (
-            Edit(KERNELS, "in_range, dk, ACCUMULATE=True)", "in_range, dk)"),
-            Edit(KERNELS, "in_range, dv, ACCUMULATE=True)", "in_range, dv)"),
+            Edit(BACKWARDS, "in_range, dk, ACCUMULATE=True)", "in_range, dk)"),
+            Edit(BACKWARDS, "in_range, dv, ACCUMULATE=True)", "in_range, dv)"),
         ),
     ),
     Mutant(
@@ -82,7 +92,7 @@ MUTANTS = (
         "the queries of every chunk are those of the first, at their positions",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "first_token = first_chunk_row - tl.cast", "first_token = 0 - tl.cast", times=2),),
+        in_both("first_token = first_chunk_row - tl.cast", "first_token = 0 - tl.cast"),
     ),
     Mutant(
         "delta_of_the_first_chunk",
@@ -91,7 +101,7 @@ MUTANTS = (
         GRADIENTS,
         (
             Edit(
-                KERNELS,
+                BACKWARDS,
                 "first_head_row = first_chunk_row * QUERY_HEADS + kv_head",
                 "first_head_row = 0 * QUERY_HEADS + kv_head",
             ),
@@ -102,14 +112,14 @@ MUTANTS = (
         "the gates of every chunk are those of the first",
         FULL_CHUNKS,
         GRADIENTS,
-        (Edit(KERNELS, "load_gate(gate_ptr, batch, first_token + tokens,", "load_gate(gate_ptr, batch, tokens,"),),
+        (Edit(BACKWARDS, "load_gate(gate_ptr, batch, first_token + tokens,", "load_gate(gate_ptr, batch, tokens,"),),
     ),
     Mutant(
         "empty_slots_of_the_first_chunk",
         "slots that select nothing are known by the first chunk's number in every chunk",
         FORWARD,
         O_LSE,
-        (Edit(KERNELS, "layout.no_key(chunk)", "layout.no_key(0)", times=2),),
+        in_both("layout.no_key(chunk)", "layout.no_key(0)"),
     ),
     Mutant(
         "slots_of_the_first_chunk_merged",
@@ -118,7 +128,7 @@ MUTANTS = (
         ("dq",),
         (
             Edit(
-                KERNELS,
+                MERGE,
                 "slot_keys_ptr += tl.cast(chunk, tl.int64)",
                 "slot_keys_ptr += tl.cast(0 * chunk, tl.int64)",
                 times=2,
@@ -133,7 +143,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                KERNELS,
+                BACKWARDS,
                 "key_rows = (tl.cast(batch, tl.int64) * tokens_kv + first_row",
                 "key_rows = (tl.cast(0 * batch, tl.int64) * tokens_kv + first_row",
             ),
@@ -146,7 +156,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                KERNELS,
+                MERGE,
                 "key_rows = tl.cast(batch, tl.int64) * tokens_kv + first_row",
                 "key_rows = tl.cast(0 * batch, tl.int64) * tokens_kv + first_row",
             ),
@@ -157,21 +167,21 @@ MUTANTS = (
         "dQ of the selected branch lacks the scale",
         BACKWARD,
         ("dq",),
-        (Edit(KERNELS, "        dq = scale_qk_rows(dq, SCALE)\n", ""),),
+        (Edit(BACKWARDS, "        dq = scale_qk_rows(dq, SCALE)\n", ""),),
     ),
     Mutant(
         "dk_without_the_scale",
         "dK of the selected branch lacks the scale",
         BACKWARD,
         ("dk",),
-        (Edit(KERNELS, "        dk = scale_qk_rows(dk, SCALE)\n", ""),),
+        (Edit(BACKWARDS, "        dk = scale_qk_rows(dk, SCALE)\n", ""),),
     ),
     Mutant(
         "delta_omitted_in_the_selection",
         "ds = p dp, without delta, in dQ and dK of the selected branch",
         BACKWARD,
         ("dq", "dk"),
-        (Edit(KERNELS, "ds = p * (dot_v(do, v) - delta[:, None])", "ds = p * dot_v(do, v)"),),
+        (Edit(BACKWARDS, "ds = p * (dot_v(do, v) - delta[:, None])", "ds = p * dot_v(do, v)"),),
     ),
     Mutant(
         "gate_omitted_in_the_selection",
@@ -180,7 +190,7 @@ MUTANTS = (
         GRADIENTS,
         (
             Edit(
-                KERNELS,
+                BACKWARDS,
                 "gated_probabilities(dot_qk(q, k), lse[:, None], gate[:, None], visible)",
                 "gated_probabilities(dot_qk(q, k), lse[:, None], 1.0, visible)",
             ),
@@ -191,6 +201,6 @@ MUTANTS = (
         "the selected branch's dQ overwrites that of the other branches",
         FULL,
         ("dq",),
-        (Edit(KERNELS, "ACCUMULATE=accumulate_dq,", "ACCUMULATE=False,"),),
+        (Edit(BACKWARDS, "ACCUMULATE=accumulate_dq,", "ACCUMULATE=False,"),),
     ),
 )

@@ -18,9 +18,10 @@ from torch import Tensor
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification import Inputs, Row
+from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.inference import Scenario, run_scenario
-from nsa_gen.verification.verify import call_package, check_case
 from tests.mutants.far import far_apart
 from tests.support import Operator, inputs_of, operator_of_spec, small_spec
 

@@ -92,7 +92,7 @@ MUTANTS = (
         ("k_cmp", "v_cmp"),
         (
             Edit(
-                "compression.py",
+                "compression_pool.py",
                 "row_offsets = (rows_before + first_token // COMPRESSION_STRIDE + blocks)",
                 "row_offsets = (rows_before + tl.cdiv(first_token, COMPRESSION_STRIDE) + blocks)",
             ),
@@ -120,7 +120,7 @@ MUTANTS = (
         ("k_cmp", "v_cmp"),
         (
             Edit(
-                "compression.py",
+                "compression_pool.py",
                 "element_tokens = blocks * COMPRESSION_STRIDE + element",
                 "element_tokens = blocks * COMPRESSION_STRIDE + element + 1",
             ),
@@ -133,7 +133,7 @@ MUTANTS = (
         ("k_cmp", "v_cmp"),
         (
             Edit(
-                "compression.py",
+                "compression_pool.py",
                 "x += tl.load(embedding + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :]",
                 "x += tl.zeros((1, COLUMNS), dtype=tl.float32) * columns[None, :]",
             ),
@@ -146,7 +146,7 @@ MUTANTS = (
         ("dcompression.key_weight", "dcompression.value_weight"),
         (
             Edit(
-                "compression.py",
+                "compression_pool.py",
                 "        partial = partial_ptr +",
                 "        x = load_element(\n"
                 "            x_base, position_ptr, kv_head, blocks, element ^ 1, stride_xt, in_range,"
@@ -163,7 +163,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                "compression.py",
+                "compression_pool.py",
                 "elements = step * COMPRESSION_STRIDE + positions % COMPRESSION_STRIDE",
                 "elements = positions % COMPRESSION_STRIDE",
             ),
@@ -176,7 +176,7 @@ MUTANTS = (
         ("k_cmp",),
         (
             Edit(
-                "compression.py",
+                "compression_linear.py",
                 "return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))",
                 "return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))",
             ),
@@ -187,6 +187,6 @@ MUTANTS = (
         "the derivative of the mlp's GELU lacks the term with the density",
         MLP,
         ("dk", "dcompression.key_weight_in"),
-        (Edit("compression.py", " + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)", ""),),
+        (Edit("compression_linear.py", " + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)", ""),),
     ),
 )

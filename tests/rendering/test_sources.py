@@ -119,7 +119,11 @@ def test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch(spec):
             if argument.annotation is not None and ast.unparse(argument.annotation) == "tl.constexpr"
         }
         read = {
-            node.value for node in ast.walk(found[f"{kernel.module}.py"]) if isinstance(node, ast.Constant)
+            node.value
+            for tree in found.values()
+            if any(isinstance(node, ast.Name) and node.id == f"{kernel.name}_kernel" for node in ast.walk(tree))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
         }  # such as the number of shares that a sum is divided into: config.pop("SHARES")
         tiles = {tunable.name for tunable in kernel.tunables} - {"num_warps", "num_stages"}
         assert tiles <= constants | read, kernel.name

@@ -71,10 +71,6 @@ def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
         gpu("v100")
 
 
-def test_a_memory_bound_kernel_is_one_below_the_devices_balance() -> None:
-    assert gpu("h100").balance == pytest.approx(989.4 / 3.35)
-
-
 def test_importing_the_room_imports_neither_torch_nor_triton() -> None:
     code = "import sys, nsa_gen.targets; print(*[name for name in ('torch', 'triton') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from nsa_gen.lowering import lower
 from nsa_gen.spec import load_spec, parse_spec, shipped_specs
 from nsa_gen.verification.drawing import spec_of_seed
 from tests.lowering.drawn_specs import drawn_specs
-from tools.gpu import far_specs, plan, sanitizer
+from tools.gpu import far_specs, plan, sanitizer, sizes
 from tools.gpu.worker import KINDS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -24,7 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def the_plan(**changes: Any) -> plan.Plan:
     specs = tuple(shipped_specs())
-    whole = plan.Plan(specs, plan.PARTS, plan.DTYPES, plan.LENGTHS, "cuda", 0, Path("packages"), workers=15)
+    whole = plan.Plan(specs, sizes.PARTS, sizes.DTYPES, sizes.LENGTHS, "cuda", 0, Path("packages"), workers=15)
     return replace(whole, **changes)
 
 
@@ -33,12 +33,12 @@ def requests(part: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def test_every_part_belongs_to_one_phase_and_its_jobs_have_names_of_their_own() -> None:
-    phased = [part for phase in plan.PHASES for part in phase]
-    assert sorted([*phased, "decode", "bench"]) == sorted(plan.PARTS) and set(plan.CPU_PARTS) <= set(plan.PARTS)
-    for phase in plan.PHASES:
+    phased = [part for phase in sizes.PHASES for part in phase]
+    assert sorted([*phased, "decode", "bench"]) == sorted(sizes.PARTS) and set(sizes.CPU_PARTS) <= set(sizes.PARTS)
+    for phase in sizes.PHASES:
         names = [job.name for part in phase for job in the_plan().jobs(part)]
         assert len(set(names)) == len(names)
-    assert all(request["kind"] in KINDS for part in plan.PARTS for request in requests(part))
+    assert all(request["kind"] in KINDS for part in sizes.PARTS for request in requests(part))
 
 
 def test_two_thousand_examples_and_more_are_planned_over_shipped_and_drawn_specs_in_every_dtype() -> None:
@@ -90,19 +90,19 @@ def test_repeated_sequences_make_tensors_that_pass_the_limit_and_do_not_wrap_ont
     assert along.packed or len(set(along.lengths)) == 1
     heads = {"q": (spec.heads.query, spec.head_dim.qk), "k": (spec.heads.kv, spec.head_dim.qk)}
     heads |= {"v": (spec.heads.kv, spec.head_dim.v), "o": (spec.heads.query, spec.head_dim.v)}
-    sizes = {name: tokens * prod(shape) for name, shape in heads.items()}
-    largest = max(sizes.values())
+    elements = {name: tokens * prod(shape) for name, shape in heads.items()}
+    largest = max(elements.values())
     times = 2**31 // largest * 101 // 100 + 2  # as the job has it
-    far = {name for name, size in sizes.items() if times * size > 2**31}
+    far = {name for name, size in elements.items() if times * size > 2**31}
     assert far == {"keys": {"q", "k"}, "values": {"v", "o"}, "queries": {"q", "o"}}[name]
-    for size in sizes.values():
+    for size in elements.values():
         assert 2**31 % size and 2**32 % size
     assert times * len(along.lengths) < 65536
     # q, k, v, o of each branch and do, gradients in float32 and in bfloat16: two shares of a GPU's memory hold them.
     bytes_needed = times * (
-        sizes["q"] * (2 + 4 + 2) + (sizes["k"] + sizes["v"]) * (2 + 4 + 2) + sizes["o"] * (2 + 2 + 2 * 3)
+        elements["q"] * (2 + 4 + 2) + (elements["k"] + elements["v"]) * (2 + 4 + 2) + elements["o"] * (2 + 2 + 2 * 3)
     )
-    assert bytes_needed < 2 * plan.MEMORY_SHARE_GB * 1e9
+    assert bytes_needed < 2 * sizes.MEMORY_SHARE_GB * 1e9
 
 
 def test_far_specs_are_legal_and_have_three_of_everything_that_is_spread_out() -> None:

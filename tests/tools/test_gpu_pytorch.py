@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_gen.spec import load_spec
-from tools.gpu import host_time, plan, pytorch, reference_fla, training
+from tools.gpu import host_time, plan, pytorch, reference_fla, sizes, training
 
 
 def test_a_check_that_raises_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_calls_timed_on_the_host_give_the_same_bits_by_either_way(tmp_path: Path
 
 
 def test_parts_for_pytorch_are_planned_on_shipped_specs() -> None:
-    everything = plan.Plan(plan.PYTORCH, plan.PARTS, plan.DTYPES, plan.LENGTHS, "cuda", 0, Path("packages"))
-    assert [job.name for job in everything.jobs("pytorch")] == [f"pytorch {spec}" for spec in plan.PYTORCH]
+    everything = plan.Plan(sizes.PYTORCH, sizes.PARTS, sizes.DTYPES, sizes.LENGTHS, "cuda", 0, Path("packages"))
+    assert [job.name for job in everything.jobs("pytorch")] == [f"pytorch {spec}" for spec in sizes.PYTORCH]
     assert [job.name for job in everything.jobs("training")] == ["training"]
     assert bool(everything.jobs("fla")) == (plan.missing_for_fla() == "")

@@ -18,8 +18,9 @@ from nsa_gen.spec import shipped_specs
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.inputs import make_inputs
+from tests.machine import alive
 from tools import gpu_suite
-from tools.gpu import plan, pool, report
+from tools.gpu import plan, pool, report, sizes
 from tools.gpu.long import check_rows
 from tools.gpu.packages import variant
 from tools.gpu.pool import RESULT_VARIABLE, Job, Outcome, run_jobs
@@ -45,14 +46,6 @@ def run(
     )
     assert [outcome.name for outcome in outcomes] == [job.name for job in jobs]
     return {outcome.name: outcome for outcome in outcomes}
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (one that has ended and waits to be collected does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_job_that_fails_crashes_or_ends_without_a_result_leaves_the_others_alone(tmp_path):
@@ -251,7 +244,7 @@ def test_a_share_of_memory_is_held_by_one_process_and_given_back_by_one_that_is_
 
 def the_plan(**changes: object) -> plan.Plan:
     specs = tuple(shipped_specs())
-    whole = plan.Plan(specs, plan.PARTS, plan.DTYPES, plan.LENGTHS, "cuda", 0, Path("packages"))
+    whole = plan.Plan(specs, sizes.PARTS, sizes.DTYPES, sizes.LENGTHS, "cuda", 0, Path("packages"))
     return replace(whole, **changes)
 
 

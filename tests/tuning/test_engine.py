@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+from tests.machine import GPU
+
+pytestmark = pytest.mark.skipif(GPU, reason="is for machines without a GPU")
 
 from nsa_gen.bench import measure  # noqa: E402
 from nsa_gen.rendering import generate  # noqa: E402

@@ -15,6 +15,7 @@ import pytest
 
 from nsa_gen.tuning import EFFORTS, TuneReport, tune
 from nsa_gen.tuning.backend import Reading
+from tests.machine import alive
 from tests.tuning.fakes import fake_tools, spec
 from tests.tuning.test_search import began, other_tile
 
@@ -183,16 +184,9 @@ def test_the_measuring_process_ends_with_its_owner(cache: Path, tmp_path: Path) 
         process.wait()
     assert children
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(_alive(int(child)) for child in children):
+    while time.monotonic() < deadline and any(alive(int(child)) for child in children):
         time.sleep(0.05)
-    assert not any(_alive(int(child)) for child in children)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not any(alive(int(child)) for child in children)
 
 
 def test_two_tuners_on_one_cache_both_come_to_an_end(cache: Path, tmp_path: Path) -> None:

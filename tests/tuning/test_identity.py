@@ -38,7 +38,7 @@ def test_modules_that_launch_nothing_do_not_void_a_tuning() -> None:
 def test_code_that_runs_voids_a_tuning() -> None:
     before = kernels_digest(FILES)
     assert kernels_digest(changed("constants.py", "GROUP = tl.constexpr(2)", "GROUP = tl.constexpr(4)")) != before
-    for name in ("attention.py", "window_attention.py", "primitives.py", "selected_key_major.py", "sequences.py"):
+    for name in ("attention.py", "window_attention.py", "primitives.py", "selected_key_major_lists.py", "sequences.py"):
         assert kernels_digest({**FILES, name: FILES[name] + "\nx = 1\n"}) != before, name
 
 

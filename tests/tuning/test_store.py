@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nsa_gen._files import json_text
 from nsa_gen._resources import cache_dir
 from nsa_gen.tuning.identity import Device, Identity, Provenance, differences, drifted
 from nsa_gen.tuning.shapes import Bucket
@@ -19,7 +20,6 @@ from nsa_gen.tuning.store import (
     Entry,
     Store,
     Unreadable,
-    layout,
     merge_into_bundle,
     read_entries,
     write_entries,
@@ -159,7 +159,7 @@ def test_removing_deletes_files_and_empty_folders(store: Store) -> None:
 
 def test_the_layout_is_json(tmp_path: Path) -> None:
     value = {"a": [{"b": 1}, {"c": []}], "d": {}, "e": [1, 2], "f": {"g": {"h": "i"}}}
-    assert json.loads(layout(value)) == value
+    assert json.loads(json_text(value)) == value
 
 
 def test_the_cache_of_a_package_is_the_one_of_nsa_gen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

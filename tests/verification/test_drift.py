@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Spec
 from nsa_gen.verification import Comparison, Inputs, OracleParameters, Reference, compare, make_inputs
+from nsa_gen.verification.checking import drift_sources
 from nsa_gen.verification.dense import gelu, round_to_tf32
 from nsa_gen.verification.drift import chain
 from nsa_gen.verification.gradients import reference_gradients
-from nsa_gen.verification.verify import drift_sources
 from tests.verification.verification_specs import spec_of
 
 UNIT = 2.0**-24

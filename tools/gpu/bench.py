@@ -18,7 +18,7 @@ from nsa_gen.bench.inputs import draw_inputs
 from nsa_gen.bench.measure import Measurement
 from nsa_gen.hardware import gpu_for_device
 from nsa_gen.rendering import import_package
-from nsa_gen.verification.verify import environment
+from nsa_gen.verification.report import environment
 from tools.gpu.packages import package_of, variant
 from tools.gpu.progress import say
 

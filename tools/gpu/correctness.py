@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from nsa_gen.rendering import import_package
+from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.inputs import Inputs, make_inputs
-from nsa_gen.verification.report import Row
-from nsa_gen.verification.verify import call_package, check_case, environment, verify
+from nsa_gen.verification.report import Row, environment
+from nsa_gen.verification.verify import verify
 from tools.gpu.packages import memory_slot, package_of, spec_of_request, variant
 from tools.gpu.progress import release, save, say
 

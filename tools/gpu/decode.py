@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from nsa_gen.bench.graphs import captured
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.tuning.decoding import step_bytes
 from nsa_gen.verification.oracle import OracleParameters
-from nsa_gen.verification.verify import environment
-from tools.gpu.inference import CHUNK, captured, new_tokens, queries
+from nsa_gen.verification.report import environment
+from tools.gpu.inference import CHUNK, new_tokens, queries
 from tools.gpu.packages import package_of, variant
 from tools.gpu.progress import save, say, seconds_left
 

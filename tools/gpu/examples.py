@@ -14,9 +14,9 @@ import torch
 from nsa_gen.spec import Spec
 from nsa_gen.verification.drawing import spec_of_seed
 from nsa_gen.verification.examples import Example, ExampleResult, drawn_example, reproduction, run_example
-from nsa_gen.verification.report import Row
+from nsa_gen.verification.report import Row, environment
 from nsa_gen.verification.shrinking import shrink
-from nsa_gen.verification.verify import adapt, environment
+from nsa_gen.verification.verify import adapt
 from tools.gpu.packages import builder, memory_slot, spec_of_request
 from tools.gpu.progress import release, save, say, seconds_left
 

@@ -23,11 +23,11 @@ from nsa_gen.spec import Spec
 from nsa_gen.verification import relations
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.oracle import compressed_rows
-from nsa_gen.verification.report import Row
-from nsa_gen.verification.verify import check_case, environment
+from nsa_gen.verification.report import Row, environment
 from tools.gpu.packages import memory_slot, package_of, spec_of_request
 from tools.gpu.progress import release, save, say, seconds_left
 from tools.gpu.repeats import other_bits

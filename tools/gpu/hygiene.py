@@ -13,8 +13,7 @@ import torch
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.examples import Example, run_example
-from nsa_gen.verification.report import Row
-from nsa_gen.verification.verify import environment
+from nsa_gen.verification.report import Row, environment
 from tools.gpu.packages import builder, memory_slot, spec_of_request
 from tools.gpu.progress import release, save, say, seconds_left
 

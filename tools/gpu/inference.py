@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from nsa_gen.spec import Spec
 from nsa_gen.verification.inference import run_scenarios
 from nsa_gen.verification.inputs import parameter_shapes
 from nsa_gen.verification.oracle import OracleParameters
-from nsa_gen.verification.verify import adapt, environment
+from nsa_gen.verification.report import environment
+from nsa_gen.verification.verify import adapt
 from tools.gpu.packages import package_of, spec_of_request
 from tools.gpu.progress import say
 
@@ -84,19 +84,6 @@ def queries(spec: Spec, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str
     gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
     out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=getattr(torch, spec.dtype))
     return q, {} if p.gate == "none" else {"gates": gates}, out
-
-
-def captured(action: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of an action, which is run once before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        action()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        action()
-    return graph
 
 
 def graph_faults(spec: Spec, module: Any) -> list[str]:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
+from nsa_gen.verification.calls import call_package
+from nsa_gen.verification.checking import drift_sources
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, reference_gradients
 from nsa_gen.verification.inputs import Inputs, make_inputs
-from nsa_gen.verification.report import Row
+from nsa_gen.verification.report import Row, environment
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
-from nsa_gen.verification.verify import call_package, drift_sources, environment
 from tools.gpu.correctness import not_finite
 from tools.gpu.packages import memory_slot, package_of, variant
 from tools.gpu.progress import release, save, say

@@ -1,4 +1,4 @@
-"""Which jobs the suite runs: specs, dtypes, lengths, and what each may cost."""
+"""Which jobs the suite runs, made of what the command line asked for and the numbers of sizes.py."""
 
 from __future__ import annotations
 
@@ -12,93 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nsa_gen.spec import load_spec
-from tools.gpu import far_specs, sanitizer
+from tools.gpu import far_specs, sanitizer, sizes
 from tools.gpu.pool import Job
-
-PARTS = (
-    "correctness",
-    "inference",
-    "examples",
-    "repeats",
-    "hygiene",
-    "long",
-    "sanitizer",
-    "far",
-    "soak",
-    "tuner_faults",
-    "pytorch",
-    "training",
-    "fla",
-    "decode",
-    "bench",
-)
-"""Every part, in the order in which they are reported."""
-CPU_PARTS = ("correctness", "inference", "examples", "repeats", "hygiene", "far", "soak", "pytorch", "training")
-"""What Triton's interpreter can do, at tiny sizes."""
-PHASES = (
-    ("correctness", "inference", "examples", "repeats", "hygiene", "long", "sanitizer"),
-    ("far",),
-    ("soak",),
-    ("tuner_faults",),
-    ("pytorch", "training", "fla"),
-)
-"""Parts that run side by side, one phase after the other: `far` needs most of the GPU's memory, `soak` takes every
-worker for as long as it lasts, and `tuner_faults` has kernels that never end. Decode and the benchmark come last, by
-themselves."""
-DTYPES = ("bfloat16", "float16", "float32")
-LENGTHS = (1, 31, 63, 65, 511, 2049, 8192)
-PACKED = ((700, 0, 1, 2049, 63), (1, 0, 511, 65, 0))
-"""Packed batches beside verify's own, on a GPU: with sequences longer than a window, and than all selected blocks."""
-LONG = ("llama3_8b", 131072)
-LONG_ROWS = 48
-EXAMPLES = {"cuda": 2240, "cpu": 300}
-"""Examples of the part of that name, unless told otherwise."""
-DRAWN_SPECS = {"cuda": 21, "cpu": 24}
-"""Specs of the examples that are drawn rather than shipped."""
-SHIPPED_SHARE = {"cuda": 0.4, "cpu": 0.4}
-"""How much of the examples goes to shipped specs, whose calls are larger."""
-EXAMPLE_SEEDS = 100_000
-"""Seeds between the first ones of two jobs."""
-REPEATS = {"cuda": (200, (4096, (1500, 0, 1, 2595))), "cpu": (3, (19, (9, 0, 1, 5)))}
-"""How often, and at which lengths, a call is repeated."""
-HYGIENE = {"cuda": ((1500, 0, 1, 2595), 4096, 16384), "cpu": (19, (9, 0, 1, 5))}
-SOAK_PER_SPEC = {"cuda": 30, "cpu": 4}
-FAR_LIMIT = {"cuda": 2**31, "cpu": 2**12}
-"""Elements beyond which a tensor is far."""
-TUNER_FAULTS = ("illegal access", "hang", "wrong", "out of memory", "crash")
-TUNER_RUNS = ("worker killed", "run killed", "two tuners", "read-only cache", "full disk")
-"""What goes wrong for the tuner: a candidate, or the run."""
-SOAK_SEED = 1_000_000_000
-"""The first seed of a soak's specs, far from those of the examples."""
-RESERVED_GB = 1.0
-"""What a process takes of the GPU's memory without asking for a share."""
-BENCHED: Mapping[str, tuple[int, ...]] = {
-    "llama3_8b": (8192, 32768, 65536),
-    "nsa_64x4": (8192, 32768, 65536),
-    "mha_16": (8192, 32768),
-    "nsa_paper": (8192, 32768, 65536),
-}
-PYTORCH = ("llama3_8b", "mha_16", "tiny")
-"""Specs that PyTorch's tools are tried on."""
-DECODED = ("nsa_64x4", "llama3_8b")
-"""Specs whose decode is timed."""
-DECODE_TARGETS = ((65536, 1), (65536, 32), (65536, 16))
-DECODE_SHAPES = (
-    *DECODE_TARGETS,
-    *(
-        (tokens, batch)
-        for tokens in (4096, 16384, 65536, 262144)
-        for batch in (1, 4, 16, 64)
-        if (tokens, batch) not in DECODE_TARGETS
-    ),
-)
-"""(Tokens, sequences) at which decode is timed, the most telling first."""
-DECODE_JOBS = 7
-"""Processes a spec that compile what these need."""
-SCENARIO_JOBS = {"cuda": (4, 2), "cpu": (1, 2)}
-"""Jobs a spec, and scenarios a job."""
-MEMORY_SHARE_GB = 25
-"""What a process verifying 64 heads of 192 at 8192 tokens in float32 needs: some 20 tensors of 0.8 GB in float64."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +54,7 @@ class Plan:
         }[part]()
 
     def _correctness(self) -> list[Job]:
-        packed = PACKED if self.device == "cuda" and not self.lengths_only else ()
+        packed = sizes.PACKED if self.device == "cuda" and not self.lengths_only else ()
         return [
             self._job(
                 f"verify {spec} {dtype}",
@@ -158,18 +73,18 @@ class Plan:
         ]
 
     def _long(self) -> list[Job]:
-        spec, tokens = LONG
+        spec, tokens = sizes.LONG
         if spec not in self.specs:
             return []
-        request: dict[str, Any] = {"spec": spec, "dtype": "bfloat16", "tokens": tokens, "rows": LONG_ROWS}
+        request: dict[str, Any] = {"spec": spec, "dtype": "bfloat16", "tokens": tokens, "rows": sizes.LONG_ROWS}
         return [self._job(f"long {spec} {tokens}", 1e6, kind="long", device=self.device, slots=self._slots, **request)]
 
     def _examples(self) -> list[Job]:
         """Each shipped spec in each dtype, then drawn specs, each in one; every job has seeds of its own."""
-        total = self.examples or EXAMPLES[self.device]
+        total = self.examples or sizes.EXAMPLES[self.device]
         shipped = [(spec, dtype) for spec in self.specs for dtype in self.dtypes]
-        drawn = [(number, self.dtypes[number % len(self.dtypes)]) for number in range(DRAWN_SPECS[self.device])]
-        of_shipped = _shares(int(total * SHIPPED_SHARE[self.device]), len(shipped))
+        drawn = [(number, self.dtypes[number % len(self.dtypes)]) for number in range(sizes.DRAWN_SPECS[self.device])]
+        of_shipped = _shares(int(total * sizes.SHIPPED_SHARE[self.device]), len(shipped))
         of_drawn = _shares(total - sum(of_shipped), len(drawn))
         jobs: list[Job] = []
         for number, ((spec, dtype), count) in enumerate(zip(shipped, of_shipped, strict=True)):
@@ -184,7 +99,7 @@ class Plan:
     def _example_job(self, name: str, expected: float, *, first: int, **request: Any) -> list[Job]:
         if not request["count"]:
             return []
-        seed = self.seed + EXAMPLE_SEEDS * (first + 1)
+        seed = self.seed + sizes.EXAMPLE_SEEDS * (first + 1)
         return [self._job(name, expected, kind="examples", slots=self._slots, device=self.device, seed=seed, **request)]
 
     def _soak(self) -> list[Job]:
@@ -194,20 +109,20 @@ class Plan:
                 kind="soak",
                 worker=worker,
                 seconds=self.soak_seconds,
-                per_spec=SOAK_PER_SPEC[self.device],
+                per_spec=sizes.SOAK_PER_SPEC[self.device],
                 slots=self._slots,
                 device=self.device,
-                seed=SOAK_SEED + self.seed,
+                seed=sizes.SOAK_SEED + self.seed,
             )
             for worker in range(self.workers)
         ]
 
     def _tuner_faults(self) -> list[Job]:
-        faults = (*TUNER_FAULTS, *TUNER_RUNS)
+        faults = (*sizes.TUNER_FAULTS, *sizes.TUNER_RUNS)
         return [self._job(f"tuner {fault}", kind="tuner fault", fault=fault) for fault in faults]
 
     def _repeats(self) -> list[Job]:
-        repeats, shapes = REPEATS[self.device]
+        repeats, shapes = sizes.REPEATS[self.device]
         return [
             self._job(
                 f"repeats {spec}",
@@ -228,7 +143,7 @@ class Plan:
                 _weight(spec, "bfloat16"),
                 kind="hygiene",
                 spec=spec,
-                shapes=HYGIENE[self.device],
+                shapes=sizes.HYGIENE[self.device],
                 slots=self._slots,
                 device=self.device,
             )
@@ -242,7 +157,7 @@ class Plan:
 
     def _far(self) -> list[Job]:
         dtype = "bfloat16" if self.device == "cuda" else "float16"
-        limit = FAR_LIMIT[self.device]
+        limit = sizes.FAR_LIMIT[self.device]
         common: dict[str, Any] = {"limit": limit, "slots": self._slots, "device": self.device}
         apart = [
             self._job(
@@ -296,7 +211,7 @@ class Plan:
         ]
 
     def _pytorch(self) -> list[Job]:
-        specs = [spec for spec in PYTORCH if spec in self._runnable]
+        specs = [spec for spec in sizes.PYTORCH if spec in self._runnable]
         return [self._job(f"pytorch {spec}", kind="pytorch", spec=spec, device=self.device) for spec in specs]
 
     def _training(self) -> list[Job]:
@@ -318,18 +233,18 @@ class Plan:
                 shapes=(511, 1024),
                 device=self.device,
             )
-            for spec in BENCHED
+            for spec in sizes.BENCHED
             if spec in self.specs
         ]
 
     @property
     def _slots(self) -> int:
-        return max(1, int((self.gpu_memory_gb - RESERVED_GB * self.workers) // MEMORY_SHARE_GB))
+        return max(1, int((self.gpu_memory_gb - sizes.RESERVED_GB * self.workers) // sizes.MEMORY_SHARE_GB))
 
     def _decode(self) -> list[Job]:
         return [
-            self._job(f"decode {spec}", -number, kind="decode", spec=spec, shapes=DECODE_SHAPES, timed=True)
-            for number, spec in enumerate(DECODED)
+            self._job(f"decode {spec}", -number, kind="decode", spec=spec, shapes=sizes.DECODE_SHAPES, timed=True)
+            for number, spec in enumerate(sizes.DECODED)
             if spec in self.specs
         ]
 
@@ -341,18 +256,18 @@ class Plan:
                 -number,
                 kind="decode",
                 spec=spec,
-                shapes=DECODE_SHAPES[number::DECODE_JOBS],
+                shapes=sizes.DECODE_SHAPES[number :: sizes.DECODE_JOBS],
                 timed=False,
                 prefill=number == 0,
             )
-            for spec in DECODED
+            for spec in sizes.DECODED
             if spec in self.specs
-            for number in range(DECODE_JOBS)
+            for number in range(sizes.DECODE_JOBS)
         ]
 
     def _inference(self) -> list[Job]:
         """Scenarios of each spec that decodes, a few a job, since most of their time is compilation."""
-        jobs, each = SCENARIO_JOBS[self.device]
+        jobs, each = sizes.SCENARIO_JOBS[self.device]
         return [
             self._job(
                 f"inference {spec} {number}",
@@ -380,7 +295,7 @@ class Plan:
                 lengths=lengths,
                 profile_at=lengths[-1],
             )
-            for number, (spec, lengths) in enumerate(BENCHED.items())
+            for number, (spec, lengths) in enumerate(sizes.BENCHED.items())
             if spec in self.specs
         ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nsa_gen._files import write_whole
 from tools.gpu.pool import DEADLINE_VARIABLE, RESULT_VARIABLE
 
 
@@ -25,9 +26,7 @@ def save(result: Mapping[str, Any]) -> None:
     path = os.environ.get(RESULT_VARIABLE)
     if path is None:
         return
-    part = Path(path).with_suffix(".part")
-    part.write_text(json.dumps(finite(result)), encoding="utf-8")
-    part.replace(path)
+    write_whole(Path(path), json.dumps(finite(result)))
 
 
 def seconds_left() -> float:

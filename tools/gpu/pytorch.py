@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.verify import environment
+from nsa_gen.verification.report import environment
 from tools.gpu import host_time
 from tools.gpu.packages import package_of, spec_of_request
 from tools.gpu.progress import save, say

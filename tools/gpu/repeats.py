@@ -16,8 +16,7 @@ from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.report import Row
-from nsa_gen.verification.verify import environment
+from nsa_gen.verification.report import Row, environment
 from tools.gpu.packages import package_of, spec_of_request
 from tools.gpu.progress import release, save, say, seconds_left
 

@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nsa_gen import machine as this_machine
+from nsa_gen._files import json_text, write_whole
 from tools.gpu.pool import Outcome
 
 LONGEST_TABLE = 58
 
 
 def machine(project: Path) -> dict[str, Any]:
-    """GPU, driver, versions, date and the commit of the checkout (None where it is unknown)."""
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
-    name, driver, memory = gpu.splitlines()[0].split(", ") if gpu else (None, None, None)
-    commit = _output("git", "-C", str(project), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(project), "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {
-        "gpu": name,
-        "driver": driver,
-        "gpu_memory_mib": None if memory is None else float(memory),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "triton")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "commit_is_changed": None if changed is None else bool(changed),
-    }
-
-
-def _output(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """What a benchmark says of the machine, and whether the checkout has changes that are not committed."""
+    found = this_machine.machine()
+    command = ("git", "-C", str(project), "status", "--porcelain", "--untracked-files=no")
+    changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout if found["commit"] else None
+    return {**found, "commit_is_changed": None if changed is None else bool(changed.strip())}
 
 
 def as_document(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -65,22 +39,7 @@ def as_document(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON with objects and lists that hold no others on one line each, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(_layout(document, "") + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def _layout(value: Any, indent: str) -> str:
-    inner = indent + " "
-    children = (
-        list(value.values() if isinstance(value, Mapping) else value) if isinstance(value, Mapping | list) else []
-    )
-    if not any(isinstance(child, Mapping | list | tuple) for child in children):
-        return json.dumps(value)
-    if isinstance(value, Mapping):
-        lines = (f"{inner}{json.dumps(str(name))}: {_layout(child, inner)}" for name, child in value.items())
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(inner + _layout(child, inner) for child in value) + f"\n{indent}]"
+    write_whole(path, json_text(document) + "\n")
 
 
 def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(PROJECT))
 
 from nsa_gen.rendering import import_package  # noqa: E402
 from nsa_gen.spec import parse_spec  # noqa: E402
-from nsa_gen.verification.verify import environment  # noqa: E402
+from nsa_gen.verification.report import environment  # noqa: E402
 from tools.gpu.packages import package_of  # noqa: E402
 from tools.gpu.progress import save, say  # noqa: E402
 
