@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SPECS := $(wildcard specs/*.yaml)
-PYTEST_ARGS ?= -n 2 -q
+PYTEST_ARGS ?= -n 2 --dist worksteal -q
 # The oldest Triton supported and the newest there is; the tests run on the one in between.
 TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0
 

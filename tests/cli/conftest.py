@@ -39,8 +39,8 @@ def small(tmp_path: Path) -> str:
     """A spec's path: few kernels, as what each costs a command is seen elsewhere."""
     path = tmp_path / "small.yaml"
     path.write_text(
-        "version: 1\nname: small\nheads: {query: 4, kv: 2}\nhead_dim: 16\ndtype: float32\n"
-        "window: {size: 24}\npasses: [forward, backward]\n"
+        "version: 1\nname: small\nheads: {query: 2, kv: 1}\nhead_dim: 16\ndtype: float32\n"
+        "window: {size: 24}\npasses: [forward]\n"
     )
     return str(path)
 
