@@ -35,7 +35,6 @@ from nsa_gen.verification.inputs import make_inputs  # noqa: E402
 from tools.gpu.no_device import no_device  # noqa: E402
 
 BURST, BURSTS = 20, 25
-SINGLE_CALLS = 500
 SPECS = ("llama3_8b", "mha_16", "tiny")
 
 
@@ -97,10 +96,10 @@ def host_microseconds(call: Callable[[], Any], synchronise: Callable[[], None], 
     return sorted(found)[len(found) // 2]
 
 
-def undisturbed_microseconds(call: Callable[[], Any], calls: int = SINGLE_CALLS) -> float:
+def undisturbed_microseconds(call: Callable[[], Any], count: int) -> float:
     """First decile of the microseconds that one call takes."""
     found = []
-    for _ in range(calls):
+    for _ in range(count):
         start = time.perf_counter()
         call()
         found.append((time.perf_counter() - start) * 1e6)
@@ -114,7 +113,9 @@ def measure(module: ModuleType, spec: Spec, tokens: int, device: str, bursts: in
     """
 
     def microseconds(call: Callable[[], Any]) -> float:
-        return undisturbed_microseconds(call) if device == "none" else host_microseconds(call, synchronise, bursts)
+        if device == "none":
+            return undisturbed_microseconds(call, bursts * BURST)
+        return host_microseconds(call, synchronise, bursts)
 
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows = []
