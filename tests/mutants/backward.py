@@ -162,7 +162,7 @@ MUTANTS = (
         "the window's gradients take the selected branch's delta",
         FULL,
         ("dq", "dk"),
-        (Edit("attention.py", "delta[2]", "delta[1]"),),
+        (Edit("attention.py", "deltas[2]", "deltas[1]"),),
     ),
     Mutant(
         "dq_of_the_window_overwrites",

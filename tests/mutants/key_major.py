@@ -83,9 +83,9 @@ MUTANTS = (
         (
             Edit(
                 INDEX,
-                "    keys, slots = torch.sort(keys.flatten(), stable=True)\n",
+                "    keys, slots = torch.sort(keys, stable=True)\n",
                 "    order = torch.randperm(keys.numel(), device=keys.device)\n"
-                "    keys, places = torch.sort(keys.flatten()[order], stable=True)\n"
+                "    keys, places = torch.sort(keys[order], stable=True)\n"
                 "    slots = order[places]\n",
             ),
         ),

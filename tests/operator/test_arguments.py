@@ -71,6 +71,78 @@ def test_wrong_further_arguments_are_named(name: str, problem: str) -> None:
         op.nsa_attention(**arguments)
 
 
+@pytest.fixture
+def unlaunched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Operator]:
+    """Operators whose checks are run and whose kernels are not, and of which no call was accepted yet."""
+
+    def operator(**changes: Any) -> Operator:
+        op = operator_of(**changes)
+        monkeypatch.setattr(op.module.api, "call", lambda name, q, *_: (q,))
+        monkeypatch.setattr(op.module.arguments, "_accepted", set())
+        return op
+
+    return operator
+
+
+def test_a_call_like_an_accepted_one_is_not_checked_again(
+    unlaunched: Callable[..., Operator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = unlaunched(**WHOLE)
+    checked: list[str] = []
+    check = op.module.api.check_query
+    monkeypatch.setattr(op.module.api, "check_query", lambda name, *given: checked.append(name) or check(name, *given))
+    for _ in range(3):
+        op.nsa_attention(**arguments_of(op))
+    assert checked == ["q"]
+    op.nsa_attention(**arguments_of(op, tokens=T + 1))
+    assert checked == ["q", "q"], "another length is another call"
+
+
+@pytest.mark.parametrize("problem", EACH)
+@pytest.mark.parametrize("name", ["q", "k", "v", "gates"])
+def test_wrong_arguments_are_refused_after_right_ones(
+    name: str, problem: str, unlaunched: Callable[..., Operator]
+) -> None:
+    if (name, problem) in (("q", "another device"), ("gates", "half the head dim")):
+        pytest.skip("the other arguments would be to blame")
+    change, kind, _ = EACH[problem]
+    op = unlaunched(**WHOLE)
+    arguments = arguments_of(op)
+    op.nsa_attention(**arguments)
+    for _ in range(2):
+        with pytest.raises(kind, match=r"expected"):
+            op.nsa_attention(**{**arguments, name: change(arguments[name])})
+
+
+def test_an_argument_that_the_spec_has_no_use_for_is_refused_after_a_right_call(
+    unlaunched: Callable[..., Operator],
+) -> None:
+    op = unlaunched(**WHOLE)
+    arguments = arguments_of(op)
+    op.nsa_attention(**arguments)
+    with pytest.raises(TypeError, match=r"^k_slc: expected None"):
+        op.nsa_attention(**arguments, k_slc=arguments["k"])
+
+
+def test_what_autocast_let_through_is_refused_without_it(unlaunched: Callable[..., Operator]) -> None:
+    op = unlaunched(dtype="float16")
+    arguments = {name: x.float() for name, x in arguments_of(op).items()}
+    with torch.autocast("cpu", dtype=torch.float16):
+        op.nsa_attention(**arguments)
+    with pytest.raises(TypeError, match=r"^q: expected dtype torch.float16"):
+        op.nsa_attention(**arguments)
+
+
+def test_accepted_calls_are_forgotten_when_they_are_many(
+    unlaunched: Callable[..., Operator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = unlaunched(**WHOLE)
+    monkeypatch.setattr(op.module.arguments, "_MOST_ACCEPTED", 3)
+    for tokens in range(1, 9):
+        op.nsa_attention(**arguments_of(op, tokens=tokens))
+        assert 1 <= len(op.module.arguments._accepted) <= 3
+
+
 @pytest.mark.parametrize("name", ["k", "v", "k_win", "v_win", "k_cmp", "v_cmp", "gates", "indices"])
 def test_a_wrong_number_of_tokens_is_named(name: str) -> None:
     op = operator_of(**GIVEN)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from nsa_gen.spec import load_spec
 from tools.gpu import host_time, plan, pytorch, reference_fla, sizes, training
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_check_that_raises_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +99,41 @@ def test_calls_timed_on_the_host_give_the_same_bits_by_either_way(tmp_path: Path
     found = host_time.calls(module, spec, 5, "cpu")
     assert [len(call()) for call in found.values()] == [1, 1, 5]
     assert host_time.host_microseconds(lambda: None, lambda: None, bursts=3) < 1e4
+
+
+NO_DEVICE = """
+import json, sys
+from pathlib import Path
+from nsa_gen.rendering import generate, import_package
+from nsa_gen.spec import load_spec
+from tools.gpu import host_time
+spec = load_spec("tiny")
+module = import_package(generate(spec, Path(sys.argv[1])))
+with host_time.no_device(module):
+    print(json.dumps(host_time.measure(module, spec, 64, "none", bursts=1)))
+try:
+    host_time.main(["--specs", "tiny"])
+except SystemExit as stopped:
+    assert stopped.code == 2
+"""
+
+
+def test_what_calls_cost_the_host_is_measured_without_a_gpu(
+    tmp_path: Path, compiler_environment: dict[str, str]
+) -> None:
+    environment = {**compiler_environment, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", NO_DEVICE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    assert [(row["call"], row["launches"]) for row in rows] == [
+        ("forward", 10),
+        ("forward with grad", 10),
+        ("forward and backward", 20),
+    ]
+    for row in rows:
+        assert row["microseconds"] > 0 and "not compared" in host_time.line(row)
+    assert "expected a machine with a GPU" in done.stderr
 
 
 def test_parts_for_pytorch_are_planned_on_shipped_specs() -> None:

@@ -1,7 +1,11 @@
 """What a call costs the host: `python tools/gpu/host_time.py [--specs llama3_8b,mha_16] [--tokens 512] [--json F]`.
 
 Results of launches past Triton's dispatcher and by it are compared bit by bit first. Then calls are issued in bursts
-that the GPU's queue holds, and only their issuing is timed. Needs a GPU; exit status 1 if any result differs.
+that the GPU's queue holds, and only their issuing is timed. Exit status 1 if any result differs.
+
+With `--device none` no GPU is needed: it times what is done in Python and by PyTorch's allocator (`no_device`), and
+takes the first decile of single calls, which other work on the machine disturbs least. Results are not compared then,
+as there are none.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +24,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
@@ -27,6 +32,7 @@ sys.path.insert(0, str(PROJECT))
 from nsa_gen.rendering import generate, import_package  # noqa: E402
 from nsa_gen.spec import Spec, load_spec  # noqa: E402
 from nsa_gen.verification.inputs import make_inputs  # noqa: E402
+from tools.gpu.no_device import no_device  # noqa: E402
 
 BURST, BURSTS = 20, 25
 SPECS = ("llama3_8b", "mha_16", "tiny")
@@ -90,22 +96,41 @@ def host_microseconds(call: Callable[[], Any], synchronise: Callable[[], None], 
     return sorted(found)[len(found) // 2]
 
 
+def undisturbed_microseconds(call: Callable[[], Any], count: int) -> float:
+    """First decile of the microseconds that one call takes."""
+    found = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - start) * 1e6)
+    return sorted(found)[len(found) // 10]
+
+
 def measure(module: ModuleType, spec: Spec, tokens: int, device: str, bursts: int = BURSTS) -> list[dict[str, Any]]:
-    """By call: launches, host microseconds past Triton's dispatcher and by it, and whether all bits are equal."""
+    """By call: launches, host microseconds past Triton's dispatcher and by it, and whether all bits are equal.
+
+    `device` is "cuda", or "none" within `no_device`: then nothing is compared.
+    """
+
+    def microseconds(call: Callable[[], Any]) -> float:
+        if device == "none":
+            return undisturbed_microseconds(call, bursts * BURST)
+        return host_microseconds(call, synchronise, bursts)
+
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows = []
-    for name, call in calls(module, spec, tokens, device).items():
+    for name, call in calls(module, spec, tokens, "cpu" if device == "none" else device).items():
         for _ in range(3):
             found = call()
         with by_triton(module):
             expected = call()
-        equal = all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        equal = device == "none" or all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
         with counted(module) as launches:
             call()
-        row = {"spec": spec.name, "tokens": tokens, "call": name, "launches": len(launches), "equal": equal}
-        row["microseconds"] = host_microseconds(call, synchronise, bursts)
+        row = {"spec": spec.name, "tokens": tokens, "device": device, "call": name, "launches": len(launches)}
+        row |= {"equal": equal, "microseconds": microseconds(call)}
         with by_triton(module):
-            row["by_triton_microseconds"] = host_microseconds(call, synchronise, bursts)
+            row["by_triton_microseconds"] = microseconds(call)
         rows.append(row)
     return rows
 
@@ -114,6 +139,8 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     each = row["microseconds"] / max(1, row["launches"])
     verdict = "equal" if row["equal"] else "DIFFERENT"
+    if row["device"] == "none":
+        verdict = "not compared"
     return (
         f"{row['spec']:<12} {row['tokens']:>6}  {row['call']:<22} {row['launches']:>3} launches  "
         f"{row['microseconds']:7.1f} us  ({row['by_triton_microseconds']:7.1f} by Triton's dispatcher), "
@@ -126,15 +153,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--specs", default=",".join(SPECS), help="comma-separated shipped specs")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument(
+        "--device", choices=("cuda", "none"), default="cuda", help="none: without a GPU, up to the driver"
+    )
     parser.add_argument("--json", type=Path, help="where the rows go")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("expected a machine with a GPU, got none that torch can use")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a machine with a GPU, got none that torch can use; see --device none")
+    if options.device == "none" and knobs.runtime.interpret:
+        parser.error("--device none: expected TRITON_INTERPRET to be unset, as packages without kernels are not timed")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.specs.split(","):
             spec = load_spec(name)
-            rows += measure(import_package(generate(spec, folder)), spec, options.tokens, "cuda")
+            module = import_package(generate(spec, folder))
+            with no_device(module) if options.device == "none" else nullcontext():
+                rows += measure(module, spec, options.tokens, options.device)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print("\n".join(line(row) for row in rows))
