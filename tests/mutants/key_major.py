@@ -184,7 +184,7 @@ MUTANTS = (
         "0 * NaN: a plain product with values that some tokens of a block's tile do not see",
         NAN,
         ("o_slc",),
-        (Edit(FORWARDS, "add_visible_values(p, visible, v, acc)", "add_v_product(p, v, acc)"),),
+        (Edit(FORWARDS, "add_visible_values(p, visible, v, acc)", "add_visible_values(p, None, v, acc)"),),
     ),
     # Parts of a block and of a group
     Mutant(

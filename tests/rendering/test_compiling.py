@@ -20,7 +20,7 @@ def light(spec: Spec) -> bool:
     return max(sizes) <= 128 and spec.heads.group <= 8 and few
 
 
-CHOSEN = [spec for spec in drawn_specs() if light(spec)][-3:]
+CHOSEN = [spec for spec in drawn_specs() if light(spec)][:2]
 
 
 @pytest.mark.slow

@@ -19,15 +19,33 @@ from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.rendering.environment import environment
-from nsa_gen.spec import load_spec
+from nsa_gen.rendering.package import SIGNATURE, templates_digest
+from nsa_gen.spec import Spec, load_spec, parse_spec
 from tests.lowering.drawn_specs import specs
 
 SPECS = specs(25)
-every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
-def modules(spec) -> dict[str, ast.Module]:
-    return {name: ast.parse(text, name) for name, text in render(spec).items() if name.endswith(".py")}
+@pytest.fixture(scope="module", params=SPECS.values(), ids=SPECS)
+def spec(request) -> Spec:
+    """Each spec in turn, for all tests of it: a package is rendered and parsed once."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def texts(spec) -> dict[str, str]:
+    """The files of the spec's package."""
+    return render(spec)
+
+
+@pytest.fixture(scope="module")
+def modules(texts) -> dict[str, ast.Module]:
+    """The syntax trees of its modules."""
+    return parsed(texts)
+
+
+def parsed(texts: dict[str, str]) -> dict[str, ast.Module]:
+    return {name: ast.parse(text, name) for name, text in texts.items() if name.endswith(".py")}
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +70,29 @@ def test_ruff_has_nothing_to_say_of_any_package(all_packages, project_root, comm
     assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
 
 
-@every_spec
-def test_every_module_parses_and_imports_torch_triton_the_standard_library_and_its_own_modules_only(spec):
-    found = modules(spec)
-    own = {name.removesuffix(".py") for name in found}
-    for name, tree in found.items():
+def test_every_file_begins_with_a_header_of_four_lines(spec, texts):
+    for name, text in texts.items():
+        first, *rest = text.splitlines()[:6]
+        assert first.startswith(f"{SIGNATURE} "), name
+        assert spec.name in first
+        assert rest[0] == f"# spec: {spec.digest()}"
+        assert rest[1] == f"# templates: {templates_digest()}"
+        assert rest[2].startswith("# regenerate: nsa-gen generate ")
+        if rest[3].startswith("# pyright: "):  # what type checkers cannot know of kernels
+            assert "triton.jit" in text, name
+            del rest[3]
+        assert not rest[3].startswith("#"), name
+        if name.endswith(".py"):
+            assert rest[3].startswith('"""'), name
+
+
+def test_the_spec_in_a_package_reads_back_as_an_equal_spec(spec, texts):
+    assert parse_spec(texts["spec.yaml"]) == spec
+
+
+def test_every_module_parses_and_imports_torch_triton_the_standard_library_and_its_own_modules_only(modules):
+    own = {name.removesuffix(".py") for name in modules}
+    for name, tree in modules.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported = [alias.name for alias in node.names]
@@ -74,17 +110,15 @@ def test_every_module_parses_and_imports_torch_triton_the_standard_library_and_i
                 assert root in ("torch", "triton") or root in sys.stdlib_module_names, (name, module)
 
 
-@every_spec
-def test_kernels_and_configurations_name_each_other(spec):
-    found = modules(spec)
+def test_kernels_and_configurations_name_each_other(spec, modules):
     kernels = {
         node.name.removesuffix("_kernel"): name.removesuffix(".py")
-        for name, tree in found.items()
+        for name, tree in modules.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
     tables = {}
-    for node in ast.walk(found["configs.py"]):
+    for node in ast.walk(modules["configs.py"]):
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "DEFAULTS":
             tables = ast.literal_eval(node.value)
     assert set(tables) == {"interpreter", *TARGETS}
@@ -95,44 +129,39 @@ def test_kernels_and_configurations_name_each_other(spec):
     assert kernels == {kernel.name: kernel.module for kernel in program.kernels}
 
 
-@every_spec
-def test_every_kernel_is_launched_with_its_own_configuration(spec):
-    sources = {name: text for name, text in render(spec).items() if name.endswith(".py") and name != "configs.py"}
+def test_every_kernel_is_launched_with_its_own_configuration(spec, texts):
+    source = "".join(text for name, text in texts.items() if name.endswith(".py") and name != "configs.py")
     for kernel in lower(spec).kernels:
-        source = "".join(sources.values())
         assert re.search(rf"\b{kernel.name}_kernel\[", source), kernel.name
         assert f'"{kernel.name}"' in source, kernel.name
 
 
-@every_spec
-def test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch(spec):
-    found = modules(spec)
+def test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch(spec, modules):
+    names, constants = {}, {}
+    for module, tree in modules.items():
+        nodes = list(ast.walk(tree))
+        names[module] = {node.id for node in nodes if isinstance(node, ast.Name)}
+        constants[module] = {node.value for node in nodes if isinstance(node, ast.Constant)}
     for kernel in lower(spec).kernels:
         (function,) = (
             node
-            for node in found[f"{kernel.module}.py"].body
+            for node in modules[f"{kernel.module}.py"].body
             if isinstance(node, ast.FunctionDef) and node.name == f"{kernel.name}_kernel"
         )
-        constants = {
+        taken = {
             argument.arg
             for argument in function.args.args
             if argument.annotation is not None and ast.unparse(argument.annotation) == "tl.constexpr"
         }
-        read = {
-            node.value
-            for tree in found.values()
-            if any(isinstance(node, ast.Name) and node.id == f"{kernel.name}_kernel" for node in ast.walk(tree))
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Constant)
-        }  # such as the number of shares that a sum is divided into: config.pop("SHARES")
+        # Such as the number of shares that a sum is divided into: config.pop("SHARES").
+        read = set().union(*(constants[module] for module in modules if function.name in names[module]))
         tiles = {tunable.name for tunable in kernel.tunables} - {"num_warps", "num_stages"}
-        assert tiles <= constants | read, kernel.name
+        assert tiles <= taken | read, kernel.name
 
 
-@every_spec
-def test_no_date_no_path_of_this_machine_and_no_leftover_of_a_template(spec):
+def test_no_date_no_path_of_this_machine_and_no_leftover_of_a_template(spec, texts):
     private = [str(Path.home()), str(Path.cwd()), str(templates_dir()), "/tmp/", f"/{getpass.getuser()}/"]
-    for name, text in render(spec).items():
+    for name, text in texts.items():
         body = text.replace(spec.description, "")
         assert not re.search(r"\b20[0-9]{2}-[01][0-9]-[0-3][0-9]\b", body), name
         assert not any(path in body for path in private if len(path) > 3), name
@@ -144,19 +173,17 @@ def test_no_date_no_path_of_this_machine_and_no_leftover_of_a_template(spec):
         assert "\r" not in body
 
 
-@every_spec
-def test_every_module_and_every_exported_function_says_what_it_does(spec):
-    found = modules(spec)
-    assert all(ast.get_docstring(tree) for tree in found.values())
-    exported = set(_exported(found["__init__.py"]))
+def test_every_module_and_every_exported_function_says_what_it_does(modules):
+    assert all(ast.get_docstring(tree) for tree in modules.values())
+    exported = set(_exported(modules["__init__.py"]))
     documented = {
         node.name
-        for tree in found.values()
+        for tree in modules.values()
         for node in tree.body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node)
     }
     defined = {
-        node.name for tree in found.values() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        node.name for tree in modules.values() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
     assert exported & defined <= documented
 
@@ -168,9 +195,8 @@ def _exported(tree: ast.Module) -> list[str]:
     return []
 
 
-@every_spec
-def test_all_names_that_a_package_exports_exist(spec):
-    tree = modules(spec)["__init__.py"]
+def test_all_names_that_a_package_exports_exist(modules):
+    tree = modules["__init__.py"]
     exported = _exported(tree)
     bound: set[str] = set()
     for node in tree.body:
@@ -215,7 +241,7 @@ def test_an_undefined_name_in_a_template_is_an_error():
         environment().from_string("{{ spec.no_such_field }}").render(spec=load_spec("tiny"))
 
 
-def test_every_template_is_used_by_some_package():
+def test_every_template_is_used_by_some_package(all_packages):
     used: set[str] = set()
     loader = environment().loader
     assert loader is not None
@@ -223,7 +249,7 @@ def test_every_template_is_used_by_some_package():
     for name in templates:
         source = loader.get_source(environment(), name)[0]
         used |= set(re.findall(r"""["']((?:macros|kernels|package)/[\w./]+\.jinja)["']""", source))
-    rendered = {f"package/{file}.jinja" for spec in SPECS.values() for file in render(spec)}
+    rendered = {f"package/{path.name}.jinja" for path in all_packages.rglob("*.*")}
     assert templates - used - rendered == set()
 
 
@@ -262,7 +288,7 @@ def test_any_description_is_only_text_in_every_module(value):
     plain = render(load_spec("tiny"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an invalid escape sequence is only warned of
-        found = modules(spec)
+        found = parsed(render(spec))
     for name, tree in found.items():
         expected = [type(node) for node in ast.parse(plain[name]).body]
         assert [type(node) for node in tree.body] == expected, name
@@ -270,10 +296,9 @@ def test_any_description_is_only_text_in_every_module(value):
     assert spec.description in strings
 
 
-@every_spec
-def test_every_spec_in_a_package_is_the_spec(spec):
+def test_every_spec_in_a_package_is_the_spec(spec, modules):
     """SPEC in the package holds what the model holds."""
-    for tree in modules(spec).values():
+    for tree in modules.values():
         for node in tree.body:
             target = node.target if isinstance(node, ast.AnnAssign) else None
             if isinstance(node, ast.Assign):
