@@ -21,6 +21,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
+        optimized=False,  # to look for constants to fold takes a quarter of the time, and there are none
         extensions=["jinja2.ext.do"],
     )
     strict.globals.update(fit=fit, import_from=import_from, number=number, tuple_of=tuple_of)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import io
-import tokenize
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 
 from nsa_gen.lowering import Program
 
@@ -70,12 +69,9 @@ def space_digest(program: Program, root: str = ATTENTION) -> str:
 @functools.lru_cache(maxsize=256)
 def code_of(source: str) -> str:
     """A module's text without comments, docstrings, blank lines and trailing space."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
+    lines = _STRING_OR_COMMENT.sub(lambda found: found[1] or "", source).splitlines()
+    tree = ast.parse(source)
+    for node in (tree, *_statements(tree)):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not node.body:
             continue
         first = node.body[0]
@@ -85,10 +81,27 @@ def code_of(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _imports(source: str) -> list[str]:
+# A string, in which a "#" begins no comment, or a comment: many times quicker than Python's own tokens.
+_STRING_OR_COMMENT = re.compile(
+    r"""(\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*""",
+    re.DOTALL,
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _imports(source: str) -> tuple[str, ...]:
     """Modules of its own package that a module imports."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found: list[str] = []
+    for node in _statements(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             found += [node.module] if node.module else [alias.name for alias in node.names]
-    return found
+    return tuple(found)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """The statements within a node, those within them included; expressions, most of a tree, are passed by."""
+    for name in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, name, ()) if not isinstance(node, ast.expr) else ():
+            if isinstance(child, ast.stmt):
+                yield child
+            yield from _statements(child)
