@@ -19,13 +19,14 @@ _FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
-class CacheSide:
-    """Keys or values as the cache compresses them: phi's kind, and whether it adds a learned position."""
+class PhiSide:
+    """Keys or values as phi compresses them: its kind, whether it adds a learned position, and the head dim."""
 
     name: str
     raw: str
     kind: str
     position: bool
+    dim: int
 
     @property
     def pooled(self) -> bool:
@@ -87,15 +88,15 @@ class InferenceProgram:
         return tuple(zip(self.raw_names[::2], self.raw_names[1::2], strict=True))
 
     @property
-    def cache_sides(self) -> tuple[CacheSide, ...]:
-        """How keys and values are compressed as tokens are added; empty where the package does not."""
+    def phi_sides(self) -> tuple[PhiSide, ...]:
+        """How keys and values are compressed; empty where the package does not."""
         compression = self.spec.compression
         if compression is None or not self.compresses:
             return ()
-        phi, position = compression.phi, compression.position
+        phi, position, head_dim = compression.phi, compression.position, self.spec.head_dim
         return (
-            CacheSide("key", "k", phi.key, position.key == "learned"),
-            CacheSide("value", "v", phi.value, position.value == "learned"),
+            PhiSide("key", "k", phi.key, position.key == "learned", head_dim.qk),
+            PhiSide("value", "v", phi.value, position.value == "learned", head_dim.v),
         )
 
     @property
@@ -111,7 +112,7 @@ class InferenceProgram:
     @property
     def cache_constants(self) -> tuple[str, ...]:
         """Sizes that the cache's module imports."""
-        hidden = ("PHI_HIDDEN",) if any(side.kind == "mlp" for side in self.cache_sides) else ()
+        hidden = ("PHI_HIDDEN",) if any(side.kind == "mlp" for side in self.phi_sides) else ()
         return ("HEAD_DIM_QK", "HEAD_DIM_V", "KV_HEADS", *hidden)
 
     @property

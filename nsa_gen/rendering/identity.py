@@ -100,8 +100,8 @@ def _imports(source: str) -> tuple[str, ...]:
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
     """The statements within a node, those within them included; expressions, most of a tree, are passed by."""
-    for name in ("body", "orelse", "handlers", "finalbody"):
-        for child in getattr(node, name, ()) if not isinstance(node, ast.expr) else ():
+    for name in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for child in getattr(node, name, ()):
             if isinstance(child, ast.stmt):
                 yield child
             yield from _statements(child)
