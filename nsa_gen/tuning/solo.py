@@ -34,6 +34,7 @@ def noted_launches(package: ModuleType, module: str, kernel: str) -> Iterator[li
     The latest of several, as those of chunks are: keeping all would keep their buffers.
     """
     launched = getattr(sys.modules[f"{package.__name__}.{module}"], f"{kernel}_kernel")
+    launched = getattr(launched, "kernel", launched)  # where it is launched past Triton's dispatcher
     kind = type(launched)
     original = kind.run
     found: list[Call] = []
@@ -51,14 +52,19 @@ def noted_launches(package: ModuleType, module: str, kernel: str) -> Iterator[li
 
 
 def _call_of(frame: FrameType | None, package: str) -> Call:
-    """The innermost function of the package on the stack, with its arguments as they are now."""
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith(f"{package}."):
+    """The package's function that asked for the launch on top of the stack, with its arguments as they are now."""
+    while frame is not None and not _asks(frame.f_globals.get("__name__", ""), package):
         frame = frame.f_back
     assert frame is not None, "a launch of the package comes from the package"
     code = frame.f_code
     function = getattr(sys.modules[frame.f_globals["__name__"]], code.co_name)
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return function, {name: frame.f_locals[name] for name in names}
+
+
+def _asks(module: str, package: str) -> bool:
+    """Whether a module is one of the package's, and not the one through which all launches go."""
+    return module.startswith(f"{package}.") and module != f"{package}.launch"
 
 
 class Solo(Operator):
