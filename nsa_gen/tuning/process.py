@@ -17,6 +17,13 @@ LOST_STATUS = 3
 """Exit status of a worker that a candidate has left without a usable GPU; its last line says why."""
 
 
+class Lost(RuntimeError):
+    """The GPU is of no more use to this process.
+
+    Not in the worker's module: run as a script, that is another module than the one that engines would import.
+    """
+
+
 class WorkerDied(RuntimeError):
     """The process ended, or was ended because it hung, before it answered.
 

@@ -14,11 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
 from nsa_gen.targets.worker import end_with_parent
-from nsa_gen.tuning.process import LOST_STATUS
-
-
-class Lost(RuntimeError):
-    """The GPU is of no more use to this process."""
+from nsa_gen.tuning.process import LOST_STATUS, Lost
 
 
 class Engine(Protocol):

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.tuning.worker import Lost, serve
+from nsa_gen.tuning.process import Lost
+from nsa_gen.tuning.worker import serve
 
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("FAKE_GPU", "{}"))
 BASE = {"forward": 10.0, "backward": 20.0, "decode": 0.05}

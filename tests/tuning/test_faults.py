@@ -15,6 +15,7 @@ import pytest
 
 from nsa_gen.tuning import EFFORTS, TuneReport, tune
 from nsa_gen.tuning.backend import Reading
+from nsa_gen.tuning.process import LOST_STATUS
 from tests.machine import alive
 from tests.tuning.fakes import fake_tools, spec
 from tests.tuning.test_search import began, other_tile
@@ -235,3 +236,26 @@ def test_a_disk_that_is_full_costs_the_journal_and_the_saving_and_not_the_result
 
     tools = fake_tools(cache, {"times": QUICKER})
     assert tune(spec(), tools=tools, shapes=(8192,), effort="quick", resume=True).ok
+
+
+AS_A_SCRIPT = """
+import runpy
+from nsa_gen.tuning import engine
+
+class Engine:
+    def __init__(self, opening):
+        pass
+
+    def check(self, candidates, announce, **request):
+        raise engine.Lost("gone")
+
+engine.GpuEngine = Engine
+runpy.run_module("nsa_gen.tuning.worker", run_name="__main__")
+"""
+
+
+def test_the_worker_knows_a_lost_gpu_by_the_engines_own_error() -> None:
+    request = '{}\n{"do": "check", "candidates": [{}]}\n'
+    command = [sys.executable, "-W", "ignore", "-c", AS_A_SCRIPT]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ('{"lost": "gone"}\n', LOST_STATUS), done.stderr[-2000:]
