@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compiler_environment() -> dict[str, str]:
     """The environment of a subprocess in which triton compiles rather than interprets."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture
+def compiling(compiler_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python code with arguments in the checkout, where triton compiles and sees no GPU; it must succeed."""
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**compiler_environment, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(
+            command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def noted_launches(package: ModuleType, module: str, kernel: str) -> Iterator[li
     The latest of several, as those of chunks are: keeping all would keep their buffers.
     """
     launched = getattr(sys.modules[f"{package.__name__}.{module}"], f"{kernel}_kernel")
-    launched = getattr(launched, "kernel", launched)  # where it is launched past Triton's dispatcher
+    # The package's wrapper of it, where it is launched past Triton's dispatcher. Triton's own have None there.
+    launched = getattr(launched, "kernel", None) or launched
     kind = type(launched)
     original = kind.run
     found: list[Call] = []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +24,6 @@ from nsa_gen.targets.launches import record_launches
 from tests.pytorch.fake_machine import FakeMachine, fake_machine
 from tests.support import operator_of
 
-ROOT = Path(__file__).resolve().parents[2]
 MEMORY = torch.empty(64, dtype=torch.float32)
 ALIGNED = MEMORY[(-MEMORY.data_ptr() // 4) % 16 :]
 CONSTANTS = {"SIZE": 8, "FLAG": False, "num_warps": 4}
@@ -213,14 +210,9 @@ print(json.dumps(found))
 
 
 def test_no_kernel_of_the_shipped_packages_is_left_to_triton_when_it_is_launched_again(
-    compiler_environment: dict[str, str],
+    compiling: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     names = ["llama3_8b", "nsa_paper", "tiny"]
-    command = [sys.executable, "-c", SECOND_TRACE, *names]
-    done = subprocess.run(
-        command, cwd=ROOT, env=compiler_environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(compiling(SECOND_TRACE, *names).stdout)
     assert len(found) == 2 * len(names)
     assert all(count > 20 and left == [] for count, left in found.values()), found

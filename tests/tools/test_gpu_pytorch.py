@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,6 @@ import torch
 
 from nsa_gen.spec import load_spec
 from tools.gpu import host_time, plan, pytorch, reference_fla, sizes, training
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_check_that_raises_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +117,9 @@ except SystemExit as stopped:
 
 
 def test_what_calls_cost_the_host_is_measured_without_a_gpu(
-    tmp_path: Path, compiler_environment: dict[str, str]
+    tmp_path: Path, compiling: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    environment = {**compiler_environment, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", NO_DEVICE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = compiling(NO_DEVICE, str(tmp_path))
     rows = json.loads(done.stdout)
     assert [(row["call"], row["launches"]) for row in rows] == [
         ("forward", 10),
