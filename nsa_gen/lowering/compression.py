@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 
 from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.program import Argument, Kernel, Output, Resources, Tunable
 from nsa_gen.spec import Spec
 
@@ -14,21 +15,18 @@ def compression_parameters(spec: Spec) -> tuple[Argument, ...]:
     if spec.compression is None:
         return ()
     parameters = []
-    phi, position = spec.compression.phi, spec.compression.position
-    for side, kind, learned, dim in (
-        ("key", phi.key, position.key, spec.head_dim.qk),
-        ("value", phi.value, position.value, spec.head_dim.v),
-    ):
-        flattened = str(spec.compression.block * dim)
-        if kind == "weighted":
-            parameters.append(_parameter(f"{side}_weight", "Hkv", str(spec.compression.block)))
-        elif kind == "linear":
-            parameters.append(_parameter(f"{side}_weight", "Hkv", flattened, str(dim)))
-        elif kind == "mlp":
-            parameters.append(_parameter(f"{side}_weight_in", "Hkv", flattened, str(phi.hidden)))
-            parameters.append(_parameter(f"{side}_weight_out", "Hkv", str(phi.hidden), str(dim)))
-        if learned == "learned":
-            parameters.append(_parameter(f"{side}_position", "Hkv", str(spec.compression.block), str(dim)))
+    block, hidden = str(spec.compression.block), str(spec.compression.phi.hidden)
+    for side in compressed_sides(spec):
+        dim, flattened = str(side.dim), str(spec.compression.block * side.dim)
+        if side.kind == "weighted":
+            parameters.append(_parameter(f"{side.name}_weight", "Hkv", block))
+        elif side.kind == "linear":
+            parameters.append(_parameter(f"{side.name}_weight", "Hkv", flattened, dim))
+        elif side.kind == "mlp":
+            parameters.append(_parameter(f"{side.name}_weight_in", "Hkv", flattened, hidden))
+            parameters.append(_parameter(f"{side.name}_weight_out", "Hkv", hidden, dim))
+        if side.position:
+            parameters.append(_parameter(f"{side.name}_position", "Hkv", block, dim))
     return tuple(parameters)
 
 
@@ -38,15 +36,13 @@ def _parameter(name: str, *dims: str) -> Argument:
 
 def compression_outputs(spec: Spec) -> tuple[Output, ...]:
     """What compression returns from the forward operator: compressed keys and values, and an mlp's hidden rows."""
-    if spec.compression is None or spec.compression.phi.key == "external":
-        return ()
-    phi = spec.compression.phi
-    sizes = {"k_cmp": spec.head_dim.qk, "v_cmp": spec.head_dim.v}
-    outputs = [Output(name, _rows(spec, size), "q.dtype") for name, size in sizes.items()]
-    for side, kind in (("key", phi.key), ("value", phi.value)):
-        if kind == "mlp":
-            assert phi.hidden is not None
-            outputs.append(Output(f"{side}_hidden", _rows(spec, phi.hidden), "q.dtype", False, saved_by_phi=True))
+    sides = compressed_sides(spec)
+    outputs = [Output(f"{side.raw}_cmp", _rows(spec, side.dim), "q.dtype") for side in sides]
+    for side in sides:
+        if side.kind == "mlp":
+            assert spec.compression is not None and spec.compression.phi.hidden is not None
+            rows = _rows(spec, spec.compression.phi.hidden)
+            outputs.append(Output(f"{side.name}_hidden", rows, "q.dtype", False, saved_by_phi=True))
     return tuple(outputs)
 
 
@@ -56,18 +52,16 @@ def _rows(spec: Spec, size: int) -> str:
 
 def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
     """Kernels of phi, forward and backward; keys and values share them."""
-    if spec.compression is None or spec.compression.phi.key == "external":
-        return ()
-    kinds = {spec.compression.phi.key, spec.compression.phi.value}
+    sides = compressed_sides(spec)
     backward = "backward" in spec.passes
     kernels: list[Kernel] = []
-    if kinds & {"mean", "weighted"}:
+    if any(side.pooled for side in sides):
         kernels.append(_pool("pool_forward", "forward", "weighted sum of each block's tokens", s.BLOCK_TILE))
         if backward:
             kernels.append(_pool("pool_backward_input", "backward", "gradient of a pooled input", s.TOKEN_BLOCK))
-            if "weighted" in kinds:
+            if any(side.kind == "weighted" for side in sides):
                 kernels.append(_pool("pool_backward_weight", "backward", "gradient of the weights", s.BLOCK_TILE))
-    if kinds & {"linear", "mlp"}:
+    if any(side.multiplied for side in sides):
         kernels.append(_linear("linear_forward", "forward", "blocks times a matrix", spec))
         if backward:
             kernels.append(_linear("linear_backward_input", "backward", "gradient of a linear layer's input", spec))

@@ -9,6 +9,7 @@ import sympy
 
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
+from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.program import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
@@ -36,7 +37,7 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if not (external and spec.branches == ("cmp",)):
         kernels.append(_append(spec))
     if spec.compression is not None:
-        if {spec.compression.phi.key, spec.compression.phi.value} & {"linear", "mlp"}:
+        if any(side.multiplied for side in compressed_sides(spec)):
             kernels.append(_append_linear(spec))
         if external:
             kernels.append(_append_compressed())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from nsa_gen.lowering.phi import CompressedSide, compressed_sides
 
 if TYPE_CHECKING:
     from nsa_gen.lowering.heads import HeadDim
@@ -16,27 +17,6 @@ _MOST_POOLED_ELEMENTS = 32
 #: Floats of parts that are merged at once.
 _MERGED_FLOATS = 8192
 _FEWEST_ROWS = 16
-
-
-@dataclass(frozen=True)
-class PhiSide:
-    """Keys or values as phi compresses them: its kind, whether it adds a learned position, and the head dim."""
-
-    name: str
-    raw: str
-    kind: str
-    position: bool
-    dim: int
-
-    @property
-    def pooled(self) -> bool:
-        """A block's row is a weighted sum of its tokens."""
-        return self.kind in ("mean", "weighted")
-
-    @property
-    def multiplied(self) -> bool:
-        """A block, laid flat, is multiplied by a matrix."""
-        return self.kind in ("linear", "mlp")
 
 
 def _literal(names: tuple[str, ...]) -> str:
@@ -88,16 +68,9 @@ class InferenceProgram:
         return tuple(zip(self.raw_names[::2], self.raw_names[1::2], strict=True))
 
     @property
-    def phi_sides(self) -> tuple[PhiSide, ...]:
+    def phi_sides(self) -> tuple[CompressedSide, ...]:
         """How keys and values are compressed; empty where the package does not."""
-        compression = self.spec.compression
-        if compression is None or not self.compresses:
-            return ()
-        phi, position, head_dim = compression.phi, compression.position, self.spec.head_dim
-        return (
-            PhiSide("key", "k", phi.key, position.key == "learned", head_dim.qk),
-            PhiSide("value", "v", phi.value, position.value == "learned", head_dim.v),
-        )
+        return compressed_sides(self.spec)
 
     @property
     def append_names(self) -> tuple[str, ...]:
