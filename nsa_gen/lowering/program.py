@@ -251,7 +251,7 @@ class Program(InferenceProgram):
         return backward_order(self.spec)
 
     def starts_at_zero(self, name: str) -> bool:
-        """Whether no branch writes every element of such a gradient: only selection reads the key or value, and it adds."""
+        """Whether no branch writes every row of the gradient of a raw key or value, to which selection then adds."""
         writers = [branch for branch in self.raw_branches if name in self.kv(branch)]
         return "slc" in writers and "win" not in writers
 
