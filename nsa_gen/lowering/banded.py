@@ -15,6 +15,7 @@ from nsa_gen.lowering.common import (
     QK_V,
     SCORES,
     TWO_ACCUMULATORS,
+    dq_bytes,
     height_rule,
     launch,
     same_height_rule,
@@ -108,12 +109,12 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
             * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * (2 * s.PAD_QK + s.PAD_V),
-            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES * 2 + O_BYTES,
+            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + O_BYTES + dq_bytes(spec, band.branch),
             streamed=s.KEY_BLOCK,
             height=s.QUERY_BLOCK,
         ),
         useful_flops=2 * band.pairs * s.Dk,
-        compulsory_bytes=2 * Q_BYTES + kv_bytes + O_BYTES + 2 * LSE_BYTES,
+        compulsory_bytes=Q_BYTES + kv_bytes + O_BYTES + 2 * LSE_BYTES + dq_bytes(spec, band.branch),
     )
 
 

@@ -242,22 +242,38 @@ class Program(InferenceProgram):
         return f"{self.raw_names[0]}.shape[1]" if self.raw_names else "q.shape[1]"
 
     def contributors(self, name: str) -> int:
-        """How many branches add to the gradient of a raw key or value argument."""
-        return sum(name in self.kv(branch) for branch in self.raw_branches)
+        """How many branches add to the gradient of q or of a raw key or value argument."""
+        return len(self.spec.branches) if name == "q" else sum(name in self.kv(branch) for branch in self.raw_branches)
 
     @property
     def backward_branches(self) -> tuple[str, ...]:
-        """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
-        return tuple(branch for branch in ("cmp", "win", "slc") if branch in self.spec.branches)
+        """Branches in the order of their backward."""
+        return backward_order(self.spec)
 
     def starts_at_zero(self, name: str) -> bool:
-        """Whether no branch writes every element of the gradient of a raw key or value; selection only adds."""
+        """Whether no branch writes every row of the gradient of a raw key or value, to which selection then adds."""
         writers = [branch for branch in self.raw_branches if name in self.kv(branch)]
         return "slc" in writers and "win" not in writers
 
     def sums_in_float32(self, name: str) -> bool:
-        """Whether the gradient of a raw key or value argument is added up before it is rounded."""
-        return self.contributors(name) > 1 or (self.spec.selection is not None and name in self.kv("slc"))
+        """Whether the gradient of q or of a raw key or value has a float32 buffer beside it, in which parts are added.
+
+        Selection adds up the keys' and values' chunk by chunk, so that even alone it needs one.
+        """
+        added = self.contributors(name) > 1 or (self.spec.selection is not None and name in self.kv("slc"))
+        return added and self.spec.dtype != "float32"
+
+    def gradient_sum(self, name: str) -> str:
+        """Name of the buffer in which the gradient of q or of a raw key or value is added up."""
+        return f"d{name}_sum" if self.sums_in_float32(name) else f"d{name}"
+
+    def rounded_by_kernel(self, name: str) -> bool:
+        """Whether one kernel adds the last part to such a sum, and so writes the rounded gradient.
+
+        That is so for q, and for keys and values that are compressed as well; where selection comes last, its chunks
+        are added one by one, and torch rounds.
+        """
+        return self.sums_in_float32(name) and (name == "q" or (self.compresses and name in self.kv("cmp")))
 
     @property
     def saved_outputs(self) -> tuple[Output, ...]:
@@ -315,6 +331,11 @@ class Program(InferenceProgram):
             if kernel.name == name:
                 return kernel
         raise KeyError(name)
+
+
+def backward_order(spec: Spec) -> tuple[str, ...]:
+    """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
+    return tuple(branch for branch in ("cmp", "win", "slc") if branch in spec.branches)
 
 
 def raw_readers(spec: Spec) -> tuple[str, ...]:

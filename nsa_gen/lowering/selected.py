@@ -17,6 +17,7 @@ from nsa_gen.lowering.common import (
     Q_BYTES,
     QK_V,
     TWO_ACCUMULATORS,
+    dq_bytes,
     elementwise,
     height_rule,
     key_tile,
@@ -114,7 +115,7 @@ def forward_kernels(spec: Spec) -> list[Kernel]:
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
     """Gradients of the branch, in the order in which they run."""
-    return [_selected_backward_dkdv(spec), _merge_dkdv(), _merge_dq(), _selected_backward_dq(spec)]
+    return [_selected_backward_dkdv(spec), _merge_dkdv(), _merge_dq(spec), _selected_backward_dq(spec)]
 
 
 def _selected_forward(spec: Spec) -> Kernel:
@@ -194,9 +195,13 @@ def _merge_outputs() -> Kernel:
     )
 
 
-def _merge_dq() -> Kernel:
+def _merge_dq(spec: Spec) -> Kernel:
     return _merge(
-        "merge_dq", "backward", "dq of each token from the parts of its slots", _DQ_PARTS + Q_BYTES, KEY_MAJOR_DQ
+        "merge_dq",
+        "backward",
+        "dq of each token from the parts of its slots",
+        _DQ_PARTS + dq_bytes(spec, "slc"),
+        KEY_MAJOR_DQ,
     )
 
 
@@ -231,12 +236,12 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
             * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * (2 * s.PAD_QK + s.PAD_V),
-            traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * QK_V * s.E + 2 * Q_BYTES + O_BYTES,
+            traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * QK_V * s.E + Q_BYTES + O_BYTES + dq_bytes(spec, "slc"),
             streamed=s.KEY_BLOCK,
             height=s.SELECTED_ROWS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * s.Dk,
-        compulsory_bytes=2 * Q_BYTES + KV_BYTES + O_BYTES + 2 * LSE_BYTES + _INDEX_BYTES,
+        compulsory_bytes=Q_BYTES + KV_BYTES + O_BYTES + 2 * LSE_BYTES + _INDEX_BYTES + dq_bytes(spec, "slc"),
     )
 
 
