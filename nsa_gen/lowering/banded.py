@@ -22,6 +22,7 @@ from nsa_gen.lowering.common import (
     tile,
 )
 from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 
@@ -57,6 +58,8 @@ def bands(spec: Spec) -> list[Band]:
 def forward_kernel(spec: Spec, band: Band) -> Kernel:
     """o and lse of a branch."""
     kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
+    # What it leaves of the selected branch's local blocks.
+    written = O_BYTES * 2 if band.branch == "win" and local_in_window(spec) else O_BYTES
     return Kernel(
         name=f"{band.op}_forward",
         module=band.module,
@@ -74,12 +77,12 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
             * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * QK_V,
-            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + O_BYTES,
+            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + written,
             streamed=s.KEY_BLOCK,
             height=s.QUERY_BLOCK,
         ),
         useful_flops=2 * band.pairs * (s.Dk + s.Dv),
-        compulsory_bytes=Q_BYTES + kv_bytes + O_BYTES + LSE_BYTES,
+        compulsory_bytes=Q_BYTES + kv_bytes + written + LSE_BYTES,
     )
 
 

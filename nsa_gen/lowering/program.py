@@ -10,6 +10,7 @@ import sympy
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.inference import InferenceProgram
 from nsa_gen.lowering.overlap import Overlap
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
@@ -175,6 +176,11 @@ class Program(InferenceProgram):
     def selects(self) -> bool:
         """The package computes the selection itself."""
         return self.spec.selection is not None and self.spec.selection.indices == "computed"
+
+    @property
+    def local_in_window(self) -> bool:
+        """The window's kernels do the selected branch's local blocks on the way; see `sharing.local_in_window`."""
+        return local_in_window(self.spec)
 
     @property
     def hidden(self) -> int | None:

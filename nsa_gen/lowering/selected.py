@@ -27,12 +27,15 @@ from nsa_gen.lowering.common import (
     token_tile,
 )
 from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
 from nsa_gen.spec import Spec
 
-_SELECTED_KEYS = s.SLC_COUNT * s.SLC_BLOCK
+# Of the blocks that a token selects, the local ones may be the window's to do; they have slots all the same.
+_SELECTED_KEYS = s.SLC_OWN * s.SLC_BLOCK
 _SELECTED_PAIRS = s.B * s.T * s.Hq * _SELECTED_KEYS
 _SLOTS = s.B * s.T * s.Hkv * s.SLC_COUNT
+_OWN_SLOTS = s.B * s.T * s.Hkv * s.SLC_OWN
 _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
@@ -49,8 +52,8 @@ _INDEX_BUFFERS = 1024
 _BUFFERS = sympy.Max(1, s.NUM_STAGES - 1)
 # A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
 _PARTS = s.SLC_BLOCK / s.KEY_BLOCK
-_O_PARTS = _SLOTS * s.G * s.Dv * s.E
-_DQ_PARTS = _SLOTS * s.G * s.Dk * s.E
+_O_PARTS = _OWN_SLOTS * s.G * s.Dv * s.E
+_DQ_PARTS = _OWN_SLOTS * s.G * s.Dk * s.E
 
 
 def schedules(spec: Spec) -> tuple[Schedule, ...]:
@@ -110,7 +113,7 @@ def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mappin
 
 def forward_kernels(spec: Spec) -> list[Kernel]:
     """o and lse of the branch, by either schedule."""
-    return [_index_keys(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs()]
+    return [_index_keys(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs(spec)]
 
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
@@ -173,10 +176,11 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
             ),
             registers=rows * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * QK_V,
-            traffic=_SLOTS * _PARTS * s.GROUP_ROWS * s.PAD_QK * s.E + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * s.E,
+            traffic=_OWN_SLOTS * _PARTS * s.GROUP_ROWS * s.PAD_QK * s.E
+            + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * s.E,
             streamed=rows,
             height=rows,
-            memory=_O_PARTS * _PARTS,
+            memory=_SLOTS * s.G * s.Dv * s.E * _PARTS,
             # Scores of full and of masked tiles, probabilities, the output and what is not sound of it.
             tensor_memory=sympy.Rational(5, 2) * s.KEY_BLOCK + 2 * s.PAD_V,
         ),
@@ -185,12 +189,13 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
     )
 
 
-def _merge_outputs() -> Kernel:
+def _merge_outputs(spec: Spec) -> Kernel:
+    local = O_BYTES if local_in_window(spec) else 0
     return _merge(
         "merge_outputs",
         "forward",
         "o and lse of each token from the parts of its slots",
-        _O_PARTS + O_BYTES,
+        _O_PARTS + local + O_BYTES,
         KEY_MAJOR_FORWARD,
     )
 
@@ -212,7 +217,7 @@ def _merge(name: str, direction: str, purpose: str, moved: sympy.Expr, choice: s
 
 def _merge_dkdv() -> Kernel:
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
-    pieces = _SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
+    pieces = _OWN_SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
     kernel = elementwise(
         "merge_dkdv", "selected_key_major_merge", "slc", "backward", "sum of what the pieces of a long list found",
         pieces * s.SLC_BLOCK * (s.Dk + s.Dv) * FP32, launch,
@@ -288,12 +293,12 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
             registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows)
             + rows * (s.PAD_QK / 4 + 80 * sympy.Min(s.NUM_STAGES - 1, 1)),
             flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
-            traffic=_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
-            + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
+            traffic=_OWN_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
+            + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
             + 2 * KV_BYTES,
             streamed=rows,
             height=sympy.Min(rows, s.KEY_BLOCK),
-            memory=_DQ_PARTS * _PARTS,
+            memory=_SLOTS * s.G * s.Dk * s.E * _PARTS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (2 * s.Dk + 2 * s.Dv),
         compulsory_bytes=Q_BYTES + 2 * KV_BYTES + O_BYTES + 2 * LSE_BYTES + 2 * _INDEX_BYTES,

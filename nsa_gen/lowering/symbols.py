@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import sympy
 
 from nsa_gen.lowering.heads import HeadDim
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 # Of a call.
@@ -15,6 +16,8 @@ B, T = sympy.symbols("B T", positive=True, integer=True)
 Hq, Hkv, G, Dk, Dv, E = sympy.symbols("Hq Hkv G Dk Dv E", positive=True, integer=True)
 CMP_BLOCK, CMP_STRIDE = sympy.symbols("l d", positive=True, integer=True)
 SLC_BLOCK, SLC_COUNT = sympy.symbols("L n", positive=True, integer=True)
+# Selected blocks of a token that no other branch's kernel does.
+SLC_OWN = sympy.Symbol("n_own", nonnegative=True, integer=True)
 WINDOW = sympy.Symbol("w", positive=True, integer=True)
 HIDDEN = sympy.Symbol("hidden", positive=True, integer=True)
 # Of lowering: head dims and group as the matrix units see them, padded.
@@ -54,6 +57,7 @@ def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_ro
     if spec.selection:
         sizes[SLC_BLOCK] = spec.selection.block
         sizes[SLC_COUNT] = spec.selection.count
+        sizes[SLC_OWN] = spec.selection.count - (spec.selection.local if local_in_window(spec) else 0)
     if spec.window:
         sizes[WINDOW] = spec.window.size
     return sizes
