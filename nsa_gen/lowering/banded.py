@@ -22,7 +22,6 @@ from nsa_gen.lowering.common import (
     tile,
 )
 from nsa_gen.lowering.program import Kernel, Resources, Tunable
-from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 
@@ -58,8 +57,8 @@ def bands(spec: Spec) -> list[Band]:
 def forward_kernel(spec: Spec, band: Band) -> Kernel:
     """o and lse of a branch."""
     kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
-    # What it leaves of the selected branch's local blocks.
-    written = O_BYTES * 2 if band.branch == "win" and local_in_window(spec) else O_BYTES
+    # The window's may leave a part of o for the selected branch's local blocks, too.
+    written = O_BYTES * (1 + s.LOCAL_IN_WINDOW) if band.branch == "win" else O_BYTES
     return Kernel(
         name=f"{band.op}_forward",
         module=band.module,

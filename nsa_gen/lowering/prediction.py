@@ -80,7 +80,7 @@ def predict(program: Program, *, tokens: int, batch: int = 1, gpu_key: str = "h1
         UnknownGpuError: ``gpu_key`` is not in the hardware table.
     """
     device = gpu(gpu_key)
-    sizes = {**program.sizes, s.T: tokens, s.B: batch}
+    sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: batch}
     running = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
     return {kernel.name: _predict(program, kernel, sizes, device) for kernel in running}
 
@@ -116,7 +116,8 @@ def predict_kernel_seconds(
     kernel = next((each for each in program.kernels if each.name == name), None)
     if kernel is None:
         return None
-    return _seconds(program, kernel, {**program.sizes, s.T: tokens, s.B: 1}, gpu(gpu_key), factors)
+    device = gpu(gpu_key)
+    return _seconds(program, kernel, {**program.sizes_on(device.target), s.T: tokens, s.B: 1}, device, factors)
 
 
 def _seconds(
@@ -147,7 +148,8 @@ def calibrate(measured: Iterable[tuple[Program, str, int, float]], gpu_key: str 
     for program, name, tokens, seconds in measured:
         kernel = next((each for each in program.kernels if each.name == name), None)
         if kernel is not None:
-            modelled, _ = _modelled_and_floor(program, kernel, {**program.sizes, s.T: tokens, s.B: 1}, device)
+            sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: 1}
+            modelled, _ = _modelled_and_floor(program, kernel, sizes, device)
             ratios.setdefault(name, []).append(math.log(max(seconds - LAUNCH_SECONDS, 0.1 * seconds) / modelled))
     return {name: round(math.exp((min(logs) + max(logs)) / 2), 2) for name, logs in sorted(ratios.items())}
 
@@ -155,7 +157,7 @@ def calibrate(measured: Iterable[tuple[Program, str, int, float]], gpu_key: str 
 def alternatives(program: Program, gpu_key: str = "h100") -> list[Alternative]:
     """The choices between schedules that a program has on a device, each with what the other side would take."""
     device = gpu(gpu_key)
-    configs = program.defaults[device.target]
+    configs, sizes = program.defaults[device.target], program.sizes_on(device.target)
     found = []
     for choice in dict.fromkeys(kernel.choice[0] for kernel in program.kernels if kernel.choice):
         sides: dict[bool, list[Kernel]] = {True: [], False: []}
@@ -163,7 +165,7 @@ def alternatives(program: Program, gpu_key: str = "h100") -> list[Alternative]:
             if kernel.choice and kernel.choice[0] == choice:
                 sides[program.runs(kernel, device.target)].append(kernel)
         seconds = {
-            side: sum(modelled_seconds(k, program.sizes, device)(configs[k.name].mapping()) for k in kernels)
+            side: sum(modelled_seconds(k, sizes, device)(configs[k.name].mapping()) for k in kernels)
             for side, kernels in sides.items()
         }
         names = {side: tuple(kernel.name for kernel in kernels) for side, kernels in sides.items()}

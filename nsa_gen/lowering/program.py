@@ -112,6 +112,11 @@ class Schedule:
     name: str
     tunables: tuple[Tunable, ...]
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Those of the tunables that decide between two ways; the others are sizes."""
+        return tuple(tunable.name for tunable in self.tunables if tunable.values == (0, 1))
+
 
 @dataclass(frozen=True)
 class Config:
@@ -179,7 +184,7 @@ class Program(InferenceProgram):
 
     @property
     def local_in_window(self) -> bool:
-        """The window's kernels do the selected branch's local blocks on the way; see `sharing.local_in_window`."""
+        """The window's kernels can do the selected branch's local blocks; see `sharing.local_in_window`."""
         return local_in_window(self.spec)
 
     @property
@@ -300,8 +305,14 @@ class Program(InferenceProgram):
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
-        chunk = ("chunk_tokens:int",) if self.spec.selection else ()
-        return (*names, "cu_seqlens?", *chunk, *(("recompute:int",) if self.backward else ()))
+        return (*names, "cu_seqlens?", *(f"{name}:int" for name in self.schema_constants))
+
+    @property
+    def schema_constants(self) -> tuple[str, ...]:
+        """Integers that the whole operator is called with: what forward and backward of one call must agree on."""
+        chunk = ("chunk_tokens",) if self.spec.selection else ()
+        local = ("local_in_window",) if self.local_in_window else ()
+        return (*chunk, *local, *(("recompute",) if self.backward else ()))
 
     @property
     def combine_inputs(self) -> tuple[str, ...]:
@@ -330,6 +341,11 @@ class Program(InferenceProgram):
         choice, value = kernel.choice
         chosen = (self.defaults[target][schedule.name].mapping() for schedule in self.schedules)
         return any(values.get(choice) == value for values in chosen)
+
+    def sizes_on(self, target: str) -> dict[sympy.Symbol, int]:
+        """Values of symbols with the default schedules of an architecture."""
+        chosen = {name: value for each in self.schedules for name, value in self.defaults[target][each.name].values}
+        return {symbol: chosen.get(symbol.name, value) for symbol, value in self.sizes.items()}
 
     def kernel(self, name: str) -> Kernel:
         """The kernel of this name; KeyError if the package has none."""

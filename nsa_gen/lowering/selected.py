@@ -39,6 +39,7 @@ _OWN_SLOTS = s.B * s.T * s.Hkv * s.SLC_OWN
 _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
+LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
 #: Bound on what the key-major kernels of a chunk leave for a later sum.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
@@ -57,15 +58,18 @@ _DQ_PARTS = _OWN_SLOTS * s.G * s.Dk * s.E
 
 
 def schedules(spec: Spec) -> tuple[Schedule, ...]:
-    """The decision between query-major and key-major kernels, for o and for dq, and the tokens of a chunk.
+    """What is decided of selected attention: query-major or key-major kernels, for o and for dq, and chunks' tokens.
 
-    dk and dv are always key-major: a block sums over the tokens that selected it.
+    dk and dv are always key-major: a block sums over the tokens that selected it. Where the window contains the local
+    blocks, whose tiles its kernels load in any case, these may do them.
     """
     if spec.selection is None:
         return ()
     choices = [Tunable(KEY_MAJOR_FORWARD, (0, 1))]
     if "backward" in spec.passes:
         choices.append(Tunable(KEY_MAJOR_DQ, (0, 1)))
+    if local_in_window(spec):
+        choices.append(Tunable(LOCAL_IN_WINDOW, (0, 1)))
     chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))))
     return (Schedule("selected_attention", (*choices, chunk)),)
 
@@ -80,10 +84,11 @@ def choose_schedule(
     """The cost model's choice for a device, given the kernels' configurations; key-major for the interpreter (None)."""
     named = {kernel.name: kernel for kernel in kernels}
 
-    def seconds(*names: str) -> float:
+    def seconds(*names: str, local: int = 0) -> float:
         if gpu is None:
             return 0.0
-        return sum(modelled_seconds(named[name], sizes, gpu)(configs[name].mapping()) for name in names)
+        call = {**sizes, s.LOCAL_IN_WINDOW: local}
+        return sum(modelled_seconds(named[name], call, gpu)(configs[name].mapping()) for name in names)
 
     # Near a tie query-major wins: it needs no index and no workspace.
     key_major = seconds("selected_forward_key_major", "merge_outputs")
@@ -92,8 +97,21 @@ def choose_schedule(
         # Key-major dq is one product more, and its parts, in a kernel that runs for dk and dv in any case.
         one_more = seconds("selected_backward_dkdv") / 4
         values[KEY_MAJOR_DQ] = int(one_more + seconds("merge_dq") <= _CLEARLY * seconds("selected_backward_dq"))
+    if local_in_window(spec):
+        # Near a tie the window does nothing but its own: a part of o for the local blocks is workspace, too.
+        affected = ["window_forward", *_running(values)]
+        values[LOCAL_IN_WINDOW] = int(seconds(*affected, local=1) < _CLEARLY * seconds(*affected))
     values[CHUNK_TOKENS] = _FEWEST_CHUNK_TOKENS if gpu is None else _chunk_tokens(spec, sizes, configs)
     return Config("selected_attention", tuple(values.items()))
+
+
+def _running(values: Mapping[str, int]) -> list[str]:
+    """Kernels of the branch whose time depends on how many blocks they do, of those that a schedule runs."""
+    forward = ["selected_forward_key_major", "merge_outputs"] if values[KEY_MAJOR_FORWARD] else ["selected_forward"]
+    if KEY_MAJOR_DQ not in values:
+        return forward
+    dq = "merge_dq" if values[KEY_MAJOR_DQ] else "selected_backward_dq"
+    return [*forward, "selected_backward_dkdv", "merge_dkdv", dq]
 
 
 def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mapping[str, Config]) -> int:
@@ -113,7 +131,7 @@ def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mappin
 
 def forward_kernels(spec: Spec) -> list[Kernel]:
     """o and lse of the branch, by either schedule."""
-    return [_index_keys(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs(spec)]
+    return [_index_keys(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs()]
 
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
@@ -189,13 +207,12 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
     )
 
 
-def _merge_outputs(spec: Spec) -> Kernel:
-    local = O_BYTES if local_in_window(spec) else 0
+def _merge_outputs() -> Kernel:
     return _merge(
         "merge_outputs",
         "forward",
         "o and lse of each token from the parts of its slots",
-        _O_PARTS + local + O_BYTES,
+        _O_PARTS + O_BYTES * (1 + s.LOCAL_IN_WINDOW),
         KEY_MAJOR_FORWARD,
     )
 

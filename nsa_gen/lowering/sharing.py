@@ -1,4 +1,4 @@
-"""What one branch's kernels do for another."""
+"""What one branch's kernels can do for another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nsa_gen.spec import Spec
 
 
 def local_in_window(spec: Spec) -> bool:
-    """Whether the window's kernels do the selected branch's local blocks: the same keys, all of which the window has.
+    """Whether the window's kernels can do the selected branch's local blocks: the same keys, all in the window.
 
     Not where the caller says what is selected: local blocks may then be missing.
     """
