@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import sympy
 
@@ -79,6 +79,11 @@ class Resources:
     programs: sympy.Expr = sympy.oo
     memory: sympy.Expr = sympy.S.Zero
     tensor_memory: sympy.Expr = sympy.S.Zero
+
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """Symbols that any of these depends on."""
+        return set().union(*(getattr(self, field.name).free_symbols for field in fields(self)))
 
 
 @dataclass(frozen=True)
