@@ -33,7 +33,7 @@ MUTANTS = (
         (Edit(QUERY_MAJOR, "blocks -= local_blocks(position)\n        row_max", "row_max"),),
     ),
     Mutant(
-        "one_local_block_too_few",
+        "own_block_alone_for_local_blocks",
         "the window's kernel takes a token's own block alone for its local blocks",
         FORWARD,
         ("o_slc", "lse_slc"),
