@@ -39,7 +39,8 @@ def plot_by_length(results: Results, path: Path, *, workloads: Sequence[str] | N
         for kind in dict.fromkeys(key.inputs for key in found if key.workload == name)
     ]
     panels = [{key: each for key, each in found.items() if (key.workload, key.inputs) == line} for line in lines]
-    titles = [f"{name}, {kind} inputs" for name, kind in lines]
+    groups = [_group(*next(iter(panel.items()))) for panel in panels]
+    titles = [f"{name}, groups of {group}, {kind} inputs" for (name, kind), group in zip(lines, groups, strict=True)]
     _draw(panels, titles, lambda key, each: key.tokens, "tokens", path)
 
 
@@ -70,7 +71,7 @@ def _draw(
     if not shown:
         raise ValueError("nothing to plot: no sequence has the times of a dense contender")
     figure, axes = pyplot.subplots(
-        len(shown), len(DIRECTIONS), figsize=(12, 3.4 * len(shown)), squeeze=False, layout="constrained"
+        len(shown), len(DIRECTIONS), figsize=(12, 3 * len(shown)), squeeze=False, sharey=True, layout="constrained"
     )
     everyone = dict.fromkeys(each.contender for panel, _ in shown for found in panel.values() for each in found)
     colours = {name: f"C{number}" for number, name in enumerate(name for name in everyone if name != OURS)}
@@ -99,7 +100,7 @@ def _draw(
             ax.set_xticks(places, [short(each) for each in places])
             ax.xaxis.minorticks_off()
             ax.yaxis.set_major_formatter(lambda value, position: f"{value:g}x")
-            ax.set_title(f"{title}: {TITLES[direction]}", fontsize=9)
+            ax.set_title(f"{title}\n{TITLES[direction]}", fontsize=9)
             ax.set_xlabel(label, fontsize=9)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("speed-up over the best dense", fontsize=9)

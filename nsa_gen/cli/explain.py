@@ -126,6 +126,7 @@ def _row(one: KernelEstimate, prediction: Prediction, time: KernelRow | None, *,
 def _choice(one: Alternative) -> dict[str, Any]:
     return {
         "choice": one.choice,
+        "value": one.value,
         "chosen": list(one.chosen),
         "chosen_seconds": one.chosen_seconds,
         "other": list(one.other),

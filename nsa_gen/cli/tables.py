@@ -83,10 +83,9 @@ def _kernel_table(result: Json) -> Table:
 
 def _notes(result: Json) -> list[Block]:
     """The choices between schedules, what the predictions rest on, and how far they are off."""
-    lines = [
-        f"{each['choice']}: {_side(each, 'chosen')} rather than {_side(each, 'other')}, by the cost model"
-        for each in result["choices"]
-    ]
+    lines = [f"{each['choice']}: {_decision(each)}, by the cost model" for each in result["choices"]]
+    if any(each["chosen_seconds"] > each["other_seconds"] for each in result["choices"]):
+        lines.append("near a tie the schedule of less memory is chosen; the tuner measures both")
     if any(not kernel["calibrated"] for kernel in result["kernels"]):
         lines.append("* no kernel of this kind has been measured: the cost model's time as it is")
     if result["gpu"] != "h100":
@@ -101,6 +100,13 @@ def _notes(result: Json) -> list[Block]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         lines.append(f"measured beside these: {', '.join(names[:4])}{more}, {si(seconds, 's')} together")
     return [Text("\n".join(f"- {line}" for line in lines))] if lines else []
+
+
+def _decision(choice: Json) -> str:
+    if choice["chosen"] == choice["other"]:
+        chosen, other = (si(choice[f"{side}_seconds"], "s") for side in ("chosen", "other"))
+        return f"{'yes' if choice['value'] else 'no'} ({', '.join(choice['chosen'])}: {chosen}, else {other})"
+    return f"{_side(choice, 'chosen')} rather than {_side(choice, 'other')}"
 
 
 def _side(choice: Json, side: str) -> str:

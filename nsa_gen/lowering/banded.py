@@ -15,6 +15,7 @@ from nsa_gen.lowering.common import (
     QK_V,
     SCORES,
     TWO_ACCUMULATORS,
+    dq_bytes,
     height_rule,
     launch,
     same_height_rule,
@@ -56,6 +57,8 @@ def bands(spec: Spec) -> list[Band]:
 def forward_kernel(spec: Spec, band: Band) -> Kernel:
     """o and lse of a branch."""
     kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
+    # The window's may leave a part of o for the selected branch's local blocks, too.
+    written = O_BYTES * (1 + s.LOCAL_IN_WINDOW) if band.branch == "win" else O_BYTES
     return Kernel(
         name=f"{band.op}_forward",
         module=band.module,
@@ -73,12 +76,12 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
             * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * QK_V,
-            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + O_BYTES,
+            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + written,
             streamed=s.KEY_BLOCK,
             height=s.QUERY_BLOCK,
         ),
         useful_flops=2 * band.pairs * (s.Dk + s.Dv),
-        compulsory_bytes=Q_BYTES + kv_bytes + O_BYTES + LSE_BYTES,
+        compulsory_bytes=Q_BYTES + kv_bytes + written + LSE_BYTES,
     )
 
 
@@ -108,12 +111,12 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
             * s.E,
             registers=s.QUERY_BLOCK * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * band.computed_pairs * (2 * s.PAD_QK + s.PAD_V),
-            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES * 2 + O_BYTES,
+            traffic=band.computed_pairs / s.QUERY_BLOCK * QK_V * s.E + Q_BYTES + O_BYTES + dq_bytes(spec, band.branch),
             streamed=s.KEY_BLOCK,
             height=s.QUERY_BLOCK,
         ),
         useful_flops=2 * band.pairs * s.Dk,
-        compulsory_bytes=2 * Q_BYTES + kv_bytes + O_BYTES + 2 * LSE_BYTES,
+        compulsory_bytes=Q_BYTES + kv_bytes + O_BYTES + 2 * LSE_BYTES + dq_bytes(spec, band.branch),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.lowering.program import Kernel, Resources, Tunable, backward_order
 from nsa_gen.spec import Spec
 
 FP32 = 4
@@ -70,6 +70,14 @@ Q_BYTES = s.B * s.T * s.Hq * s.Dk * s.E
 O_BYTES = s.B * s.T * s.Hq * s.Dv * s.E
 KV_BYTES = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E
 LSE_BYTES = s.B * s.T * s.Hq * FP32
+
+
+def dq_bytes(spec: Spec, branch: str) -> sympy.Expr:
+    """Bytes that a branch moves of dq: it reads the float32 sum of those before it, and the last writes dq itself."""
+    order = backward_order(spec)
+    read = 0 if branch == order[0] else FP32
+    written = s.E if branch == order[-1] else FP32
+    return s.B * s.T * s.Hq * s.Dk * (read + written)
 
 
 def rows_tunables() -> tuple[Tunable, ...]:

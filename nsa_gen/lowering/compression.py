@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 
 from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.common import FP32, KV_BYTES
 from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.program import Argument, Kernel, Output, Resources, Tunable
 from nsa_gen.spec import Spec
@@ -50,6 +51,10 @@ def _rows(spec: Spec, size: int) -> str:
     return f"(q.shape[0], sequences.compressed_rows, {spec.heads.kv}, {size})"
 
 
+#: Keys and values, and the rows that phi makes of them.
+_POOLED_BYTES = KV_BYTES * (1 + 1 / s.CMP_STRIDE)
+
+
 def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
     """Kernels of phi, forward and backward; keys and values share them."""
     sides = compressed_sides(spec)
@@ -58,7 +63,8 @@ def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if any(side.pooled for side in sides):
         kernels.append(_pool("pool_forward", "forward", "weighted sum of each block's tokens", s.BLOCK_TILE))
         if backward:
-            kernels.append(_pool("pool_backward_input", "backward", "gradient of a pooled input", s.TOKEN_BLOCK))
+            moved = _gradient_bytes(spec) + KV_BYTES / s.E * FP32 / s.CMP_STRIDE
+            kernels.append(_pool("pool_backward_input", "backward", "gradient of a pooled input", s.TOKEN_BLOCK, moved))
             if any(side.kind == "weighted" for side in sides):
                 kernels.append(_pool("pool_backward_weight", "backward", "gradient of the weights", s.BLOCK_TILE))
     if any(side.multiplied for side in sides):
@@ -69,10 +75,15 @@ def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
     return tuple(kernels)
 
 
-def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol) -> Kernel:
-    """A pooling kernel: bound by the bytes of keys and values it passes over once."""
+def _gradient_bytes(spec: Spec) -> sympy.Expr:
+    """Bytes of dk and dv: the float32 sums that other branches left are read, and the gradients written."""
+    others = spec.kv == "shared" and len(spec.branches) > 1
+    return KV_BYTES / s.E * ((FP32 if others else 0) + s.E)
+
+
+def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sympy.Expr = _POOLED_BYTES) -> Kernel:
+    """A pooling kernel: bound by the bytes it moves, by default those of keys and values and their blocks."""
     columns = sympy.Max(s.PAD_QK, s.PAD_V)
-    moved = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E * (1 + 1 / s.CMP_STRIDE)
     zero = sympy.Integer(0)
     return Kernel(
         name=name,
@@ -107,7 +118,8 @@ def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
     outputs = s.HIDDEN * 2 if spec.compression.phi.hidden else s.Dk + s.Dv
     features = s.CMP_BLOCK * (s.Dk + s.Dv) / 2
     flops = 2 * rows * s.Hkv * features * outputs
-    moved = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E + s.Hkv * features * outputs * s.E
+    tokens = _gradient_bytes(spec) if name == "linear_backward_input" else KV_BYTES
+    moved = tokens + s.Hkv * features * outputs * s.E
     if name == "linear_backward_input":
         rows_tile, out, inner, shares = _STEP_TILE, _FEATURE_BLOCK, _OUTPUT_BLOCK, ()
     elif name == "linear_forward":

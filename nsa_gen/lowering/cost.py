@@ -50,7 +50,7 @@ def explain(program: Program, *, tokens: int = 65536, batch: int = 1, gpu_key: s
 
 
 def _estimate(program: Program, kernel: Kernel, tokens: int, batch: int, device: Gpu) -> KernelEstimate:
-    sizes = {**program.sizes, s.T: tokens, s.B: batch}
+    sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: batch}
     flops = float(kernel.useful_flops.subs(sizes))
     moved = float(kernel.compulsory_bytes.subs(sizes))
     compute_seconds = flops / matrix_rate(device, program.sizes)

@@ -63,10 +63,11 @@ class Alternative:
     """A choice between schedules: the kernels that run only for the one, or only for the other, and their times.
 
     The times are the cost model's, uncalibrated, for the call that the choice is made for; kernels that run for either
-    are in neither.
+    are in neither, unless they do more for the one: then they are in both.
     """
 
     choice: str
+    value: int
     chosen: tuple[str, ...]
     chosen_seconds: float
     other: tuple[str, ...]
@@ -80,7 +81,7 @@ def predict(program: Program, *, tokens: int, batch: int = 1, gpu_key: str = "h1
         UnknownGpuError: ``gpu_key`` is not in the hardware table.
     """
     device = gpu(gpu_key)
-    sizes = {**program.sizes, s.T: tokens, s.B: batch}
+    sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: batch}
     running = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
     return {kernel.name: _predict(program, kernel, sizes, device) for kernel in running}
 
@@ -116,7 +117,8 @@ def predict_kernel_seconds(
     kernel = next((each for each in program.kernels if each.name == name), None)
     if kernel is None:
         return None
-    return _seconds(program, kernel, {**program.sizes, s.T: tokens, s.B: 1}, gpu(gpu_key), factors)
+    device = gpu(gpu_key)
+    return _seconds(program, kernel, {**program.sizes_on(device.target), s.T: tokens, s.B: 1}, device, factors)
 
 
 def _seconds(
@@ -147,25 +149,34 @@ def calibrate(measured: Iterable[tuple[Program, str, int, float]], gpu_key: str 
     for program, name, tokens, seconds in measured:
         kernel = next((each for each in program.kernels if each.name == name), None)
         if kernel is not None:
-            modelled, _ = _modelled_and_floor(program, kernel, {**program.sizes, s.T: tokens, s.B: 1}, device)
+            sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: 1}
+            modelled, _ = _modelled_and_floor(program, kernel, sizes, device)
             ratios.setdefault(name, []).append(math.log(max(seconds - LAUNCH_SECONDS, 0.1 * seconds) / modelled))
     return {name: round(math.exp((min(logs) + max(logs)) / 2), 2) for name, logs in sorted(ratios.items())}
 
 
 def alternatives(program: Program, gpu_key: str = "h100") -> list[Alternative]:
     """The choices between schedules that a program has on a device, each with what the other side would take."""
-    device = gpu(gpu_key)
-    configs = program.defaults[device.target]
+    target = gpu(gpu_key).target
     found = []
-    for choice in dict.fromkeys(kernel.choice[0] for kernel in program.kernels if kernel.choice):
-        sides: dict[bool, list[Kernel]] = {True: [], False: []}
-        for kernel in program.kernels:
-            if kernel.choice and kernel.choice[0] == choice:
-                sides[program.runs(kernel, device.target)].append(kernel)
-        seconds = {
-            side: sum(modelled_seconds(k, program.sizes, device)(configs[k.name].mapping()) for k in kernels)
-            for side, kernels in sides.items()
-        }
-        names = {side: tuple(kernel.name for kernel in kernels) for side, kernels in sides.items()}
-        found.append(Alternative(choice, names[True], seconds[True], names[False], seconds[False]))
+    for schedule in program.schedules:
+        values = program.defaults[target][schedule.name].mapping()
+        for choice in schedule.choices:
+            chosen = _side(program, choice, values[choice], gpu_key)
+            other = _side(program, choice, 1 - values[choice], gpu_key)
+            found.append(Alternative(choice, values[choice], *chosen, *other))
     return found
+
+
+def _side(program: Program, choice: str, value: int, gpu_key: str) -> tuple[tuple[str, ...], float]:
+    """Kernels that run for one value of a choice alone, or else those that do less or more for it; and their time."""
+    device = gpu(gpu_key)
+    symbol = next((each for each in program.sizes if each.name == choice), None)
+    sizes = program.sizes_on(device.target) | ({} if symbol is None else {symbol: value})
+    kernels = [kernel for kernel in program.kernels if kernel.choice == (choice, value)]
+    if symbol is not None:
+        running = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
+        kernels = [kernel for kernel in running if symbol in kernel.resources.symbols]
+    configs = program.defaults[device.target]
+    seconds = sum(modelled_seconds(kernel, sizes, device)(configs[kernel.name].mapping()) for kernel in kernels)
+    return tuple(kernel.name for kernel in kernels), seconds

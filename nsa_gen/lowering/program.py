@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import sympy
 
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.inference import InferenceProgram
 from nsa_gen.lowering.overlap import Overlap
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
@@ -79,6 +80,11 @@ class Resources:
     memory: sympy.Expr = sympy.S.Zero
     tensor_memory: sympy.Expr = sympy.S.Zero
 
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """Symbols that any of these depends on."""
+        return set().union(*(getattr(self, field.name).free_symbols for field in fields(self)))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -110,6 +116,11 @@ class Schedule:
 
     name: str
     tunables: tuple[Tunable, ...]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Those of the tunables that decide between two ways; the others are sizes."""
+        return tuple(tunable.name for tunable in self.tunables if tunable.values == (0, 1))
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,11 @@ class Program(InferenceProgram):
         return self.spec.selection is not None and self.spec.selection.indices == "computed"
 
     @property
+    def local_in_window(self) -> bool:
+        """The window's kernels can do the selected branch's local blocks; see `sharing.local_in_window`."""
+        return local_in_window(self.spec)
+
+    @property
     def hidden(self) -> int | None:
         """Hidden width of an mlp phi."""
         return self.spec.compression.phi.hidden if self.spec.compression else None
@@ -242,22 +258,38 @@ class Program(InferenceProgram):
         return f"{self.raw_names[0]}.shape[1]" if self.raw_names else "q.shape[1]"
 
     def contributors(self, name: str) -> int:
-        """How many branches add to the gradient of a raw key or value argument."""
-        return sum(name in self.kv(branch) for branch in self.raw_branches)
+        """How many branches add to the gradient of q or of a raw key or value argument."""
+        return len(self.spec.branches) if name == "q" else sum(name in self.kv(branch) for branch in self.raw_branches)
 
     @property
     def backward_branches(self) -> tuple[str, ...]:
-        """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
-        return tuple(branch for branch in ("cmp", "win", "slc") if branch in self.spec.branches)
+        """Branches in the order of their backward."""
+        return backward_order(self.spec)
 
     def starts_at_zero(self, name: str) -> bool:
-        """Whether no branch writes every element of the gradient of a raw key or value; selection only adds."""
+        """Whether no branch writes every row of the gradient of a raw key or value, to which selection then adds."""
         writers = [branch for branch in self.raw_branches if name in self.kv(branch)]
         return "slc" in writers and "win" not in writers
 
     def sums_in_float32(self, name: str) -> bool:
-        """Whether the gradient of a raw key or value argument is added up before it is rounded."""
-        return self.contributors(name) > 1 or (self.spec.selection is not None and name in self.kv("slc"))
+        """Whether the gradient of q or of a raw key or value has a float32 buffer beside it, in which parts are added.
+
+        Selection adds up the keys' and values' chunk by chunk, so that even alone it needs one.
+        """
+        added = self.contributors(name) > 1 or (self.spec.selection is not None and name in self.kv("slc"))
+        return added and self.spec.dtype != "float32"
+
+    def gradient_sum(self, name: str) -> str:
+        """Name of the buffer in which the gradient of q or of a raw key or value is added up."""
+        return f"d{name}_sum" if self.sums_in_float32(name) else f"d{name}"
+
+    def rounded_by_kernel(self, name: str) -> bool:
+        """Whether one kernel adds the last part to such a sum, and so writes the rounded gradient.
+
+        That is so for q, and for keys and values that are compressed as well; where selection comes last, its chunks
+        are added one by one, and torch rounds.
+        """
+        return self.sums_in_float32(name) and (name == "q" or (self.compresses and name in self.kv("cmp")))
 
     @property
     def saved_outputs(self) -> tuple[Output, ...]:
@@ -278,8 +310,14 @@ class Program(InferenceProgram):
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
-        chunk = ("chunk_tokens:int",) if self.spec.selection else ()
-        return (*names, "cu_seqlens?", *chunk, *(("recompute:int",) if self.backward else ()))
+        return (*names, "cu_seqlens?", *(f"{name}:int" for name in self.schema_constants))
+
+    @property
+    def schema_constants(self) -> tuple[str, ...]:
+        """Integers that the whole operator is called with: what forward and backward of one call must agree on."""
+        chunk = ("chunk_tokens",) if self.spec.selection else ()
+        local = ("local_in_window",) if self.local_in_window else ()
+        return (*chunk, *local, *(("recompute",) if self.backward else ()))
 
     @property
     def combine_inputs(self) -> tuple[str, ...]:
@@ -309,12 +347,22 @@ class Program(InferenceProgram):
         chosen = (self.defaults[target][schedule.name].mapping() for schedule in self.schedules)
         return any(values.get(choice) == value for values in chosen)
 
+    def sizes_on(self, target: str) -> dict[sympy.Symbol, int]:
+        """Values of symbols with the default schedules of an architecture."""
+        chosen = {name: value for each in self.schedules for name, value in self.defaults[target][each.name].values}
+        return {symbol: chosen.get(symbol.name, value) for symbol, value in self.sizes.items()}
+
     def kernel(self, name: str) -> Kernel:
         """The kernel of this name; KeyError if the package has none."""
         for kernel in self.kernels:
             if kernel.name == name:
                 return kernel
         raise KeyError(name)
+
+
+def backward_order(spec: Spec) -> tuple[str, ...]:
+    """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
+    return tuple(branch for branch in ("cmp", "win", "slc") if branch in spec.branches)
 
 
 def raw_readers(spec: Spec) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from nsa_gen.lowering.common import (
     Q_BYTES,
     QK_V,
     TWO_ACCUMULATORS,
+    dq_bytes,
     elementwise,
     height_rule,
     key_tile,
@@ -26,15 +27,19 @@ from nsa_gen.lowering.common import (
     token_tile,
 )
 from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
 from nsa_gen.spec import Spec
 
-_SELECTED_KEYS = s.SLC_COUNT * s.SLC_BLOCK
+# Of the blocks that a token selects, the local ones may be the window's to do; they have slots all the same.
+_SELECTED_KEYS = s.SLC_OWN * s.SLC_BLOCK
 _SELECTED_PAIRS = s.B * s.T * s.Hq * _SELECTED_KEYS
 _SLOTS = s.B * s.T * s.Hkv * s.SLC_COUNT
+_OWN_SLOTS = s.B * s.T * s.Hkv * s.SLC_OWN
 _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
+LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
 #: Bound on what the key-major kernels of a chunk leave for a later sum.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
@@ -48,20 +53,23 @@ _INDEX_BUFFERS = 1024
 _BUFFERS = sympy.Max(1, s.NUM_STAGES - 1)
 # A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
 _PARTS = s.SLC_BLOCK / s.KEY_BLOCK
-_O_PARTS = _SLOTS * s.G * s.Dv * s.E
-_DQ_PARTS = _SLOTS * s.G * s.Dk * s.E
+_O_PARTS = _OWN_SLOTS * s.G * s.Dv * s.E
+_DQ_PARTS = _OWN_SLOTS * s.G * s.Dk * s.E
 
 
 def schedules(spec: Spec) -> tuple[Schedule, ...]:
-    """The decision between query-major and key-major kernels, for o and for dq, and the tokens of a chunk.
+    """What is decided of selected attention: query-major or key-major kernels, for o and for dq, and chunks' tokens.
 
-    dk and dv are always key-major: a block sums over the tokens that selected it.
+    dk and dv are always key-major: a block sums over the tokens that selected it. Where the window contains the local
+    blocks, whose tiles its kernels load in any case, these may do them.
     """
     if spec.selection is None:
         return ()
     choices = [Tunable(KEY_MAJOR_FORWARD, (0, 1))]
     if "backward" in spec.passes:
         choices.append(Tunable(KEY_MAJOR_DQ, (0, 1)))
+    if local_in_window(spec):
+        choices.append(Tunable(LOCAL_IN_WINDOW, (0, 1)))
     chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))))
     return (Schedule("selected_attention", (*choices, chunk)),)
 
@@ -76,10 +84,11 @@ def choose_schedule(
     """The cost model's choice for a device, given the kernels' configurations; key-major for the interpreter (None)."""
     named = {kernel.name: kernel for kernel in kernels}
 
-    def seconds(*names: str) -> float:
+    def seconds(*names: str, local: int = 0) -> float:
         if gpu is None:
             return 0.0
-        return sum(modelled_seconds(named[name], sizes, gpu)(configs[name].mapping()) for name in names)
+        call = {**sizes, s.LOCAL_IN_WINDOW: local}
+        return sum(modelled_seconds(named[name], call, gpu)(configs[name].mapping()) for name in names)
 
     # Near a tie query-major wins: it needs no index and no workspace.
     key_major = seconds("selected_forward_key_major", "merge_outputs")
@@ -88,8 +97,21 @@ def choose_schedule(
         # Key-major dq is one product more, and its parts, in a kernel that runs for dk and dv in any case.
         one_more = seconds("selected_backward_dkdv") / 4
         values[KEY_MAJOR_DQ] = int(one_more + seconds("merge_dq") <= _CLEARLY * seconds("selected_backward_dq"))
+    if local_in_window(spec):
+        # Near a tie the window does nothing but its own: a part of o for the local blocks is workspace, too.
+        affected = ["window_forward", *_running(values)]
+        values[LOCAL_IN_WINDOW] = int(seconds(*affected, local=1) < _CLEARLY * seconds(*affected))
     values[CHUNK_TOKENS] = _FEWEST_CHUNK_TOKENS if gpu is None else _chunk_tokens(spec, sizes, configs)
     return Config("selected_attention", tuple(values.items()))
+
+
+def _running(values: Mapping[str, int]) -> list[str]:
+    """Kernels of the branch whose time depends on how many blocks they do, of those that a schedule runs."""
+    forward = ["selected_forward_key_major", "merge_outputs"] if values[KEY_MAJOR_FORWARD] else ["selected_forward"]
+    if KEY_MAJOR_DQ not in values:
+        return forward
+    dq = "merge_dq" if values[KEY_MAJOR_DQ] else "selected_backward_dq"
+    return [*forward, "selected_backward_dkdv", "merge_dkdv", dq]
 
 
 def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mapping[str, Config]) -> int:
@@ -114,7 +136,7 @@ def forward_kernels(spec: Spec) -> list[Kernel]:
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
     """Gradients of the branch, in the order in which they run."""
-    return [_selected_backward_dkdv(spec), _merge_dkdv(), _merge_dq(), _selected_backward_dq(spec)]
+    return [_selected_backward_dkdv(spec), _merge_dkdv(), _merge_dq(spec), _selected_backward_dq(spec)]
 
 
 def _selected_forward(spec: Spec) -> Kernel:
@@ -172,10 +194,11 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
             ),
             registers=rows * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * QK_V,
-            traffic=_SLOTS * _PARTS * s.GROUP_ROWS * s.PAD_QK * s.E + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * s.E,
+            traffic=_OWN_SLOTS * _PARTS * s.GROUP_ROWS * s.PAD_QK * s.E
+            + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * s.E,
             streamed=rows,
             height=rows,
-            memory=_O_PARTS * _PARTS,
+            memory=_SLOTS * s.G * s.Dv * s.E * _PARTS,
             # Scores of full and of masked tiles, probabilities, the output and what is not sound of it.
             tensor_memory=sympy.Rational(5, 2) * s.KEY_BLOCK + 2 * s.PAD_V,
         ),
@@ -189,14 +212,18 @@ def _merge_outputs() -> Kernel:
         "merge_outputs",
         "forward",
         "o and lse of each token from the parts of its slots",
-        _O_PARTS + O_BYTES,
+        _O_PARTS + O_BYTES * (1 + s.LOCAL_IN_WINDOW),
         KEY_MAJOR_FORWARD,
     )
 
 
-def _merge_dq() -> Kernel:
+def _merge_dq(spec: Spec) -> Kernel:
     return _merge(
-        "merge_dq", "backward", "dq of each token from the parts of its slots", _DQ_PARTS + Q_BYTES, KEY_MAJOR_DQ
+        "merge_dq",
+        "backward",
+        "dq of each token from the parts of its slots",
+        _DQ_PARTS + dq_bytes(spec, "slc"),
+        KEY_MAJOR_DQ,
     )
 
 
@@ -207,7 +234,7 @@ def _merge(name: str, direction: str, purpose: str, moved: sympy.Expr, choice: s
 
 def _merge_dkdv() -> Kernel:
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
-    pieces = _SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
+    pieces = _OWN_SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
     kernel = elementwise(
         "merge_dkdv", "selected_key_major_merge", "slc", "backward", "sum of what the pieces of a long list found",
         pieces * s.SLC_BLOCK * (s.Dk + s.Dv) * FP32, launch,
@@ -231,12 +258,12 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
             * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_QK + 3 * s.KEY_BLOCK),
             flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * (2 * s.PAD_QK + s.PAD_V),
-            traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * QK_V * s.E + 2 * Q_BYTES + O_BYTES,
+            traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * QK_V * s.E + Q_BYTES + O_BYTES + dq_bytes(spec, "slc"),
             streamed=s.KEY_BLOCK,
             height=s.SELECTED_ROWS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * s.Dk,
-        compulsory_bytes=2 * Q_BYTES + KV_BYTES + O_BYTES + 2 * LSE_BYTES + _INDEX_BYTES,
+        compulsory_bytes=Q_BYTES + KV_BYTES + O_BYTES + 2 * LSE_BYTES + _INDEX_BYTES + dq_bytes(spec, "slc"),
     )
 
 
@@ -283,12 +310,12 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
             registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows)
             + rows * (s.PAD_QK / 4 + 80 * sympy.Min(s.NUM_STAGES - 1, 1)),
             flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
-            traffic=_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
-            + _SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
+            traffic=_OWN_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
+            + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
             + 2 * KV_BYTES,
             streamed=rows,
             height=sympy.Min(rows, s.KEY_BLOCK),
-            memory=_DQ_PARTS * _PARTS,
+            memory=_SLOTS * s.G * s.Dk * s.E * _PARTS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (2 * s.Dk + 2 * s.Dv),
         compulsory_bytes=Q_BYTES + 2 * KV_BYTES + O_BYTES + 2 * LSE_BYTES + 2 * _INDEX_BYTES,

@@ -15,6 +15,10 @@ B, T = sympy.symbols("B T", positive=True, integer=True)
 Hq, Hkv, G, Dk, Dv, E = sympy.symbols("Hq Hkv G Dk Dv E", positive=True, integer=True)
 CMP_BLOCK, CMP_STRIDE = sympy.symbols("l d", positive=True, integer=True)
 SLC_BLOCK, SLC_COUNT = sympy.symbols("L n", positive=True, integer=True)
+SLC_LOCAL = sympy.Symbol("n_local", nonnegative=True, integer=True)
+# Of a schedule: 1 if the window's kernels do the local blocks; and what is then left of a token's selected blocks.
+LOCAL_IN_WINDOW = sympy.Symbol("LOCAL_IN_WINDOW", nonnegative=True, integer=True)
+SLC_OWN = SLC_COUNT - SLC_LOCAL * LOCAL_IN_WINDOW
 WINDOW = sympy.Symbol("w", positive=True, integer=True)
 HIDDEN = sympy.Symbol("hidden", positive=True, integer=True)
 # Of lowering: head dims and group as the matrix units see them, padded.
@@ -33,7 +37,7 @@ _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_rows: int) -> Mapping[sympy.Symbol, int]:
-    """Values of every symbol that a spec decides; symbols of absent branches are left out."""
+    """Values of every symbol that a spec decides, and 0 for what a schedule may; absent branches have none."""
     sizes = {
         Hq: spec.heads.query,
         Hkv: spec.heads.kv,
@@ -45,6 +49,7 @@ def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_ro
         PAD_V: v.padded,
         GROUP_ROWS: group_rows,
         SELECTED_ROWS: selected_rows,
+        LOCAL_IN_WINDOW: 0,
     }
     if spec.compression:
         sizes[CMP_BLOCK] = spec.compression.block
@@ -54,6 +59,7 @@ def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_ro
     if spec.selection:
         sizes[SLC_BLOCK] = spec.selection.block
         sizes[SLC_COUNT] = spec.selection.count
+        sizes[SLC_LOCAL] = spec.selection.local
     if spec.window:
         sizes[WINDOW] = spec.window.size
     return sizes

@@ -34,7 +34,7 @@ def kernel_space(program: Program, kernel: Kernel, gpu: Gpu, bucket: Bucket, mos
     Half of them are the best by the model. The others are the best with some value that none of these has, such as
     eight warps or a lower tile, so that a mistake of the model about one tunable can be found out.
     """
-    sizes: dict[sympy.Symbol, int] = {**program.sizes, s.T: bucket.tokens, s.B: bucket.batch}
+    sizes: dict[sympy.Symbol, int] = {**program.sizes_on(gpu.target), s.T: bucket.tokens, s.B: bucket.batch}
     default = program.defaults[gpu.target][kernel.name].mapping()
     test = space.fits(kernel, sizes, gpu)
     every = list(space.candidates(kernel))
@@ -82,4 +82,4 @@ def is_legal(program: Program, kernel: str, config: Mapping[str, int], gpu: Gpu)
     values = {each.name: each.values for each in found.tunables}
     if config.keys() != values.keys() or any(config[name] not in values[name] for name in config):
         return False
-    return space.fits(found, program.sizes, gpu)(dict(config))
+    return space.fits(found, program.sizes_on(gpu.target), gpu)(dict(config))

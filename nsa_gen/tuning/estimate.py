@@ -19,7 +19,7 @@ DRAW_SECONDS = 1.5
 """Inputs of a bucket, a kind."""
 WARM_UP, FEWEST, MOST = 2, 3, 20
 """Rounds of a race, as `nsa_gen.bench.measure` has them."""
-SCHEDULES = 4
+SCHEDULES = 8
 """Combinations of schedules that are looked into, about."""
 
 

@@ -114,7 +114,7 @@ class Search:
         self._selections = {each.kernel: each for each in selections}
         self._passes, self._effort, self._deadline, self._tell = passes, effort, deadline, tell
         self._defaults = {name: config.mapping() for name, config in program.defaults[target].items()}
-        self._choices = {kernel.choice[0] for kernel in program.kernels if kernel.choice}
+        self._choices = {choice for schedule in program.schedules for choice in schedule.choices}
         self._best = 1.0
         self._done = 0
         self._total = self._expected()
@@ -155,8 +155,9 @@ class Search:
         return sorted(found, key=lambda combo: combo != self._default_combo(combo))
 
     def _wanted(self, choice: str) -> bool:
-        """Whether a pass that is tuned has a kernel that this choice decides about."""
-        return any(k.choice and k.choice[0] == choice and k.direction in self._passes for k in self._program.kernels)
+        """Whether a pass that is tuned has a kernel that runs for this choice; if none runs for it, any pass may."""
+        runs = {kernel.direction for kernel in self._program.kernels if kernel.choice and kernel.choice[0] == choice}
+        return not runs or not runs.isdisjoint(self._passes)
 
     def _default_combo(self, combo: Configs) -> Configs:
         return {name: {key: self._defaults[name][key] for key in values} for name, values in combo.items()}

@@ -1,8 +1,8 @@
 """How much memory a call may take beside its arguments, as a formula of its shapes, and what it takes on a CUDA device.
 
 The forward pass keeps what the backward reads: the output of each branch, its lse, the chosen blocks, compressed keys
-and values. The backward pass has a float32 sum beside each gradient. Nothing grows with tokens times blocks, let alone
-with tokens squared.
+and values. The backward pass has a float32 sum beside each gradient of another dtype to which branches add. Nothing
+grows with tokens times blocks, let alone with tokens squared.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class MemoryBound:
 def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None) -> MemoryBound:
     """The bound of a call: shapes alone are read. `hidden` is the width of an mlp phi.
 
-    With R query rows, C compressed rows, S slots of l' keys a query and KV head, e bytes an element:
+    With R query rows, C compressed rows, S slots of l' keys a query and KV head, e bytes an element, and s = 4 where
+    parts of gradients are added in another dtype than their own (else 0):
 
         saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R Hkv (S + 1) + C Hkv (Dk + Dv + hidden widths) e
         work      min(3 GiB, R S Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)) + 64 R Hkv S
         scores    4 Hkv (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do)
         forward   saved + work + scores
-        backward  (e + 4) x every differentiable element + R Hq (4 branches + Dv e) + work
+        backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
                   + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
     """
     q = inputs.q
@@ -86,7 +87,8 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     differentiable = inputs.differentiable()
     elements = sum(x.numel() for x in differentiable.values())
     learned = sum(x.numel() for name, x in differentiable.items() if "." in name)
-    backward = elements * (size + FLOAT32) + rows * heads * (FLOAT32 * branches + p.head_dim_v * size) + work
+    summed = size < FLOAT32 and (branches > 1 or p.selection_block is not None)
+    backward = elements * (size + FLOAT32 * summed) + rows * heads * (FLOAT32 * branches + p.head_dim_v * size) + work
     backward += FLOAT32 * compressed * p.kv_heads * ((group + 2) * pair + widths) + 5 * FLOAT32 * learned
     return MemoryBound(saved, saved + work + _score_bytes(p, inputs), backward)
 

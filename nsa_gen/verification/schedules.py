@@ -43,4 +43,4 @@ def _schedules(module: Any, device: torch.device) -> dict[str, dict[str, int]]:
 
 
 def _is_choice(key: str) -> bool:
-    return key.startswith("KEY_MAJOR")
+    return not key.endswith("_TOKENS")

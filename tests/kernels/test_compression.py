@@ -203,19 +203,23 @@ def forward(package: Package, problem: Problem) -> tuple[Tensor, Tensor]:
         return compression.compress_forward(k, v, parameters, sequences)[:2]
 
 
-def run(package: Package, problem: Problem, dk: Tensor | None = None, dv: Tensor | None = None) -> Result:
-    """Forward and backward by the kernels, added to dk and dv if given; else they start as NaN."""
+def run(
+    package: Package,
+    problem: Problem,
+    before: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Result:
+    """Forward and backward by the kernels; dk and dv, in `dtype`, have those of `before` added, and start as NaN."""
     k, v, compression = problem.k, problem.v, package.compression
     sequences = package.sequences.Sequences(k.shape[0], k.shape[1], k.shape[1], problem.cu_seqlens)
     parameters = compression.CompressionParameters(**problem.parameters) if package.fields else None
-    accumulate = dk is not None
-    dk = dk if accumulate else torch.full(k.shape, torch.nan)
-    dv = dv if accumulate else torch.full(v.shape, torch.nan)
+    dk, dv = (torch.full(x.shape, torch.nan, dtype=dtype) for x in (k, v))
+    dk_before, dv_before = before or (None, None)
     with quick_tiles(package):
         k_cmp, v_cmp, saved = compression.compress_forward(k, v, parameters, sequences)
         dk_cmp, dv_cmp = row_gradients(problem, k_cmp), row_gradients(problem, v_cmp)
         gradients = compression.compress_backward(
-            k, v, parameters, saved, dk_cmp, dv_cmp, dk, dv, sequences, accumulate
+            k, v, parameters, saved, dk_cmp, dv_cmp, dk, dv, sequences, dk_before=dk_before, dv_before=dv_before
         )
     return Result(k_cmp, v_cmp, {"k": dk, "v": dv, **dict(zip(package.fields, gradients, strict=True))})
 
@@ -323,16 +327,18 @@ def test_float16_rows_and_gradients_are_rounded_once(
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
-def test_gradients_of_k_and_v_add_to_what_is_there_when_asked(
+def test_gradients_of_k_and_v_add_to_those_before_in_float32_and_are_rounded_once(
     case: Case, package_of: Callable[[Case], Package]
 ) -> None:
     package = package_of(case)
     problem = make_problem(package, 9)
     fresh = run(package, problem).gradients
-    k, v = torch.randn(problem.k.shape), torch.randn(problem.v.shape).half()
-    sums = run(package, problem, k.clone(), v.clone()).gradients
-    assert_near("dk", sums["k"], k.double() + fresh["k"].double(), 1e-6)
-    assert_near("dv", sums["v"], v.double() + fresh["v"].double(), 1e-3)
+    before = torch.randn(problem.k.shape), torch.randn(problem.v.shape)
+    sums = run(package, problem, before).gradients
+    rounded = run(package, problem, before, torch.float16).gradients
+    for name, x in zip("kv", before, strict=True):
+        assert torch.equal(sums[name], x + fresh[name])
+        assert torch.equal(rounded[name], sums[name].half())
 
 
 @PerCase

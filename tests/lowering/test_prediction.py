@@ -9,6 +9,7 @@ import pytest
 
 from nsa_gen.bench.records import KernelRow, kernels_of, read_results
 from nsa_gen.lowering import Program, lower
+from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.calibration import FACTORS
 from nsa_gen.lowering.prediction import alternatives, calibrate, predict, predict_kernel_seconds
 from nsa_gen.spec import load_spec, shipped_specs
@@ -74,6 +75,22 @@ def test_the_schedule_that_runs_is_the_one_of_less_modelled_time():
     for name in ("llama3_8b", "nsa_64x4", "mha_16"):
         for one in alternatives(program(name)):
             assert one.chosen_seconds < 1.2 * one.other_seconds
+
+
+def test_who_does_the_local_blocks_is_a_choice_that_near_a_tie_takes_less_memory():
+    for name in ("llama3_8b", "nsa_64x4", "mha_16"):
+        one = program(name)
+        (choice,) = (each for each in alternatives(one) if each.choice == "LOCAL_IN_WINDOW")
+        assert choice.value == 0 and choice.chosen == choice.other and "window_forward" in choice.chosen
+        assert 0.85 * choice.chosen_seconds < choice.other_seconds < choice.chosen_seconds
+
+
+def test_local_blocks_that_the_window_does_are_no_work_of_the_selected_branch():
+    one = program("llama3_8b")
+    spec, kernel = one.spec, one.kernel("selected_forward_key_major")
+    sizes = {**one.sizes, s.B: 1, s.T: 4096}
+    flops = [kernel.useful_flops.subs({**sizes, s.LOCAL_IN_WINDOW: local}) for local in (0, 1)]
+    assert flops[1] / flops[0] == pytest.approx(1 - spec.selection.local / spec.selection.count)
 
 
 def test_calibrating_finds_the_middle_of_the_measured_ratios():

@@ -272,7 +272,18 @@ def test_a_gradient_to_which_selection_adds_is_written_before_or_begins_at_zero(
         assert program.starts_at_zero(name) == ("slc" in branches and "win" not in branches)
         if "slc" in branches and "win" in branches:
             assert order.index("win") < order.index("slc")
-        assert program.sums_in_float32(name) or branches in (["cmp"], ["win"])
+    assert program.starts_at_zero("q") is False
+
+
+@every_program
+def test_a_gradient_has_a_float32_sum_beside_it_where_several_kernels_add_to_another_dtype(program: Program):
+    narrow = program.spec.dtype != "float32"
+    assert program.sums_in_float32("q") == program.rounded_by_kernel("q") == (narrow and len(program.spec.branches) > 1)
+    for name in program.raw_names:
+        branches = [branch for branch in program.raw_branches if name in program.kv(branch)]
+        assert program.sums_in_float32(name) == (narrow and branches not in (["cmp"], ["win"]))
+        assert program.rounded_by_kernel(name) == (narrow and "cmp" in branches and len(branches) > 1)
+        assert (program.gradient_sum(name) == f"d{name}") == (not program.sums_in_float32(name))
 
 
 def test_an_unknown_kernel_is_a_key_error():

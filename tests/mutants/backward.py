@@ -169,13 +169,13 @@ MUTANTS = (
         "the window's dQ overwrites that of the compressed branch",
         FULL,
         ("dq",),
-        (Edit("attention.py", "sequences,\n        accumulate_dq=True,", "sequences,\n        accumulate_dq=False,"),),
+        (Edit("attention.py", "sequences,\n        dq_before=dq,", "sequences,"),),
     ),
     Mutant(
         "dk_of_the_compression_overwrites",
         "what compression adds to dK and dV overwrites what the other branches gave",
         FULL,
         ("dk", "dv"),
-        (Edit("attention.py", "        accumulate=True,\n", "        accumulate=False,\n"),),
+        (Edit("attention.py", "        dk_before=dk,\n        dv_before=dv,\n", ""),),
     ),
 )

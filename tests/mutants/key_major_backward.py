@@ -83,8 +83,8 @@ MUTANTS = (
         BACKWARD,
         ("dk", "dv"),
         (
-            Edit(BACKWARDS, "in_range, dk, ACCUMULATE=True)", "in_range, dk)"),
-            Edit(BACKWARDS, "in_range, dv, ACCUMULATE=True)", "in_range, dv)"),
+            Edit(BACKWARDS, "in_range, dk, dk_ptr)", "in_range, dk)"),
+            Edit(BACKWARDS, "in_range, dv, dv_ptr)", "in_range, dv)"),
         ),
     ),
     Mutant(
@@ -201,6 +201,6 @@ MUTANTS = (
         "the selected branch's dQ overwrites that of the other branches",
         FULL,
         ("dq",),
-        (Edit(BACKWARDS, "ACCUMULATE=accumulate_dq,", "ACCUMULATE=False,"),),
+        (Edit(BACKWARDS, "dq_before,\n                layout", "None,\n                layout"),),
     ),
 )

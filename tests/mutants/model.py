@@ -39,6 +39,7 @@ SPECS: dict[str, Spec] = {
     "forced": small_spec("cmp slc", gate="none", scale=0.37, count=4, initial=1, local=2),
     "free": small_spec("cmp slc", gate="none", scale=0.37, count=3, initial=0, local=0),
     "full": small_spec(scale=0.37),
+    "local": small_spec(scale=0.37, count=4, local=2, window=40),
     "cached": small_spec(scale=0.37, passes=("forward", "decode")),
     "cached choice": small_spec("cmp slc", gate="none", scale=0.37, initial=0, local=0, passes=("forward", "decode")),
 }
@@ -57,7 +58,8 @@ chooses block by block."""
 class Check:
     """One call of a spec's package, compared with the oracle as `nsa_gen.verification.verify` does it.
 
-    `chunk_tokens` is the most tokens that a chunk of the inverted index may have.
+    `chunk_tokens` is the most tokens that a chunk of the inverted index may have; with `local_in_window` the window's
+    kernels do the selected branch's local blocks.
     """
 
     spec: str
@@ -71,6 +73,7 @@ class Check:
     batch: int = 1
     query_major: QueryMajor = ""
     chunk_tokens: int | None = None
+    local_in_window: bool = False
 
     @property
     def case(self) -> Case:
@@ -86,6 +89,8 @@ class Check:
         schedule = {"both": ", query-major", "forward": ", query-major forward", "": ""}[self.query_major]
         if self.chunk_tokens is not None:
             schedule += f", chunks of {self.chunk_tokens}"
+        if self.local_in_window:
+            schedule += ", local blocks in the window"
         twice = ", twice" if self.twice else ""
         return f"{self.spec}: {batch}{self.case.label}{more}{schedule}, {passes}{twice}"
 
@@ -97,6 +102,8 @@ class Check:
             values["KEY_MAJOR_DQ"] = 0
         if self.chunk_tokens is not None:
             values["CHUNK_TOKENS"] = self.chunk_tokens
+        if self.local_in_window:
+            values["LOCAL_IN_WINDOW"] = 1
         with module.configs.override("selected_attention", **values) if values else nullcontext():
             yield
 

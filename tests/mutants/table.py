@@ -13,7 +13,16 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-from tests.mutants import attention, backward, inference, key_major, key_major_backward, packing, selection
+from tests.mutants import (
+    attention,
+    backward,
+    inference,
+    key_major,
+    key_major_backward,
+    local_in_window,
+    packing,
+    selection,
+)
 from tests.mutants.model import CacheCheck, Check, Mutant, build, failures
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -23,6 +32,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *backward.MUTANTS,
     *key_major.MUTANTS,
     *key_major_backward.MUTANTS,
+    *local_in_window.MUTANTS,
     *inference.MUTANTS,
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
@@ -42,7 +52,8 @@ A check is one call of the package of a small spec, compared with the float64 or
 the length, a packed batch is the list of its sequences' lengths. Lengths and seeds are chosen for the mutants here;
 `verify` derives its own from a spec's boundaries. Selected attention goes block by block unless a check says
 *query-major* (token by token, or its forward alone), and *chunks of* a number is the most tokens that a chunk of its
-inverted index has: the index of these checks has several, as that of a long sequence has. Three kinds of check alter
+inverted index has: the index of these checks has several, as that of a long sequence has. With *local blocks in the
+window* the window's kernels do those of the selected branch. Three kinds of check alter
 the inputs in a way of their own: *fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times
 larger, so that probabilities underflow to 0) and *rows far apart* (offsets beyond 2^31 elements, in a sparse file;
 compared bit by bit with the same numbers close together). The last column names quantities that fail, as the report of

@@ -50,9 +50,11 @@ def test_a_name_or_description_does_not_void_a_tuning() -> None:
 
 def test_the_space_is_its_tunables_their_values_and_their_constraints() -> None:
     program = lower(small_spec())
-    same = lower(small_spec(window=20))
+    same = lower(small_spec(window=12))
     assert space_digest(program) == space_digest(same)
     assert space_digest(program) != space_digest(lower(small_spec(block=32)))
+    # A window of a whole block can do the local one.
+    assert space_digest(program) != space_digest(lower(small_spec(window=16)))
 
 
 def test_code_is_text_without_what_is_said_about_it() -> None:
