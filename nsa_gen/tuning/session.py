@@ -309,8 +309,7 @@ class _Tuning:
         try:
             if out is None:
                 return self._tools.store.save(entry, self._merged), ""
-            device = Device(entry.identity.gpu, entry.identity.multiprocessors, entry.identity.architecture)
-            path = out if out.suffix == ".json" else out / f"{device.slug}.json"
+            path = out if out.suffix == ".json" else out / f"{entry.identity.device.slug}.json"
             merge_into_bundle(path, entry, self._merged)
         except OSError as error:
             return None, f"not saved: {error}; --resume saves it without measuring anew"
