@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -39,7 +40,25 @@ def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = ()) -> None
         with _uninterrupted():
             _put_in_place(scratches)
             for path in remove:
-                path.unlink()
+                path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8; `json.JSONDecodeError` where there is a place to name.
+    """
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError where it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def json_text(value: Any, indent: str = "") -> str:
@@ -52,6 +71,22 @@ def json_text(value: Any, indent: str = "") -> str:
         lines = (f"{inner}{json.dumps(str(name))}: {json_text(child, inner)}" for name, child in value.items())
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     return "[\n" + ",\n".join(inner + json_text(child, inner) for child in children) + f"\n{indent}]"
+
+
+@contextmanager
+def one_at_a_time(path: Path, timeout: float = 60.0) -> Iterator[None]:
+    """Within the block no other process of this user is within its own for the same path, which need not exist.
+
+    The lock lies among the temporary files, so that nothing is left beside the path; a process that dies gives it back.
+
+    Raises:
+        OSError: another process has held it for `timeout` seconds, or there is no folder for temporary files.
+    """
+    from filelock import FileLock
+
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"nsa_gen_{os.getuid()}_{name}.lock", timeout=timeout):
+        yield
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def cache_dir() -> Path:
     """The folder nsa_gen keeps what it can make again: `$NSA_GEN_CACHE_DIR`, else the platform's user cache."""
     override = os.environ.get(CACHE_VARIABLE)
     if override:
-        return Path(override).expanduser().absolute()
+        return Path(os.path.expanduser(override)).absolute()  # a user who is not there stays as written
     from platformdirs import user_cache_path
 
     return user_cache_path("nsa_gen", appauthor=False)

@@ -1,20 +1,34 @@
-"""Result files as a report takes them: of benchmarks, of `verify --json`, and of tools/gpu_suite.py."""
+"""Result files as a report takes them: of benchmarks, `verify --json`, the tuner, and tools/gpu_suite.py."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa_gen._files import read_json
 from nsa_gen.bench.breakdown import OTHER, estimates
 from nsa_gen.bench.records import KernelRow, Results, Row, read_results
 from nsa_gen.bench.registry import CONTENDERS
 from nsa_gen.hardware import gpu_for_device
 from nsa_gen.spec import Spec, SpecError, load_spec
 
-_FORMS = "the JSON of nsa-gen bench, tools/compare_peers.py, nsa-gen verify --json or tools/gpu_suite.py"
+_FORMS = (
+    "the JSON of nsa-gen bench, nsa-gen verify --json, nsa-gen cache export or an entry of the tuner's cache, "
+    "tools/compare_peers.py or tools/gpu_suite.py"
+)
+_NUMBER = float | int | None
+_COMPARISON = {
+    "case": str,
+    "quantity": str,
+    "measure": str,
+    "error": _NUMBER,
+    "bound": _NUMBER,
+    "ok": bool,
+    "problem": str,
+}
+"""Fields of a row of `verify --json`, and their types."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +45,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Document:
-    """What one file holds: any of a benchmark's results, one verification, and the jobs of a suite."""
+    """What one file holds: any of a benchmark's results, one verification, tuned entries, and the jobs of a suite.
+
+    `tuned` is the JSON of a file of the tuner, for `nsa_gen.tuning.store` to read.
+    """
 
     path: Path
     results: Results | None = None
     verification: Mapping[str, Any] | None = None
+    tuned: Mapping[str, Any] | None = None
     machine: Mapping[str, Any] | None = None
     jobs: tuple[Job, ...] = ()
 
@@ -50,19 +68,43 @@ def read_document(path: Path) -> Document:
     try:
         if path.suffix == ".jsonl":
             return Document(path, results=read_results(path))
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected {_FORMS}: {error}") from error
-    if isinstance(found, dict) and {"machine", "jobs"} <= found.keys():
+        return _document(path, read_json(path))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected {_FORMS}: {reason}") from error
+
+
+def _document(path: Path, found: Any) -> Document:
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, got {type(found).__name__}")
+    if {"machine", "jobs"} <= found.keys():
         return _suite(path, found)
-    if isinstance(found, dict) and {"cases", "rows", "digest"} <= found.keys():
-        return Document(path, verification=found)
-    if isinstance(found, dict) and {"machine", "rows", "kernels"} <= found.keys():
-        try:
-            return Document(path, results=Results.from_document(found))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    raise ValueError(f"{path}: expected {_FORMS}, got something else")
+    if {"cases", "rows", "digest"} <= found.keys():
+        return Document(path, verification=_verification(found))
+    if {"machine", "rows", "kernels"} <= found.keys():
+        return Document(path, results=Results.from_document(found))
+    if "schema" in found and ("identity" in found or "entries" in found):
+        return Document(path, tuned=found)
+    raise ValueError(f"got an object of {', '.join(list(found)[:8]) or 'nothing'}")
+
+
+def _verification(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `verify --json` has printed, all of whose fields that are shown are there."""
+    for name in ("name", "dtype"):
+        _require(found, name, str)
+    for name in ("heads", "passes", "cases", "rows", "notes"):
+        _require(found, name, list)
+    _require(found, "seed", int)
+    for number, row in enumerate(found["rows"]):
+        for name, kind in _COMPARISON.items():
+            _require(row, name, kind, f"rows[{number}].")
+    return found
+
+
+def _require(found: Mapping[str, Any], name: str, kind: Any, place: str = "") -> None:
+    if not isinstance(found[name], kind):
+        wanted = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"{place}{name}: expected {wanted}, got {found[name]!r:.60}")
 
 
 def _suite(path: Path, found: Mapping[str, Any]) -> Document:

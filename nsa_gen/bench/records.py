@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsa_gen._files import write_whole
+from nsa_gen._files import parse_json, read_json, write_whole
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from nsa_gen.spec import Spec
 
 
@@ -192,7 +195,7 @@ class Results:
                 if name in document or name not in _LATER
             }
             return cls(document["machine"], document["settings"], **lists)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"expected the JSON of a benchmark: {type(error).__name__}: {error}") from error
 
 
@@ -203,7 +206,7 @@ def to_line(record: Record) -> str:
 
 def from_line(line: str) -> Record:
     """A record from its line."""
-    found = json.loads(line)
+    found = parse_json(line)
     return _from_json(_KINDS[found.pop("record")], found)
 
 
@@ -233,13 +236,13 @@ def read_results(path: Path) -> Results:
         ValueError: the file is neither.
     """
     if path.suffix != ".jsonl":
-        return Results.from_document(json.loads(path.read_text(encoding="utf-8")))
-    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return Results.from_document(read_json(path))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        opening = json.loads(head)
-        records = [from_line(line) for line in lines if line.endswith("\n")]
+        opening = parse_json(lines[0])
+        records = [from_line(line) for line in lines[1:] if line.endswith("\n")]
         return Results.of(records, opening["machine"], opening["settings"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the journal of a benchmark: {type(error).__name__}: {error}") from error
 
 
@@ -287,10 +290,22 @@ def _without_defaults(record: Record) -> dict[str, Any]:
     return {name: value for name, value in asdict(record).items() if value != defaults[name]}
 
 
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
-    return kind(**{name: _frozen(value) for name, value in found.items()})
+    """A record from its fields, lists as tuples. Raises ValueError where one is unknown, missing or of another type."""
+    from pydantic import ValidationError
 
-
-def _frozen(value: Any) -> Any:
-    """Lists, in lists too, as the tuples that records have."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    if unknown := set(found) - {each.name for each in fields(kind)}:
+        raise ValueError(f"{kind.__name__}: expected no {', '.join(sorted(unknown))}")
+    try:
+        return _adapter(kind).validate_python(dict(found))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{kind.__name__}.{place}: {first['msg'].lower()}, got {first['input']!r:.60}") from None

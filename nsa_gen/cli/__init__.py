@@ -16,6 +16,7 @@ Command modules import nothing heavy at the top, so that `nsa-gen --help` needs 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; `sys.argv[1:]` when None.
     """
+    _prepare_streams()
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -76,6 +78,16 @@ def _run(arguments: Sequence[str] | None) -> int:
             return end.code
         return 0 if end.code is None else ANSWER_IS_NO
     return 0
+
+
+def _prepare_streams() -> None:
+    """Make standard streams that take any text: a closed one is nowhere, and a narrow encoding gets replacements."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _send_to_nowhere(stream: object) -> None:

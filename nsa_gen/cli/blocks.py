@@ -107,10 +107,8 @@ def _print_table(block: Table, console: Console) -> None:
     """Print a table; on a terminal that is too narrow, as wide as it must be, rather than with columns left out."""
     least = sum(_least_width(block, index) + 3 for index in range(len(block.columns)))
     if least > console.width:
-        from rich.console import Console
-
         like = {"force_terminal": console.is_terminal, "no_color": console.no_color, "highlight": False}
-        console = Console(file=console.file, width=least, **like)
+        console = type(console)(file=console.file, width=least, **like)
     console.print(_rich_table(block))
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, stop
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, noted_warnings, print_json, read_spec, show, stop
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -29,16 +26,6 @@ NamesArgument = Annotated[
 ]
 
 
-@contextmanager
-def _noted_warnings() -> Iterator[None]:
-    """Within the block, a warning is a line on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for each in caught:
-        note(f"nsa-gen: {each.message}")
-
-
 @cache.command("list")
 def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # noqa: B006  typer copies it
     """Show what is tuned.
@@ -49,35 +36,19 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # no
     """
     from nsa_gen.tuning.store import Store
 
-    with _noted_warnings():
+    with noted_warnings():
         found = [(path, entry) for path, entry in Store().all() if not names or entry.identity.spec in names]
     if as_json:
         print_json({"ok": True, "entries": [{"path": str(path), **entry.to_json()} for path, entry in found]})
         return
-    from nsa_gen.cli.blocks import Table, Text
+    from nsa_gen.cli.blocks import Text
+    from nsa_gen.cli.tune_report import entries_table
 
     if not found:
-        show(Text(f"Nothing is tuned in {Store().root}. To tune: nsa-gen tune SPEC"))
+        what = f"Nothing of {', '.join(names)}" if names else "Nothing"
+        show(Text(f"{what} is tuned in {Store().root}. To tune: nsa-gen tune SPEC"))
         return
-    rows = [_listed(entry) for _, entry in found]
-    columns = ("spec", "GPU", ">tokens", ">batch", "calls", ">gain", "changed", "kernels", "tuned with")
-    show(Table(columns, rows), Text(f"In {Store().root}."))
-
-
-def _listed(entry: Entry) -> tuple[str, ...]:
-    identity, made = entry.identity, entry.provenance
-    gain = entry.result.get("gain")
-    return (
-        identity.spec,
-        identity.gpu,
-        str(identity.bucket.tokens),
-        str(identity.bucket.batch),
-        "packed" if identity.bucket.packed else "decode" if identity.bucket.decode else "",
-        f"{gain:.2f}x" if isinstance(gain, int | float) else "",
-        str(len(entry.configs)),
-        identity.kernels,
-        f"torch {made.torch}, triton {made.triton}, {made.date[:10]}",
-    )
+    show(entries_table(entry for _, entry in found), Text(f"In {Store().root}."))
 
 
 @cache.command("why")
@@ -193,7 +164,7 @@ def export(
     from nsa_gen.tuning.cache import export as write
     from nsa_gen.tuning.store import Store
 
-    with _noted_warnings():
+    with noted_warnings():
         try:
             count = write(Store(), file, names)
         except OSError as error:
@@ -262,7 +233,7 @@ def clear(
     from nsa_gen.tuning.store import Store
 
     store = Store()
-    with _noted_warnings():
+    with noted_warnings():
         found = [(path, entry) for path, entry in store.all() if not names or entry.identity.spec in names]
         if stale:
             found = [(path, entry) for path, entry in found if _is_stale(entry)]

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -34,8 +35,9 @@ def require_spec(argument: str) -> str:
     shipped = shipped_specs()
     if argument in shipped:
         return argument
-    if Path(argument).is_dir():
-        raise typer.BadParameter(f"{argument} is a folder; expected a spec's file, or one of {', '.join(shipped)}")
+    if Path(argument).exists():
+        kind = "a folder" if Path(argument).is_dir() else "no regular file"
+        raise typer.BadParameter(f"{argument} is {kind}; expected a spec's file, or one of {', '.join(shipped)}")
     from difflib import get_close_matches
 
     close = get_close_matches(Path(argument).stem, shipped, n=1)
@@ -70,6 +72,15 @@ def print_json(result: Any) -> None:
 def note(message: str) -> None:
     """Print a line of progress or of error on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def noted_warnings() -> Iterator[None]:
+    """Within the block, each warning is a line on stderr at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest, **more: note(f"nsa-gen: {message}")
+        yield
 
 
 def stop(yes: bool) -> None:
@@ -133,19 +144,31 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
     }
 
 
+MOST_TOKENS = 2**31 - 1
+"""Positions are 32-bit numbers in the kernels."""
+
+
 def split_list(values: Sequence[str]) -> list[str]:
     """The items of an option that may be repeated and may hold commas: `--target a,b --target c` gives a, b, c."""
     return [item.strip() for value in values for item in value.split(",") if item.strip()]
 
 
 def require_lengths(values: list[str]) -> list[int]:
-    """Split `63,65`, refuse what is no positive number; an empty list when none is given."""
+    """Split `63,65`, refuse what is no positive number or too great a one; an empty list when none is given."""
     lengths = []
     for item in split_list(values):
-        if not item.isdecimal() or int(item) < 1:
-            raise typer.BadParameter(f"expected positive numbers of tokens such as 63,65, got {item!r}")
-        lengths.append(int(item))
+        digits = item.lstrip("0")
+        if not item.isdecimal() or not digits:
+            raise typer.BadParameter(f"expected positive numbers such as 63,65, got {item!r}")
+        if len(digits) > len(str(MOST_TOKENS)) or int(digits) > MOST_TOKENS:
+            raise typer.BadParameter(f"expected numbers of at most {MOST_TOKENS}, got {shortened(item)}")
+        lengths.append(int(digits))
     return lengths
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """A text for an error message: its beginning, where it is long."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def require_some(kind: type[StrEnum], values: list[str]) -> list[str]:
@@ -183,9 +206,13 @@ def output_console() -> Console:
     """A rich console on stdout. Where stdout is no terminal, tables are as wide as they need to be rather than cut."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end with exit code 1, which here means "the answer is no"
+
+    console = PipedConsole(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=200)
+        console = PipedConsole(highlight=False, width=200)
     return console
 
 

@@ -10,6 +10,7 @@ import typer
 from nsa_gen.cli.common import (
     JsonOption,
     SpecsArgument,
+    noted_warnings,
     output_console,
     print_json,
     progress_bar,
@@ -61,13 +62,12 @@ def compile_(
     loaded = read_specs(specs, as_json=as_json)
     # Triton's interpreter would replace the compiler; whatever the caller's shell says, this command compiles.
     os.environ.pop("TRITON_INTERPRET", None)
-    from nsa_gen._resources import cache_dir
     from nsa_gen.targets import compile_spec, print_report
 
     reports = []
     for spec in loaded:
-        with progress_bar(f"compiling {spec.name}") as progress:
-            report = compile_spec(spec, target, jobs=jobs, progress=progress, cache_dir=cache_dir() / "triton")
+        with noted_warnings(), progress_bar(f"compiling {spec.name}") as progress:
+            report = compile_spec(spec, target, jobs=jobs, progress=progress)
         reports.append(report)
         if not as_json:
             print_report(report, output_console())

@@ -57,7 +57,7 @@ def environment() -> dict[str, Any]:
 
 def _triton_home() -> Path:
     """The folder triton keeps its cache in, as triton itself decides it."""
-    return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton"
+    return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton"
 
 
 def _installed_version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`nsa-gen report`: results of benchmarks and verifications as one HTML file."""
+"""`nsa-gen report`: results of benchmarks, verifications and tunings as one HTML file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report(
             metavar="RESULTS",
             exists=True,
             dir_okay=False,
-            help="Files of nsa-gen bench -o, nsa-gen verify --json, or the project's GPU tools.",
+            help="Files of nsa-gen bench -o, verify --json, cache export, or the project's GPU tools.",
             show_default=False,
         ),
     ],
@@ -38,9 +38,9 @@ def report(
 ) -> None:
     """Write tables and figures of results as one HTML file.
 
-    Speed-ups by length and group size, kernels under the roofline, time by branch, what a run selects, and what was
-    verified. The page needs no network and no script, on a phone, on paper, light or dark. Of results of the same thing
-    the last file counts.
+    Speed-ups by length and group size, kernels under the roofline, time by branch, what a run selects, what was
+    verified and what was tuned. The page needs no network and no script, on a phone, on paper, light or dark. Of
+    benchmarks of the same thing the last file counts.
 
     \b
     Example:
@@ -85,7 +85,7 @@ def report_page(paths: Sequence[Path]) -> list[Block | Figure]:
         results = merge(timed)
         blocks += [Heading("Figures"), *figures(results), *report_blocks(results)]
     for document in documents:
-        blocks += _verified(document)
+        blocks += [*_verified(document), *_tuned(document)]
     sources = "\n".join(f"- {path.name}" for path in paths)
     return [*blocks, Heading("Made from"), Text(sources)]
 
@@ -108,6 +108,18 @@ def _verified(document: Document) -> list[Block]:
         Text(", ".join(str(each) for each in facts if each)),
     ]
     return [*blocks, *_jobs(document.jobs)]
+
+
+def _tuned(document: Document) -> list[Block]:
+    """The tuned entries of one file."""
+    if document.tuned is None:
+        return []
+    from nsa_gen.cli.blocks import Heading
+    from nsa_gen.cli.tune_report import entry_blocks
+    from nsa_gen.tuning.store import entries_of
+
+    entries = entries_of(document.tuned, document.path)
+    return [Heading(f"Tuned configurations: {document.path.stem}"), *entry_blocks(entries)]
 
 
 def _jobs(jobs: Sequence[Job]) -> list[Block]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,7 @@ from nsa_gen.cli.common import (
     JsonOption,
     SpecArgument,
     note,
+    noted_warnings,
     print_json,
     progress_bar,
     read_spec,
@@ -137,9 +137,7 @@ def tune(
         "jobs": jobs,
         "seed": seed,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *rest, **more: note(f"nsa-gen: {message}")
+    with noted_warnings():
         report = _run(loaded, settings, gpu if dry_run else None)
     if as_json:
         print_json(report.to_json())

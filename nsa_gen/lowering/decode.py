@@ -10,7 +10,7 @@ import sympy
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
 from nsa_gen.lowering.phi import compressed_sides
-from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.lowering.program import Kernel, Resources, Tunable, raw_readers
 from nsa_gen.spec import Spec
 
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
@@ -33,13 +33,12 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if "decode" not in spec.passes:
         return ()
     kernels = [_advance()]
-    external = spec.compression is not None and spec.compression.phi.key == "external"
-    if not (external and spec.branches == ("cmp",)):
+    if not (spec.external and spec.branches == ("cmp",)):
         kernels.append(_append(spec))
     if spec.compression is not None:
         if any(side.multiplied for side in compressed_sides(spec)):
             kernels.append(_append_linear(spec))
-        if external:
+        if spec.external:
             kernels.append(_append_compressed())
         kernels += [_decode_compressed(spec), _decode_select(spec)]
     if spec.selection is not None or spec.window is not None:
@@ -74,8 +73,7 @@ def _advance() -> Kernel:
 
 def _append(spec: Spec) -> Kernel:
     tokens = Tunable(s.TOKEN_BLOCK.name, (16, 32))
-    pairs = sum(branch != "cmp" or spec.compression.phi.key != "external" for branch in spec.branches)
-    pairs = 1 if spec.kv == "shared" else pairs
+    pairs = 1 if spec.kv == "shared" else len(raw_readers(spec))
     moved = 2 * pairs * s.B * s.Hkv * _ROW_BYTES
     purpose = "new keys and values into the cache"
     if spec.compression and {spec.compression.phi.key, spec.compression.phi.value} & {"mean", "weighted"}:

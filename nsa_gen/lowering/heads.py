@@ -46,6 +46,11 @@ class HeadDim:
         return sum(part.width for part in self.parts)
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two that is no less than a positive size."""
+    return 1 << (size - 1).bit_length()
+
+
 def split_head_dim(size: int, constant: str) -> HeadDim:
     """One tile of the next power of two, but 128 + 64 for what lies above 128 and does not need 256.
 
@@ -53,7 +58,7 @@ def split_head_dim(size: int, constant: str) -> HeadDim:
     is what the ptxas of CUDA 12.8 gets wrong: it drops the copy of a shared memory address that both tiles' wgmma
     descriptors are made of, where these stay the same over a loop, and the narrow product reads anywhere.
     """
-    padded = max(1 << (size - 1).bit_length(), SMALLEST_PART)
+    padded = max(power_of_two(size), SMALLEST_PART)
     widths = (128, 64) if 128 < size <= 192 else (padded,)
     parts, offset = [], 0
     for width in widths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsa_gen.lowering.heads import SMALLEST_PART, power_of_two
 from nsa_gen.lowering.phi import CompressedSide, compressed_sides
 
 if TYPE_CHECKING:
@@ -16,17 +17,12 @@ if TYPE_CHECKING:
 _MOST_POOLED_ELEMENTS = 32
 #: Floats of parts that are merged at once.
 _MERGED_FLOATS = 8192
-_FEWEST_ROWS = 16
 
 
 def _literal(names: tuple[str, ...]) -> str:
     """A tuple of names as Python source."""
     listed = ", ".join(f'"{name}"' for name in names)
     return f"({listed},)" if len(names) == 1 else f"({listed})"
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 class InferenceProgram:
@@ -50,11 +46,6 @@ class InferenceProgram:
         """A cache, prefill and decode are generated."""
         return "decode" in self.spec.passes
 
-    @property
-    def external(self) -> bool:
-        """Compressed keys and values come from the caller."""
-        return self.spec.compression is not None and not self.compresses
-
     # The cache
 
     @property
@@ -75,7 +66,7 @@ class InferenceProgram:
     @property
     def append_names(self) -> tuple[str, ...]:
         """Tensors that a caller brings for new tokens."""
-        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.external else ()))
+        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.spec.external else ()))
 
     @property
     def append_names_literal(self) -> str:
@@ -139,19 +130,19 @@ class InferenceProgram:
     @property
     def candidates(self) -> int:
         """Blocks that a share of the blocks names, padded to a power of two."""
-        return _power_of_two(self.free_blocks)
+        return power_of_two(self.free_blocks)
 
     @property
     def list_slots(self) -> int:
         """Slots of a list, padded to a power of two."""
         assert self.spec.selection is not None
-        return _power_of_two(self.spec.selection.count)
+        return power_of_two(self.spec.selection.count)
 
     @property
     def before_keys(self) -> int:
         """Compressed blocks looked at before a tile: a product takes sixteen at least."""
         assert self.overlap is not None
-        return max(_FEWEST_ROWS, _power_of_two(-self.overlap.first))
+        return max(SMALLEST_PART, power_of_two(-self.overlap.first))
 
     @property
     def merged_floats(self) -> int:
@@ -161,7 +152,7 @@ class InferenceProgram:
     @property
     def most_compressed_splits(self) -> int:
         """Parts of a row that one program merges at once."""
-        return _MERGED_FLOATS // _power_of_two(self.spec.head_dim.v)
+        return _MERGED_FLOATS // power_of_two(self.spec.head_dim.v)
 
     @property
     def decode_outputs(self) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import space
+from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
-from nsa_gen.lowering.heads import split_head_dim
+from nsa_gen.lowering.heads import power_of_two, split_head_dim
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
 from nsa_gen.lowering.program import Argument, Config, Kernel, Output, Program, raw_readers
@@ -17,8 +18,6 @@ from nsa_gen.lowering.selected import choose_schedule, schedules
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
 
-#: Fewest rows a matrix unit takes.
-_FEWEST_ROWS = 16
 #: The table of default configurations has one entry an architecture, and this one for Triton's interpreter.
 INTERPRETER = "interpreter"
 
@@ -30,8 +29,8 @@ def lower(spec: Spec) -> Program:
     """
     qk = split_head_dim(spec.head_dim.qk, "HEAD_DIM_QK")
     v = split_head_dim(spec.head_dim.v, "HEAD_DIM_V")
-    group_rows = _power_of_two(spec.heads.group)
-    selected_rows = max(group_rows, _FEWEST_ROWS)
+    group_rows = power_of_two(spec.heads.group)
+    selected_rows = max(group_rows, FEWEST_ROWS)
     weights = _overlap(spec)
     kernels = (*compression_kernels(spec), *attention_kernels(spec), *inference_kernels(spec))
     sizes = spec_sizes(spec, qk, v, group_rows, selected_rows)
@@ -53,10 +52,6 @@ def lower(spec: Spec) -> Program:
     )
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _overlap(spec: Spec) -> Overlap | None:
     if spec.selection is None or spec.compression is None or spec.selection.indices == "input":
         return None
@@ -71,7 +66,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
             arguments += [Argument("k", key), Argument("v", value)]
         elif spec.kv == "per_branch":
             arguments += [Argument(f"k_{branch}", key), Argument(f"v_{branch}", value)]
-    if spec.compression and spec.compression.phi.key == "external":
+    if spec.external:
         arguments += [Argument("k_cmp", ("B", "Nc", "Hkv", "Dk")), Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))]
     if spec.combine.gate != "none":
         arguments.append(Argument("gates", ("B", "Tq", "Hq", str(len(spec.branches)))))

@@ -31,7 +31,7 @@ class CompressedSide:
 def compressed_sides(spec: Spec) -> tuple[CompressedSide, ...]:
     """Keys and values, in this order; empty where the package does not compress."""
     compression = spec.compression
-    if compression is None or compression.phi.key == "external":
+    if compression is None or spec.external:
         return ()
     phi, position = compression.phi, compression.position
     return (

@@ -180,7 +180,7 @@ class Program(InferenceProgram):
     @property
     def compresses(self) -> bool:
         """The package computes compressed keys and values itself, as opposed to taking them from the caller."""
-        return self.spec.compression is not None and self.spec.compression.phi.key != "external"
+        return self.spec.compression is not None and not self.spec.external
 
     @property
     def selects(self) -> bool:
@@ -367,5 +367,4 @@ def backward_order(spec: Spec) -> tuple[str, ...]:
 
 def raw_readers(spec: Spec) -> tuple[str, ...]:
     """Branches that read raw keys and values: all but a compression branch that is given its compressed ones."""
-    external = spec.compression is not None and spec.compression.phi.key == "external"
-    return tuple(branch for branch in spec.branches if not (branch == "cmp" and external))
+    return tuple(branch for branch in spec.branches if not (branch == "cmp" and spec.external))

@@ -6,6 +6,7 @@ import sympy
 
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, LSE_BYTES, Q_BYTES, height_rule, launch, token_tile
+from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.program import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
@@ -69,7 +70,7 @@ def _block_scores(spec: Spec) -> Kernel:
 
 def _select_blocks(free: int) -> Kernel:
     index_bytes = s.B * s.T * s.Hkv * (s.SLC_COUNT + 1) * 4
-    longest = min(2 ** (free - 1).bit_length(), _LONGEST_LIST) if free else 0
+    longest = min(power_of_two(free), _LONGEST_LIST) if free else 0
     read = 2 * _SCORE_BYTES if free else 0
     return Kernel(
         name="select_blocks",

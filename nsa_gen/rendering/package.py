@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from nsa_gen import __version__
-from nsa_gen._files import write_all
+from nsa_gen._files import one_at_a_time, write_all
 from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import TARGETS, gpu_for_target
 from nsa_gen.lowering import Program, lower
@@ -74,14 +74,16 @@ def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str
     spec = _resolve(spec)
     package = _package_dir(spec, out_dir)
     files = render(spec)
-    foreign = [name for name in files if (package / name).exists() and not _is_ours(package / name)]
-    if foreign:
-        raise RefusedOverwriteError(
-            f"{package}: {', '.join(foreign)} not written by nsa_gen, so it is not replaced; move it or choose another "
-            "output folder"
-        )
-    changed = {package / name: text for name, text in files.items() if _differs(package / name, text)}
-    write_all(changed, remove=_stale(package, files))
+    # Two versions of a package, written at the same time, must not be mixed.
+    with one_at_a_time(package):
+        foreign = [name for name in files if (package / name).exists() and not _is_ours(package / name)]
+        if foreign:
+            raise RefusedOverwriteError(
+                f"{package}: {', '.join(foreign)} not written by nsa_gen, so it is not replaced; move it or choose "
+                "another output folder"
+            )
+        changed = {package / name: text for name, text in files.items() if _text_of(package / name) != text}
+        write_all(changed, remove=_stale(package, files))
     return package
 
 
@@ -93,8 +95,8 @@ def differences(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[
     diffs = []
     for name, text in files.items():
         path = package / name
-        diffs.append(_diff(path, path.read_text(encoding="utf-8") if path.is_file() else "", text))
-    diffs += [_diff(stale, stale.read_text(encoding="utf-8"), "") for stale in _stale(package, files)]
+        diffs.append(_diff(path, _text_of(path), text))
+    diffs += [_diff(stale, _text_of(stale), "") for stale in _stale(package, files)]
     return [diff for diff in diffs if diff]
 
 
@@ -193,8 +195,9 @@ def _tidy(text: str) -> str:
     return text.strip("\n") + "\n"
 
 
-def _differs(path: Path, text: str) -> bool:
-    return not path.is_file() or path.read_text(encoding="utf-8") != text
+def _text_of(path: Path) -> str:
+    """A file's text, bytes that are no UTF-8 marked as such, newlines as they are; empty where there is no file."""
+    return path.read_bytes().decode(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _is_ours(path: Path) -> bool:
@@ -208,7 +211,9 @@ def _stale(package: Path, files: dict[str, str]) -> list[Path]:
     """Files of an earlier generation that the present one does not have."""
     if not package.is_dir():
         return []
-    return [path for path in sorted(package.iterdir()) if path.name not in files and _is_ours(path)]
+    # Hidden ones are being written by somebody else.
+    visible = (path for path in sorted(package.iterdir()) if not path.name.startswith("."))
+    return [path for path in visible if path.name not in files and _is_ours(path)]
 
 
 def _diff(path: Path, old: str, new: str) -> str:

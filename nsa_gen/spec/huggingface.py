@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
+from nsa_gen._files import read_json
 from nsa_gen.spec.errors import Problem, SpecError
 from nsa_gen.spec.fields import RANGES, describe, join
 from nsa_gen.spec.model import DType, HeadDim, Heads
@@ -51,11 +52,11 @@ def read_config(path: Path) -> ModelShape:
     """
     path = path / "config.json" if path.is_dir() else path
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([Problem(str(path), 0, 0, "", f"cannot be read: {error}")]) from error
+        document = read_json(path)
     except json.JSONDecodeError as error:
         raise SpecError([Problem(str(path), error.lineno, error.colno, "", f"no JSON: {error.msg}")]) from error
+    except (OSError, ValueError) as error:
+        raise SpecError([Problem(str(path), 0, 0, "", f"cannot be read: {error}")]) from error
     if not isinstance(document, dict):
         raise SpecError([Problem(str(path), 0, 0, "", f"expected an object, got {describe(document)}")])
     inner = document.get("text_config")

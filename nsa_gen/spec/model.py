@@ -203,6 +203,11 @@ class Spec(Record):
         present: dict[BranchName, Record | None] = {"cmp": self.compression, "slc": self.selection, "win": self.window}
         return tuple(name for name, branch in present.items() if branch is not None)
 
+    @property
+    def external(self) -> bool:
+        """The caller compresses: compressed keys and values are arguments of the operator."""
+        return self.compression is not None and self.compression.phi.key == "external"
+
     def replace(self, **changes: Any) -> Self:
         """This spec with other values for some of its top-level fields, validated anew.
 

@@ -12,6 +12,7 @@ import queue
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,7 +147,8 @@ def compile_spec(
         tokens: sequence length of the traced call; launches do not depend on it but for its divisibility by 16.
         batch: sequences of the traced call.
         kernel_timeout: seconds one kernel may take before it is reported as failed and its process ended.
-        cache_dir: where machine code is kept between runs; default the user's cache folder.
+        cache_dir: where machine code is kept between runs; default the user's cache folder, or, with a
+            warning, a temporary one where that cannot be written.
         triton_path: a folder holding another Triton (`pip install --no-deps --target`), compiled with in place of the
             installed one.
 
@@ -174,11 +176,23 @@ def compile_spec(
             "batch": batch,
             "passes": list(passes if passes is not None else given_passes),
         }
-        cache = Path(cache_dir) if cache_dir is not None else user_cache_dir() / "triton"
+        cache = Path(cache_dir) if cache_dir is not None else _user_cache(Path(scratch))
         other_triton = Path(triton_path).resolve() if triton_path is not None else None
         environment = worker_environment(cache.resolve(), other_triton)
         rows, versions = _compile_all(opening, environment, wanted, calls, jobs, progress, kernel_timeout)
     return CompileReport(package.name, rows, time.monotonic() - started, versions)
+
+
+def _user_cache(scratch: Path) -> Path:
+    """The folder of the user's cache that keeps machine code; where it cannot be written, one that goes with us."""
+    folder = user_cache_dir() / "triton"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        warnings.warn(f"the cache cannot be written ({error}); nothing compiled is kept", stacklevel=3)
+        return scratch / "triton"
 
 
 def _package_of(spec: Spec | str | os.PathLike[str], scratch: Path) -> tuple[Path, tuple[str, ...]]:

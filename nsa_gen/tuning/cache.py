@@ -205,14 +205,13 @@ def _refusal(entry: Entry, spec: Spec | None) -> str:
     identity = entry.identity
     if spec is None:
         return f"no spec named {identity.spec} is known; name its file after the FILE"
-    program = lower(spec)
-    device = Device(identity.gpu, identity.multiprocessors, identity.architecture)
-    if identity.bucket.decode and "decode" not in spec.passes:
+    program, bucket = lower(spec), identity.bucket
+    if bucket.decode and "decode" not in spec.passes:
         return f"bucket: {spec.name} has no decode pass"
-    wanted = Identity.of(program, kernels_of(render(spec), decode=identity.bucket.decode), device, identity.bucket)
+    wanted = Identity.of(program, kernels_of(render(spec), decode=bucket.decode), identity.device, bucket)
     if fatal := [each for each in differences(wanted, identity) if each.fatal]:
         return "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
-    gpu = device.gpu
+    gpu = identity.device.gpu
     if gpu is None:
         return f"architecture: {identity.architecture} is not in the hardware table"
     illegal = [name for name, values in entry.configs.items() if not is_legal(program, name, values, gpu)]

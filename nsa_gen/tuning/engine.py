@@ -44,7 +44,6 @@ KEPT_MEMORY_SHARE = 0.4
 """Of the GPU's memory, what torch's allocator may keep between candidates."""
 GRAPH_KERNELS_BELOW_MS = 1.0
 """Kernels timed alone that are quicker are replayed as a graph: their launch would count as much as they do."""
-DECODE = "decode"
 
 
 class ColdClock(CudaClock):

@@ -72,6 +72,11 @@ class Identity:
     architecture: str
     bucket: Bucket
 
+    @property
+    def device(self) -> Device:
+        """The GPU, without the versions that it was measured with."""
+        return Device(self.gpu, self.multiprocessors, self.architecture)
+
     @classmethod
     def of(cls, program: Program, kernels: str, device: Device, bucket: Bucket) -> Identity:
         """The identity of what is tuned now."""
@@ -107,12 +112,12 @@ class Identity:
             if each.name == "bucket":
                 try:
                     value = Bucket.from_json(value)
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, OverflowError, TypeError, ValueError) as error:
                     raise ValueError(
                         f"identity.bucket: expected tokens, batch, packed and decode, got {value!r}"
                     ) from error
-            elif not isinstance(value, int if each.name == "multiprocessors" else str):
-                raise ValueError(f"identity.{each.name}: got {value!r}")
+            elif not isinstance(value, wanted := int if each.name == "multiprocessors" else str):
+                raise ValueError(f"identity.{each.name}: expected {wanted.__name__}, got {value!r}")
             found[each.name] = value
         return cls(**found)
 

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nsa_gen
-from nsa_gen._resources import cache_dir
 from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
 from nsa_gen.lowering import Program, lower
-from nsa_gen.rendering import generate, render
+from nsa_gen.rendering import render
 from nsa_gen.targets.pool import worker_environment
 from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
 from nsa_gen.tuning.crew import Crew
 from nsa_gen.tuning.estimate import estimate
+from nsa_gen.tuning.folders import Say, own_file, work_folder
 from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
 from nsa_gen.tuning.journal import Journal
 from nsa_gen.tuning.lengths import check_tokens
+from nsa_gen.tuning.merging import merged
 from nsa_gen.tuning.report import BucketResult, TuneReport
 from nsa_gen.tuning.scoring import BACKWARD, DECODE, FORWARD
 from nsa_gen.tuning.search import EFFORTS, Outcome, Progress, Search
@@ -49,7 +50,6 @@ WORKER = (sys.executable, "-m", "nsa_gen.tuning.worker")
 NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-Say = Callable[[str], None]
 Show = Callable[[int, int, str], None]
 
 
@@ -159,7 +159,7 @@ class _Tuning:
         self._deadline = self._started + (float("inf") if settings.budget is None else settings.budget)
 
     def dry_run(self, gpu: Gpu) -> TuneReport:
-        with _work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
+        with work_folder(self._spec, self._kernels, self._tools.say) as (work, package):
             selections = self._stage0(self._compiler(package, gpu, work), gpu)
         seconds = time.monotonic() - self._started
         expected = estimate(selections, self._effort, self._settings.jobs or os.cpu_count() or 1)
@@ -168,14 +168,14 @@ class _Tuning:
     def run(self) -> TuneReport:
         say = self._tools.say
         with ExitStack() as stack:
-            work, package = stack.enter_context(_work_folder(self._spec, self._kernels, say))
+            work, package = stack.enter_context(work_folder(self._spec, self._kernels, say))
             backends, device = self._backends(package)
             stack.callback(lambda: [backend.close() for backend in backends])
             gpu = device.gpu
             if gpu is None:
                 known = ", ".join(dict.fromkeys(each.target for each in GPUS))
                 raise UnknownGpuError(f"gpu: expected an architecture of {known}, got {device}")
-            path = stack.enter_context(_own_file(work / f"{device.slug}.{'-'.join(self._passes)}.journal.jsonl", say))
+            path = stack.enter_context(own_file(work / f"{device.slug}.{'-'.join(self._passes)}.journal.jsonl", say))
             journal = Journal(path, self._heading(device), resume=self._settings.resume)
             stack.callback(journal.close)
             crew = Crew(backends, journal)
@@ -305,37 +305,15 @@ class _Tuning:
         return BucketResult(found.bucket, configs, 1 / ratio, noise / ratio**2, times, saved, problem, found.cut_short)
 
     def _save(self, entry: Entry) -> tuple[Path | None, str]:
-        out = self._settings.out
+        out, merge = self._settings.out, functools.partial(merged, self._program)
         try:
             if out is None:
-                return self._tools.store.save(entry, self._merged), ""
-            device = Device(entry.identity.gpu, entry.identity.multiprocessors, entry.identity.architecture)
-            path = out if out.suffix == ".json" else out / f"{device.slug}.json"
-            merge_into_bundle(path, entry, self._merged)
+                return self._tools.store.save(entry, merge), ""
+            path = out if out.suffix == ".json" else out / f"{entry.identity.device.slug}.json"
+            merge_into_bundle(path, entry, merge)
         except OSError as error:
             return None, f"not saved: {error}; --resume saves it without measuring anew"
         return path, ""
-
-    def _merged(self, earlier: Entry, entry: Entry) -> Entry:
-        """A tuning of the forward alone leaves an earlier one of the backward its kernels, and its times."""
-        passes = entry.result["passes"]
-        others = [name for name in earlier.result.get("passes", ()) if name not in passes]
-        if not others:
-            return entry
-        kept = {kernel.name for kernel in self._program.kernels if kernel.direction in others}
-        decided = {kernel.choice[0] for kernel in self._program.kernels if kernel.choice and kernel.direction in passes}
-        configs = {name: values for name, values in earlier.configs.items() if name in kept} | entry.configs
-        for schedule in self._program.schedules:
-            # Who runs the kernels that were tuned is decided anew; the rest of a schedule serves the other passes too.
-            default = self._program.defaults[entry.identity.architecture][schedule.name].mapping()
-            old = earlier.configs.get(schedule.name, default)
-            new = entry.configs.get(schedule.name, default)
-            configs[schedule.name] = {name: new[name] if name in decided else old[name] for name in default}
-            if configs[schedule.name] == default:
-                del configs[schedule.name]
-        before, now = earlier.result.get("ms", {}), entry.result["ms"]
-        times = {kind: {**before.get(kind, {}), **now.get(kind, {})} for kind in {**before, **now}}
-        return replace(entry, configs=configs, result={**entry.result, "passes": [*passes, *others], "ms": times})
 
     def _complete(self, winner: Candidate, target: str) -> Configs:
         """Every value of each kernel and schedule that differs from the default in one."""
@@ -375,42 +353,3 @@ def gpu_backend(
     environment.pop("NSA_GEN_AUTOTUNE", None)
     opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
     return ProcessBackend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)
-
-
-@contextmanager
-def _work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
-    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
-    from filelock import FileLock
-
-    folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder), FileLock(folder / ".lock", timeout=60):
-            package = generate(spec, folder / "package")
-    except OSError as error:
-        say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
-        with tempfile.TemporaryDirectory(prefix="nsa_gen_tune_") as temporary:
-            yield Path(temporary), generate(spec, Path(temporary) / "package")
-        return
-    yield folder, package
-
-
-@contextmanager
-def _own_file(path: Path, say: Say) -> Iterator[Path]:
-    """A file that no other tuner writes: this one, or, while another has it, one named after this process."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another tuner writes {path.name}; this one keeps a journal of its own")
-        yield path.with_name(path.name.replace(".journal", f".{os.getpid()}.journal"))
-        return
-    except OSError:  # a folder that has become read-only: the journal will say so
-        yield path
-        return
-    try:
-        yield path
-    finally:
-        lock.release()

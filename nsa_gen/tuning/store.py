@@ -9,9 +9,7 @@ understood (truncated, of an older schema, no JSON) is set aside under another n
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_gen._files import json_text, write_whole
+from nsa_gen._files import json_text, one_at_a_time, read_json, write_whole
 from nsa_gen._resources import cache_dir
 from nsa_gen.rendering.identity import TUNED_SCHEMA
 from nsa_gen.tuning.identity import Identity, Provenance, slug
@@ -38,7 +36,8 @@ class CacheWarning(UserWarning):
 class Entry:
     """One tuned bucket: what it is for, what it was made with, the configurations, and how they did.
 
-    `result` holds milliseconds by pass and kind of input, of the winner and of the default; it is for readers.
+    `result` is for readers: "gain" is the default's time over the winner's, "ms" milliseconds by kind of input and
+    pass, of the "default" and of what was "tuned".
     """
 
     identity: Identity
@@ -64,19 +63,38 @@ class Entry:
         """
         if not isinstance(document, dict):
             raise ValueError(f"entry: expected an object, got {type(document).__name__}")
-        for name in ("identity", "configs"):
-            if not isinstance(document.get(name), dict):
-                raise ValueError(f"{name}: expected an object, got {type(document.get(name)).__name__}")
-        for kernel, values in document["configs"].items():
+        parts = {"provenance": {}, "result": {}, **document}
+        for name in ("identity", "configs", "provenance", "result"):
+            if not isinstance(parts.get(name), dict):
+                raise ValueError(f"{name}: expected an object, got {type(parts.get(name)).__name__}")
+        for kernel, values in parts["configs"].items():
             good = isinstance(values, dict) and all(type(value) is int and value >= 0 for value in values.values())
             if not good:
                 raise ValueError(f"configs.{kernel}: expected whole numbers by name, got {values!r}")
+        _check_result(parts["result"])
         return cls(
-            Identity.from_json(document["identity"]),
-            document["configs"],
-            Provenance.from_json(document.get("provenance") or {}),
-            document.get("result") or {},
+            Identity.from_json(parts["identity"]),
+            parts["configs"],
+            Provenance.from_json(parts["provenance"]),
+            parts["result"],
         )
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """Raise ValueError where what is shown of a result, the gain and the milliseconds, is not what `Entry` says."""
+    gain, ms = result.get("gain", 1.0), result.get("ms", {})
+    if not _is_positive(gain):
+        raise ValueError(f"result.gain: expected a positive number, got {gain!r}")
+    try:
+        times = [passes[name][side] for passes in ms.values() for name in passes for side in ("default", "tuned")]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"result.ms: expected default and tuned by inputs and pass, got {ms!r:.80}") from None
+    if wrong := [time for time in times if not _is_positive(time)]:
+        raise ValueError(f"result.ms: expected positive numbers, got {wrong[0]!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 class Unreadable(ValueError):
@@ -91,9 +109,14 @@ def read_entries(path: Path) -> list[Entry]:
         OSError: it cannot be read.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except ValueError as error:
         raise Unreadable(f"{path}: no JSON, perhaps cut short: {error}") from error
+    return entries_of(document, path)
+
+
+def entries_of(document: Any, path: Path) -> list[Entry]:
+    """The entries of a file's JSON, as `read_entries` gives them. Raises Unreadable, naming the path."""
     if not isinstance(document, dict) or document.get("schema") != TUNED_SCHEMA:
         schema = document.get("schema") if isinstance(document, dict) else None
         raise Unreadable(f"{path}: schema: expected {TUNED_SCHEMA}, got {schema!r}")
@@ -201,12 +224,8 @@ def merge_into_bundle(path: Path, entry: Entry, merge: Merge | None = None) -> N
     Entries of decode and of the other passes have kernels of their own, and leave each other alone. `merge` is as in
     `Store.save`.
     """
-    from filelock import FileLock
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The lock lies elsewhere: a folder that is shipped holds results alone.
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"nsa_gen_{name}.lock", timeout=LOCK_SECONDS):
+    with one_at_a_time(path, LOCK_SECONDS):
         kept: list[Entry] = []
         if path.exists():
             try:

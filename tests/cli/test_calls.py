@@ -135,11 +135,14 @@ def test_version_is_the_package_s(call):
         (["check", "tiny", "--jsn"], "--jsn"),
         (["generate", "tiny", "tiny"], "same folder"),
         (["explain", "tiny", "--gpu", "h1000"], "h100"),
+        (["check", "/dev/null"], "no regular file"),
         (["explain", "tiny", "--tokens", "0"], "tokens"),
+        (["explain", "tiny", "--tokens", "9" * 400], "--tokens"),
         (["compile", "tiny", "--target", "sm_90,sm_91"], "sm_91"),
         (["compile", "tiny", "--jobs", "0"], "jobs"),
         (["verify", "tiny", "--length", "64,x"], "'x'"),
         (["verify", "tiny", "--length", "0"], "'0'"),
+        (["verify", "tiny", "--length", "9" * 5000], "at most 2147483647"),
         (["verify", "tiny", "--device", "tpu"], "tpu"),
         (["verify", "tiny", "--dtype", "float64"], "float64"),
         (["report", "no/such.json"], "no/such.json"),
@@ -200,6 +203,48 @@ def test_a_reader_that_goes_away_is_no_error_message(arguments, tmp_path):
         )
     assert ended.stderr == ""
     assert ended.returncode == 141
+
+
+@pytest.mark.parametrize("arguments", [["explain", "tiny"], ["explain", "tiny", "--json"]])
+def test_a_reader_that_goes_away_from_a_table_is_no_answer_either(nsa_gen, arguments, tmp_path):
+    process = subprocess.run(
+        f"{shlex.join([sys.executable, '-m', 'nsa_gen', *arguments])} | true; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_where_letters_are_ascii_the_others_are_written_by_their_numbers(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "nsa_gen", "explain", "tiny", "--tokens", "8192"],
+        env=environment, capture_output=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert b"\\xb5s" in ended.stdout and ended.stdout.isascii()
+
+
+@pytest.mark.parametrize(("stream", "code"), [(">&-", 0), ("2>&-", 0)])
+def test_a_standard_stream_may_be_closed(stream, code, tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m nsa_gen check tiny {stream}"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == code and ended.stderr == ""
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["new", "mine", "--from", "deep.json"], ["explain", "tiny", "--measured", "deep.json"],
+     ["cache", "import", "deep.json"]],
+    ids=lambda arguments: arguments[0],
+)  # fmt: skip
+def test_json_that_is_nested_too_deeply_is_refused(call, tmp_path, arguments):
+    (tmp_path / "deep.json").write_text(DEEP)
+    answer = call(*arguments)
+    assert answer.returncode == 1
+    assert "deep.json" in answer.stderr and "nested too deeply" in answer.stderr and "Traceback" not in answer.stderr
 
 
 def test_ctrl_c_ends_with_130_and_one_line(tmp_path):

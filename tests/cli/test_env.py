@@ -33,3 +33,8 @@ def test_the_table_has_a_line_a_fact(call):
     lines = call("env").stdout.splitlines()
     assert [line for line in lines if line.startswith("torch ")]
     assert len(lines) >= len(facts)
+
+
+def test_a_home_that_is_not_there_is_no_fault(call, monkeypatch):
+    monkeypatch.setenv("NSA_GEN_CACHE_DIR", "~no_such_user/cache")
+    assert json.loads(call("env", "--json").stdout)["cache"].endswith("/~no_such_user/cache")

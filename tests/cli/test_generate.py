@@ -106,3 +106,10 @@ def test_json_names_each_package_and_each_file_out_of_date(call, generated):
 def test_a_folder_that_is_a_file_is_a_wrong_call(call, tmp_path):
     (tmp_path / "file").write_text("")
     assert call("generate", "tiny", "-o", "file").returncode == 2
+
+
+def test_a_file_that_is_no_text_any_more_is_out_of_date_and_not_a_crash(call, generated):
+    (generated / "ops.py").write_bytes(b"\xff\xfe")
+    answer = call("generate", "tiny", "-o", "out", "--check")
+    assert answer.returncode == 1 and answer.stdout.splitlines() == ["out/tiny/ops.py"]
+    assert "-\ufffd" in call("generate", "tiny", "-o", "out", "--diff").stdout

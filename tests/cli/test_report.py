@@ -14,8 +14,10 @@ from nsa_gen.bench.figures import figures
 from nsa_gen.bench.records import Results, SelectionRow, merge, read_results, write_json
 from nsa_gen.cli.blocks import Code, Heading, Table, Text
 from nsa_gen.cli.html import to_html
+from nsa_gen.tuning.store import Store, write_entries
 from tests.bench.fakes import pair, sample_results
 from tests.browser import VARIABLE, Browser, find_browser
+from tests.tuning.test_cache import entry as tuned_entry
 
 RECORDS = Path(__file__).parents[2] / "docs" / "results"
 VOID = {"meta", "link", "br"}
@@ -154,21 +156,6 @@ def test_the_same_files_give_the_same_page(call, tmp_path):
     assert pages[0] == pages[1]
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "expected the JSON of nsa-gen bench"),
-        ("[1]", "something else"),
-        ('{"machine": {}, "rows": [{"x": 1}], "kernels": []}', "expected the JSON of a benchmark"),
-    ],
-)
-def test_a_file_of_something_else_is_named_and_nothing_is_written(call, tmp_path, text, said):
-    (tmp_path / "other.json").write_text(text)
-    answer = call("report", "other.json")
-    assert answer.returncode == 1 and "other.json" in answer.stderr and said in answer.stderr
-    assert not (tmp_path / "report.html").exists()
-
-
 def test_results_of_two_gpus_are_not_mixed(call, tmp_path):
     write_json(tmp_path / "a.json", full_results())
     write_json(tmp_path / "b.json", Results({"gpu": "NVIDIA H200"}, rows=tuple(pair("nsa_gen", 1.0, 2.0))))
@@ -184,6 +171,68 @@ def test_a_journal_that_was_cut_short_is_shown(call, tmp_path):
     (tmp_path / "records.jsonl").write_text("\n".join(lines) + '\n{"record": "ro')
     assert call("report", "records.jsonl").returncode == 0
     assert read_results(tmp_path / "records.jsonl").selections == found.selections
+
+
+def test_what_the_tuner_has_kept_is_shown_with_gains_configurations_and_versions(call, tmp_path):
+    times = {"independent": {"forward": {"default": 2.0, "tuned": 1.6}}}
+    tuned = replace(tuned_entry(), result={"gain": 1.25, "ms": times})
+    one = Store(tmp_path / "cache").save(tuned)
+    several = tmp_path / "exported.json"
+    write_entries(several, [tuned, tuned_entry(65536, configs={})], bundle=True)
+    answer = call("report", str(one), str(several), "-o", "page.html")
+    assert answer.returncode == 0, answer.stderr
+    text = (tmp_path / "page.html").read_text()
+    for word in ("t8192_b1", "exported", "1.25x", "2.000", "1.600", "NVIDIA H100 80GB HBM3", "num_warps=", "triton"):
+        assert word in text, word
+    assert "65536 tokens, NVIDIA H100 80GB HBM3: the default won" in text
+    assert Page(text).open == []
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "Expecting value"),
+        ("{", "nsa-gen bench"),
+        ("[]", "expected an object"),
+        (DEEP, "nested too deeply"),
+        ("{}", "nothing"),
+        ('{"machine": {}, "jobs": 3}', "int"),
+        ('{"machine": {}, "jobs": [1]}', "int"),
+        ('{"machine": {}, "jobs": [{"name": "x"}]}', "status"),
+        ('{"cases": [], "rows": [], "digest": ""}', "name"),
+        ('{"machine": 1, "rows": 2, "kernels": 3}', "int"),
+        ('{"machine": {}, "rows": [{"x": 1}], "kernels": []}', "expected no x"),
+        ('{"schema": 1, "identity": {}}', "configs"),
+        ('{"schema": 99, "entries": []}', "99"),
+    ],
+)
+def test_a_file_that_holds_no_results_is_refused_by_its_name_and_what_was_expected(call, tmp_path, text, named):
+    (tmp_path / "some.json").write_text(text)
+    answer = call("report", "some.json")
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "some.json" in answer.stderr and "expected" in answer.stderr and named in answer.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("field", ["heads", "tokens", "median_ms", "contender", "dense"])
+def test_a_benchmark_with_a_field_of_another_type_is_refused_by_the_field_s_name(call, tmp_path, field):
+    document = sample_results().to_document()
+    document["rows"][0][field] = {"wrong": True}
+    (tmp_path / "some.json").write_text(json.dumps(document))
+    answer = call("report", "some.json")
+    assert answer.returncode == 1 and f"Row.{field}" in answer.stderr
+
+
+def test_a_verification_without_what_is_shown_is_refused_by_the_field_s_name(call, tmp_path):
+    for name in ("heads", "rows", "seed"):
+        found = verification(ok=True)
+        found[name] = "x"
+        (tmp_path / "some.json").write_text(json.dumps(found))
+        answer = call("report", "some.json")
+        assert answer.returncode == 1 and "some.json" in answer.stderr and "got 'x'" in answer.stderr
 
 
 def test_results_of_before_there_were_maps_are_read(tmp_path):

@@ -67,6 +67,42 @@ def test_pages_run_out_before_anything_is_changed_and_come_back_when_tokens_go()
     assert cache.tokens == (0, 0) and cache.free_pages == 4
 
 
+def test_a_shared_page_is_copied_in_time_where_the_host_does_not_know_that_it_will_be_written() -> None:
+    module = package()
+    cache = module.NSACache(2, 64, page_size=16, device=DEVICE)
+    append(cache, module, [40, 0])
+    cache.fork(0, 1)
+    append(cache, module, [0, 1], seed=1)
+    before = cache.layers[0].k.flatten(0, 1)[cache.layout.token_index(0, 1, 40)].clone()
+    # Within a page that sequence 0 still uses; the host believes that 41 tokens are held.
+    cache.truncate(torch.tensor([40, 20], dtype=torch.int32, device=DEVICE))
+    append(cache, module, [0, 1], seed=2)
+    assert cache.lengths.tolist() == [40, 21] == list(cache.tokens)
+    assert torch.equal(before, cache.layers[0].k.flatten(0, 1)[cache.layout.token_index(0, 1, 40)])
+
+
+def test_where_no_page_is_shared_the_lengths_stay_on_the_device() -> None:
+    module = package()
+    cache = module.NSACache(2, 64, page_size=16, device=DEVICE)
+    append(cache, module, [20, 20])
+    cache.fork(0, 1)
+    cache.reset(0)  # the pages have one user again
+    cache.truncate(torch.tensor([0, 10], dtype=torch.int32, device=DEVICE))
+    append(cache, module, [0, 1])
+    assert cache.tokens == (0, 21) and not cache.exact
+
+
+def test_counts_may_come_from_anything_that_gives_them_once() -> None:
+    module = package()
+    cache = module.NSACache(2, 64, device=DEVICE)
+    cache.extend(count for count in (3, 4))
+    assert cache.lengths.tolist() == [3, 4] == list(cache.tokens)
+    with pytest.raises(TypeError, match=r"^new_tokens: expected whole numbers, got float 1.5"):
+        cache.extend(1.5)
+    with pytest.raises(ValueError, match=r"^page_size: expected one of 16"):
+        module.NSACache(2, 64, page_size=16.0, device=DEVICE)
+
+
 def test_a_page_that_sequences_share_is_copied_by_the_first_to_write_and_kept_by_the_last() -> None:
     module = package()
     cache = module.NSACache(3, 64, page_size=16, pages=6, device=DEVICE)

@@ -256,6 +256,22 @@ def test_wrong_cu_seqlens_are_named(problem: str) -> None:
         op.nsa_attention(**arguments | {"cu_seqlens": value})
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the bounds are not read by the host")
+@pytest.mark.parametrize("bounds", [(1, 4), (0, 3), (0, 5), (0, 3, 2, 4), (0, -1, 4), (0,)], ids=str)
+def test_bounds_that_do_not_rise_from_0_to_the_last_token_are_refused_on_the_cpu(bounds: tuple[int, ...]) -> None:
+    op = operator_of(**WHOLE)
+    arguments = arguments_of(op, (4,), None)
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected bounds rising from 0 to T_total=4, got \["):
+        op.nsa_attention(**arguments | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("recompute", [None, 3, "win", ("wni",), [[]]], ids=str)
+def test_branches_to_recompute_that_are_none_are_refused(recompute: Any) -> None:
+    op = operator_of("win", gate="none")
+    with pytest.raises(ValueError, match=r"^recompute: expected some of win"):
+        op.nsa_attention(**arguments_of(op), recompute=recompute)
+
+
 def test_packed_and_batched_layouts_are_not_confused() -> None:
     op = operator_of(**WHOLE)
     packed, batched = arguments_of(op, (4, 2), None), arguments_of(op, 6, None)
@@ -299,6 +315,8 @@ def test_the_steps_check_their_arguments_too() -> None:
         ("v", TypeError, lambda: op.window_attention(q, k, "v")),
         ("q", TypeError, lambda: op.window_attention(None, k, v)),
         ("outputs", ValueError, lambda: op.combine([o, o], a["gates"])),
+        ("outputs", TypeError, lambda: op.combine(None, a["gates"])),
+        ("outputs", TypeError, lambda: op.combine((x for x in [o, o, o]), a["gates"])),
         (r"outputs\[1\]", ValueError, lambda: op.combine([o, o[:, 1:], o], a["gates"])),
         (r"outputs\[2\]", TypeError, lambda: op.combine([o, o, None], a["gates"])),
         ("gates", TypeError, lambda: op.combine([o, o, o])),

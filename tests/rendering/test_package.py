@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,25 @@ def test_stale_files_of_its_own_are_removed_and_foreign_ones_never(tmp_path):
     assert (package / "notes.txt").read_text() == "mine\n"
     assert (package / "tuned" / "h100.json").read_text() == "{}"
     assert (package / "window_test.py").exists()
+
+
+def test_what_another_process_is_writing_is_neither_removed_nor_called_stale(tmp_path):
+    package = generate("tiny", tmp_path)
+    scratch = package / ".api.py.x1y2"
+    scratch.write_text((package / "api.py").read_text())
+    assert differences("tiny", tmp_path) == []
+    generate("tiny", tmp_path)
+    assert scratch.exists()
+
+
+def test_generations_into_one_folder_at_once_wait_for_each_other_and_leave_one_of_them_whole(tmp_path):
+    whole = load_spec("tiny")
+    variants = [whole, whole.replace(window=None), whole.replace(dtype="float16")]
+    with ThreadPoolExecutor(len(variants)) as pool:
+        for _ in range(3):
+            list(pool.map(lambda spec: generate(spec, tmp_path), variants))
+            assert sum(differences(spec, tmp_path) == [] for spec in variants) == 1
+    assert not [path for path in (tmp_path / "tiny").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["api.py", "spec.yaml", "__init__.py"])

@@ -297,3 +297,11 @@ def test_registers_and_scratch_are_read_from_amd_assembly() -> None:
 def test_what_cannot_be_read_is_none_with_the_reason_and_not_a_guess(parse) -> None:
     registers, spills, why = parse("nothing of the kind")
     assert registers is None and spills is None and why
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning_and_kernels_compile_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NSA_GEN_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cache cannot be written"):
+        report = compile_spec(SAMPLE, ["sm_90"], jobs=1, passes=["forward"])
+    assert report.ok

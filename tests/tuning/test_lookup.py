@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,7 +138,13 @@ def test_an_entry_of_another_architecture_does_not_serve(op: Operator, cache: Pa
     assert warps(op) == default(op)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "entries": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "[" * 100_000, '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "entries": 3}',
+     '{"schema": 1, "identity": {"gpu": "x", "multiprocessors": 1, "architecture": "sm_90", '
+     '"bucket": {"tokens": 1e999, "batch": 1, "packed": false, "decode": false}}, "configs": {}}'],
+    ids=["empty", "cut short", "a list", "deep", "old", "bare", "no entries", "endless"],
+)  # fmt: skip
 def test_a_file_that_cannot_be_understood_is_passed_over_and_stays_where_it_is(
     op: Operator, cache: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,6 +154,13 @@ def test_a_file_that_cannot_be_understood_is_passed_over_and_stays_where_it_is(
     assert warps(op) == 32
     assert path.read_text() == text
     assert any("passed over" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("provenance", [None, [], "torch 2.11"])
+def test_an_entry_with_versions_that_are_none_is_passed_over(op: Operator, cache: Path, provenance: Any) -> None:
+    path = Store(cache).save(entry(op, 31))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "provenance": provenance}))
+    assert warps(op) == default(op)
 
 
 def test_values_of_a_kernel_that_has_other_tunables_are_left_out(op: Operator, cache: Path) -> None:

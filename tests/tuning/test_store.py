@@ -66,6 +66,11 @@ BROKEN = {
     "with a field missing": lambda text: text.replace('"kernels"', '"kernel"'),
     "with words for numbers": lambda text: text.replace('"num_warps": 4', '"num_warps": "four"'),
     "with a broken bucket": lambda text: text.replace('"batch": 1', '"batch": null'),
+    "with an endless bucket": lambda text: text.replace('"batch": 1', '"batch": Infinity'),
+    "with versions that are a list": lambda text: json.dumps({**json.loads(text), "provenance": []}),
+    "with a gain in words": lambda text: json.dumps({**json.loads(text), "result": {"gain": "much"}}),
+    "with times of no pass": lambda text: json.dumps({**json.loads(text), "result": {"ms": {"independent": 1.0}}}),
+    "with too many brackets": lambda text: "[" * 100_000,
 }
 
 
@@ -166,7 +171,8 @@ def test_the_cache_of_a_package_is_the_one_of_nsa_gen(monkeypatch: pytest.Monkey
     from tests.support import operator_of
 
     lookup = operator_of("win", gate="none").configs.lookup
-    for variable, value in (("NSA_GEN_CACHE_DIR", "~/x"), ("NSA_GEN_CACHE_DIR", ""), ("XDG_CACHE_HOME", str(tmp_path))):
+    places = (("NSA_GEN_CACHE_DIR", "~/x"), ("NSA_GEN_CACHE_DIR", "~nobody_of_that_name/x"), ("NSA_GEN_CACHE_DIR", ""))
+    for variable, value in (*places, ("XDG_CACHE_HOME", str(tmp_path))):
         monkeypatch.setenv(variable, value)
         assert lookup.cache_folder() == cache_dir()
     monkeypatch.delenv("XDG_CACHE_HOME")
