@@ -81,6 +81,20 @@ def test_a_shared_page_is_copied_in_time_where_the_host_does_not_know_that_it_wi
     assert torch.equal(before, cache.layers[0].k.flatten(0, 1)[cache.layout.token_index(0, 1, 40)])
 
 
+def test_a_sequence_that_is_forgotten_has_found_no_lack_of_room() -> None:
+    module = package()
+    cache = module.NSACache(2, 64, device=DEVICE)
+    append(cache, module, [4, 4])
+    cache.overflow.fill_(1)  # as a replayed graph leaves it
+    cache.reset(0)
+    with pytest.raises(module.CapacityError, match="sequences 1: no room"):
+        cache.synchronize()
+    cache.overflow.fill_(1)
+    cache.reset()
+    cache.synchronize()
+    assert cache.tokens == (0, 0)
+
+
 def test_where_no_page_is_shared_the_lengths_stay_on_the_device() -> None:
     module = package()
     cache = module.NSACache(2, 64, page_size=16, device=DEVICE)

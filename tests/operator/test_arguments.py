@@ -325,6 +325,8 @@ def test_the_steps_check_their_arguments_too() -> None:
     for name, kind, attempt in wrong:
         with pytest.raises(kind, match=rf"^{name}: expected"):
             attempt()
+    with pytest.raises(ValueError, match=r"^v_cmp: expected shape \(B=1, Nc=\d+, "):
+        op.compressed_attention(q, k_cmp, v_cmp[:, 1:], tokens=KEYS)
 
 
 def test_combine_of_one_branch_checks_its_output() -> None:
