@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nsa_gen
+from nsa_gen._process import LineProcess, ending
 
 
 class WorkerFailure(RuntimeError):
@@ -47,11 +43,9 @@ class Worker:
     """One `nsa_gen.targets.worker` process, started when first asked and again after it died or was ended."""
 
     def __init__(self, opening: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        self._opening = json.dumps(dict(opening))
+        self._opening = dict(opening)
         self._environment = dict(environment)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log: Any = None
-        self._unread = b""
+        self._process: LineProcess | None = None
 
     def ask(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         """Send one request and return the answer.
@@ -60,22 +54,24 @@ class Worker:
             WorkerFailure: the worker answered with an error, died, or was silent for `timeout` seconds (it is then
                 ended, with whatever it had started).
         """
-        if self._process is None:
-            self._start()
-        assert self._process is not None and self._process.stdin is not None
+        started = self._process is None
+        process = self._process = self._process or LineProcess(
+            [sys.executable, "-m", "nsa_gen.targets.worker"], self._environment
+        )
         try:
-            self._process.stdin.write(json.dumps(dict(request)).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._read_line(timeout)
+            if started:
+                process.tell(self._opening)
+            process.tell(request)
+            line = process.read_line(timeout)
         except TimeoutError:
-            detail = self._log_tail()
+            detail = process.errors()
             self.close()
             raise WorkerFailure(f"no answer within {timeout:g} s; the compiler was stopped", detail) from None
         except (EOFError, BrokenPipeError):
-            status = self._process.wait()
-            detail = self._log_tail()
+            status = process.wait() or 0
+            detail = process.errors()
             self.close()
-            raise WorkerFailure(f"the compiler's process {_ending(status)}", detail) from None
+            raise WorkerFailure(f"the compiler's process {ending(status)}", detail) from None
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerFailure(answer["error"], answer.get("detail", ""))
@@ -83,55 +79,6 @@ class Worker:
 
     def close(self) -> None:
         """End the process and everything it started; a later `ask` starts a fresh one."""
-        process, self._process, self._unread = self._process, None, b""
-        if process is None:
-            return
-        if process.poll() is None:
-            # A session of its own, so that an assembler the compiler started ends with it.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        for pipe in (process.stdin, process.stdout, self._log):
-            if pipe is not None:
-                pipe.close()
-
-    def _start(self) -> None:
-        self._log = tempfile.TemporaryFile(prefix="nsa_gen_worker_")  # noqa: SIM115 (closed with the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "nsa_gen.targets.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=self._environment,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(self._opening.encode() + b"\n")
-
-    def _read_line(self, timeout: float) -> bytes:
-        assert self._process is not None and self._process.stdout is not None
-        answers = self._process.stdout.fileno()
-        deadline = time.monotonic() + timeout
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([answers], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            chunk = os.read(answers, 65536)
-            if not chunk:
-                raise EOFError
-            self._unread += chunk
-        line, self._unread = self._unread.split(b"\n", 1)
-        return line
-
-    def _log_tail(self, limit: int = 4000) -> str:
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - limit))
-        return self._log.read().decode(errors="replace")
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"exited with {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()

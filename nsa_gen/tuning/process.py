@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import select
 import signal
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from nsa_gen._process import LineProcess, ending
 
 LOST_STATUS = 3
 """Exit status of a worker that a candidate has left without a usable GPU; its last line says why."""
@@ -44,9 +41,7 @@ class WorkerProcess:
 
     def __init__(self, command: Sequence[str], opening: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         self._command, self._opening, self._environment = list(command), dict(opening), dict(environment)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log: Any = None
-        self._unread = b""
+        self._process: LineProcess | None = None
 
     @property
     def pid(self) -> int | None:
@@ -71,17 +66,13 @@ class WorkerProcess:
         Raises:
             WorkerDied: it ended, or was silent for too long and has been ended.
         """
-        if self._process is None:
-            self._start()
-        process = self._process
-        assert process is not None and process.stdin is not None
+        process = self._process or self._start()
         candidate: int | None = None
         lost = ""
         try:
-            process.stdin.write(json.dumps(dict(request)).encode() + b"\n")
-            process.stdin.flush()
+            process.tell(request)
             while True:
-                line = self._read_line(start_seconds if candidate is None else candidate_seconds)
+                line = process.read_line(start_seconds if candidate is None else candidate_seconds)
                 said = json.loads(line)
                 if "now" in said:
                     candidate = said["now"]
@@ -96,8 +87,8 @@ class WorkerProcess:
             self.close()
             raise WorkerDied(f"hung: no sign of life for {seconds:g} s", candidate) from None
         except (EOFError, BrokenPipeError, json.JSONDecodeError):
-            status = self._status(process)
-            tail = "" if lost else self._log_tail()
+            status = process.wait(10) or 0
+            tail = "" if lost else _last_line(process.errors(300))
             self.close()
             raise WorkerDied(
                 _story(status, lost, tail),
@@ -107,67 +98,24 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process and everything it started; a later `ask` starts a fresh one."""
-        process, self._process, self._unread = self._process, None, b""
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):  # all of its session had ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout, self._log):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # it holds a request that nobody will read
-                    pipe.close()
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
 
-    def _start(self) -> None:
-        self._log = tempfile.TemporaryFile(prefix="nsa_gen_tuner_")  # noqa: SIM115 (closed with the process)
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=self._environment,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
+    def _start(self) -> LineProcess:
+        process = self._process = LineProcess(self._command, self._environment)
         with contextlib.suppress(BrokenPipeError):  # reading its answer will tell
-            self._process.stdin.write(json.dumps(self._opening).encode() + b"\n")
-            self._process.stdin.flush()
+            process.tell(self._opening)
+        return process
 
-    def _status(self, process: subprocess.Popen[bytes]) -> int:
-        try:
-            return process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            return 0
 
-    def _read_line(self, seconds: float) -> bytes:
-        assert self._process is not None and self._process.stdout is not None
-        answers = self._process.stdout.fileno()
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([answers], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            chunk = os.read(answers, 65536)
-            if not chunk:
-                raise EOFError
-            self._unread += chunk
-        line, self._unread = self._unread.split(b"\n", 1)
-        return line
-
-    def _log_tail(self, limit: int = 300) -> str:
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - limit))
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _story(status: int, lost: str, tail: str) -> str:
     if lost:
         return f"left the GPU unusable: {lost}"
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = f"signal {-status}"
-        return f"crashed: the measuring process was ended by {name}"
-    return f"crashed: the measuring process exited with {status}" + (f" ({tail})" if tail else "")
+    more = f" ({tail})" if tail and status >= 0 else ""
+    return f"crashed: the measuring process {ending(status)}{more}"
