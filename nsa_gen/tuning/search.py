@@ -155,9 +155,14 @@ class Search:
         return sorted(found, key=lambda combo: combo != self._default_combo(combo))
 
     def _wanted(self, choice: str) -> bool:
-        """Whether a pass that is tuned has a kernel that runs for this choice; if none runs for it, any pass may."""
+        """Whether a pass that is tuned has a kernel that runs for this choice.
+
+        A choice that no kernel runs for concerns every pass: it is open where all of them are tuned.
+        """
         runs = {kernel.direction for kernel in self._program.kernels if kernel.choice and kernel.choice[0] == choice}
-        return not runs or not runs.isdisjoint(self._passes)
+        if runs:
+            return not runs.isdisjoint(self._passes)
+        return {kernel.direction for kernel in self._program.kernels} - {"decode"} <= set(self._passes)
 
     def _default_combo(self, combo: Configs) -> Configs:
         return {name: {key: self._defaults[name][key] for key in values} for name, values in combo.items()}

@@ -95,6 +95,21 @@ def test_kernels_of_a_hopeless_schedule_are_not_timed(cache: Path, tmp_path: Pat
     assert not [each for each in began(log) if kernel in each["configs"]]
 
 
+def test_who_does_the_local_blocks_is_decided_for_all_passes_or_left_alone(cache: Path, tmp_path: Path) -> None:
+    rest = SPEC.replace(
+        "selection: {block: 64, count: 3, indices: input}", "selection: {block: 64, count: 3, local: 1}"
+    )
+    whole = parse_spec(rest.replace("{size: 10}", "{size: 64}\ncompression: {block: 32, stride: 16, phi: mean}"))
+    rule, log = "selected_attention LOCAL_IN_WINDOW=1", tmp_path / "log"
+    script = {"times": {"forward": {rule: 3.0}, "backward": {rule: 1.0}}, "log": str(log)}
+    call: dict[str, Any] = {"tools": fake_tools(cache, script), "shapes": (8192,), "effort": "quick"}
+    (result,) = tune(whole, passes=("forward",), **call).results
+    assert result.configs == {} and began(log)
+    assert all(each["configs"].get("selected_attention", {}).get("LOCAL_IN_WINDOW", 0) == 0 for each in began(log))
+    (result,) = tune(whole, **call).results
+    assert result.configs["selected_attention"]["LOCAL_IN_WINDOW"] == 1
+
+
 def test_sizes_of_chunks_are_tried_around_the_default(cache: Path) -> None:
     size = DEFAULTS["selected_attention"]["CHUNK_TOKENS"] // 2
     (result,) = tuned(cache, {"times": {"backward": {f"selected_attention CHUNK_TOKENS={size}": 3.0}}}).results
