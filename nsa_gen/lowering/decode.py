@@ -76,7 +76,7 @@ def _append(spec: Spec) -> Kernel:
     pairs = 1 if spec.kv == "shared" else len(raw_readers(spec))
     moved = 2 * pairs * s.B * s.Hkv * _ROW_BYTES
     purpose = "new keys and values into the cache"
-    if spec.compression and {spec.compression.phi.key, spec.compression.phi.value} & {"mean", "weighted"}:
+    if any(side.pooled for side in compressed_sides(spec)):
         purpose += ", and the blocks they complete"
         moved += s.B * s.Hkv * _ROW_BYTES * s.CMP_BLOCK / s.CMP_STRIDE
     registers = s.TOKEN_BLOCK * sympy.Max(s.PAD_QK, s.PAD_V)

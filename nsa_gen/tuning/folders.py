@@ -21,12 +21,10 @@ Say = Callable[[str], None]
 @contextmanager
 def work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
     """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
-    from filelock import FileLock
-
     folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder), FileLock(folder / ".lock", timeout=60):
+        with tempfile.TemporaryFile(dir=folder):  # which a read-only folder refuses
             package = generate(spec, folder / "package")
     except OSError as error:
         say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
