@@ -73,19 +73,24 @@ def json_text(value: Any, indent: str = "") -> str:
     return "[\n" + ",\n".join(inner + json_text(child, inner) for child in children) + f"\n{indent}]"
 
 
+LOCKS = 64
+"""Lock files of a user, at most."""
+
+
 @contextmanager
 def one_at_a_time(path: Path, timeout: float = 60.0) -> Iterator[None]:
     """Within the block no other process of this user is within its own for the same path, which need not exist.
 
     The lock lies among the temporary files, so that nothing is left beside the path; a process that dies gives it back.
+    A few locks serve all paths, as their files stay: two paths may share one, so blocks must not be nested.
 
     Raises:
         OSError: another process has held it for `timeout` seconds, or there is no folder for temporary files.
     """
     from filelock import FileLock
 
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"nsa_gen_{os.getuid()}_{name}.lock", timeout=timeout):
+    number = int(hashlib.sha256(os.fsencode(path.resolve())).hexdigest(), 16) % LOCKS
+    with FileLock(Path(tempfile.gettempdir()) / f"nsa_gen_{os.getuid()}_{number}.lock", timeout=timeout):
         yield
 
 

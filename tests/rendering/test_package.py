@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from nsa_gen._files import LOCKS, one_at_a_time
 from nsa_gen.rendering import RefusedOverwriteError, differences, generate, render
 from nsa_gen.rendering.package import SIGNATURE
 from nsa_gen.spec import load_spec, shipped_specs
@@ -137,6 +139,16 @@ def test_what_another_process_is_writing_is_neither_removed_nor_called_stale(tmp
     assert differences("tiny", tmp_path) == []
     generate("tiny", tmp_path)
     assert scratch.exists()
+
+
+def test_locks_do_not_pile_up_however_many_folders_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
+    (tmp_path / "locks").mkdir()
+    for number in range(3 * LOCKS):
+        with one_at_a_time(tmp_path / str(number)):
+            pass
+    assert 1 < len(list((tmp_path / "locks").iterdir())) <= LOCKS
+    assert not list(tmp_path.glob("[0-9]*"))
 
 
 def test_generations_into_one_folder_at_once_wait_for_each_other_and_leave_one_of_them_whole(tmp_path):
