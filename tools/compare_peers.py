@@ -23,7 +23,8 @@ sys.path.insert(0, str(PROJECT))
 
 from nsa_gen._files import write_whole  # noqa: E402
 from nsa_gen.bench.contenders import OURS  # noqa: E402
-from nsa_gen.bench.plots import MatplotlibMissing, plot_by_group, plot_by_length  # noqa: E402
+from nsa_gen.bench.drawing import MatplotlibMissing  # noqa: E402
+from nsa_gen.bench.plots import plot_by_group, plot_by_length  # noqa: E402
 from nsa_gen.bench.records import Results, merge, read_results, write_json  # noqa: E402
 from nsa_gen.bench.registry import DEFAULT_NAMES, choose  # noqa: E402
 from nsa_gen.bench.session import Session, run_session  # noqa: E402

@@ -1,14 +1,15 @@
-"""The figures of a report, from the records of a benchmark: each an SVG with a caption, a legend and words for it."""
+"""The figures of a report, from the records of a benchmark: charts as SVG, a caption, and words for each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
-from nsa_gen.bench import svg
 from nsa_gen.bench.breakdown import OTHER
 from nsa_gen.bench.contenders import OURS
+from nsa_gen.bench.drawing import Look, chart, draw_bars, draw_heat_map, draw_roofline, draw_speed_ups, look
 from nsa_gen.bench.records import KernelRow, Results, SelectionRow
 from nsa_gen.bench.summary import DIRECTIONS, TITLES, Entry, Key, branch_times, entries, profiles, short, speed_up
 from nsa_gen.hardware import Gpu, gpu_for_device
@@ -25,13 +26,11 @@ class Figure:
         title: what it shows, in a few words.
         caption: how to read it.
         charts: (heading, SVG) of each chart.
-        legend: (swatch as SVG, name) of each series.
     """
 
     title: str
     caption: str
     charts: tuple[tuple[str, str], ...]
-    legend: tuple[tuple[str, str], ...] = ()
 
 
 def figures(results: Results) -> list[Figure]:
@@ -95,10 +94,10 @@ def _speed_ups(
     """A chart a pass; nothing where no sequence has a dense contender's time."""
     names = list(dict.fromkeys(each.contender for found in panel.values() for each in found))
     others = [name for name in names if name != OURS]
-    looks = {OURS: ("ours", 0)} | {name: (f"s{i % 8}", i + 1) for i, name in enumerate(others)}
-    charts, drawn = [], set()
+    looks = {name: look(number) for number, name in enumerate(others)} | {OURS: look(0, ours=True)}
+    charts = []
     for direction in DIRECTIONS:
-        series = []
+        series: dict[str, tuple[list[tuple[int, float]], Look]] = {}
         for name in names:
             points = {
                 place(key, found): ratio
@@ -106,30 +105,28 @@ def _speed_ups(
                 if (ratio := speed_up(found, name, direction)) is not None
             }
             if points:
-                series.append(svg.Series(name, tuple(sorted(points.items())), *looks[name]))
+                series[name] = (sorted(points.items()), looks[name])
         if series:
-            drawn |= {each.name for each in series}
             said = "; ".join(
-                f"{each.name}: {', '.join(f'{y:.2f}x at {text(x)}' for x, y in each.points)}" for each in series
+                f"{name}: {', '.join(f'{y:.2f}x at {text(x)}' for x, y in points)}"
+                for name, (points, _) in series.items()
             )
-            name = f"{title}, {TITLES[direction]}"
-            chart = svg.line_chart(next(keys), name, said, series, x_label=label, x_text=text)
-            charts.append((TITLES[direction], chart))
+            draw = partial(draw_speed_ups, series=series, label=label, text=text)
+            charts.append((TITLES[direction], chart(next(keys), f"{title}, {TITLES[direction]}", said, draw)))
     if not charts:
         return []
-    legend = tuple((svg.swatch(*looks[name]), name) for name in names if name in drawn)
     caption = "Above the dashed line a contender is quicker than the quickest dense attention of the same run."
-    return [Figure(title, caption, tuple(charts), legend)]
+    return [Figure(title, caption, tuple(charts))]
 
 
 def _branches(kernels: Sequence[KernelRow], keys: Iterator[str]) -> Figure:
     """Where the time goes: a bar a pass, a part a branch."""
-    styles = {branch: f"s{number}" for number, branch in enumerate(BRANCHES)}
+    looks = {branch: look(number) for number, branch in enumerate(BRANCHES)}
     times = branch_times(kernels)
     bars, said = [], []
     for direction in dict.fromkeys(one.direction for one in times):
         parts = [
-            (BRANCHES.get(one.branch, one.branch), one.ms, styles.get(one.branch, "s7"))
+            (BRANCHES.get(one.branch, one.branch), one.ms, looks.get(one.branch, look(7)))
             for one in times
             if one.direction == direction
         ]
@@ -137,34 +134,31 @@ def _branches(kernels: Sequence[KernelRow], keys: Iterator[str]) -> Figure:
         said.append(f"{direction}: {', '.join(f'{name} {ms:.2f} ms' for name, ms, _ in parts)}")
     one = kernels[0]
     title = f"{one.workload}: time by branch, {one.tokens:,} tokens, {one.inputs} inputs"
-    chart = svg.stacked_bars(next(keys), title, "; ".join(said), bars)
-    shown = dict.fromkeys(one.branch for one in times)
-    legend = tuple((svg.block_swatch(styles.get(each, "s7")), BRANCHES.get(each, each)) for each in shown)
+    drawn = chart(next(keys), title, "; ".join(said), partial(draw_bars, bars=bars), height=0.6 + 0.4 * len(bars))
     caption = "GPU time of our kernels, as profiled in one forward and one backward."
-    return Figure(title, caption, (("", chart),), legend)
+    return Figure(title, caption, (("", drawn),))
 
 
 def _roofline(kernels: Sequence[KernelRow], device: Gpu, keys: Iterator[str]) -> Figure:
     """Our kernels under the roof of the GPU, by branch; those without matrix work have no place in it."""
-    series, said = [], []
-    looks = {branch: (f"s{number}", number) for number, branch in enumerate(BRANCHES)}
+    points, said = [], []
+    looks = {branch: look(number) for number, branch in enumerate(BRANCHES)}
     working = [kernel for kernel in kernels if kernel.flops and kernel.bytes]
     for branch in dict.fromkeys(kernel.branch for kernel in working):
         for kernel in (each for each in working if each.branch == branch):
             intensity, rate = kernel.flops / kernel.bytes, kernel.flops / kernel.ms / 1e9
-            series.append(svg.Series(kernel.kernel, ((intensity, rate),), *looks[branch]))
+            points.append((BRANCHES[branch], intensity, rate, looks[branch]))
             roof = min(device.bf16_tflops, intensity * device.bandwidth_tbs)
             said.append(f"{kernel.kernel}: {rate:.0f} TFLOP/s, {100 * rate / roof:.0f}% of its roof")
     one = kernels[0]
     title = f"{one.workload}: roofline, {one.tokens:,} tokens, {one.inputs} inputs"
     peak, bandwidth = device.bf16_tflops, device.bandwidth_tbs
-    chart = svg.roofline(next(keys), title, "; ".join(said), series, peak=peak, bandwidth=bandwidth)
-    legend = tuple((svg.swatch(*looks[b]), BRANCHES[b]) for b in dict.fromkeys(kernel.branch for kernel in working))
+    draw = partial(draw_roofline, points=points, peak=peak, bandwidth=bandwidth)
     caption = (
         f"TFLOP/s of the work that no schedule avoids, over FLOPs a byte that must be moved. The roof: {device.name}, "
         f"{peak:.0f} TFLOP/s in bfloat16 and {bandwidth:g} TB/s. {'; '.join(said)}."
     )
-    return Figure(title, caption, (("", chart),), legend)
+    return Figure(title, caption, (("", chart(next(keys), title, "; ".join(said), draw)),))
 
 
 def _selection(row: SelectionRow, keys: Iterator[str]) -> Figure:
@@ -177,5 +171,5 @@ def _selection(row: SelectionRow, keys: Iterator[str]) -> Figure:
         f"{size} rows of queries by {size} columns of keys, all KV heads. Of their slots, queries give "
         f"{100 * first:.0f}% to the first column and {100 * own:.0f}% to their own on average."
     )
-    chart = svg.heat_map(next(keys), title, said, row.shares, extent=short(row.tokens))
-    return Figure(title, f"The darker, the more of a row's slots fall there. {said}", (("", chart),))
+    drawn = chart(next(keys), title, said, partial(draw_heat_map, shares=row.shares, extent=short(row.tokens)))
+    return Figure(title, f"The darker, the more of a row's slots fall there. {said}", (("", drawn),))

@@ -8,17 +8,9 @@ from typing import Any
 
 from nsa_gen._files import replacing
 from nsa_gen.bench.contenders import OURS
+from nsa_gen.bench.drawing import draw_speed_ups, look, pyplot
 from nsa_gen.bench.records import Results
 from nsa_gen.bench.summary import DIRECTIONS, TITLES, Entry, Key, best_dense, entries, short, speed_up
-
-MARKERS = "osD^vP*X"
-
-
-class MatplotlibMissing(RuntimeError):
-    """Plots were asked for and matplotlib is not installed."""
-
-    def __init__(self) -> None:
-        super().__init__("plots need matplotlib: pip install 'nsa-gen[bench]'")
 
 
 def plot_by_length(results: Results, path: Path, *, workloads: Sequence[str] | None = None) -> None:
@@ -27,7 +19,7 @@ def plot_by_length(results: Results, path: Path, *, workloads: Sequence[str] | N
     `workloads` are those to draw, all if left out.
 
     Raises:
-        MatplotlibMissing: it is not installed.
+        drawing.MatplotlibMissing: it is not installed.
         ValueError: there is nothing to draw.
     """
     found = entries(results.rows)
@@ -62,7 +54,6 @@ def _draw(
     label: str,
     path: Path,
 ) -> None:
-    pyplot = _pyplot()
     shown = [
         (panel, title)
         for panel, title in zip(panels, titles, strict=True)
@@ -70,55 +61,30 @@ def _draw(
     ]
     if not shown:
         raise ValueError("nothing to plot: no sequence has the times of a dense contender")
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         len(shown), len(DIRECTIONS), figsize=(12, 3 * len(shown)), squeeze=False, sharey=True, layout="constrained"
     )
     everyone = dict.fromkeys(each.contender for panel, _ in shown for found in panel.values() for each in found)
-    colours = {name: f"C{number}" for number, name in enumerate(name for name in everyone if name != OURS)}
+    others = [name for name in everyone if name != OURS]
+    looks = {name: look(number) for number, name in enumerate(others)} | {OURS: look(0, ours=True)}
     for (panel, title), row in zip(shown, axes, strict=True):
         for direction, ax in zip(DIRECTIONS, row, strict=True):
-            places = sorted({place(key, found) for key, found in panel.items()})
-            for number, name in enumerate(everyone):
+            series = {}
+            for name in everyone:
                 points = sorted(
                     (place(key, found), ratio)
                     for key, found in panel.items()
                     if (ratio := speed_up(found, name, direction)) is not None
                 )
                 if points:
-                    ours = name == OURS
-                    ax.plot(
-                        *zip(*points, strict=True),
-                        marker=MARKERS[number % len(MARKERS)],
-                        label=name,
-                        color="black" if ours else colours[name],
-                        linewidth=2.2 if ours else 1.2,
-                        zorder=3 if ours else 2,
-                    )
-            ax.axhline(1, color="grey", linewidth=0.8, linestyle="--")
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log", base=2)
-            ax.set_xticks(places, [short(each) for each in places])
-            ax.xaxis.minorticks_off()
-            ax.yaxis.set_major_formatter(lambda value, position: f"{value:g}x")
+                    series[name] = (points, looks[name])
+            draw_speed_ups(ax, series, label, short)
             ax.set_title(f"{title}\n{TITLES[direction]}", fontsize=9)
-            ax.set_xlabel(label, fontsize=9)
-            ax.grid(alpha=0.3)
-        row[0].set_ylabel("speed-up over the best dense", fontsize=9)
+        row[0].set_ylabel("speed-up over the best dense")
     handles: dict[str, Any] = {}
     for ax in axes.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)), fontsize=9)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=150, format=path.suffix.removeprefix(".").lower() or "png")
-    pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MatplotlibMissing from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    pyplot().close(figure)

@@ -170,7 +170,8 @@ def _ours_is_timed(results: Results) -> bool:
 
 def _plot(results: Results, path: Path) -> None:
     """Draw, or say why not: figures that took minutes are not thrown away for a missing library."""
-    from nsa_gen.bench.plots import MatplotlibMissing, plot_by_length
+    from nsa_gen.bench.drawing import MatplotlibMissing
+    from nsa_gen.bench.plots import plot_by_length
 
     try:
         plot_by_length(results, path)

@@ -39,18 +39,7 @@ figure { margin: 1.6rem 0; } figcaption { color: var(--soft); font-size: .875rem
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .5rem 1rem; }
 .charts > div { max-width: 34rem; } .charts p { margin: 0; font-size: .875rem; }
 .charts svg { width: 100%; height: auto; display: block; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; margin: .3rem 0;
-  font-size: .875rem; }
-.swatch { vertical-align: middle; margin-right: .3rem; }
-text { fill: var(--soft); font-size: 11px; } .label { font-size: 12px; }
-.grid { stroke: var(--rule); stroke-width: .6; } .axis { stroke: var(--soft); fill: none; }
-.one { stroke: var(--soft); stroke-dasharray: 4 3; } .roof { stroke: var(--soft); stroke-width: 1.6; fill: none; }
-.frame { fill: none; stroke: var(--rule); } .cell { fill: var(--c0); }
-.line { fill: none; stroke: var(--mine); stroke-width: 1.6; } .mark, .bar { fill: var(--mine); }
-.bar { stroke: var(--page); stroke-width: .8; }
-.ours { --mine: var(--ink); } .line.ours { stroke-width: 2.6; }
-.s0 { --mine: var(--c0); } .s1 { --mine: var(--c1); } .s2 { --mine: var(--c2); } .s3 { --mine: var(--c3); }
-.s4 { --mine: var(--c4); } .s5 { --mine: var(--c5); } .s6 { --mine: var(--c6); } .s7 { --mine: var(--c7); }
+.charts svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media print {
   :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --rule: #bbb; --band: #f4f4f4; --c0: #0064b4;
     --c1: #b84a00; --c2: #00734f; --c3: #9c3a7d; --c4: #7a6000; --c5: #00788c; --c6: #6a4fc4; --c7: #6e7781; }
@@ -133,9 +122,7 @@ def _table(table: Table) -> str:
 
 def _figure(figure: Figure) -> str:
     charts = "".join(f"<div><p>{escape(heading)}</p>{chart}</div>" for heading, chart in figure.charts)
-    entries = "".join(f"<li>{swatch}{escape(name)}</li>" for swatch, name in figure.legend)
-    legend = f'<ul class="legend">{entries}</ul>' if entries else ""
     return (
-        f'<figure>\n<p class="figure-title">{escape(figure.title)}</p>\n<div class="charts">{charts}</div>\n{legend}'
+        f'<figure>\n<p class="figure-title">{escape(figure.title)}</p>\n<div class="charts">{charts}</div>\n'
         f"<figcaption>{escape(figure.caption)}</figcaption>\n</figure>"
     )

@@ -14,6 +14,7 @@ from nsa_gen.cli.common import JsonOption, note, print_json
 if TYPE_CHECKING:
     from nsa_gen.bench.documents import Document, Job
     from nsa_gen.bench.figures import Figure
+    from nsa_gen.bench.records import Results
     from nsa_gen.cli.blocks import Block
 
 MOST_FAILURES = 20
@@ -73,7 +74,6 @@ def report_page(paths: Sequence[Path]) -> list[Block | Figure]:
         ValueError: a file holds no results, or the benchmarks are of different GPUs.
     """
     from nsa_gen.bench.documents import read_document
-    from nsa_gen.bench.figures import figures
     from nsa_gen.bench.records import merge
     from nsa_gen.cli.bench_report import report_blocks
     from nsa_gen.cli.blocks import Heading, Text
@@ -83,11 +83,23 @@ def report_page(paths: Sequence[Path]) -> list[Block | Figure]:
     timed = [document.results for document in documents if document.results is not None]
     if timed:
         results = merge(timed)
-        blocks += [Heading("Figures"), *figures(results), *report_blocks(results)]
+        blocks += [Heading("Figures"), *_figures(results), *report_blocks(results)]
     for document in documents:
         blocks += [*_verified(document), *_tuned(document)]
     sources = "\n".join(f"- {path.name}" for path in paths)
     return [*blocks, Heading("Made from"), Text(sources)]
+
+
+def _figures(results: Results) -> list[Block | Figure]:
+    """The figures of benchmarks, or how to get them."""
+    from nsa_gen.bench.drawing import MatplotlibMissing
+    from nsa_gen.bench.figures import figures
+    from nsa_gen.cli.blocks import Text
+
+    try:
+        return list(figures(results))
+    except MatplotlibMissing as error:
+        return [Text(f"Not drawn: {error}.")]
 
 
 def _verified(document: Document) -> list[Block]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from nsa_gen.bench import plots
+from nsa_gen.bench import drawing, plots
 from nsa_gen.bench.records import Results
 from tests.bench.fakes import pair, sample_results
 
@@ -60,5 +60,6 @@ def test_without_a_dense_contender_there_is_nothing_to_draw(tmp_path):
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(plots.MatplotlibMissing, match=r"nsa-gen\[bench\]"):
+    drawing.pyplot.cache_clear()
+    with pytest.raises(drawing.MatplotlibMissing, match=r"nsa-gen\[bench\]"):
         plots.plot_by_length(sample_results(), tmp_path / "x.png")

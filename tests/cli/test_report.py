@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from nsa_gen.bench import drawing
 from nsa_gen.bench.figures import figures
 from nsa_gen.bench.records import Results, SelectionRow, merge, read_results, write_json
 from nsa_gen.cli.blocks import Code, Heading, Table, Text
@@ -247,6 +249,15 @@ def test_without_a_sweep_the_groups_are_those_of_the_workloads():
     figure = figures(found)[0]
     assert "by group size, 32,768 tokens" in figure.title
     assert re.search(r"nsa_gen: [\d.]+x at 1, [\d.]+x at 4, [\d.]+x at 16", figure.charts[2][1])
+
+
+def test_without_matplotlib_the_page_says_how_to_get_its_figures(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    drawing.pyplot.cache_clear()
+    write_json(tmp_path / "results.json", full_results())
+    assert call("report", "results.json", "-o", "page.html").returncode == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "pip install &#x27;nsa-gen[bench]&#x27;" in text and "<svg" not in text and Page(text).open == []
 
 
 def test_without_times_there_are_no_figures():

@@ -228,11 +228,10 @@ def _table(result: dict[str, Any]) -> list[str]:
 
 def plot(document: Path, picture: Path) -> None:
     """Draw the losses of a suite's training.json, smoothed over ten steps."""
-    from nsa_gen.bench.plots import _pyplot
+    from nsa_gen.bench.drawing import pyplot
 
     result = json.loads(document.read_text(encoding="utf-8"))["jobs"][0]["result"]
-    pyplot = _pyplot()
-    figure, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, ax = pyplot().subplots(figsize=(7, 4), layout="constrained")
     styles = itertools.cycle(({"linewidth": 2.2}, {"linewidth": 1.2, "linestyle": "--"}, {"linewidth": 1.2}))
     for (name, losses), style in zip(result["losses"].items(), styles, strict=False):
         ax.plot(range(len(losses)), _smoothed(losses), label=name, **style)
@@ -244,7 +243,7 @@ def plot(document: Path, picture: Path) -> None:
     ax.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
