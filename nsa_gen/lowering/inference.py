@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nsa_gen.lowering.heads import SMALLEST_PART, power_of_two
+from nsa_gen.lowering.heads import SMALLEST_TILE, power_of_two
 from nsa_gen.lowering.phi import CompressedSide, compressed_sides
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class InferenceProgram:
     def before_keys(self) -> int:
         """Compressed blocks looked at before a tile: a product takes sixteen at least."""
         assert self.overlap is not None
-        return max(SMALLEST_PART, power_of_two(-self.overlap.first))
+        return max(SMALLEST_TILE, power_of_two(-self.overlap.first))
 
     @property
     def merged_floats(self) -> int:

@@ -27,8 +27,8 @@ def lower(spec: Spec) -> Program:
 
     The result depends on the spec alone: same spec, same Program.
     """
-    qk = split_head_dim(spec.head_dim.qk, "HEAD_DIM_QK")
-    v = split_head_dim(spec.head_dim.v, "HEAD_DIM_V")
+    qk = split_head_dim(spec.head_dim.qk)
+    v = split_head_dim(spec.head_dim.v)
     group_rows = power_of_two(spec.heads.group)
     selected_rows = max(group_rows, FEWEST_ROWS)
     weights = _overlap(spec)

@@ -25,7 +25,7 @@ def forgotten_scale(branch: str, file: str, old: str, check: Check, times: int =
         f"`{branch}`: 1/sqrt(Dk) where the spec gives another scale",
         check,
         (f"o_{branch}", f"lse_{branch}"),
-        (Edit(file, old, old.replace("dot_qk(q, k)", f"dot_qk(q, k) * {SCALE_OF_HEAD_DIM}"), times),),
+        (Edit(file, old, old.replace("dot_rows(q, k)", f"dot_rows(q, k) * {SCALE_OF_HEAD_DIM}"), times),),
     )
 
 
@@ -117,15 +117,15 @@ MUTANTS = (
         ),
     ),
     # The scale
-    forgotten_scale("cmp", "compressed_attention.py", "products = dot_qk(q, k)\n", COMPRESSED),
-    forgotten_scale("slc", "selected_query_major.py", "dot_qk(q, k), float", SELECTED),
-    forgotten_scale("win", "window_attention.py", "products = dot_qk(q, k)\n", WINDOW),
+    forgotten_scale("cmp", "compressed_attention.py", "products = dot_rows(q, k)\n", COMPRESSED),
+    forgotten_scale("slc", "selected_query_major.py", "dot_rows(q, k), float", SELECTED),
+    forgotten_scale("win", "window_attention.py", "products = dot_rows(q, k)\n", WINDOW),
     Mutant(
         "poisoned_values_not_gone_through_again",
         "o keeps the NaN of a value that its query does not see",
         WINDOW_NAN,
         ("o_win",),
-        (Edit("window_attention.py", "if not all_finite_v_rows(acc):", "if tl.num_programs(0) < 0:"),),
+        (Edit("window_attention.py", "if not all_finite(acc):", "if tl.num_programs(0) < 0:"),),
     ),
     # Softmax
     Mutant(
@@ -133,7 +133,7 @@ MUTANTS = (
         "the accumulator keeps its scale when the running maximum moves",
         WINDOW,
         ("o_win",),
-        (Edit("window_attention.py", "        acc = scale_v_rows(acc, rescale[:, None])\n", ""),),
+        (Edit("window_attention.py", "        acc = scale_rows(acc, rescale[:, None])\n", ""),),
     ),
     Mutant(
         "row_sum_not_rescaled",
@@ -189,7 +189,7 @@ MUTANTS = (
         "0 * NaN: a plain product with values that some rows of the tile do not see",
         WINDOW_NAN,
         ("o_win",),
-        (Edit("window_attention.py", "add_visible_values(p, visible, v, acc)", "add_v_product(p, v, acc)"),),
+        (Edit("window_attention.py", "add_visible_values(p, visible, v, acc)", "add_product(p, v, acc)"),),
     ),
     Mutant(
         "nan_leaks_in_the_selection",

@@ -47,8 +47,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "ds = p * (dot_v(do, v) - delta[:, None])\n        dq",
-                "ds = p * dot_v(do, v)\n        dq",
+                "ds = p * (dot_rows(do, v) - delta[:, None])\n        dq",
+                "ds = p * dot_rows(do, v)\n        dq",
             ),
         ),
     ),
@@ -60,8 +60,8 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "ds = p * (dot_v(do, v) - delta[:, None])\n        p =",
-                "ds = p * dot_v(do, v)\n        p =",
+                "ds = p * (dot_rows(do, v) - delta[:, None])\n        p =",
+                "ds = p * dot_rows(do, v)\n        p =",
             ),
         ),
     ),
@@ -70,7 +70,7 @@ MUTANTS = (
         "dQ is scaled twice",
         WINDOW,
         ("dq",),
-        (Edit("window_attention.py", "scale_qk_rows(dq, SCALE)", "scale_qk_rows(dq, SCALE * SCALE)"),),
+        (Edit("window_attention.py", "scale_rows(dq, SCALE)", "scale_rows(dq, SCALE * SCALE)"),),
     ),
     Mutant(
         "scale_folded_twice_in_probabilities",
@@ -149,11 +149,11 @@ MUTANTS = (
         (
             Edit(
                 "window_attention.py",
-                "        dv = add_v_product(tl.trans(p), do, dv)\n",
+                "        dv = add_product(tl.trans(p), do, dv)\n",
                 "        ungated = gated_probabilities(\n"
-                "            dot_qk(q, k), lse[:, None], 1.0, is_visible(queries + offset, keys)\n"
+                "            dot_rows(q, k), lse[:, None], 1.0, is_visible(queries + offset, keys)\n"
                 "        )\n"
-                "        dv = add_v_product(tl.trans(ungated), do, dv)\n",
+                "        dv = add_product(tl.trans(ungated), do, dv)\n",
             ),
         ),
     ),

@@ -248,8 +248,8 @@ MUTANTS = (
         (
             Edit(
                 FORWARDS,
-                "softmax_tile(dot_qk(q, k), visible)",
-                "softmax_tile(dot_qk(q, k) * (0.25 / 0.37), visible)",
+                "softmax_tile(dot_rows(q, k), visible)",
+                "softmax_tile(dot_rows(q, k) * (0.25 / 0.37), visible)",
             ),
         ),
     ),

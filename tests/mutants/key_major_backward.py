@@ -167,21 +167,21 @@ MUTANTS = (
         "dQ of the selected branch lacks the scale",
         BACKWARD,
         ("dq",),
-        (Edit(BACKWARDS, "        dq = scale_qk_rows(dq, SCALE)\n", ""),),
+        (Edit(BACKWARDS, "        dq = scale_rows(dq, SCALE)\n", ""),),
     ),
     Mutant(
         "dk_without_the_scale",
         "dK of the selected branch lacks the scale",
         BACKWARD,
         ("dk",),
-        (Edit(BACKWARDS, "        dk = scale_qk_rows(dk, SCALE)\n", ""),),
+        (Edit(BACKWARDS, "        dk = scale_rows(dk, SCALE)\n", ""),),
     ),
     Mutant(
         "delta_omitted_in_the_selection",
         "ds = p dp, without delta, in dQ and dK of the selected branch",
         BACKWARD,
         ("dq", "dk"),
-        (Edit(BACKWARDS, "ds = p * (dot_v(do, v) - delta[:, None])", "ds = p * dot_v(do, v)"),),
+        (Edit(BACKWARDS, "ds = p * (dot_rows(do, v) - delta[:, None])", "ds = p * dot_rows(do, v)"),),
     ),
     Mutant(
         "gate_omitted_in_the_selection",
@@ -191,8 +191,8 @@ MUTANTS = (
         (
             Edit(
                 BACKWARDS,
-                "gated_probabilities(dot_qk(q, k), lse[:, None], gate[:, None], visible)",
-                "gated_probabilities(dot_qk(q, k), lse[:, None], 1.0, visible)",
+                "gated_probabilities(dot_rows(q, k), lse[:, None], gate[:, None], visible)",
+                "gated_probabilities(dot_rows(q, k), lse[:, None], 1.0, visible)",
             ),
         ),
     ),

@@ -69,7 +69,7 @@ MUTANTS = (
         "the query-major kernel begins with the local part as if its weights summed to 1",
         TOKENS,
         ("o_slc",),
-        (Edit(QUERY_MAJOR, "acc = scale_v_rows(acc, row_sum[:, None])", "acc = acc"),),
+        (Edit(QUERY_MAJOR, "acc = scale_rows(acc, row_sum[:, None])", "acc = acc"),),
     ),
     Mutant(
         "local_maximum_not_merged",
