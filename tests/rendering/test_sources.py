@@ -22,6 +22,7 @@ from nsa_gen.rendering.environment import environment
 from nsa_gen.rendering.package import SIGNATURE, templates_digest
 from nsa_gen.spec import Spec, load_spec, parse_spec
 from tests.lowering.drawn_specs import specs
+from tests.pitfalls.carried_bounds import carried_bounds
 
 SPECS = specs(25)
 
@@ -108,6 +109,10 @@ def test_every_module_parses_and_imports_torch_triton_the_standard_library_and_i
             for module in imported:
                 root = module.partition(".")[0]
                 assert root in ("torch", "triton") or root in sys.stdlib_module_names, (name, module)
+
+
+def test_no_kernel_carries_what_bounds_a_loop_inside_it(modules):
+    assert carried_bounds(modules.values()) == []
 
 
 def test_kernels_and_configurations_name_each_other(spec, modules):
