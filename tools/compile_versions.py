@@ -16,7 +16,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from nsa_gen.hardware import TARGETS  # noqa: E402
+from nsa_gen.hardware import TABLES, TARGETS  # noqa: E402
 from nsa_gen.spec import shipped_specs  # noqa: E402
 from nsa_gen.targets import VARIANTS, compile_spec  # noqa: E402
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="where a version of Triton lies")
     parser.add_argument("--specs", default="tiny:batched,llama3_8b:packed", help=f"of {', '.join(known)}")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (all)")
+    parser.add_argument("--targets", default=",".join(TABLES), help="comma-separated (%(default)s)")
     options = parser.parse_args()
     targets = options.targets.split(",")
     if unknown := [name for name in targets if name not in TARGETS]:

@@ -18,14 +18,15 @@ from nsa_gen.cli.common import (
     split_list,
     stop,
 )
+from nsa_gen.hardware import TABLES, TARGETS
 
 
 def require_targets(values: list[str]) -> list[str]:
-    """Split `sm_90,gfx942`, refuse unknown names; every known target when none is given."""
-    from nsa_gen.hardware import TARGETS, UnknownGpuError, gpu_for_target
+    """Split `sm_90,gfx942`, refuse unknown names; the targets with tables of their own when none is given."""
+    from nsa_gen.hardware import UnknownGpuError, gpu_for_target
 
     try:
-        return [gpu_for_target(name).target for name in split_list(values)] or list(TARGETS)
+        return [gpu_for_target(name).target for name in split_list(values)] or list(TABLES)
     except UnknownGpuError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -35,7 +36,8 @@ TargetOption = Annotated[
     typer.Option(
         metavar="NAME[,NAME]",
         callback=require_targets,
-        help="Architectures: sm_80, sm_90, sm_100, sm_120, gfx942; all of them when left out.",
+        help=f"Architectures: {', '.join(TARGETS)}; when left out, those with configurations of their own: "
+        f"{', '.join(TABLES)}.",
         show_default=False,
     ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nsa_gen.hardware import TARGETS, gpu_for_target
+from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import space
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
@@ -103,11 +103,11 @@ def _outputs(spec: Spec) -> tuple[Output, ...]:
 def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[str, dict[str, Config]]:
     """The cost model's choice for each architecture, kernel and schedule."""
     table = {INTERPRETER: {kernel.name: space.smallest(kernel, sizes) for kernel in kernels}}
-    for target in TARGETS:
+    for target in TABLES:
         gpu = gpu_for_target(target)
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
     if spec.selection:
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)
             configs["selected_attention"] = choose_schedule(spec, kernels, sizes, configs, gpu)
-    return table
+    return table | {target: table[shared] for target, shared in SHARED_TABLES.items()}

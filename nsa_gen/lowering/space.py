@@ -38,7 +38,7 @@ _STEP_ROWS = 16
 _STAGE_COST = {1: 1.3, 2: 1.05}
 #: AMD's pipeliner overlaps two stages; Triton 3.7 fails on some loops that ask it for more.
 _DEEPEST_PIPELINE = {"cuda": 8, "hip": 2}
-#: Rows that the matrix units of these architectures take at a time.
+#: Rows that the matrix units of these architectures, and of those that share their tables, take at a time.
 _MATRIX_ROWS = 64
 _TALL_TARGETS = ("sm_90", "sm_100")
 #: Architectures whose matrix units do not take probabilities from registers.
@@ -69,7 +69,7 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
             keeps(config)
             and config["num_stages"] <= _DEEPEST_PIPELINE[gpu.backend]
             and shared_memory(config) <= gpu.shared_memory_per_block
-            and (gpu.target not in _STAGED_SCORES or tensor_memory(config) <= TENSOR_MEMORY_COLUMNS)
+            and (gpu.table not in _STAGED_SCORES or tensor_memory(config) <= TENSOR_MEMORY_COLUMNS)
             and registers(config) <= threads * gpu.registers_per_thread * _REGISTER_SHARE
         )
 
@@ -78,7 +78,7 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
 
 def shared_memory_of(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
     """Bytes of shared memory that a block of a configuration is expected to need on a device."""
-    staged = int(gpu.target in _STAGED_SCORES)
+    staged = int(gpu.table in _STAGED_SCORES)
     return _numeric(kernel.resources.shared_memory, {**sizes, s.SCORES_STAGED: staged})
 
 
@@ -95,7 +95,7 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
     programs = _numeric(kernel.resources.programs, sizes)
     resident = _resident_programs(kernel, sizes, gpu)
     # Where the matrix units take 64 rows, lower tiles run on the older path at about half the rate.
-    full_height = _MATRIX_ROWS if gpu.target in _TALL_TARGETS and sizes[s.E] < 4 else 1
+    full_height = _MATRIX_ROWS if gpu.table in _TALL_TARGETS and sizes[s.E] < 4 else 1
     rate = matrix_rate(gpu, sizes) * _MATRIX_EFFICIENCY
     bandwidth = gpu.bandwidth_tbs * 1e12
 

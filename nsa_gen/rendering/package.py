@@ -12,7 +12,7 @@ from pathlib import Path
 from nsa_gen import __version__
 from nsa_gen._files import one_at_a_time, write_all
 from nsa_gen._resources import templates_dir
-from nsa_gen.hardware import TARGETS, gpu_for_target
+from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering.environment import environment
 from nsa_gen.rendering.identity import DECODE, LOOKUP, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
@@ -38,13 +38,14 @@ def render(spec: Spec) -> dict[str, str]:
         "spec": spec,
         "program": program,
         "header": _header(spec),
-        "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TARGETS},
+        "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TABLES},
+        "shared_tables": SHARED_TABLES,
         "exports": _exports(program),
         "tuned_schema": TUNED_SCHEMA,
         "measurement": MEASUREMENT,
         "space_digest": space_digest(program),
         "decode_space_digest": space_digest(program, DECODE),
-        "multiprocessors": {target: gpu_for_target(target).sm_count for target in TARGETS},
+        "multiprocessors": {target: gpu_for_target(target).sm_count for target in TABLES},
         "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
         "explanation": _explanation(program),
         "summary": docstring_text(f"{spec.name}: {spec.description or 'native sparse attention'}"),

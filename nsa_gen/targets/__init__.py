@@ -12,13 +12,24 @@ Importing this package imports neither torch nor triton: both stay in the worker
 """
 
 from nsa_gen.targets.compile import HEAVY_SPILL_BYTES, VARIANTS, Compilation, CompileReport, compile_spec
-from nsa_gen.targets.hardware import GPUS, TARGETS, Gpu, UnknownGpuError, find_gpu, gpu, gpu_for_device, gpu_for_target
+from nsa_gen.targets.hardware import (
+    GPUS,
+    TABLES,
+    TARGETS,
+    Gpu,
+    UnknownGpuError,
+    find_gpu,
+    gpu,
+    gpu_for_device,
+    gpu_for_target,
+)
 from nsa_gen.targets.report import print_report
 from nsa_gen.targets.resources import Resources
 
 __all__ = [
     "GPUS",
     "HEAVY_SPILL_BYTES",
+    "TABLES",
     "TARGETS",
     "VARIANTS",
     "Compilation",

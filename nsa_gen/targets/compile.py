@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_gen._resources import cache_dir as user_cache_dir
-from nsa_gen.hardware import TARGETS, gpu_for_target
+from nsa_gen.hardware import TABLES, TARGETS, gpu_for_target
 from nsa_gen.targets.pool import Worker, WorkerFailure, worker_environment
 from nsa_gen.targets.resources import Resources, excess
 
@@ -123,7 +123,7 @@ class _Job:
 
 def compile_spec(
     spec: Spec | str | os.PathLike[str],
-    targets: Iterable[str] = TARGETS,
+    targets: Iterable[str] = TABLES,
     *,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -139,7 +139,8 @@ def compile_spec(
 
     Args:
         spec: a `Spec` (its package is generated in a temporary folder) or the folder of a generated package.
-        targets: architectures, each of `TARGETS`; repeated ones count once.
+        targets: architectures, each of `TARGETS`; repeated ones count once. Default those that have default
+            configurations of their own.
         jobs: worker processes; default as many as CPU cores.
         progress: called after every kernel.
         passes: out of "forward", "backward" and "decode"; default what the spec says, and all for a folder.

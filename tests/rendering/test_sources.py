@@ -15,7 +15,7 @@ import jinja2
 import pytest
 
 from nsa_gen._resources import templates_dir
-from nsa_gen.hardware import TARGETS
+from nsa_gen.hardware import TABLES
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.rendering.environment import environment
@@ -126,7 +126,7 @@ def test_kernels_and_configurations_name_each_other(spec, modules):
     for node in ast.walk(modules["configs.py"]):
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "DEFAULTS":
             tables = ast.literal_eval(node.value)
-    assert set(tables) == {"interpreter", *TARGETS}
+    assert set(tables) == {"interpreter", *TABLES}
     program = lower(spec)
     for target, table in tables.items():
         assert set(table) == {*kernels, *(schedule.name for schedule in program.schedules)}, target

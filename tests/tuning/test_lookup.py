@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_gen.hardware import SHARED_TABLES
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from nsa_gen.tuning import Bucket, Entry, Store
@@ -76,6 +77,18 @@ def test_without_anything_tuned_it_is_the_cost_models_choice_and_says_once_how_t
         f"nothing is tuned for NVIDIA H100 80GB HBM3 near 8192 tokens: the cost model's tile sizes are used. "
         f"To tune: nsa-gen tune {op.folder / 'spec.yaml'} --shapes 8192"
     ]
+
+
+@pytest.mark.parametrize(("target", "table"), {**SHARED_TABLES, "sm_90": "sm_90", "gfx950": "gfx950"}.items())
+def test_a_device_has_the_table_of_its_architecture_or_the_one_that_this_shares(
+    op: Operator, monkeypatch: pytest.MonkeyPatch, target: str, table: str
+) -> None:
+    configs = op.configs
+    monkeypatch.setattr(configs, "gpu_of", lambda device: configs.lookup.Gpu("one", 4, target))
+    configs.architecture.cache_clear()
+    assert configs.architecture(CPU) == table
+    with configs.use_target(target):
+        assert configs.table_for(CPU, configs.lookup.bucket_of(8192, 1, False)) is configs.DEFAULTS[table]
 
 
 def test_it_can_be_made_quiet(op: Operator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
