@@ -13,23 +13,28 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nsa_gen._trace import Trace
+
 
 class LineProcess:
     """A process from its start to its end, in a session of its own; what it writes to stderr is kept until then."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile(prefix="nsa_gen_worker_")  # noqa: SIM115 (closed with the process)
+        self._trace = Trace()
         try:
             self._process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env=dict(environment),
+                env={**environment, **self._trace.environment},
+                pass_fds=self._trace.descriptors,
                 start_new_session=True,
             )
         except BaseException:
             self._log.close()
+            self._trace.close()
             raise
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
@@ -65,6 +70,10 @@ class LineProcess:
         self._log.seek(max(0, size - limit))
         return self._log.read().decode(errors="replace")
 
+    def whereabouts(self) -> str:
+        """What it is at, in brackets after a blank, to be said of one that hangs; "" where it leaves nothing."""
+        return self._trace.remark(self._process.pid)
+
     def wait(self, seconds: float | None = None) -> int | None:
         """Its exit status, negative for a signal; None if it has not ended after so many seconds."""
         try:
@@ -80,6 +89,7 @@ class LineProcess:
         for pipe in (self._input, self._output, self._log):
             with contextlib.suppress(BrokenPipeError):  # it holds a line that nobody will read
                 pipe.close()
+        self._trace.close()
 
 
 def ending(status: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import nsa_gen
+from nsa_gen._trace import Trace
 from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import CheckRow, Record, Results, Row, TaskRow, read_lines, to_line
 from nsa_gen.bench.worker import DEVICE_LOST, Plan
@@ -123,12 +124,12 @@ class Session:
             if now > deadline + GRACE_SECONDS:
                 reason = "the budget was spent"
             elif now - max(said.get("time", 0.0), lane.started) > self.silence:
-                reason = f"it was silent for {self.silence:g} s"
+                reason = f"it was silent for {self.silence:g} s{lane.whereabouts()}"
             if not reason:
                 return
             lane.kill()
         elif status == 0:
-            lane.process = None
+            lane.kill()
             lane.left.clear()
             self._copy_records(lane)
             return
@@ -145,13 +146,15 @@ class Session:
         path.write_text(plan.to_json(), encoding="utf-8")
         lane.done_before = sum(isinstance(record, TaskRow) for record in read_lines(records))
         lane.started = time.time()
+        trace = lane.trace = Trace()
         with self._path(lane.name, "log").open("ab") as log:
             lane.process = subprocess.Popen(
                 [*self.command, str(path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env={**self._environment(), **trace.environment},
+                pass_fds=trace.descriptors,
                 start_new_session=True,
             )
 
@@ -234,6 +237,7 @@ class _Lane:
     left: list[int] = field(default_factory=list)
     banned: dict[int, dict[str, str]] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    trace: Trace | None = None
     started: float = 0.0
     done_before: int = 0
     told: int | None = None
@@ -250,14 +254,19 @@ class _Lane:
             if one.spec.digest() == digest and one.tokens >= task.tokens:
                 self.banned.setdefault(number, {}).update(reasons)
 
+    def whereabouts(self) -> str:
+        """What the worker is at, to be said of one that hangs."""
+        return self.trace.remark(self.process.pid) if self.trace and self.process else ""
+
     def kill(self) -> None:
         """End the worker and what it started: its session is its process group."""
-        if self.process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):  # all of the group had ended
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process = None
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # all of the group had ended
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self.trace is not None:
+            self.trace.close()
+        self.process = self.trace = None
 
 
 def _read_current(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import nsa_gen
+from nsa_gen._trace import note_launches, watched
 from nsa_gen.bench.breakdown import breakdown, estimates
 from nsa_gen.bench.contenders import OURS, Contender, Operator, Prepared
 from nsa_gen.bench.correct import faults
@@ -284,6 +285,8 @@ def _gpu_key() -> str | None:
 
 def main() -> int:
     """Do the plan in the file that the command line names; end at once, without what a lost device would hold up."""
+    watched()
+    note_launches()
     status = Worker(Plan.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))).run()
     sys.stdout.flush()
     os._exit(status)

@@ -64,9 +64,10 @@ class Worker:
             process.tell(request)
             line = process.read_line(timeout)
         except TimeoutError:
+            reason = f"no answer within {timeout:g} s; the compiler was stopped{process.whereabouts()}"
             detail = process.errors()
             self.close()
-            raise WorkerFailure(f"no answer within {timeout:g} s; the compiler was stopped", detail) from None
+            raise WorkerFailure(reason, detail) from None
         except (EOFError, BrokenPipeError):
             status = process.wait() or 0
             detail = process.errors()

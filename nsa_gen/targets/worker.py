@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from nsa_gen._trace import watched
 from nsa_gen.hardware import gpu_for_target
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def end_with_parent() -> None:
 def main() -> None:
     """Answer requests until standard input ends; the first line gives the package and what to trace."""
     end_with_parent()
+    watched()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     opening = json.loads(sys.stdin.readline())

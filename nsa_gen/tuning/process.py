@@ -84,8 +84,9 @@ class WorkerProcess:
                     return said
         except TimeoutError:
             seconds = start_seconds if candidate is None else candidate_seconds
+            reason = f"hung: no sign of life for {seconds:g} s{process.whereabouts()}"
             self.close()
-            raise WorkerDied(f"hung: no sign of life for {seconds:g} s", candidate) from None
+            raise WorkerDied(reason, candidate) from None
         except (EOFError, BrokenPipeError, json.JSONDecodeError):
             status = process.wait(10) or 0
             tail = "" if lost else _last_line(process.errors(300))

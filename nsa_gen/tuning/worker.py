@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
+from nsa_gen._trace import note_launches, watched
 from nsa_gen.targets.worker import end_with_parent
 from nsa_gen.tuning.process import LOST_STATUS, Lost
 
@@ -30,6 +31,7 @@ class Engine(Protocol):
 def serve(build: Callable[[dict[str, Any]], Engine]) -> NoReturn:
     """Build an engine from the first line of standard input and answer the others until it ends."""
     end_with_parent()
+    watched()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what compilers print is not for the reader of answers
 
@@ -68,7 +70,11 @@ def main() -> None:
     """Serve with the GPU of this machine."""
     from nsa_gen.tuning.engine import GpuEngine
 
-    serve(GpuEngine)
+    def build(opening: dict[str, Any]) -> Engine:
+        note_launches()
+        return GpuEngine(opening)
+
+    serve(build)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from nsa_gen._trace import watched
 from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.records import CheckRow, Row, TaskRow, read_lines, to_line
 from nsa_gen.bench.worker import DEVICE_LOST, Plan, Worker
@@ -53,6 +54,7 @@ class FakeWorker(Worker):
 
 
 if __name__ == "__main__":
+    watched()
     plan = Plan.from_json(Path(sys.argv[1]).read_text())
     assert all(isinstance(record, TaskRow | Row | CheckRow) for record in read_lines(plan.records))
     assert to_line(TaskRow("", "", 1, "ok"))

@@ -84,12 +84,14 @@ def test_a_silent_job_is_killed_with_what_it_started_and_a_talking_one_is_not(tm
     child = tmp_path / "child"
     hung = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-        f"open({str(child)!r}, 'w').write(str(p.pid)); print('begun', flush=True); p.wait()"
+        f"open({str(child)!r}, 'w').write(str(p.pid)); print('begun', flush=True); "
+        f"from nsa_gen._trace import watched; watched(); p.wait()"
     )
     talking = f"import time\nfor i in range(20): print(i, flush=True); time.sleep(0.2)\n{OK}"
     found = run(tmp_path, job("hung", hung), job("talking", talking), silence=2.0)
     assert found["hung"].status == "timed out"
-    assert "printed nothing for 2 s" in found["hung"].detail
+    assert "printed nothing for 2 s (in " in found["hung"].detail
+    assert "wait (python" in found["hung"].detail and "<module> (<string>:1)" in found["hung"].detail
     assert "begun" in found["hung"].detail
     assert found["hung"].seconds < 20
     assert found["talking"].ok

@@ -34,7 +34,7 @@ def tuned(cache: Path, fault: str, *, seconds: float = 60.0, **settings: Any) ->
 
 REASONS = {
     "crash": "crashed: the measuring process exited with 11",
-    "hang": "hung: no sign of life for 1 s",
+    "hang": "hung: no sign of life for 1 s (in _timed (tuning/fake_worker.py:",
     "lost": "left the GPU unusable: CUDA error: an illegal memory access was encountered",
     "wrong": "wrong: dq 3 of 1",
     "oom": "OutOfMemoryError: CUDA out of memory",

@@ -2,7 +2,7 @@
 
 Each job is a command of its own session. It says how it went in a JSON file that it is told of by the variable
 RESULT_VARIABLE; what it prints is its sign of life, and goes to a log. A job that prints nothing for too long, and one
-that outlives the budget, is killed with everything it started.
+that outlives the budget, is killed with everything it started; of a silent one it is said what it was at.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from nsa_gen._trace import Trace
 
 RESULT_VARIABLE = "NSA_GEN_JOB_RESULT"
 DEADLINE_VARIABLE = "NSA_GEN_JOB_DEADLINE"
@@ -57,6 +59,7 @@ class Outcome:
 class _Running:
     job: Job
     process: subprocess.Popen[bytes]
+    trace: Trace
     log: Path
     result: Path
     started: float
@@ -110,7 +113,7 @@ def run_jobs(
                 time.sleep(poll)
     finally:
         for one in running:
-            _kill(one.process)
+            _kill(one)
         for one in running:
             seconds = time.monotonic() - one.started
             reason = _with_log("killed: the suite was interrupted", one.log)
@@ -125,17 +128,19 @@ def _start(job: Job, folder: Path, deadline: float) -> _Running:
     log, result = folder / f"{stem}.log", folder / f"{stem}.result.json"
     result.unlink(missing_ok=True)
     told = {RESULT_VARIABLE: str(result), DEADLINE_VARIABLE: str(deadline), "PYTHONUNBUFFERED": "1"}
+    trace = Trace()
     with log.open("wb") as file:
         process = subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **job.environment, **told},
+            env={**os.environ, **job.environment, **told, **trace.environment},
+            pass_fds=trace.descriptors,
             start_new_session=True,
         )
     now = time.monotonic()
-    return _Running(job, process, log, result, now, now)
+    return _Running(job, process, trace, log, result, now, now)
 
 
 def _look_at(one: _Running, now: float, silence: float, deadline: float) -> Outcome | None:
@@ -143,19 +148,19 @@ def _look_at(one: _Running, now: float, silence: float, deadline: float) -> Outc
     seconds = now - one.started
     status = one.process.poll()
     if status is not None:
-        _kill(one.process)  # whatever it started and left behind
+        _kill(one)  # whatever it started and left behind
         return _ended(one, status, seconds)
     said = one.log.stat().st_size
     if said != one.said:
         one.said, one.heard = said, now
     reason = ""
     if now - one.heard > silence:
-        reason = f"killed: it printed nothing for {silence:g} s"
+        reason = f"killed: it printed nothing for {silence:g} s{one.trace.remark(one.process.pid)}"
     elif now > deadline + GRACE_SECONDS:
         reason = "killed: the budget was spent"
     if not reason:
         return None
-    _kill(one.process)
+    _kill(one)
     return Outcome(one.job.name, "timed out", seconds, _with_log(reason, one.log), _result(one.result)[0])
 
 
@@ -190,8 +195,9 @@ def _with_log(reason: str, log: Path) -> str:
     return f"{reason}\n{tail}" if tail else reason
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(one: _Running) -> None:
     """End a job's process and what it started: its session is its process group."""
     with contextlib.suppress(ProcessLookupError):  # all of the group had ended
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(one.process.pid, signal.SIGKILL)
+    one.process.wait()
+    one.trace.close()

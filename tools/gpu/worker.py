@@ -9,6 +9,7 @@ import time
 import traceback
 from typing import Any
 
+from nsa_gen._trace import note_launches, watched
 from tools.gpu.progress import save
 
 KINDS = {
@@ -35,6 +36,8 @@ KINDS = {
 
 def main() -> int:
     """Do the job named on the command line and write its result, an exception's story included."""
+    watched()
+    note_launches()
     request: dict[str, Any] = json.loads(sys.argv[1])
     result: dict[str, Any] = {"ok": False, "request": request}
     started = time.perf_counter()
