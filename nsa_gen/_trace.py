@@ -26,7 +26,7 @@ _SIGNAL = signal.SIGURG
 """Not SIGUSR1 or SIGUSR2, whose handlers LLVM replaces when it compiles. A process without a handler outlives it."""
 _NAME, _HEADER = 112, 128
 """The file begins with the last kernel's name, padded, and the process's number; the stacks follow."""
-_ANSWER_SECONDS, _SETTLED_SECONDS = 2.0, 0.1
+_ANSWER_SECONDS, _SETTLED_SECONDS = 5.0, 0.3
 """How long stacks are waited for, and after which pause they are complete."""
 _FRAMES, _THREADS, _LIMIT = 6, 3, 600
 """What a story has of the innermost frames of each thread, of threads, and of letters."""
