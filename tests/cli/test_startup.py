@@ -1,31 +1,11 @@
-"""`nsa-gen --help` answers in 0.3 s and `nsa-gen check` in 0.7 s, because neither imports what it does not need."""
+"""`nsa-gen --help` and `nsa-gen check` answer at once, because neither imports what it does not need."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
-
-# Continuous integration shares its cores; the budgets themselves are held on an idle machine. An import of torch alone
-# takes longer than twice either budget there.
-SLACK = 2.0
-
-
-def best_of_five(*arguments: str) -> float:
-    """Wall-clock seconds of the quickest of five runs, the start of Python included."""
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "nsa_gen", *arguments], check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-@pytest.mark.parametrize(("arguments", "budget"), [(["--help"], 0.3), (["check", "tiny"], 0.7)])
-def test_it_answers_within_its_budget(arguments, budget):
-    assert best_of_five(*arguments) < SLACK * budget
 
 
 @pytest.mark.parametrize(

@@ -176,18 +176,15 @@ def test_the_measuring_process_ends_with_its_owner(cache: Path, tmp_path: Path) 
     command = [sys.executable, "-c", PROGRAM, str(cache), json.dumps(script)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not any("window_forward" in e["configs"] for e in began(log)):
+        while process.poll() is None and not any("window_forward" in e["configs"] for e in began(log)):
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     finally:
         process.kill()
         process.wait()
     assert children
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(alive(int(child)) for child in children):
+    while any(alive(int(child)) for child in children):  # for ever, if it does not
         time.sleep(0.05)
-    assert not any(alive(int(child)) for child in children)
 
 
 def test_two_tuners_on_one_cache_both_come_to_an_end(cache: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -269,10 +268,8 @@ def test_wrong_settings_are_refused(cache: Path) -> None:
 
 
 def test_a_worker_that_never_starts_ends_the_run_with_its_reason(cache: Path) -> None:
-    started = time.monotonic()
     with pytest.raises(BackendLost, match="does not start: crashed: the measuring process exited with 9"):
         tuned(cache, {"start": "crash"})
-    assert time.monotonic() - started < 20
 
 
 # Scores
