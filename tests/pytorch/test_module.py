@@ -162,3 +162,64 @@ def test_errors_name_the_argument() -> None:
         layer(hidden_states(12), cu_seqlens=bounds)
     with pytest.raises(ValueError, match=r"^cu_seqlens: expected None with a cache"):
         layer(hidden_states(12)[0], cu_seqlens=bounds, cache=op.NSACache(1, 16, device=DEVICE))
+
+
+def test_positions_that_come_with_the_call_are_the_ones_the_rotary_encoding_gets() -> None:
+    op = operator_of(passes=DECODES)
+    layer, hidden = layer_of(op, rotary=turn), hidden_states(12)
+    rows = torch.arange(12, device=DEVICE)[None]
+    bounds = torch.tensor([0, 12], dtype=torch.int32, device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(layer(hidden, positions=rows), layer(hidden))
+        stretched = layer(hidden, positions=3 * rows)
+        assert not torch.allclose(stretched, layer(hidden), atol=1e-3)
+        packed = layer(hidden[0], positions=3 * rows[0], cu_seqlens=bounds)
+        torch.testing.assert_close(packed, stretched[0], rtol=1e-5, atol=1e-5)
+    layer.rotary = None
+    with pytest.raises(ValueError, match=r"^positions: expected None in a layer without rotary"):
+        layer(hidden, positions=rows)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "said"),
+    [
+        ([[1.0] * WIDTH], "a torch.Tensor .*got list"),
+        (torch.zeros(1, 4, WIDTH, dtype=torch.int64), "a dense floating tensor .*got torch.int64"),
+        (torch.zeros(4, WIDTH).to_sparse(), "a dense floating tensor .*torch.sparse_coo"),
+        (
+            torch.nested.nested_tensor([torch.zeros(2, WIDTH)], layout=torch.jagged),
+            "a dense floating tensor .*got a nested tensor",
+        ),
+        (torch.zeros(1, 4, WIDTH, dtype=torch.float64), "dtype torch.float32, as the layer's weights, got .*float64"),
+    ],
+    ids=["list", "integers", "sparse", "nested", "float64"],
+)
+def test_hidden_states_of_a_wrong_kind_are_refused_by_name(hidden: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=f"^hidden: expected {said}"):
+        layer_of(operator_of())(hidden.to(DEVICE) if isinstance(hidden, Tensor) else hidden)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ((0, 12), "got tuple"),
+        ([0, 12], "got list"),
+        (torch.tensor([0, 12]), "dtype torch.int32, got torch.int64"),
+        (torch.tensor([[0, 12]], dtype=torch.int32), "shape"),
+        (torch.tensor([0, 13], dtype=torch.int32), "bounds rising from 0 to T_total=12"),
+    ],
+    ids=str,
+)
+def test_bounds_of_a_wrong_kind_are_refused_by_name_with_a_rotary_encoding_too(bounds: Any, said: str) -> None:
+    layer = layer_of(operator_of(), rotary=turn)
+    if DEVICE.type == "cuda" and "rising" in said:
+        pytest.skip("values on a GPU are the caller's to get right")
+    with pytest.raises((TypeError, ValueError), match=f"^cu_seqlens: expected.*{said}"):
+        layer(hidden_states(12)[0], cu_seqlens=bounds.to(DEVICE) if isinstance(bounds, Tensor) else bounds)
+
+
+def test_a_cache_of_a_wrong_kind_is_refused_by_name_and_no_tokens_are_none() -> None:
+    op = operator_of(passes=DECODES)
+    with pytest.raises(TypeError, match=r"^cache: expected an NSACache of this package, got dict"):
+        layer_of(op)(hidden_states(12), cache={})
+    assert layer_of(op, rotary=turn)(hidden_states(0)).shape == (1, 0, WIDTH)
