@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def test_lists_that_cannot_be_taken_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^block_indices: expected at most 3 slots, got 4"):
         sorted_lists(lists, blocks=4, count=3)
     with pytest.raises(ValueError, match=r"^block_counts: expected shape \(3,\), got \(2,\)"):
-        sorted_lists(lists, torch.ones(2), blocks=4)
+        sorted_lists(lists, torch.ones(2).int(), blocks=4)
 
 
 def test_blocks_chosen_by_compression_agree_with_the_reference() -> None:
@@ -118,3 +120,75 @@ def test_what_the_spec_does_not_have_is_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             attention(**{**x, **sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_indices": [[0, 1]]}, "block_indices: expected a tensor of integers .*got list"),
+        ({"block_indices": torch.zeros(3, 4, dtype=torch.bool)}, "block_indices: .*got torch.bool"),
+        ({"block_indices": torch.zeros(3, 4, dtype=torch.complex64)}, "block_indices: .*got torch.complex64"),
+        ({"block_indices": torch.zeros(3, 4).long().to_sparse()}, "block_indices: .*got a sparse one"),
+        ({"block_indices": torch.tensor(3)}, r"block_indices: expected \(..., S\), got shape \(\)"),
+        ({"block_counts": torch.ones(3)}, "block_counts: .*got torch.float32"),
+        ({"block_counts": [1, 2, 3]}, "block_counts: expected a whole number, got list"),
+        ({"block_counts": True}, "block_counts: expected a whole number, got bool"),
+        ({"block_counts": -1}, "block_counts: expected at least 0, got -1"),
+        ({"blocks": 4.0}, "blocks: expected a whole number, got float"),
+        ({"blocks": -1}, "blocks: expected at least 0"),
+        ({"count": torch.tensor(4)}, "count: expected a whole number, got Tensor"),
+    ],
+)
+def test_lists_of_a_wrong_kind_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{said}"):
+        sorted_lists(**{"block_indices": torch.zeros(3, 4, dtype=torch.int64), "blocks": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"q": [1.0]}, "q: expected a tensor .*got list"),
+        ({"q": torch.zeros(4, 2, 16)}, r"q: expected a tensor \(B, T, H, D\), got shape"),
+        ({"k": torch.zeros(1, 4, 1, 16).to_sparse()}, "k: expected a tensor .*got a sparse one"),
+        ({"v": torch.zeros(1, 4, 1, 16).long()}, "v: expected a tensor .*got torch.int64"),
+        ({"k": torch.nested.nested_tensor([torch.zeros(4, 1, 16)], layout=torch.jagged)}, "k: .*got a nested one"),
+        ({"g_slc": 1.0}, "g_slc: expected a tensor of gates .*got float"),
+        ({"g_swa": torch.zeros(1, 4, 1)}, r"g_swa: expected shape \(1, 4, 2\), as q, got \(1, 4, 1\)"),
+        ({"g_swa": torch.zeros(1, 4, 2, 1)}, "g_swa: expected a tensor of gates"),
+        ({"scale": torch.tensor(0.25)}, "scale: expected 0.25, as in the spec, got Tensor"),
+        ({"scale": "auto"}, "scale: expected 0.25, as in the spec, got str"),
+        ({"block_size": 16.0}, "block_size: expected 16, got 16.0"),
+        ({"block_counts": torch.tensor(3)}, "block_counts: expected 3, got a tensor"),
+        ({"cu_seqlens": (0, 4)}, "cu_seqlens: expected an int32 or int64 tensor .*got tuple"),
+        ({"cu_seqlens": [0, 4]}, "cu_seqlens: expected an int32 or int64 tensor .*got list"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens: .*got torch.float32"),
+        ({"cu_seqlens": torch.tensor([False, True])}, "cu_seqlens: .*got torch.bool"),
+        ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int16)}, "cu_seqlens: .*got torch.int16"),
+        ({"cu_seqlens": torch.tensor([[0, 4]])}, "cu_seqlens: .*got shape"),
+        ({"cu_seqlens": torch.tensor([0, 4], device="meta")}, "cu_seqlens: expected device"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: expected bounds rising"),
+        ({"cu_seqlens": torch.tensor([0, 2**32 + 4])}, "cu_seqlens: expected bounds rising"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "cu_seqlens: expected bounds rising"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, "cu_seqlens: expected"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    if DEVICE.type == "cuda" and "rising" in said:
+        pytest.skip("values on a GPU are the caller's to get right")
+    sizes = {"block_counts": COUNT, "block_size": BLOCK, "window_size": WINDOW}
+    given = {
+        name: x.to(DEVICE) if isinstance(x, Tensor) and not x.is_meta and name != "scale" else x
+        for name, x in changes.items()
+    }
+    with pytest.raises((TypeError, ValueError), match=f"^{said}"):
+        parallel_nsa_of(chosen())(**{**drawn(4), **sizes, **given})
+
+
+def test_bounds_of_either_width_and_no_tokens_at_all_are_taken() -> None:
+    attention, sizes = parallel_nsa_of(chosen()), {"block_counts": COUNT, "block_size": BLOCK, "window_size": WINDOW}
+    results = [
+        attention(**drawn(8), **sizes, cu_seqlens=torch.tensor([0, 3, 8], dtype=dtype, device=DEVICE))
+        for dtype in (torch.int32, torch.int64)
+    ]
+    assert torch.equal(*results)
+    assert attention(**drawn(0), **sizes).shape == (1, 0, 2, 16)
