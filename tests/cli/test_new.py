@@ -12,6 +12,8 @@ from nsa_gen.spec import load_spec, shipped_specs
 from nsa_gen.spec.schema import SCHEMA_FILE
 from nsa_gen.spec.starter import SCHEMA_LINE, starter_text
 
+CONFIGS = Path(__file__).parent / "configs"
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -104,7 +106,7 @@ def test_a_folder_that_cannot_be_written_ends_with_1(call, tmp_path):
         ({"torch_dtype": None}, (32, 8), (128, 128), "bfloat16", "bfloat16 is taken"),
         ({"torch_dtype": None, "dtype": "float32"}, (32, 8), (128, 128), "float32", ""),
         (
-            dict.fromkeys(LLAMA) | {"n_head": 12, "n_embd": 768},
+            dict.fromkeys(LLAMA) | {"model_type": "gpt2", "n_head": 12, "n_embd": 768},
             (12, 12), (64, 64), "bfloat16", "",
         ),
         (
@@ -177,3 +179,95 @@ def test_a_file_that_is_no_config_is_refused(call, tmp_path, text, said):
     Path("config.json").write_text(text)
     answer = call("new", "model", "--from", "config.json")
     assert answer.returncode == 1 and said in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "dims", "scale", "said"),
+    [
+        ("deepseek_v3", (128, 128), (192, 128), 0.13523377886088, ["YaRN's factor of the logits, 1.874"]),
+        ("phi3small", (32, 8), (128, 128), 1 / 128, ["blocksparse_block_size: 64"]),
+        ("btlm", (32, 32), (80, 80), 1 / 80, ["ALiBi"]),
+        ("gemma4", (8, 4), (256, 256), 1.0, ["qk_norm", "sliding_window: 512", "global_head_dim: 512"]),
+        ("granite", (32, 8), (128, 128), 1 / 128, []),
+        ("mpt_own_scale", (32, 4), (128, 128), 0.02, []),
+        ("t5", (6, 6), (64, 64), 1.0, ["relative_attention_num_buckets"]),
+        ("dbrx", (48, 8), (128, 128), "auto", ["clip_qkv: 8"]),
+        ("mpt_multiquery", (32, 1), (128, 128), "auto", ["attn_config.alibi"]),
+        ("olmo_multiquery", (32, 1), (128, 128), "auto", []),
+        ("refined_web", (128, 8), (64, 64), "auto", []),
+        ("refined_web_7b", (71, 1), (64, 64), "auto", []),
+        ("falcon_7b", (71, 1), (64, 64), "auto", []),
+        ("falcon_40b", (128, 8), (64, 64), "auto", []),
+        ("gpt_bigcode", (48, 1), (128, 128), "auto", ["multi_query: not there; True is taken", "no dropout"]),
+        ("chatglm", (32, 2), (128, 128), "auto", []),
+        ("nemotron_nas_uniform", (64, 8), (128, 128), "auto", ["block_configs: some layers"]),
+        ("mimo_v2", (64, 4), (192, 128), "auto", ["attention_sink_bias", "swa_num_key_value_heads: 8"]),
+        ("gpt_oss", (64, 8), (64, 64), "auto", ["sinks", "sliding_window: 128", "rope_scaling: yarn"]),
+        ("mistral_defaults", (32, 8), (128, 128), "auto", ["num_key_value_heads: not there; 8 is taken"]),
+        ("gemma2_defaults", (8, 4), (256, 256), 1 / 16, ["head_dim: not there; 256", "softcapping: 50.0", "window"]),
+        ("qwen2_window_off", (28, 4), (128, 128), "auto", []),
+        ("thinker", (28, 4), (128, 128), "auto", []),
+        ("language_config", (10, 10), (128, 128), "auto", []),
+        ("llm_config", (32, 8), (128, 128), "auto", []),
+    ],
+)
+def test_a_config_of_a_known_type_is_read_as_its_class_reads_it(call, tmp_path, name, heads, dims, scale, said):
+    answer = call("new", "model", "--from", str(CONFIGS / f"{name}.json"), "--json")
+    assert answer.returncode == 0, answer.stderr
+    spec = load_spec(tmp_path / "model.yaml")
+    assert (spec.heads.query, spec.heads.kv) == heads
+    assert (spec.head_dim.qk, spec.head_dim.v) == dims
+    assert spec.scale == (scale if scale == "auto" else pytest.approx(scale))
+    notes = "\n".join(json.loads(answer.stdout)["notes"])
+    assert all(each in notes for each in said)
+    if not said:
+        assert not notes
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "said"),
+    [
+        ("nemotron_nas", "block_configs", "one n_heads_in_group for all layers"),
+        ("openelm", "num_kv_heads", "got a list"),
+        ("deci", "num_key_value_heads_per_layer", "got a list"),
+        ("gpt2_scale_by_layer", "scale_attn_by_inverse_layer_idx", "one scale"),
+        ("llama_with_own_scale", "softmax_scale", "not understood for models of type llama"),
+        ("llama_with_sinks", "attention_sink_size", "not understood for models of type llama"),
+        ("two_counts", "multi_query_attention", "beside n_kv_heads: 8"),
+        ("yarn_of_no_factor", "rope_scaling.factor", "the string '40'"),
+        ("unknown_type", "model_type", "the string 'novel'"),
+    ],
+)
+def test_a_config_that_would_give_a_plausible_wrong_spec_is_refused_by_name(call, tmp_path, name, field, said):
+    answer = call("new", "model", "--from", str(CONFIGS / f"{name}.json"))
+    assert answer.returncode == 1 and not (tmp_path / "model.yaml").exists()
+    assert f"{name}.json: {field}: " in answer.stderr and said in answer.stderr
+
+
+def test_a_type_that_is_not_known_is_refused_with_the_fields_that_were_not_understood(call, config):
+    answer = call("new", "model", "--from", str(CONFIGS / "unknown_type.json"))
+    for field in ("num_attention_heads", "n_groups_kv", "qk_temperature", "attention_scheme", "--like SPEC"):
+        assert field in answer.stderr
+    assert "vocab_size" not in answer.stderr
+    answer = call("new", "model", "--from", config(model_type="qwen4"))
+    assert "did you mean 'qwen" in answer.stderr
+    assert "model_type: this field is required" in call("new", "model", "--from", config(model_type=None)).stderr
+
+
+def test_a_config_with_a_byte_order_mark_is_read(call, config):
+    path = Path(config())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert call("new", "model", "--from", str(path)).returncode == 0
+
+
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config", "thinker_config", "text_model"])
+def test_a_text_part_is_named_in_errors_and_its_dtype_may_be_the_whole_model_s(call, tmp_path, part):
+    inner = {name: value for name, value in LLAMA.items() if name != "torch_dtype"}
+    whole = {"model_type": "more", "torch_dtype": "float16", "head_dim": 16, "num_attention_heads": 3, part: inner}
+    Path("config.json").write_text(json.dumps(whole))
+    assert call("new", "model", "--from", "config.json").returncode == 0
+    spec = load_spec(tmp_path / "model.yaml")
+    assert (spec.heads.query, spec.head_dim.qk, spec.dtype) == (32, 128, "float16")
+    inner["num_attention_heads"] = "32"
+    Path("config.json").write_text(json.dumps(whole))
+    assert f"config.json: {part}.num_attention_heads: " in call("new", "other", "--from", "config.json").stderr
