@@ -42,8 +42,8 @@ class Packing:
             if value is not None:
                 _check_integers(name, value, hidden)
         if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
-            missing = next(name for name, value in given.items() if value is None)
-            raise ValueError(f"{missing}: expected a tensor, as {'kq'[missing[-1] == 'k']} has one, got None")
+            missing, other = sorted(given, key=lambda name: given[name] is not None)
+            raise ValueError(f"{missing}: expected the bounds of {other}, got None")
         if cu_seq_lens_q is None:
             for name, value in zip(("max_length_q", "max_length_k"), lengths, strict=True):
                 if value is not None:
@@ -55,36 +55,41 @@ class Packing:
                 )
         elif hidden.shape[0] != 1:
             raise ValueError(f"hidden_states: expected a batch of 1 with cu_seq_lens_q, got {hidden.shape[0]}")
-        if position_ids is not None:
-            batch, tokens = hidden.shape[:2]
-            if not isinstance(position_ids, Tensor) or position_ids.shape not in ((1, tokens), (batch, tokens)):
-                shown = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
-                raise ValueError(f"position_ids: expected (1 or B, T) for B={batch}, T={tokens}, got {shown}")
+        batch, tokens = hidden.shape[:2]
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (1, 1, tokens, tokens)):
+            shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask: expected None or (1, 1, T, T) with T={tokens}, got {shown}")
+        shapes = ((1, tokens), (batch, tokens))
+        if position_ids is not None and (not isinstance(position_ids, Tensor) or position_ids.shape not in shapes):
+            shown = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+            raise ValueError(f"position_ids: expected (1 or B, T) for B={batch}, T={tokens}, got {shown}")
         if hidden.is_meta:
             return None if cu_seq_lens_q is None else cu_seq_lens_q.int()
         tensors = (position_ids, mask, cu_seq_lens_q, cu_seq_lens_k)
-        if torch.compiler.is_compiling() or any(x is not None and x.is_inference() for x in tensors):
-            return _checked(hidden.shape[1], *tensors)
-        if not self._holds(hidden.shape[1], tensors):
-            found = _checked(hidden.shape[1], *tensors)
-            self._last = hidden.shape[1], [x if x is None else (weakref.ref(x), x._version) for x in tensors], found
-        assert self._last is not None
-        return self._last[2]
-
-    def _holds(self, tokens: int, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these are the tensors that were checked last, as they were then."""
-        if self._last is None or self._last[0] != tokens:
-            return False
-        for x, seen in zip(tensors, self._last[1], strict=True):
-            if (x is None) != (seen is None) or (x is not None and (seen[0]() is not x or seen[1] != x._version)):
-                return False
-        return True
+        if _without_host(hidden) or any(x is not None and x.is_inference() for x in tensors):
+            return _checked(tokens, *tensors)
+        last = self._last
+        if last is None or not _same(last, tokens, tensors):
+            found = _checked(tokens, *tensors)
+            last = tokens, [x if x is None else (weakref.ref(x), x._version) for x in tensors], found
+            self._last = last
+        return last[2]
 
     @staticmethod
     def counted(tokens: int, bounds: Tensor | None, device: torch.device) -> Tensor:
         """Positions (1, T) of tokens in their documents."""
         rows = torch.arange(tokens, device=device)
         return (rows if bounds is None else rows - bounds.long()[_documents(rows, bounds)])[None]
+
+
+def _same(last: tuple[int, list[Any], Tensor | None], tokens: int, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are the tensors that were checked last, as they were then."""
+    if last[0] != tokens:
+        return False
+    for x, seen in zip(tensors, last[1], strict=True):
+        if (x is None) != (seen is None) or (x is not None and (seen[0]() is not x or seen[1] != x._version)):
+            return False
+    return True
 
 
 def _check_integers(name: str, value: Any, hidden: Tensor) -> None:
@@ -117,16 +122,13 @@ def _checked(
     if position_ids is not None and tokens > 1:
         steps = position_ids.diff(dim=-1) == 1
         if starts is not None:
-            steps = steps | starts
+            steps = steps | starts.to(steps.device)
         _require(
             steps.all(),
             "position_ids: expected positions that rise by one, and begin anew only at the bounds of cu_seq_lens_q and "
             "cu_seq_lens_k, which rows of several documents need, got others",
         )
     if mask is not None and bounds is not None:
-        if not isinstance(mask, Tensor) or mask.shape != (1, 1, tokens, tokens):
-            shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask: expected None or (1, 1, T, T) with T={tokens}, got {shown}")
         rows = torch.arange(tokens, device=mask.device)
         documents = _documents(rows, bounds)
         seen = (documents[:, None] == documents) & (rows[:, None] >= rows)
@@ -140,7 +142,12 @@ def _documents(rows: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _require(holds: Tensor, message: str) -> None:
-    if torch.compiler.is_compiling() or (holds.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _without_host(holds):
         torch._assert_async(holds, message)
     elif not holds:
         raise ValueError(message)
+
+
+def _without_host(x: Tensor) -> bool:
+    """Whether values cannot be waited for now."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

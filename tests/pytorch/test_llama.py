@@ -206,11 +206,13 @@ def test_documents_of_one_row_do_not_see_each_other_and_their_bounds_are_checked
         torch.testing.assert_close(alone[:, 5:], first, rtol=1e-4, atol=1e-5)
     other = torch.tensor([0, 6, 6, TOKENS], device=DEVICE)
     for changes, message in (
-        ({"cu_seq_lens_k": None}, "cu_seq_lens_k: expected a tensor"),
+        ({"cu_seq_lens_k": None}, "cu_seq_lens_k: expected the bounds of cu_seq_lens_q, got None"),
         ({"cu_seq_lens_k": other}, "cu_seq_lens_k: expected the bounds of cu_seq_lens_q"),
         ({"cu_seq_lens_k": bounds[1:]}, "cu_seq_lens_k: expected as many bounds as cu_seq_lens_q, 4, got 3"),
         ({"cu_seq_lens_q": bounds[:3], "cu_seq_lens_k": bounds[:3]}, "cu_seq_lens_q: expected bounds rising from 0"),
         ({"cu_seq_lens_q": other, "cu_seq_lens_k": other, "position_ids": restarting}, "position_ids: expected"),
+        ({"attention_mask": seen[None]}, "attention_mask: expected None or"),
+        ({"attention_mask": "causal"}, "attention_mask: expected None or"),
         ({"attention_mask": seen.tril(-1)[None, None]}, "attention_mask: expected None, or what cu_seq_lens_q says"),
         ({"cu_seq_lens_q": None, "cu_seq_lens_k": None, "position_ids": restarting}, "position_ids: expected"),
     ):
