@@ -108,7 +108,7 @@ def _check_settings(where: str, attention: Any, config: Any) -> None:
     children = {name: child for name, child in attention.named_children() if not _does_nothing(child)}
     own = {name for name, x in (*attention._parameters.items(), *attention._buffers.items()) if x is not None}
     for name in (*children, *sorted(own)):
-        if name not in (*PARTS, *NORMS):
+        if name not in (*PARTS, *NORMS, "rotary_emb"):
             raise ValueError(f"{where}.{name}: the operator has no such part, so it cannot stand for this attention")
     for name in PARTS:
         if name not in children or not hasattr(children[name], "weight"):
@@ -168,7 +168,7 @@ class SparseAttention(nn.Module):
         self.layer_type = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
         self._rotary_embedding = (rotary_embedding,)  # in a tuple, as it is the model's part and no part of this one
         if self.encodes:
-            self._check_embeddings(self._embed(weight.new_zeros(1, 1, weight.shape[1]), torch.zeros(1, 1).long()), 1, 1)
+            self._stacked(self._embed(weight.new_zeros(1, 1, weight.shape[1]), torch.zeros(1, 1).long()), 1, 1)
         self.sparse = op.NativeSparseAttention(
             weight.shape[1], rotary=_rotate if self.encodes else None, device=weight.device, dtype=weight.dtype
         )
@@ -215,8 +215,7 @@ class SparseAttention(nn.Module):
                 if position_ids is None:
                     position_ids = self.packing.counted(tokens, bounds, hidden_states.device)
                 position_embeddings = self._embed(hidden_states, position_ids)
-            self._check_embeddings(position_embeddings, batch, tokens)
-            positions = torch.stack(tuple(position_embeddings))
+            positions = self._stacked(position_embeddings, batch, tokens)
         if bounds is None:
             return self.sparse(hidden_states, positions=positions), None
         if positions is not None:
@@ -230,7 +229,8 @@ class SparseAttention(nn.Module):
         more = {"layer_type": self.layer_type} if self.layer_type is not None and "layer_type" in told else {}
         return embedding(x, positions.to(x.device), **more)
 
-    def _check_embeddings(self, found: Any, batch: int, tokens: int) -> None:
+    def _stacked(self, found: Any, batch: int, tokens: int) -> Tensor:
+        """Cosines and sines (2, 1 or B, T, R), after checks."""
         layout = f"(1 or B, T, at most {self.head_dim})"
         pair = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)
         if not pair or not found[0].is_floating_point():
@@ -243,6 +243,7 @@ class SparseAttention(nn.Module):
             raise ValueError(
                 f"position_embeddings: expected cosines and sines {layout} for B={batch}, T={tokens}, got {shapes}"
             )
+        return torch.stack((cos, sin))
 
 
 def scale_of(op: Any) -> float:
@@ -299,8 +300,9 @@ class _Compared(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, dims["qk"]), (k, dims["qk"]), (v, dims["v"])))
         if self.encodes:
             q, k = _rotate(q, embeddings), _rotate(k, embeddings)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = nn.functional.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=scale_of(self.op), enable_gqa=True
+            q, k, v, is_causal=True, scale=scale_of(self.op), enable_gqa=True
         )
         return theirs, self.attention.o_proj(o.transpose(1, 2).flatten(-2))
 

@@ -50,7 +50,8 @@ def new(
     """Write a commented spec to start from.
 
     It is a copy of another one, each field with what it means and may be. With --from, heads, head dims, dtype and
-    scale are those of a model. The JSON Schema that editors complete it by is put beside it, unless it is there.
+    scale are those of a model of a type that is known; what a spec cannot say of it is noted. The JSON Schema that
+    editors complete it by is put beside it, unless it is there.
 
     \b
     Example:

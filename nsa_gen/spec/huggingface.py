@@ -74,7 +74,7 @@ def read_config(path: Path) -> ModelShape:
     dtypes = {name: document[name] for name in DTYPES if document.get(name) is not None}
     if any(values.get(name) is not None for name in DTYPES):
         dtypes = {}
-    return _Config(str(path), dtypes | values, prefix).shape()
+    return _Config(str(path), {**dtypes, **values}, prefix).shape()
 
 
 def _text_part(document: Mapping[str, Any], prefix: str = "") -> tuple[Mapping[str, Any], str]:
