@@ -29,6 +29,13 @@ from nsa_gen.spec.model_types import (
 DTYPES = ("torch_dtype", "dtype")
 LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 FLAGS = ("multi_query", "multi_query_attention")
+SWITCHES = (
+    *FLAGS, "new_decoder_architecture", "use_mla", "use_sliding_window", "scale_attn_weights", "mup_use_scaling",
+    "mup_scale_qk_dot_by_d", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
+OBJECTS = ("attn_config", "rope_parameters", "rope_scaling")
+DEEPEST = 4
+"""Parts inside parts that are looked into for the text's."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,15 @@ def _text_part(document: Mapping[str, Any], prefix: str = "") -> tuple[Mapping[s
     """The part of a config that has the text's attention, and the path to it."""
     for name in TEXT_PARTS:
         inner = document.get(name)
-        if isinstance(inner, Mapping):
+        if isinstance(inner, Mapping) and prefix.count(".") < DEEPEST:
             found = _text_part(inner, f"{prefix}{name}.")
-            if found[0].get("model_type") in MODEL_TYPES or document.get("model_type") not in MODEL_TYPES:
+            if _is_known(found[0].get("model_type")) or not _is_known(document.get("model_type")):
                 return found
     return document, prefix
+
+
+def _is_known(model: Any) -> bool:
+    return isinstance(model, str) and model in MODEL_TYPES
 
 
 class _Config:
@@ -105,11 +116,16 @@ class _Config:
 
     def shape(self) -> ModelShape:
         model = self.values.get("model_type")
-        if not isinstance(model, str) or model not in MODEL_TYPES:
+        if not _is_known(model):
             self.refuse_type(model)
             raise SpecError(self.problems)
         self.type = MODEL_TYPES[model]
         self.values = {**self.type.defaults, **self.named}
+        for names, kind, expected in ((SWITCHES, bool, "true or false"), (OBJECTS, Mapping, "an object")):
+            for name in names:
+                value = self.values.get(name)
+                if value is not None and not isinstance(value, kind):
+                    self.report(name, f"expected {expected}, got {describe(value)}")
         query = self.number(self.type.query, RANGES["heads.query"].check)
         latent = self.latent()
         kv = self.latent_kv_heads(query) if latent else self.kv_heads(query)
@@ -221,6 +237,9 @@ class _Config:
     def grouped_by_layers(self, query: int | None) -> int | None:
         """Key heads, from the query heads that share one in each layer that has attention."""
         blocks = self.get("block_configs")
+        if not isinstance(blocks, list):
+            self.report("block_configs", f"expected a list, got {describe(blocks)}")
+            return None
         parts = [block.get("attention") if isinstance(block, Mapping) else None for block in blocks]
         parts = [part if isinstance(part, Mapping) else {} for part in parts]
         kept = [part for part in parts if not (part.get("no_op") or part.get("replace_with_linear"))]

@@ -156,6 +156,20 @@ def test_a_model_s_own_scale_is_taken(call, tmp_path, config, changes, scale):
         ({"torch_dtype": "float64"}, "torch_dtype", "one of bfloat16"),
         ({"qk_nope_head_dim": 128}, "qk_rope_head_dim", "required"),
         ({"query_pre_attn_scalar": "auto"}, "query_pre_attn_scalar", "a positive number"),
+        ({"attention_multiplier": float("nan")}, "attention_multiplier", "a positive number"),
+        ({"model_type": ["llama"]}, "model_type", "got a list"),
+        ({"model_type": "falcon", "multi_query": "true"}, "multi_query", "expected true or false"),
+        ({"model_type": "qwen2", "use_sliding_window": 0}, "use_sliding_window", "expected true or false"),
+        ({"model_type": "mpt", "n_heads": 32, "d_model": 4096, "attn_config": "triton"}, "attn_config", "an object"),
+        ({"rope_scaling": "yarn"}, "rope_scaling", "expected an object"),
+        ({"model_type": "nemotron-nas", "block_configs": 8}, "block_configs", "expected a list"),
+        ({"model_type": "nemotron-nas", "block_configs": []}, "block_configs", "got nothing"),
+        ({"model_type": "nemotron-nas", "block_configs": ["full"]}, "block_configs", "got nothing"),
+        (
+            {"model_type": "mpt", "n_heads": 32, "d_model": 4096, "attn_config": {"attn_type": "new"}},
+            "attn_config.attn_type",
+            "'new'",
+        ),
     ],
 )
 def test_what_no_spec_can_have_is_refused_by_the_name_of_its_field(call, tmp_path, config, changes, field, said):
@@ -268,6 +282,10 @@ def test_a_text_part_is_named_in_errors_and_its_dtype_may_be_the_whole_model_s(c
     assert call("new", "model", "--from", "config.json").returncode == 0
     spec = load_spec(tmp_path / "model.yaml")
     assert (spec.heads.query, spec.head_dim.qk, spec.dtype) == (32, 128, "float16")
-    inner["num_attention_heads"] = "32"
+    for odd in ([], {}, 3):
+        inner["model_type"] = odd
+        Path("config.json").write_text(json.dumps(whole))
+        assert "model_type: expected a type of model" in call("new", "odd", "--from", "config.json").stderr
+    inner |= {"model_type": "llama", "num_attention_heads": "32"}
     Path("config.json").write_text(json.dumps(whole))
     assert f"config.json: {part}.num_attention_heads: " in call("new", "other", "--from", "config.json").stderr
