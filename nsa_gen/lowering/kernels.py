@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import sympy
+
 from nsa_gen.lowering import banded, selected
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import LSE_BYTES, O_BYTES, elementwise, rows_tunables
-from nsa_gen.lowering.program import Kernel
+from nsa_gen.lowering.common import KV_BYTES, LSE_BYTES, O_BYTES, Q_BYTES, elementwise, rows_tunables
+from nsa_gen.lowering.program import Kernel, Tunable
 from nsa_gen.lowering.selection import selection_kernels
 from nsa_gen.spec import Spec
 
@@ -33,6 +35,8 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if combined:
         forward.append(_combine(spec, "forward"))
         backward.insert(0, _combine(spec, "backward"))
+    forward.append(_padding("pad_outputs", "forward", O_BYTES))
+    backward.append(_padding("pad_gradients", "backward", Q_BYTES + KV_BYTES))
     return tuple(forward + backward) if "backward" in spec.passes else tuple(forward)
 
 
@@ -45,6 +49,13 @@ def _combine(spec: Spec, direction: str) -> Kernel:
         purpose = "delta of each branch and gradients of the gates"
         moved = (branches + 1) * O_BYTES + 2 * gates + branches * LSE_BYTES
     return elementwise(f"combine_{direction}", "combine", "all", direction, purpose, moved, rows_tunables())
+
+
+def _padding(name: str, direction: str, most_bytes: sympy.Expr) -> Kernel:
+    """Of packed calls; it moves what pads the batch, next to nothing in most calls and ``most_bytes`` at worst."""
+    launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
+    purpose = "rows behind the last packed sequence"
+    return dataclasses.replace(elementwise(name, "padding", "all", direction, purpose, most_bytes, launch), whole=False)
 
 
 def _delta(*, whole: bool) -> Kernel:

@@ -91,8 +91,8 @@ class Kernel:
     """A kernel of the package: where it lives, what it is for, and the space the tuner may search.
 
     ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor. A kernel that is
-    not ``whole`` runs only when a step of the operator is called alone; one with a ``choice`` (name, value) only where
-    that choice of schedule is in force.
+    not ``whole`` runs only when a step of the operator is called alone, or in packed calls; one with a ``choice``
+    (name, value) only where that choice of schedule is in force.
     """
 
     name: str
@@ -290,6 +290,34 @@ class Program(InferenceProgram):
         are added one by one, and torch rounds.
         """
         return self.sums_in_float32(name) and (name == "q" or (self.compresses and name in self.kv("cmp")))
+
+    @property
+    def padded_outputs(self) -> tuple[tuple[str, str, str], ...]:
+        """Outputs with a row a token, with its width and what it holds where the token pads a packed batch."""
+        kinds = {
+            "o": ("QUERY_HEADS * HEAD_DIM_V", "0.0"),
+            "lse": ("QUERY_HEADS", 'float("-inf")'),
+            "indices": ("SLOTS_PER_TOKEN", "-1"),
+            "counts": ("KV_HEADS", "0"),
+        }
+        found = ((output.name, kinds.get(output.name.partition("_")[0])) for output in self.outputs)
+        return tuple((name, *kind) for name, kind in found if kind is not None)
+
+    @property
+    def padded_gradients(self) -> tuple[tuple[str, str], ...]:
+        """Gradients with a row a token, and its width."""
+        heads = {"q": "QUERY_HEADS * HEAD_DIM_QK", "k": "KV_HEADS * HEAD_DIM_QK", "v": "KV_HEADS * HEAD_DIM_V"}
+        names = ("q", *self.raw_names, *(("gates",) if self.gated else ()))
+        widths = heads | {"gates": f"QUERY_HEADS * {len(self.spec.branches)}"}
+        return tuple((f"d{name}", widths[name.partition("_")[0]]) for name in names)
+
+    @property
+    def padding_constants(self) -> list[str]:
+        """Constants that the widths of padded rows are made of."""
+        widths = [width for _, width, _ in self.padded_outputs]
+        if self.backward:
+            widths += [width for _, width in self.padded_gradients]
+        return sorted({part for width in widths for part in width.split(" * ") if not part.isdigit()})
 
     @property
     def saved_outputs(self) -> tuple[Output, ...]:

@@ -7,6 +7,7 @@ letter. Built of `dense`, it needs torch and the standard library only and share
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -279,8 +280,15 @@ def _gather(p: OracleParameters, results: list[OracleResult], cu_seqlens: Tensor
             if name in ("importance", "fingerprint"):
                 widest = max(value.shape[-1] for value in values)
                 values = [functional.pad(value, (0, widest - value.shape[-1])) for value in values]
-            joined[name] = torch.cat(values)
+            rows = torch.cat(values)
+            behind = rows.new_full((total - rows.shape[0], *rows.shape[1:]), padding_value(name))
+            joined[name] = torch.cat((rows, behind))
     return OracleResult(**joined)
+
+
+def padding_value(name: str) -> float:
+    """What rows behind the last packed sequence hold of an output or gradient: that of a query that sees nothing."""
+    return {"lse": -math.inf, "indices": -1}.get(name.partition("_")[0], 0)
 
 
 def reference_attention(
@@ -305,10 +313,11 @@ def reference_attention(
     """The operator of a spec, densely, with the arguments of a generated package's `nsa_attention`.
 
     Shapes: q (B, Tq, Hq, Dk), k (B, Tkv, Hkv, Dk), v (B, Tkv, Hkv, Dv), gates (B, Tq, Hq, branches) with Tq <= Tkv
-    and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,). `compression`
-    is phi's parameters, a mapping or a NamedTuple. Where selection is computed, `indices` (B, Tq, Hkv, n) int32 and
-    `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is computed all the same), for comparisons on
-    equal indices. Query rows are taken in chunks whose scores need at most `score_bytes`.
+    and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
+    the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
+    computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
+    computed all the same), for comparisons on equal indices. Query rows are taken in chunks whose scores need at most
+    `score_bytes`.
 
     Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp and phi's parameters. Raises
     ValueError where the spec needs an argument that is None.

@@ -23,12 +23,16 @@ from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.hygiene import GuardBands, synchronises
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.memory import ALLOCATOR_BYTES, measured, memory_bound
-from nsa_gen.verification.oracle import argument_suffixes
+from nsa_gen.verification.oracle import argument_suffixes, padding_value
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.tolerance import compare, unit_roundoff
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
+
+
+PADDING_ROWS = 37
+"""Rows behind the last sequence of a padded call: more than the smallest tile, and no multiple of one."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,19 @@ def packed_is_sequence_by_sequence(trial: Trial) -> list[Row]:
     alone = [trial.call(one) for one in relations.sequences(p, inputs)]
     call = trial.call(inputs)
     return relations.near(trial.case.label, "packed", p, inputs, call.tensors(), relations.joined(p, inputs, alone))
+
+
+def rows_behind_the_last_sequence_are_nothing(trial: Trial) -> list[Row]:
+    """A packed batch with rows behind its last sequence gives what it gives without, and for them 0.
+
+    Their lse is -inf, their blocks are -1. What they hold, NaN here, is not read.
+    """
+    p, inputs = trial.parameters, trial.inputs()
+    expected = trial.call(inputs).tensors()
+    found, behind = relations.cut(trial.call(relations.padded(p, inputs, PADDING_ROWS)).tensors(), expected)
+    nothing = {name: torch.full_like(x, padding_value(name)) for name, x in behind.items()}
+    rows = relations.near(trial.case.label, "padded", p, inputs, found, expected)
+    return [*rows, _bits(trial, "padding", nothing, behind)]
 
 
 def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
@@ -320,6 +337,10 @@ PROPERTIES: dict[str, Property] = {
     "dense": Property(wide_enough_is_dense, lambda p, case: _quiet(case) and bool(dense_branches(p, case))),
     "packed": Property(
         packed_is_sequence_by_sequence,
+        lambda p, case: isinstance(case.tokens, tuple) and any(case.tokens) and _quiet(case),
+    ),
+    "padded": Property(
+        rows_behind_the_last_sequence_are_nothing,
         lambda p, case: isinstance(case.tokens, tuple) and any(case.tokens) and _quiet(case),
     ),
     "chunks": Property(prefill_in_two_chunks_is_one, lambda p, case: _divisible(p, case) and _quiet(case)),

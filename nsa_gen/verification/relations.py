@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -190,6 +191,30 @@ def joined(p: OracleParameters, inputs: Inputs, calls: Sequence[Call]) -> dict[s
         else:
             found[name] = torch.cat([part[0] for part in parts])
     return found
+
+
+def padded(p: OracleParameters, inputs: Inputs, rows: int) -> Inputs:
+    """A packed call with `rows` rows behind its last sequence, which hold what must never be read."""
+
+    def behind(name: str, x: Tensor) -> Tensor:
+        if name in COMPRESSED:
+            stride = p.compression_stride or 1
+            more = (inputs.q.shape[0] + rows) // stride - x.shape[0]
+        elif name in BY_QUERY or name.split("_")[0] in ("k", "v"):
+            more = rows
+        else:
+            return x
+        unread = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+        return torch.cat((x, x.new_full((more, *x.shape[1:]), unread)))
+
+    return replace(mapped(replace(inputs, compression=None), behind), compression=inputs.compression)
+
+
+def cut(tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results of a padded call, by the rows that `whole`, those of the call without padding, has, and the rest."""
+    rows = {name: 0 if name.startswith("dcompression") else x.shape[0] for name, x in whole.items()}
+    kept = {name: x[: rows[name]] if rows[name] else x for name, x in tensors.items()}
+    return kept, {name: x[rows[name] :] for name, x in tensors.items() if rows[name]}
 
 
 def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:

@@ -39,11 +39,12 @@ class SelectionCheck:
 
 
 def query_positions(rows: int, tokens: int, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Positions (rows,) int64 of the queries of one sequence of `tokens` keys, or of packed sequences."""
+    """Positions (rows,) int64 of the queries of one sequence of `tokens` keys, or of packed ones; -1 for padding."""
     if cu_seqlens is None:
         return torch.arange(tokens - rows, tokens)
-    parts = [torch.arange(stop - start) for start, stop in pairwise(cu_seqlens.tolist())]
-    return torch.cat(parts) if parts else torch.arange(0)
+    bounds = cu_seqlens.tolist()
+    parts = [torch.arange(stop - start) for start, stop in pairwise(bounds)]
+    return torch.cat([*parts, torch.full((rows - bounds[-1],), -1)])
 
 
 def _first(name: str, broken: Tensor, shown: Tensor, rule: str) -> list[str]:
@@ -91,11 +92,12 @@ def check_indices(
         position = position.repeat(indices.shape[0])
     flat = _flat(indices, 1).long()
     own = (position // selection_block)[:, None, None]
-    used = flat != -1
+    used = (flat != -1) & (own >= 0)  # what padding holds is not read
     problems: list[str] = []
     if counts is not None:
         number = _flat(counts, 0).long()
-        problems += _first("counts", (number < 0) | (number > n), number, f"expected 0..{n}")
+        wrong = ((number < 0) | (number > n)) & (own >= 0)[..., 0]
+        problems += _first("counts", wrong, number, f"expected 0..{n}")
         used &= torch.arange(n) < number[..., None]
     problems += _first("indices", ((flat < -1) & used).any(-1), flat, "expected block numbers or -1")
     problems += _first("indices", ((flat > own) & used).any(-1), flat, "a block in the future of its query")

@@ -22,6 +22,7 @@ from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.inference import Scenario, run_scenario
+from nsa_gen.verification.relations import padded
 from tests.mutants.far import far_apart
 from tests.support import Operator, inputs_of, operator_of_spec, small_spec
 
@@ -44,10 +45,10 @@ SPECS: dict[str, Spec] = {
     "cached choice": small_spec("cmp slc", gate="none", scale=0.37, initial=0, local=0, passes=("forward", "decode")),
 }
 
-Alteration = Literal["", "counts", "sharp", "far"]
+Alteration = Literal["", "counts", "sharp", "far", "padded"]
 """What a check does to the inputs of its kind: counts one below the slots in use are passed; queries are 600 times
 larger, so that probabilities underflow; rows lie so far apart that their offsets pass 2^31 elements (then the result is
-compared, bit by bit, with that of the same numbers close together)."""
+compared, bit by bit, with that of the same numbers close together); 9 rows behind the last packed sequence hold NaN."""
 
 QueryMajor = Literal["", "forward", "both"]
 """What of selected attention goes token by token: nothing, the forward, or the forward and dq. The interpreter's table
@@ -84,7 +85,8 @@ class Check:
     def label(self) -> str:
         """A short name, such as "window: T=23, forward and backward"."""
         passes = "forward and backward" if self.gradients else "forward"
-        more = {"counts": ", fewer counts", "sharp": ", sharp", "far": ", rows far apart", "": ""}[self.altered]
+        shown = {"counts": ", fewer counts", "sharp": ", sharp", "far": ", rows far apart", "padded": ", padded"}
+        more = shown.get(self.altered, "")
         batch = f"B={self.batch} " if self.batch > 1 else ""
         schedule = {"both": ", query-major", "forward": ", query-major forward", "": ""}[self.query_major]
         if self.chunk_tokens is not None:
@@ -115,6 +117,8 @@ class Check:
             made = replace(made, counts=((made.indices >= 0).sum(-1) - 1).clamp(min=0).to(torch.int32))
         if self.altered == "sharp":
             made = replace(made, q=600.0 * made.q)
+        if self.altered == "padded":
+            made = padded(op.parameters, made, 9)
         return made
 
 

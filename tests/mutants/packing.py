@@ -7,6 +7,7 @@ from tests.mutants.model import Check, Edit, Mutant
 # The last sequence fills its tile: what the first ones write or read past their end lies inside the tensors.
 WINDOW_PACKED = Check("window", (5, 16))
 WINDOW_PACKED_FULL = Check("window", (17, 17))  # every tile that the grid has room for is needed
+PADDED = Check("full", (9, 13), gradients=True, altered="padded")
 WINDOW = Check("window", 23)
 SELECTED_PACKED = Check("selected", (9, 0, 16), query_major="both")
 COMPRESSED_PACKED = Check("compressed", (14, 9, 13))
@@ -111,6 +112,40 @@ MUTANTS = (
         WINDOW_PACKED_FULL,
         ("o_win", "lse_win"),
         (Edit("sequences.py", "tokens // size + self.count if", "tokens // size + self.count - 1 if"),),
+    ),
+    Mutant(
+        "padding_left_as_it_is",
+        "nothing is written to the rows behind the last packed sequence",
+        PADDED,
+        ("o", "o_cmp", "lse_cmp", "o_win", "selection", "dq", "dk", "dv", "dgates"),
+        (Edit("padding.py", "tl.load(cu_seqlens + num_sequences)", "rows", times=2),),
+    ),
+    Mutant(
+        "first_row_of_padding_left_as_it_is",
+        "the first row behind the last packed sequence is not written to",
+        PADDED,
+        ("o", "lse_win", "dq", "dgates"),
+        (
+            Edit(
+                "padding.py",
+                "tl.load(cu_seqlens + num_sequences)",
+                "tl.load(cu_seqlens + num_sequences) + 1",
+                times=2,
+            ),
+        ),
+    ),
+    Mutant(
+        "padding_written_up_to_a_tile",
+        "rows behind the last packed sequence are written to up to the next multiple of 8 alone",
+        PADDED,
+        ("o", "dk"),
+        (
+            Edit(
+                "padding.py",
+                "end = tl.cast(rows, tl.int64) * WIDTH",
+                "end = tl.cast((first_row + 7) // 8 * 8, tl.int64) * WIDTH",
+            ),
+        ),
     ),
     # Compression
     Mutant(

@@ -53,11 +53,11 @@ the length, a packed batch is the list of its sequences' lengths. Lengths and se
 `verify` derives its own from a spec's boundaries. Selected attention goes block by block unless a check says
 *query-major* (token by token, or its forward alone), and *chunks of* a number is the most tokens that a chunk of its
 inverted index has: the index of these checks has several, as that of a long sequence has. With *local blocks in the
-window* the window's kernels do those of the selected branch. Three kinds of check alter
+window* the window's kernels do those of the selected branch. Four kinds of check alter
 the inputs in a way of their own: *fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times
-larger, so that probabilities underflow to 0) and *rows far apart* (offsets beyond 2^31 elements, in a sparse file;
-compared bit by bit with the same numbers close together). The last column names quantities that fail, as the report of
-`verify` names them.
+larger, so that probabilities underflow to 0), *padded* (rows of NaN behind the last packed sequence) and *rows far
+apart* (offsets beyond 2^31 elements, in a sparse file; compared bit by bit with the same numbers close together). The
+last column names quantities that fail, as the report of `verify` names them.
 
 Mutants of the cache and of decode have checks of another form: what happens to a cache, step by step, each step that
 attends being compared with one long forward.
