@@ -232,3 +232,108 @@ def test_layers_share_lengths_and_hold_their_own_keys() -> None:
     found = [module.nsa_decode(q, cache, gates, layer=layer) for layer in range(2)]
     assert torch.equal(found[0], alone[0]) and torch.equal(found[1], alone[1])
     assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("by", ["numbers", "tensor"])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_after_a_truncation_nothing_is_new_whatever_it_left(page_size: int | None, by: str) -> None:
+    module = package()
+    cache = module.NSACache(2, 64, page_size=page_size, max_new_tokens=4, device=DEVICE)
+    append(cache, module, [10, 9])
+    append(cache, module, [3, 4], seed=1)
+    kept = [13, 12]  # of the first sequence nothing goes, of the second the last token
+    cache.truncate(torch.tensor(kept, dtype=torch.int32, device=DEVICE) if by == "tensor" else kept)
+    assert cache.new_tokens == (0, 0)
+    before = snapshot(cache)
+    cache.write(*rows(module, 2, 4, seed=2))
+    assert all(torch.equal(x, y) for x, y in zip(before, snapshot(cache), strict=True))
+    q, gates = torch.randn(2, 4, 2, 16, device=DEVICE), torch.randn(2, 4, 2, 3, device=DEVICE)
+    for attend in (module.nsa_decode, module.nsa_prefill):
+        o, aux = attend(q, cache, gates, return_aux=True)
+        assert not o.any() and (aux.lse_win == -torch.inf).all() and (aux.indices == -1).all()
+    assert cache.exact or by == "tensor"
+    cache.synchronize()
+    assert cache.new_tokens == (0, 0) and cache.tokens == tuple(kept)
+
+
+def test_a_sequence_that_is_forgotten_leaves_the_new_tokens_of_the_others() -> None:
+    module = package()
+    cache, other = (module.NSACache(2, 64, max_new_tokens=4, device=DEVICE) for _ in range(2))
+    k, v = rows(module, 2, 4)
+    for each in (cache, other):
+        append(each, module, [9, 12])
+        each.extend([2, 4])
+    cache.reset(0)
+    for each in (cache, other):
+        each.write(k, v)
+    assert cache.tokens == (0, 16) and cache.new_tokens == (0, 4) and cache.lengths.tolist() == [0, 16]
+    assert torch.equal(cache.layers[0].k[1], other.layers[0].k[1])
+    q, gates = torch.randn(2, 4, 2, 16, device=DEVICE), torch.randn(2, 4, 2, 3, device=DEVICE)
+    for attend in (module.nsa_decode, module.nsa_prefill):
+        assert torch.equal(attend(q, cache, gates)[1], attend(q, other, gates)[1])
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_tokens_that_are_drafted_and_rejected_by_a_tensor_go_on_to_the_capacity(
+    page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = package()
+    cache = module.NSACache(2, 40, page_size=page_size, max_new_tokens=4, device=DEVICE)
+    read: list[tuple[int, ...]] = []
+    synchronize = module.NSACache.synchronize
+    monkeypatch.setattr(module.NSACache, "synchronize", lambda self: read.append(self.tokens) or synchronize(self))
+    for length in range(1, 37):  # of four drafted tokens one is accepted
+        cache.extend(4)
+        assert cache.lengths.tolist() == [length + 3] * 2
+        cache.truncate(torch.full((2,), length, dtype=torch.int32, device=DEVICE))
+    assert not cache.exact and 0 < len(read) <= 12, "the host asks where its bound leaves no room, and not each step"
+    cache.extend(4)
+    assert cache.lengths.tolist() == [40, 40]
+    with pytest.raises(module.CapacityError, match="sequence 0 holds 40 of at most 40 tokens; no room for 1 more"):
+        cache.extend(1)
+    assert cache.exact and cache.tokens == (40, 40)
+
+
+def test_pages_that_a_bound_alone_takes_come_back_before_there_is_no_room() -> None:
+    module = package()
+    cache = module.NSACache(2, 64, page_size=16, pages=3, device=DEVICE)
+    for _ in range(6):  # 24 tokens by the host's bound, of which one is kept
+        cache.extend([4, 0])
+        cache.truncate(torch.tensor([1, 0], dtype=torch.int32, device=DEVICE))
+    cache.extend([0, 32])
+    assert cache.tokens == (1, 32) and cache.free_pages == 0
+
+
+def test_a_cache_that_cannot_ask_the_device_says_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = package()
+    cache = module.NSACache(1, 40, device=DEVICE)
+    append(cache, module, 39)
+    cache.truncate(torch.tensor([8], dtype=torch.int32, device=DEVICE))
+    monkeypatch.setattr(module.NSACache, "_capturing", lambda self: True)  # as within torch.cuda.graph
+    q, gates = torch.randn(1, 2, 2, 16, device=DEVICE), torch.randn(1, 2, 2, 3, device=DEVICE)
+    for attempt in (lambda: cache.reserve(2), lambda: module.nsa_prefill(q, cache, gates), cache.synchronize):
+        with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured; call synchronize\(\) before"):
+            attempt()
+    cache.extend(2)  # the device's part alone
+    assert cache.lengths.tolist() == [10]
+
+
+def test_a_graph_that_truncates_leaves_the_host_with_bounds_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = package()
+    cache = module.NSACache(1, 40, device=DEVICE)
+    kept = torch.tensor([8], dtype=torch.int32, device=DEVICE)
+    append(cache, module, 8)
+    with monkeypatch.context() as captured:
+        captured.setattr(module.NSACache, "_capturing", lambda self: True)
+        cache.extend(4)
+        cache.truncate(kept)
+    cache.synchronize()
+    assert cache.exact
+    for _ in range(20):  # each replay drafts four tokens and keeps none: the host has no room for 80
+        cache.reserve(4)
+        place = (cache.layout.table, cache.layout.capacity, cache.layout.page_size)
+        module.inference_ops.cache_extend(cache.starts, cache.lengths, cache.overflow, None, 4, *place)
+        cache.lengths.copy_(torch.minimum(cache.lengths, kept))
+    assert not cache.exact
+    cache.synchronize()
+    assert cache.tokens == (8,)
