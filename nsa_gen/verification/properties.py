@@ -200,6 +200,35 @@ def batch_entries_are_alone(trial: Trial) -> list[Row]:
     return rows
 
 
+def neighbours_have_no_influence(trial: Trial) -> list[Row]:
+    """The first entry of a batch has the same bits whatever the others hold, gradients of keys and values apart.
+
+    Those are sums, cut where the lists of all entries fill a piece, and so as near as rounding lets them be.
+    """
+    p, inputs, others = trial.parameters, trial.inputs(), trial.inputs(kind="gaussian", shift=1_000_003)
+    first = torch.arange(trial.case.batch, device=inputs.q.device) == 0
+
+    def neighbours(name: str, x: Tensor) -> Tensor:
+        other = getattr(others, name)
+        return x if other is None else torch.where(first.view(-1, *(1,) * (x.dim() - 1)), x, other)
+
+    plain = replace(inputs, compression=None)
+    other = replace(relations.mapped(plain, neighbours), compression=inputs.compression)
+    before, after = (
+        {name: x[:1] for name, x in trial.call(each).tensors().items() if not name.startswith("dcompression")}
+        for each in (inputs, other)
+    )
+    summed = {n for n in before if relations.is_gradient_of_raw_keys(n)} if p.selection_block is not None else set()
+    exact = [name for name in before if name not in summed]
+    rows = [_bits(trial, "neighbours", {n: before[n] for n in exact}, {n: after[n] for n in exact})]
+    if summed:
+        alone = replace(relations.mapped(plain, lambda _, x: x[:1]), compression=inputs.compression)
+        kept = {"indices", "counts", *summed} & before.keys()
+        near = ({n: tensors[n] for n in tensors if n in kept} for tensors in (before, after))
+        rows += relations.near(trial.case.label, "neighbours: sums", p, alone, *near)
+    return rows
+
+
 def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
     """Each query head with a KV head of its own, a copy of its group's, gives the same outputs.
 
@@ -345,6 +374,7 @@ PROPERTIES: dict[str, Property] = {
     ),
     "chunks": Property(prefill_in_two_chunks_is_one, lambda p, case: _divisible(p, case) and _quiet(case)),
     "batch": Property(batch_entries_are_alone, lambda p, case: _batched(case) and case.batch > 1),
+    "neighbours": Property(neighbours_have_no_influence, lambda p, case: _batched(case) and case.batch > 1),
     "groups": Property(
         group_is_repeated_kv_heads,
         lambda p, case: (

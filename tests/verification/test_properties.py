@@ -27,6 +27,7 @@ WHERE = {
     "padded": PACKED,
     "chunks": BATCHED,
     "batch": BATCHED,
+    "neighbours": BATCHED,
     "groups": BATCHED,
     "doubled": BATCHED,
     "bits": BATCHED,
@@ -59,6 +60,10 @@ def reads_the_batch(o: Tensor, aux: dict) -> Tensor:
     return o * torch.arange(1, o.shape[0] + 1)[:, None, None, None]
 
 
+def reads_its_neighbours(o: Tensor, aux: dict) -> Tensor:
+    return o * (1 + 1e-6 * o.mean(0, keepdim=True))
+
+
 def depends_on_the_length(o: Tensor, aux: dict) -> Tensor:
     return o * (1 + 1e-3 * o.shape[-3])
 
@@ -81,6 +86,7 @@ MISTAKES: dict[str, Callable[[Tensor, dict], Tensor]] = {
     "padded": adds_a_constant,
     "chunks": depends_on_the_length,
     "batch": reads_the_batch,
+    "neighbours": reads_its_neighbours,
     "doubled": adds_a_constant,
     "guards": writes_past_its_end,
 }
