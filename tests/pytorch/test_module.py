@@ -206,7 +206,7 @@ def test_hidden_states_of_a_wrong_kind_are_refused_by_name(hidden: Any, said: st
         ([0, 12], "got list"),
         (torch.tensor([0, 12]), "dtype torch.int32, got torch.int64"),
         (torch.tensor([[0, 12]], dtype=torch.int32), "shape"),
-        (torch.tensor([0, 13], dtype=torch.int32), "bounds rising from 0 to T_total=12"),
+        (torch.tensor([0, 13], dtype=torch.int32), "bounds rising from 0 to at most T_total=12"),
     ],
     ids=str,
 )
