@@ -165,6 +165,15 @@ def _keeping(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dic
     return lambda config: all(constraint(config) for constraint in constraints)
 
 
+def legal(
+    kernel: Kernel, sizes: Mapping[sympy.Symbol, int], kept: Mapping[str, tuple[int, ...]]
+) -> Iterator[dict[str, int]]:
+    """The configurations that keep a kernel's own constraints, with `kept` in place of some tunables' values."""
+    names = [tunable.name for tunable in kernel.tunables]
+    values = itertools.product(*(kept.get(tunable.name, tunable.values) for tunable in kernel.tunables))
+    return filter(_keeping(kernel, sizes), (dict(zip(names, each, strict=True)) for each in values))
+
+
 def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
     """The smallest legal tiles: on the interpreter a short sequence then still crosses tile edges."""
     best = next(filter(_keeping(kernel, sizes), candidates(kernel)))

@@ -72,15 +72,20 @@ def arguments_of(module: Any, inputs: Inputs) -> tuple[list[Any], dict[str, Any]
     return [arguments.pop(name, None) for name in ("q", "k", "v")], arguments
 
 
-def call_package(module: Any, inputs: Inputs, with_gradients: bool, *, poisoned: bool = True) -> Call:
+def call_package(
+    module: Any, inputs: Inputs, with_gradients: bool, *, poisoned: bool = True, recompute: Sequence[str] = ()
+) -> Call:
     """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do.
 
+    `recompute` are branches whose forward the backward runs again, for packages that have a backward.
     Poisoned memory brings torch's deterministic algorithms with it; without it torch's are those of any user.
     """
     if inputs.q.device.type == "cpu":
         steady_products()
     leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
     positional, arguments = arguments_of(module, inputs.replace_differentiable(leaves))
+    if recompute:
+        arguments["recompute"] = tuple(recompute)
     with poisoned_memory() if poisoned else nullcontext():
         o, aux = module.nsa_attention(*positional, **arguments, return_aux=True)
         found: Sequence[Tensor | None] = ()

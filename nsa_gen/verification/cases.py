@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
+from nsa_gen.lowering import lower
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import kinds_of
 from nsa_gen.verification.oracle import argument_suffixes
+from nsa_gen.verification.schedules import Variation, most_unlike_the_defaults, variations, with_chunks
 
 INTERPRETER_LONGEST = 130
 INTERPRETER_TOKENS = 180
@@ -18,8 +21,8 @@ INTERPRETER_KEYS = 2600
 """Keys of the cases with few queries, of which the interpreter takes some 10 ms for 100."""
 FEW = 6
 """Queries of the cases that put more blocks in the past than there are slots."""
-
-
+FEW_VARIED = 11
+"""Queries of the cases that are run by other schedules: their lists are cut into pieces of four slots."""
 FORWARD_ONLY = ("nan", "abyss")
 """Kinds of input whose gradients say nothing: they are NaN, or decided by which probabilities underflow."""
 
@@ -28,8 +31,8 @@ FORWARD_ONLY = ("nan", "abyss")
 class Case:
     """One call: `tokens` is Tq, or the lengths of packed sequences.
 
-    `twice` repeats it to compare bits; `gradients=False` leaves out the backward pass; `other_schedules` calls the
-    package by the schedules that are not its defaults.
+    `twice` repeats it to compare bits, with nothing recomputed the second time; `gradients=False` leaves out the
+    backward pass; `variation` is how the package is run, if not by the values in force.
     """
 
     tokens: int | tuple[int, ...]
@@ -38,7 +41,7 @@ class Case:
     batch: int = 2
     twice: bool = True
     gradients: bool = True
-    other_schedules: bool = False
+    variation: Variation | None = None
 
     @property
     def label(self) -> str:
@@ -50,7 +53,12 @@ class Case:
         else:
             shape = f"Tq={self.tokens} Tkv={self.tokens_kv}"
         kind = "" if self.kind == "gaussian" else f" {self.kind}"
-        return f"{shape}{kind}{', other schedules' if self.other_schedules else ''}"
+        return f"{shape}{kind}{f', {self.variation.label}' if self.variation else ''}"
+
+    @property
+    def rows(self) -> int:
+        """Query tokens of all its sequences."""
+        return sum(self.tokens) if isinstance(self.tokens, tuple) else self.tokens * self.batch
 
 
 def boundary_lengths(p: OracleParameters) -> list[int]:
@@ -65,9 +73,18 @@ def boundary_lengths(p: OracleParameters) -> list[int]:
 
 
 def default_cases(
-    spec: Any, *, interpreted: bool, lengths: Sequence[int] | None, packed: bool, batch: int
+    spec: Any,
+    *,
+    interpreted: bool,
+    lengths: Sequence[int] | None,
+    packed: bool,
+    batch: int,
+    gradients: bool = True,
 ) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-    """The cases of a spec and notes on what was left out. `lengths` replaces the boundary lengths."""
+    """The cases of a spec and notes on what was left out. `lengths` replaces the boundary lengths.
+
+    `gradients` says whether there is a backward pass, whose branches may be recomputed.
+    """
     p = OracleParameters.from_spec(spec)
     notes: list[str] = []
     block = p.selection_block or p.compression_block or 64
@@ -90,32 +107,116 @@ def default_cases(
         cases.append(Case(3, tokens_kv=middle + 2, batch=batch, twice=not interpreted))
     if packed:
         tail = (p.compression_block or 5) + 3
-        cases.append(Case((min(block + 3, middle), 0, 1, tail)))
+        cases.append(Case((min(block + 3, middle), 0, 1, tail), twice=not interpreted))
     if interpreted:
         cases.append(Case(middle, kind="strided", batch=2, twice=False))
         cases += [Case(middle, kind=kind, batch=1, twice=False) for kind in ("spread", "nan")]
     else:
         cases += [Case(middle, kind=kind, batch=batch) for kind in kinds_of(p) if kind != "gaussian"]
-    if p.selection_block is not None:
-        rows = min(middle, 11) if interpreted else middle
-        late = middle + 2 if argument_suffixes(p) else None
-        cases.append(Case(rows, tokens_kv=late, batch=batch, twice=not interpreted, other_schedules=True))
+    contested, left_out_keys = _contested(p, interpreted, batch)
+    ways = _Ways(spec, interpreted, gradients and "backward" in spec.passes)
     if lengths is None:
-        contested, left_out = _contested(p, interpreted, batch)
-        cases += contested
-        if left_out:
+        cases += [case if interpreted else ways.vary(case) for case in contested]
+        cases += [ways.vary(case) for case in _varied_calls(p, interpreted, packed, middle, ways.count)]
+        if left_out_keys:
             notes.append(
-                f"cases with up to {left_out} keys, more blocks than slots, were left out: the interpreter is slow; "
-                "verify on a GPU"
+                f"cases with up to {left_out_keys} keys, more blocks than slots, were left out: the interpreter is "
+                "slow; verify on a GPU"
             )
+    elif p.selection_block is not None:
+        rows = min(middle, FEW_VARIED) if interpreted else middle
+        cases.append(ways.most_unlike(Case(rows, tokens_kv=_late(p, middle + 2), batch=batch)))
     return tuple(cases), tuple(notes)
+
+
+class _Ways:
+    """The ways to run a spec's package, dealt out to calls in turn."""
+
+    def __init__(self, spec: Any, interpreted: bool, gradients: bool) -> None:
+        self._program = lower(spec)
+        self._found = variations(self._program, interpreted, gradients)
+        self._next = 0
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._found)
+
+    def vary(self, case: Case) -> Case:
+        """The case, run in the next way."""
+        self._next += 1
+        return self._run(case, self._found[(self._next - 1) % len(self._found)])
+
+    def most_unlike(self, case: Case) -> Case:
+        """The case, with the schedules that are not the interpreter's own."""
+        return self._run(case, most_unlike_the_defaults(self._program, self._found))
+
+    def _run(self, case: Case, variation: Variation | None) -> Case:
+        assert variation is not None
+        return replace(case, variation=with_chunks(self._program, variation, case.rows))
+
+
+def _late(p: OracleParameters, keys: int) -> int | None:
+    """Tkv of a call with few queries; None, which is Tq, where no branch reads raw keys."""
+    return keys if argument_suffixes(p) else None
+
+
+def _varied_calls(p: OracleParameters, interpreted: bool, packed: bool, middle: int, count: int) -> list[Case]:
+    """Small calls, one for each way to run a package: late queries, packed sequences, a batch.
+
+    Of eight numbers, the three of packed calls meet each choice of schedule and each branch recomputed and not.
+    """
+    rows = FEW_VARIED if interpreted else min(middle, 200)
+    keys = middle + 2
+    if p.selection_block is not None and (many := _boundary_keys(p)) <= (INTERPRETER_KEYS if interpreted else many):
+        keys = many
+    late = Case(rows, tokens_kv=_late(p, keys), kind="counts" if p.indices_given else "gaussian", batch=1)
+    batched = Case(rows // 2, tokens_kv=_late(p, middle + 2), batch=2)
+    sequences = [Case(lengths, batch=1, twice=not interpreted) for lengths in packed_offsets(p, interpreted)]
+    if not packed:
+        sequences = [batched]
+    forms = "lpbLpbpl" if count == 8 else "lpbp"
+    found: list[Case] = []
+    for number in range(count):
+        form = forms[number % len(forms)]
+        if form == "p":
+            found.append(sequences[sum(case in sequences for case in found) % len(sequences)])
+        else:
+            found.append({"l": late, "L": replace(late, kind="late"), "b": batched}[form])
+    return found
+
+
+def packed_offsets(p: OracleParameters, interpreted: bool) -> list[tuple[int, ...]]:
+    """Lengths of packed sequences with complete compressed blocks that begin at tokens of every remainder.
+
+    By the stride, that is: as many batches as the interpreter has time for, or one. The first sequence of a batch for
+    the interpreter has no complete block unless the stride is the block.
+    """
+    block, stride = p.compression_block or 8, p.compression_stride or 1
+    if not interpreted:
+        return [(block + 1,) * max(2, stride)]
+    firsts = sorted({1, max(1, stride // 2), max(1, stride - 1)})
+    return [(first, block + 1, block) for first in firsts]
+
+
+def start_remainders(p: OracleParameters, tokens: tuple[int, ...]) -> set[int]:
+    """By the stride, the remainders of the tokens at which packed sequences with complete blocks begin."""
+    starts = zip(accumulate((0, *tokens)), tokens, strict=False)
+    return {start % (p.compression_stride or 1) for start, length in starts if p.compressed_blocks(length)}
+
+
+def _boundary_keys(p: OracleParameters) -> int:
+    """Tkv with more blocks than slots, and a last compressed block that reaches over the last block's start."""
+    assert p.selection_block is not None
+    return (p.selection_count + 3) * p.selection_block + (p.compression_stride or 4)
 
 
 def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list[Case], int]:
     """Few queries behind more blocks than there are slots, so that importance decides, and how many keys are too many.
 
     With Tkv = (n + 2) l' + 2 a NaN two thirds into the keys makes every importance NaN but that of the last queries'
-    own block, of which nothing is visible yet.
+    own block, of which nothing is visible yet. Late keys stand out in a compressed block that reaches into the last
+    selection block, whose first queries share a tile with one that sees it and must not.
     """
     if p.selection_block is None:
         return [], 0
@@ -126,10 +227,10 @@ def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list
     rows = FEW if interpreted else max(FEW, min(4 * block, 256))
     twice = not interpreted
     if p.indices_given:
-        return [Case(rows, many, kind, batch, twice, twice or kind == "counts") for kind in ("gaussian", "counts")], 0
-    found = [Case(rows + 2, many, "gaussian", batch, twice, not interpreted)]
-    found += [Case(rows, many, kind, batch, twice, not interpreted) for kind in ("ties", "abyss")]
-    return [*found, Case(min(rows, torn), torn, "nan", batch, twice, False)], 0
+        return [Case(rows, many, kind, batch, twice) for kind in ("gaussian", "counts")], 0
+    found = [Case(rows + 2, many, "gaussian", batch, twice), Case(rows + 2, _boundary_keys(p), "late", batch, twice)]
+    found += [Case(rows, many, kind, batch, twice) for kind in ("ties", "abyss")]
+    return [*found, Case(min(rows, torn), torn, "nan", batch, twice)], 0
 
 
 def _affordable(p: OracleParameters) -> tuple[list[int], list[int]]:

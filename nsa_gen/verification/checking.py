@@ -15,7 +15,7 @@ from nsa_gen.verification.gradients import Reference, References
 from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import compressed_rows
 from nsa_gen.verification.report import Row
-from nsa_gen.verification.schedules import other_schedules
+from nsa_gen.verification.schedules import varied
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, Comparison, compare, unit_roundoff
 
@@ -30,12 +30,12 @@ def check_case(
     references: References | None = None,
 ) -> list[Row]:
     """Every comparison of one call: one row a quantity. `references` saves work where only schedules differ."""
-    if case.other_schedules:
-        plain = replace(case, other_schedules=False)
-        with other_schedules(module, inputs.q.device):
-            rows = check_case(module, parameters, plain, inputs, with_gradients=with_gradients)
-        return [replace(row, case=case.label) for row in rows]
-    call = call_package(module, inputs, with_gradients)
+    if case.variation is not None and case.variation.values:
+        plain = replace(case, variation=replace(case.variation, values=()))
+        with varied(module, case.variation):
+            return check_case(module, parameters, plain, inputs, with_gradients=with_gradients, references=references)
+    recompute = case.variation.recompute if case.variation is not None and with_gradients else ()
+    call = call_package(module, inputs, with_gradients, recompute=recompute)
     computed = parameters.selection_block is not None and not parameters.indices_given
     if computed and (problem := _misshapen_choice(parameters, inputs, call)):
         return [Row(case.label, "selection", "selection", math.inf, 1.0, False, problem)]

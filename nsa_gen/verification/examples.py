@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import shlex
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.inputs import KINDS, kinds_of
 from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.properties import PROPERTIES, Trial
-from nsa_gen.verification.report import Row
+from nsa_gen.verification.report import Row, raised
 from nsa_gen.verification.schedules import drawn_schedules
 
 if TYPE_CHECKING:
@@ -162,10 +160,7 @@ def run_example(
         with drawn_schedules(module, torch.device(device), example.seed):
             rows = PROPERTIES[example.property].check(trial)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        told = " ".join(str(error).split())[:600]
-        problem = f"raised {type(error).__name__}: {told} ({where.filename}:{where.lineno})"
-        rows = [Row(example.case.label, type(error).__name__, "raised", math.inf, 0.0, False, problem)]
+        rows = [raised(example.case.label, error)]
     return ExampleResult(example, tuple(rows))
 
 

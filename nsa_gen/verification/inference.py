@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
 from nsa_gen.verification.oracle import argument_suffixes, reference_attention
-from nsa_gen.verification.report import Row
+from nsa_gen.verification.report import Row, raised
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -119,6 +118,28 @@ def scenario_of_seed(spec: Spec, seed: int, device: str) -> Scenario:
     """The scenario of a seed, which depends on nothing else."""
     pick = random.Random(f"inference {seed}").choice
     return drawn_scenario(OracleParameters.from_spec(spec), pick, interpreted=device == "cpu", seed=seed)
+
+
+def fixed_scenarios(p: OracleParameters) -> tuple[Scenario, ...]:
+    """Scenarios of every kind of cache, with more blocks than slots: contiguous, in pages smaller and larger than that.
+
+    Tokens come one and several at a time, to one sequence and to several of unlike lengths, which share pages.
+    """
+    many = (p.selection_count + 1) * (p.selection_block or 16) + 5
+    few = min(many, (p.selection_block or 16) + 9)
+
+    def scenario(batch: int, page_size: int | None, *steps: Step) -> Scenario:
+        return Scenario(batch, many + 40, page_size, steps)
+
+    ones = Step("decode", (1, 1))
+    return (
+        scenario(1, None, Step("fill", (many,)), Step("decode", (1,)), Step("decode", (3,))),
+        scenario(
+            2, PAGE_SIZES[0], Step("fill", (many, few)), ones, Step("fork", (0, 1, many - 3)),
+            Step("truncate", (many, many - 4)), ones,
+        ),
+        scenario(1, PAGE_SIZES[-1], Step("fill", (few,)), Step("prefill", (5,)), Step("decode", (2,))),
+    )  # fmt: skip
 
 
 class _Sequence:
@@ -344,11 +365,5 @@ def run_scenarios(
         try:
             rows += run_scenario(spec, module, scenario, device)
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            told = (
-                f"raised {type(error).__name__}: {' '.join(str(error).split())[:400]} ({where.filename}:{where.lineno})"
-            )
-            rows.append(
-                Row(f"{scenario.text} seed {number}", type(error).__name__, "raised", math.inf, 0.0, False, told)
-            )
+            rows.append(raised(f"{scenario.text} seed {number}", error))
     return rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.oracle import argument_suffixes
 
-Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "abyss", "ties", "counts", "nan"]
+Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "late", "abyss", "ties", "counts", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)
 ABYSS = 300.0
 """Standard deviation, in nats, of the compressed logits of kind `abyss`: exp(-104) is 0 in float32."""
@@ -156,6 +156,8 @@ def make_inputs(
     - hot: queries and the first block's keys share a direction, so that all queries choose the same blocks
       (caller-supplied indices: all rows take the first n blocks);
     - rising, falling: logits grow, fall steadily with the key's position, by 20 nats in all;
+    - late: the logits of the last keys, a stride of them, are 24 nats above all others, so that a query which sees one
+      too early shows;
     - abyss: compressed logits hundreds of nats apart, so that most probabilities underflow to 0 in float32;
     - ties: every selection block holds the same keys, so that blocks have equal importances to the last bit;
     - counts: caller-supplied indices come with counts, many below the slots in use;
@@ -220,7 +222,7 @@ def make_inputs(
             found["counts"] = torch.randint(0, p.selection_count + 1, shape, generator=generator, dtype=torch.int32)
     if packed:
         found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    if kind in ("spread", "hot", "rising", "falling"):
+    if kind in ("spread", "hot", "rising", "falling", "late"):
         _shape_logits(p, found, kind, generator)
     if kind == "abyss" and p.compression_block is not None:
         averaged = p.compression_block**0.5 if p.phi_key == "mean" else 1.0  # a mean of l keys is that much smaller
@@ -248,6 +250,9 @@ def _shape_logits(p: OracleParameters, found: dict[str, Any], kind: str, generat
             nats = nats * (torch.rand(tokens, generator=generator) < 0.25)
         elif kind == "hot":
             nats = 8.0 * (torch.arange(tokens) < (p.selection_block or 64)).float()
+        elif kind == "late":
+            last = 1 if name == "k_cmp" else p.compression_stride or 4
+            nats = 24.0 * (torch.arange(tokens) >= tokens - last).float()
         else:
             nats = torch.linspace(-10, 10, tokens) if tokens > 1 else torch.zeros(tokens)
             nats = nats if kind == "rising" else -nats

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from dataclasses import asdict, dataclass
+import traceback
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,26 @@ class Row:
         if self.bound == 0:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.bound
+
+
+def raised(case: str, error: Exception) -> Row:
+    """The row of a call that raised, of the package's or of the device's making."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    told = " ".join(str(error).split())[:600]
+    problem = f"raised {type(error).__name__}: {told} ({where.filename}:{where.lineno})"
+    return Row(case, type(error).__name__, "raised", math.inf, 0.0, False, problem)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a run exercised, by name (a tunable as kernel.NAME) with the values it had, and what it left out.
+
+    `ways` are the variations of the calls, in words.
+    """
+
+    exercised: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,8 @@ class VerifyReport:
     """The outcome of `verify`.
 
     `dtype` and `heads` (query, kv) are those verified, which the notes say where they are not the spec's. `cases` are
-    the labels of the calls made, `seconds` the whole time. `examples` and `reproduction` are those of drawn examples.
+    the labels of the calls made, `seconds` the whole time. `examples` and `reproduction` are those of drawn examples,
+    `coverage` that of fixed cases.
     """
 
     name: str
@@ -119,6 +141,7 @@ class VerifyReport:
     environment: Environment
     examples: tuple[ExampleRecord, ...] = ()
     reproduction: Reproduction | None = None
+    coverage: Coverage | None = None
 
     @property
     def ok(self) -> bool:
@@ -187,6 +210,12 @@ def print_report(report: VerifyReport, console: Console) -> None:
     for row in report.failures:
         what = row.problem or f"{row.measure} error {row.error:.3e}, at most {row.bound:.3e} allowed"
         console.print(f"[red]failed[/red] {escape(row.case)}: {row.quantity}: {escape(what)}", highlight=False)
+    coverage = report.coverage or Coverage()
+    for way in coverage.ways:
+        if any(way.split(":")[0] in row.case for row in report.failures):
+            console.print(escape(way), highlight=False)
+    for what in coverage.left_out:
+        console.print(f"left out: {escape(what)}", highlight=False)
     for note in report.notes:
         console.print(f"note: {escape(note)}", highlight=False)
     verdict = "[green]ok[/green]" if report.ok else f"[red]{len(report.failures)} failed[/red]"

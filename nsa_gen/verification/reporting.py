@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from nsa_gen.verification.examples import ExampleResult, reproduction, require_example, run_example, run_examples
+from nsa_gen.verification.examples import ExampleResult, drawn_example, reproduction, require_example
 from nsa_gen.verification.report import ExampleRecord, Reproduction, VerifyReport, environment
+from nsa_gen.verification.running import Runner
 from nsa_gen.verification.shrinking import SECONDS, Shrunk, shrink
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def report_examples(
     original: Spec,
     spec: Spec,
-    module: Any,
+    runner: Runner,
     *,
     count: int | None,
     text: str | None,
@@ -27,7 +28,6 @@ def report_examples(
     device: torch.device,
     dtype: str | None,
     source: str | None,
-    build: Callable[[Spec], Any],
     vary_spec: bool,
     notes: tuple[str, ...],
     progress: Callable[[str], None] | None,
@@ -43,15 +43,26 @@ def report_examples(
         example = require_example(spec, text, seed, where)
         if progress is not None:
             progress(f"{spec.name}: seed {seed}: {example.text}")
-        results.append(run_example(spec, module, example, where, build))
+        results.append(runner.example(spec, example))
     else:
         assert count is not None
-        results += run_examples(spec, module, count, seed, where, build=build, progress=progress)
+        for number in range(seed, seed + count):
+            example = drawn_example(spec, number, where)
+            if progress is not None:
+                progress(f"{spec.name}: example {number - seed + 1} of {count}, seed {number}: {example.text}")
+            results.append(runner.example(spec, example))
     failed = [result for result in results if not result.ok]
     smallest = None
     if failed and text is None:
         found = shrink(
-            spec, module, failed[0], where, build=build, vary_spec=vary_spec, seconds=SECONDS, progress=progress
+            spec,
+            None,
+            failed[0],
+            where,
+            run=runner.example,
+            vary_spec=vary_spec,
+            seconds=SECONDS,
+            progress=progress,
         )
         smallest = _as_reproduction(original, spec, found, where, dtype, source)
         notes = (*notes, _told(failed, len(results), found, smallest))

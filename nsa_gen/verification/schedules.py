@@ -2,25 +2,159 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-#: Sizes of chunks, in tokens, of which even a short call has several.
+if TYPE_CHECKING:
+    from nsa_gen.lowering.program import Kernel, Program
+
+Values = tuple[tuple[str, str, int], ...]
+
 SMALL_CHUNKS = (7, 33, 200)
+"""Sizes of chunks, in tokens, of which even a short call has several."""
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+"""How a kernel is compiled, which the interpreter knows nothing of."""
+SPLITS = ("HEAD_SPLITS", "PROGRAMS", "SHARES")
+"""Tunables that say how many programs share a sum. Unlike tile sizes any of their values fits any device."""
+LARGEST_TILE = 64
+"""The interpreter computes whole tiles, however few rows of them are in use."""
+FEWEST = 4
+"""Variations of a package that has few choices, so that tile sizes still take turns."""
+SHORT_PIECE = 4
+"""Slots of the pieces that even a list of a few tokens is cut into; below what a matrix unit takes."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One way to run a package: values of tunables (kernel, name, value) in place of those in force.
+
+    `recompute` are the branches whose forward the backward runs again.
+    """
+
+    number: int
+    values: Values = ()
+    recompute: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """A short name, such as "schedule 3 recompute cmp+win"."""
+        again = f" recompute {'+'.join(self.recompute)}" if self.recompute else ""
+        return f"schedule {self.number}{again}"
+
+    @property
+    def text(self) -> str:
+        """Its number and all values, in a line."""
+        kernels = [
+            f"{kernel} {' '.join(f'{name}={value}' for _, name, value in values)}"
+            for kernel, values in itertools.groupby(self.values, lambda each: each[0])
+        ]
+        return f"{self.label}: {', '.join(kernels) or 'the values in force'}"
+
+
+def variations(program: Program, interpreted: bool, gradients: bool) -> tuple[Variation, ...]:
+    """Few ways to run a package that together have every choice of schedule and every set of branches to recompute.
+
+    Each value of a choice meets each other choice's and each branch, recomputed and not. Tile sizes and splits take
+    turns, on a GPU splits alone. How many tokens a chunk has is for the call to say: `with_chunks`.
+    """
+    choices = [(schedule.name, name) for schedule in program.schedules for name in schedule.choices]
+    branches = program.spec.branches if gradients else ()
+    bits = 3 if choices and len(branches) > 1 else max(len(choices), len(branches))
+    found = []
+    for number in range(max(FEWEST, 2**bits)):
+        turn = number + number // 2 + number // 4 if bits == 3 else number
+        x, y, z = number & 1, number >> 1 & 1, number >> 2 & 1
+        values = [(*choice, number >> place & 1) for place, choice in enumerate(choices)]
+        # Linear in the number's bits and none of them alone: every pair of a choice and a branch takes all four values.
+        again = tuple(branch for branch, one in zip(branches, (x ^ y ^ z, y ^ z, x ^ y), strict=False) if one)
+        kernels = [kernel for kernel in program.kernels if kernel.direction != "decode"]
+        values += _values(program, kernels, turn, number, interpreted)
+        found.append(Variation(number, tuple(values), again))
+    return tuple(found)
+
+
+def with_chunks(program: Program, variation: Variation, rows: int) -> Variation:
+    """The variation for a call of `rows` tokens in all: in three chunks, or in one, half of each choice's calls."""
+    tokens = -(-rows // 3) if variation.number.bit_count() % 2 else rows
+    sizes = [
+        (schedule.name, tunable.name, max(1, tokens))
+        for schedule in program.schedules
+        for tunable in schedule.tunables
+        if tunable.name not in schedule.choices
+    ]
+    # Values of a kernel stay together.
+    values = sorted((*variation.values, *sizes), key=lambda value: value[0])
+    return replace(variation, values=tuple(values))
+
+
+def decode_variation(program: Program, number: int, interpreted: bool) -> Variation:
+    """Tile sizes and splits of decode in scenario `number` of a cache, from the last of each kernel's on."""
+    kernels = [kernel for kernel in program.kernels if kernel.direction == "decode"]
+    return Variation(number, tuple(_values(program, kernels, -1 - number, -1 - number, interpreted)))
+
+
+def most_unlike_the_defaults(program: Program, found: Sequence[Variation]) -> Variation | None:
+    """Of variations the one with the most choices other than the interpreter's."""
+    defaults = {name: config.mapping() for name, config in program.defaults["interpreter"].items()}
+    schedules = {schedule.name for schedule in program.schedules}
+
+    def unlike(variation: Variation) -> int:
+        return sum(value != defaults[name][key] for name, key, value in variation.values if name in schedules)
+
+    return max(found, key=unlike, default=None)
+
+
+def _values(
+    program: Program, kernels: Sequence[Kernel], turn: int, split_turn: int, interpreted: bool
+) -> list[tuple[str, str, int]]:
+    found: list[tuple[str, str, int]] = []
+    for kernel in kernels:
+        turns = tile_sizes(program, kernel) if interpreted else [{}]
+        found += [(kernel.name, name, value) for name, value in turns[turn % len(turns)].items()]
+        splits = [tunable for tunable in kernel.tunables if tunable.name in SPLITS]
+        found += [(kernel.name, each.name, each.values[split_turn % len(each.values)]) for each in splits]
+    return found
+
+
+def tile_sizes(program: Program, kernel: Kernel) -> list[dict[str, int]]:
+    """Tile sizes of a kernel on the interpreter that together have each legal value up to `LARGEST_TILE`.
+
+    The interpreter's own come first, short pieces of lists last.
+    """
+    from nsa_gen.lowering import space
+
+    default = program.defaults["interpreter"][kernel.name].mapping()
+    kept = {name: (value,) for name, value in default.items() if name in (*LAUNCH_OPTIONS, *SPLITS)}
+    chosen: list[dict[str, int]] = []
+    seen: set[tuple[str, int]] = set()
+    for config in space.legal(kernel, program.sizes, kept):
+        tiles = {name: value for name, value in config.items() if name not in kept}
+        small = all(value <= max(LARGEST_TILE, default[name]) for name, value in tiles.items())
+        if small and (not chosen or tiles.items() - seen):
+            chosen.append(tiles)
+            seen |= tiles.items()
+    if "PIECE" in default:
+        chosen.append({**chosen[0], "PIECE": SHORT_PIECE, "TOKEN_BLOCK": SHORT_PIECE})
+    return chosen
 
 
 @contextmanager
-def other_schedules(module: Any, device: torch.device) -> Iterator[None]:
-    """Within the block, every choice of schedule that a package has is the other one, and chunks are small."""
+def varied(module: Any, variation: Variation | None) -> Iterator[None]:
+    """Within the block, `module` runs with a variation's values, as far as it has such tunables."""
+    configs = getattr(module, "configs", None)
     with ExitStack() as stack:
-        for name, values in _schedules(module, device).items():
-            changed = {choice: 1 - value for choice, value in values.items() if _is_choice(choice)}
-            changed |= {size: SMALL_CHUNKS[1] for size in values if not _is_choice(size)}
-            stack.enter_context(module.configs.override(name, **changed))
+        if configs is not None and variation is not None:
+            known = configs.DEFAULTS["interpreter"]
+            for kernel, values in itertools.groupby(variation.values, lambda each: each[0]):
+                fitting = {name: value for _, name, value in values if name in known.get(kernel, {})}
+                if fitting:
+                    stack.enter_context(configs.override(kernel, **fitting))
         yield
 
 

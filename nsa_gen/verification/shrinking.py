@@ -38,19 +38,29 @@ def shrink(
     device: str,
     *,
     build: Callable[[Spec], Any] | None = None,
+    run: Callable[[Spec, Example], ExampleResult] | None = None,
     vary_spec: bool = False,
     seconds: float = SECONDS,
     progress: Callable[[str], None] | None = None,
 ) -> Shrunk:
     """Shrink a failed example of a package.
 
-    `build` makes the package of another spec, where a property needs one. With `vary_spec` the spec becomes simpler
+    `build` makes the package of another spec, where a property needs one; `run` takes the place of both `module` and
+    `build`: it runs an example of a spec. With `vary_spec` the spec becomes simpler
     too: right where the generator made the package, so that its fault will be in other packages; a package of unknown
     making keeps its spec.
     """
-    search = _Search(spec, module, failed, device, build, time.monotonic() + seconds, progress)
+
+    def run_here(other: Spec, example: Example) -> ExampleResult:
+        package = module
+        if other is not spec:
+            assert build is not None
+            package = build(other)
+        return run_example(other, package, example, device, build)
+
+    search = _Search(spec, failed, device, run or run_here, time.monotonic() + seconds, progress)
     search.descend(search.smaller_calls)
-    if vary_spec and build is not None and search.descend(search.simpler_specs):
+    if vary_spec and (build is not None or run is not None) and search.descend(search.simpler_specs):
         search.descend(search.smaller_calls)
     return Shrunk(search.spec, search.best, search.tries)
 
@@ -61,16 +71,15 @@ class _Search:
     def __init__(
         self,
         spec: Spec,
-        module: Any,
         failed: ExampleResult,
         device: str,
-        build: Callable[[Spec], Any] | None,
+        run: Callable[[Spec, Example], ExampleResult],
         until: float,
         progress: Callable[[str], None] | None,
     ) -> None:
-        self.spec, self.module, self.best, self.device = spec, module, failed, device
+        self.spec, self.best, self.device = spec, failed, device
         self.wanted = failed.failing
-        self.build, self.until, self.progress = build, until, progress
+        self.run, self.until, self.progress = run, until, progress
         self.tries = 0
 
     def descend(self, candidates: Callable[[], Iterator[tuple[Spec, Example]]]) -> bool:
@@ -86,14 +95,10 @@ class _Search:
         self.tries += 1
         if self.progress is not None:
             self.progress(f"{spec.name}: smaller? try {self.tries}: {example.text}")
-        module = self.module
-        if spec is not self.spec:
-            assert self.build is not None
-            module = self.build(spec)
-        found = run_example(spec, module, example, self.device, self.build)
+        found = self.run(spec, example)
         if not found.failing & self.wanted:
             return False
-        self.spec, self.module, self.best = spec, module, found
+        self.spec, self.best = spec, found
         return True
 
     def smaller_calls(self) -> Iterator[tuple[Spec, Example]]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nsa_gen.verification.cases import FORWARD_ONLY, default_cases
-from nsa_gen.verification.checking import check_case
+from nsa_gen.lowering import lower
+from nsa_gen.verification.cases import default_cases
+from nsa_gen.verification.coverage import coverage
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.inference import SCENARIOS, Scenario, fixed_scenarios, scenario_of_seed
 from nsa_gen.verification.report import Row, VerifyReport, environment
+from nsa_gen.verification.running import InProcess, Isolated, Runner
+from nsa_gen.verification.schedules import Variation, decode_variation
 
 if TYPE_CHECKING:
+    from nsa_gen.lowering.program import Program
     from nsa_gen.spec import Spec
 
 INTERPRETER_KV_HEADS = 2
@@ -49,15 +53,18 @@ def verify(
     same group (without `package`); the notes say so. `device` defaults to the GPU where there is one. `progress` is
     called with a line before each case.
 
+    Without `lengths` the cases run the package by every schedule that it has and recompute every set of branches;
+    `coverage` of the report says with which values, and what was left out. A package that is no module yet runs in a
+    process of its own: a read or write out of bounds that ends it is a failed row of its case, and the others are run.
+
     With `examples`, that many random calls take the place of the fixed ones, each with one of the properties of
     `properties.PROPERTIES`; example i is drawn from seed + i alone. With `example`, a line such as
     "oracle: B=2 T=21 spread", it is that one, with inputs of `seed`. A failed report has the smallest failing example
     that could be found and the command that repeats it (`reproduction`, and the notes), with `source`, the spec's file,
     where it is given.
 
-    Memory freed before each call is poisoned, so that a result nobody wrote shows as NaN. Raises ValueError for a
-    dtype or pass that cannot be had, RuntimeError where the CPU is asked for and Triton is imported without its
-    interpreter.
+    Memory freed before each call is poisoned, so that a result nobody wrote shows as NaN; an exception of the package
+    is a failed row. Raises ValueError for a dtype or pass that cannot be had.
     """
     started = time.perf_counter()
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -68,56 +75,44 @@ def verify(
     drawing = examples is not None or example is not None
     if drawing:
         _refuse_with_examples(examples, example, lengths, wanted == tuple(spec.passes))
-    cases, more = default_cases(spec, interpreted=interpreted, lengths=lengths, packed=packed, batch=batch)
-    parameters = OracleParameters.from_spec(spec)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="nsa_gen_verify_") as folder:
-        if interpreted and not hasattr(package, "nsa_attention"):
-            _enable_interpreter()
-        module = _module(spec, package, Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix="nsa_gen_verify_") as folder,
+        closing(_runner(spec, package, Path(folder), where)) as runner,
+    ):
         if drawing:
             from nsa_gen.verification.reporting import report_examples
 
             return report_examples(
                 original,
                 spec,
-                module,
+                runner,
                 count=examples,
                 text=example,
                 seed=seed,
                 device=where,
                 dtype=dtype,
                 source=source,
-                build=_builder(Path(folder)),
                 vary_spec=package is None,
                 notes=notes,
                 progress=progress,
             )
-        labels = tuple(case.label for case in cases)
+        backward = "backward" in wanted
+        cases, more = default_cases(
+            spec, interpreted=interpreted, lengths=lengths, packed=packed, batch=batch, gradients=backward
+        )
+        labels = [case.label for case in cases]
+        rows: list[Row] = []
         for number, case in enumerate(cases, 1):
             if progress is not None:
                 progress(f"{spec.name}: case {number} of {len(cases)}: {case.label}")
-            inputs = make_inputs(
-                spec,
-                batch=case.batch,
-                tokens=case.tokens,
-                tokens_kv=case.tokens_kv,
-                dtype=getattr(torch, spec.dtype),
-                device=where,
-                seed=seed + number,
-                kind=case.kind,  # type: ignore[arg-type]
-            )
-            try:
-                gradients = "backward" in wanted and case.gradients and case.kind not in FORWARD_ONLY
-                rows += check_case(module, parameters, case, inputs, with_gradients=gradients)
-            except Exception as error:
-                error.add_note(f"while verifying {spec.name}, {case.label}, seed {seed + number}")
-                raise
-        if "decode" in wanted:
-            from nsa_gen.verification.inference import SCENARIOS, run_scenarios
-
-            found = run_scenarios(spec, module, SCENARIOS[where.type], seed, where.type, progress)
-            labels += tuple(dict.fromkeys(row.case for row in found))
+            rows += runner.case(case, seed + number, backward)
+        program = lower(spec)
+        scenarios = _scenarios(spec, program, seed, where.type) if "decode" in wanted else []
+        for number, (scenario, way) in enumerate(scenarios, 1):
+            if progress is not None:
+                progress(f"{spec.name}: cache {number} of {len(scenarios)}, seed {scenario.seed}: {scenario.text}")
+            found = runner.scenario(scenario, way)
+            labels += dict.fromkeys(row.case for row in found)
             rows += found
     return VerifyReport(
         name=spec.name,
@@ -126,12 +121,21 @@ def verify(
         heads=(spec.heads.query, spec.heads.kv),
         passes=wanted,
         seed=seed,
-        cases=labels,
+        cases=tuple(labels),
         rows=tuple(rows),
         notes=(*notes, *more),
         seconds=time.perf_counter() - started,
         environment=environment(where),
+        coverage=coverage(program, cases, scenarios, interpreted=interpreted, passes=wanted),
     )
+
+
+def _scenarios(spec: Spec, program: Program, seed: int, device: str) -> list[tuple[Scenario, Variation | None]]:
+    """The fixed scenarios of a cache, each with tile sizes and splits of its own, and those of seeds from `seed` on."""
+    fixed = fixed_scenarios(OracleParameters.from_spec(spec))
+    ways = [decode_variation(program, number, device == "cpu") for number in range(len(fixed))]
+    drawn = [scenario_of_seed(spec, number, device) for number in range(seed, seed + SCENARIOS[device])]
+    return [*zip(fixed, ways, strict=True), *((scenario, None) for scenario in drawn)]
 
 
 def _refuse_with_examples(
@@ -188,32 +192,25 @@ def _passes(spec: Spec, passes: Sequence[str] | None) -> tuple[str, ...]:
     return wanted
 
 
-def _enable_interpreter() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    if "triton" in sys.modules:
-        raise RuntimeError(
-            "device: the CPU needs Triton's interpreter, but Triton is imported without it; "
-            "set TRITON_INTERPRET=1 before Python starts"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
-def _module(spec: Spec, package: Any, folder: Path) -> Any:
-    """The package to verify: generated here, imported from a folder, or as given."""
+def _runner(spec: Spec, package: Any, folder: Path, device: torch.device) -> Runner:
+    """What runs the package: this process if it is a module, one of its own if it is generated or lies in a folder."""
     if package is not None and not isinstance(package, str | os.PathLike):
-        return package
-    from nsa_gen.rendering import generate, import_package
+        return InProcess(spec, package, device, builder(folder))
+    from nsa_gen.rendering import generate
 
-    return import_package(generate(spec, folder) if package is None else Path(package))
+    return Isolated(spec, generate(spec, folder) if package is None else Path(package), folder, device)
 
 
-def _builder(folder: Path) -> Callable[[Spec], Any]:
+def builder(folder: Path) -> Callable[[Spec], Any]:
     """Generates and imports packages of other specs below `folder`."""
+    built: dict[str, Any] = {}
 
     def build(spec: Spec) -> Any:
         from nsa_gen.rendering import generate, import_package
 
-        return import_package(generate(spec, folder / spec.digest()))
+        digest = spec.digest()
+        if digest not in built:
+            built[digest] = import_package(generate(spec, folder / digest))
+        return built[digest]
 
     return build

@@ -52,13 +52,12 @@ def test_examples_are_drawn_from_their_seeds_and_one_of_them_is_repeated_by_its_
 
 
 def test_a_failing_example_ends_with_the_command_that_repeats_the_smallest(call, monkeypatch, tmp_path):
-    from tests.verification.test_shrinking import too_wide
+    from tests.verification.test_shrinking import runner, too_wide
 
     path = tmp_path / "window_alone.yaml"
     path.write_text(WINDOW.replace("size: 7", "size: 2"))
     room = importlib.import_module("nsa_gen.verification.verify")
-    monkeypatch.setattr(room, "_module", lambda spec, package, folder: too_wide(spec))
-    monkeypatch.setattr(room, "_builder", lambda folder: too_wide)
+    monkeypatch.setattr(room, "_runner", lambda spec, package, folder, device: runner(spec, device, too_wide))
     answer = call("verify", str(path), "--device", "cpu", "--examples", "40", "--json")
     assert answer.returncode == 1
     smallest = json.loads(answer.stdout)["reproduction"]

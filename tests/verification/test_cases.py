@@ -31,7 +31,8 @@ def contested(name: str) -> list[Case]:
     cases, notes = default_cases(SPECS[name], interpreted=True, lengths=None, packed=True, batch=1)
     selection = SPECS[name].selection
     assert selection is not None and not any("slots" in note for note in notes)
-    return [case for case in cases if (case.tokens_kv or 0) > selection.count * selection.block]
+    bound = selection.count * selection.block
+    return [case for case in cases if case.variation is None and (case.tokens_kv or 0) > bound]
 
 
 def run(name: str, case: Case, module: object) -> list[Row]:

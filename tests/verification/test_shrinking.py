@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from nsa_gen.rendering import generate, import_package
@@ -17,6 +18,7 @@ from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.verification import verify
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.examples import Example, ExampleResult, run_example
+from nsa_gen.verification.running import InProcess
 from nsa_gen.verification.shrinking import Shrunk, shrink, simpler_specs, smaller_cases
 from tests.support import GPU, small_spec
 from tests.verification.test_verify import package
@@ -26,6 +28,10 @@ from tests.verification.verification_specs import spec_of
 def too_wide(spec: Spec) -> SimpleNamespace:
     """The oracle with a window one key too wide."""
     return package(spec, change=lambda p: replace(p, window=p.window + 1) if p.window else p)
+
+
+def runner(spec: Spec, device: torch.device, build: Callable[[Spec], Any]) -> InProcess:
+    return InProcess(spec, build(spec), device, build)
 
 
 def shrunk(case: Case, build: Callable[[Spec], Any] = too_wide, name: str = "oracle", **more: Any) -> Shrunk:
@@ -172,8 +178,7 @@ def test_a_broken_generated_package_shrinks_to_a_minimal_spec(monkeypatch: pytes
         return import_package(folder)
 
     module = sys.modules["nsa_gen.verification.verify"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "_module", lambda spec, package, folder: broken(spec))
-    monkeypatch.setattr(module, "_builder", lambda folder: broken)
+    monkeypatch.setattr(module, "_runner", lambda spec, package, folder, device: runner(spec, device, broken))
     report = verify(small_spec(), device="cpu", examples=3, seed=2)
     smallest = report.reproduction
     assert smallest is not None and smallest.example.endswith(": B=1 T=1")

@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from nsa_gen.rendering import generate
 from nsa_gen.verification import OracleParameters, print_report, reference_attention, verify
 from nsa_gen.verification.cases import boundary_lengths, default_cases
 from nsa_gen.verification.verify import adapt
+from tests.support import GPU, small_spec
 from tests.verification.verification_specs import spec_of
 
 LENGTHS = [1, 7, 60]
@@ -30,8 +32,8 @@ def package(spec, *, change: Callable | None = None, tamper: Callable | None = N
     names = ("q", "k", "v", "gates", "compression", "k_slc", "v_slc", "k_win", "v_win", "k_cmp", "v_cmp",
              "indices", "counts", "cu_seqlens")  # fmt: skip
 
-    def nsa_attention(q, k, v, *, return_aux: bool, **more):
-        assert return_aux and set(more) <= set(names)
+    def nsa_attention(q, k, v, *, return_aux: bool, recompute: tuple[str, ...] = (), **more):
+        assert return_aux and set(more) <= set(names) and set(recompute) <= set(p.branches)
         result = reference_attention(p, q, k, v, **more)
         aux = {name: x.detach() for name, x in result.tensors().items() if name in AUX}
         o = result.o
@@ -191,3 +193,31 @@ def test_progress_is_told_before_each_case() -> None:
     lines: list[str] = []
     report = verify(spec, package=package(spec), lengths=[5], device="cpu", progress=lines.append)
     assert len(lines) == len(report.cases) and "T=5" in lines[0]
+
+
+def test_an_exception_of_a_package_is_a_failure_of_its_case_and_the_others_are_run() -> None:
+    def tamper(o: Tensor, aux: dict) -> Tensor:
+        if o.shape[-3] == 7:
+            raise LookupError("no sevens")
+        return o
+
+    report = outcome(spec_of(branches="win"), tamper=tamper)
+    (row,) = report.failures
+    assert (row.case, row.quantity) == ("T=7", "LookupError") and "no sevens" in row.problem
+    assert {"T=1", "T=60"} <= {row.case for row in report.rows}
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU a fault is an exception")
+def test_a_read_out_of_bounds_that_ends_the_process_is_a_failure_of_its_case(tmp_path) -> None:
+    spec = small_spec("win", gate="none", group=1)
+    folder = generate(spec, tmp_path)
+    path, old = folder / "window_attention.py", "row_base(k_ptr, batch, first_row, head // GROUP"
+    text = path.read_text()
+    assert text.count(old) == 2
+    path.write_text(text.replace(old, old.replace("k_ptr", "k_ptr + tl.where(tokens_q == 2, 1 << 44, 0)")))
+    report = verify(spec, package=folder, lengths=[1, 2, 3], packed=False, passes=["forward"], device="cpu")
+    (row,) = report.failures
+    assert (row.case, row.quantity) == ("T=2", "process") and "SIGSEGV" in row.problem
+    assert {"T=1", "T=3"} <= {row.case for row in report.rows if row.ok}
+    one = verify(spec, package=folder, example="oracle: B=1 T=2", device="cpu")
+    assert not one.ok and one.rows[0].quantity == "process"

@@ -1,0 +1,110 @@
+"""What the fixed cases of a run exercise of all that a package can be run by, and what they leave out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from nsa_gen.verification.cases import Case, start_remainders
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inference import PAGE_SIZES, Scenario
+from nsa_gen.verification.report import Coverage
+from nsa_gen.verification.schedules import LAUNCH_OPTIONS, Variation
+
+if TYPE_CHECKING:
+    from nsa_gen.lowering.program import Program
+
+ALWAYS_LEFT_OUT = (
+    "the operator's steps called one by one",
+    f"{' and '.join(LAUNCH_OPTIONS)} other than those in force",
+)
+"""What no run of the fixed cases exercises; the tuner checks the launch options, and tile sizes, that it takes."""
+
+
+def coverage(
+    program: Program,
+    cases: Sequence[Case],
+    scenarios: Iterable[tuple[Scenario, Variation | None]],
+    *,
+    interpreted: bool,
+    passes: Sequence[str],
+) -> Coverage:
+    """What calls and scenarios exercise together: tunables by kernel, branches recomputed, offsets, page sizes."""
+    scenarios = list(scenarios)
+    ways = [case.variation for case in cases if case.variation is not None]
+    exercised: dict[str, tuple[int | str, ...]] = {}
+    left_out = [f"the {name} pass" for name in program.spec.passes if name not in passes]
+    single: list[str] = []
+    for name, legal in _tunables(program, passes):
+        kernel, key = name.split(".")
+        values = {v for way in (*ways, *(way for _, way in scenarios if way)) for k, n, v in way.values
+                  if (k, n) == (kernel, key)}  # fmt: skip
+        if interpreted:
+            values.add(program.defaults["interpreter"][kernel].mapping()[key])
+        if len(values) > 1 or len(legal) == 1:
+            exercised[name] = tuple(sorted(values or legal))
+        else:
+            single.append(name)
+    if single:
+        left_out.append(f"values other than those in force of {', '.join(single)}")
+    for found, missing in (
+        _recomputed(program, ways, passes),
+        _remainders(OracleParameters.from_spec(program.spec), cases),
+        _pages([scenario for scenario, _ in scenarios], passes),
+    ):
+        exercised.update(found)
+        left_out += missing
+    return Coverage(exercised, (*left_out, *ALWAYS_LEFT_OUT), tuple(way.text for way in ways))
+
+
+def _tunables(program: Program, passes: Sequence[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Every tunable of the schedules and of the kernels that the passes run, as kernel.NAME, with its legal values."""
+    for schedule in program.schedules:
+        for tunable in schedule.tunables:
+            yield f"{schedule.name}.{tunable.name}", tunable.values
+    for kernel in program.kernels:
+        if kernel.whole and kernel.direction in passes:
+            for tunable in kernel.tunables:
+                if tunable.name not in LAUNCH_OPTIONS:
+                    yield f"{kernel.name}.{tunable.name}", tunable.values
+
+
+Found = tuple[dict[str, tuple[int | str, ...]], list[str]]
+
+
+def _recomputed(program: Program, ways: Sequence[Variation], passes: Sequence[str]) -> Found:
+    branches = program.spec.branches
+    if "backward" not in passes:
+        return {}, []
+    every = ["+".join(each) for n in range(len(branches)) for each in itertools.combinations(branches, n + 1)]
+    done = {"+".join(way.recompute) for way in ways if way.recompute}
+    missing = [name for name in every if name not in done]
+    return (
+        {"recompute": tuple(name for name in every if name in done)} if done else {},
+        [f"recompute: {', '.join(missing)}"] if missing else [],
+    )
+
+
+def _remainders(p: OracleParameters, cases: Sequence[Case]) -> Found:
+    stride = p.compression_stride
+    packed = [case.tokens for case in cases if isinstance(case.tokens, tuple)]
+    if stride is None:
+        return {}, [] if packed else ["packed sequences"]
+    done = {remainder for tokens in packed for remainder in start_remainders(p, tokens)}
+    missing = sorted(set(range(stride)) - done)
+    what = f"packed sequences that begin at tokens of remainder {', '.join(map(str, missing))} by the stride {stride}"
+    return {"packed offsets": tuple(sorted(done))} if done else {}, [what] if missing else []
+
+
+def _pages(scenarios: Sequence[Scenario], passes: Sequence[str]) -> Found:
+    if "decode" not in passes:
+        return {}, []
+    done = {scenario.page_size for scenario in scenarios}
+    names = {None: "contiguous", **{size: str(size) for size in PAGE_SIZES}}
+    missing = [name for size, name in names.items() if size not in done]
+    missing_options = "layers, layer, pages and out of the cache and of decode"
+    return (
+        {"page_size": tuple(name for size, name in names.items() if size in done)},
+        [*([f"page_size: {', '.join(missing)}"] if missing else []), missing_options],
+    )
