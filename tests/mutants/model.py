@@ -23,6 +23,7 @@ from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.inference import Scenario, run_scenario
 from nsa_gen.verification.relations import padded
+from nsa_gen.verification.schedules import Variation, varied
 from tests.mutants.far import far_apart
 from tests.support import Operator, inputs_of, operator_of_spec, small_spec
 
@@ -36,6 +37,8 @@ SPECS: dict[str, Spec] = {
     ),
     "compressed": small_spec("cmp", gate="none", scale=0.37),
     "weighted": small_spec("cmp", gate="none", scale=0.37, phi="weighted", position=("learned", "learned")),
+    # Heads of a group that no two programs share evenly.
+    "shares": small_spec("cmp", gate="none", scale=0.37, phi="external", group=3, kv_heads=2),
     "mlp": small_spec("cmp", gate="none", scale=0.37, phi="mlp", phi_value="linear"),
     "forced": small_spec("cmp slc", gate="none", scale=0.37, count=4, initial=1, local=2),
     "free": small_spec("cmp slc", gate="none", scale=0.37, count=3, initial=0, local=0),
@@ -60,7 +63,8 @@ class Check:
     """One call of a spec's package, compared with the oracle as `nsa_gen.verification.verify` does it.
 
     `chunk_tokens` is the most tokens that a chunk of the inverted index may have; with `local_in_window` the window's
-    kernels do the selected branch's local blocks.
+    kernels do the selected branch's local blocks. `recompute` are branches whose forward the backward runs again,
+    `values` tunables (kernel, name, value) other than the interpreter's.
     """
 
     spec: str
@@ -75,11 +79,14 @@ class Check:
     query_major: QueryMajor = ""
     chunk_tokens: int | None = None
     local_in_window: bool = False
+    recompute: tuple[str, ...] = ()
+    values: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def case(self) -> Case:
         """The case of `verify` that this is."""
-        return Case(self.tokens, tokens_kv=self.tokens_kv, kind=self.kind, batch=self.batch, twice=self.twice)
+        way = Variation(0, self.values, self.recompute) if self.values or self.recompute else None
+        return Case(self.tokens, self.tokens_kv, self.kind, self.batch, self.twice, variation=way)
 
     @property
     def label(self) -> str:
@@ -93,8 +100,12 @@ class Check:
             schedule += f", chunks of {self.chunk_tokens}"
         if self.local_in_window:
             schedule += ", local blocks in the window"
+        schedule += "".join(f", {name} {value}" for _, name, value in self.values)
+        if self.recompute:
+            schedule += f", {'+'.join(self.recompute)} recomputed"
         twice = ", twice" if self.twice else ""
-        return f"{self.spec}: {batch}{self.case.label}{more}{schedule}, {passes}{twice}"
+        call = replace(self.case, variation=None).label
+        return f"{self.spec}: {batch}{call}{more}{schedule}, {passes}{twice}"
 
     @contextmanager
     def schedule(self, module: ModuleType) -> Iterator[None]:
@@ -159,11 +170,22 @@ class Mutant:
     edits: tuple[Edit, ...]
 
 
+@dataclass(frozen=True)
+class Equivalent:
+    """An edit that looks like a mistake and changes no result, and why."""
+
+    name: str
+    edit_in_words: str
+    reason: str
+    check: Check
+    edits: tuple[Edit, ...]
+
+
 class StaleMutantError(Exception):
     """An edit does not fit the package any more: its template changed, and the mutant has to follow."""
 
 
-def edited(mutant: Mutant, texts: dict[str, str]) -> dict[str, str]:
+def edited(mutant: Mutant | Equivalent, texts: dict[str, str]) -> dict[str, str]:
     """The files that the mutant changes, by name, of a package whose files are `texts`.
 
     Raises StaleMutantError where a file is missing or the text to replace is not there as often as it should be.
@@ -193,7 +215,7 @@ def _workspace() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="nsa_gen_mutants_")
 
 
-def build(mutant: Mutant) -> ModuleType:
+def build(mutant: Mutant | Equivalent) -> ModuleType:
     """Copy the generated package of the mutant's spec, make its edits, import the copy."""
     op = operator_of_spec(SPECS[mutant.check.spec])
     changed = edited(mutant, source_of(op.folder))
@@ -215,6 +237,14 @@ def run(check: Check | CacheCheck, module: ModuleType | None = None) -> list[Row
         if check.altered == "far":
             return _compare_far(check, module, inputs)
         return check_case(module, op.parameters, check.case, inputs, with_gradients=check.gradients)
+
+
+def bits(check: Check, module: ModuleType | None = None) -> dict[str, Tensor]:
+    """Every output and gradient of a check's call, of `module` or else of the package as it is generated."""
+    op = operator_of_spec(SPECS[check.spec])
+    module = module or op.module
+    with check.schedule(module), varied(module, check.case.variation):
+        return call_package(module, check.inputs(op), check.gradients, recompute=check.recompute).tensors()
 
 
 def failures(check: Check | CacheCheck, module: ModuleType | None = None) -> dict[str, str]:

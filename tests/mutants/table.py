@@ -20,10 +20,11 @@ from tests.mutants import (
     key_major,
     key_major_backward,
     local_in_window,
+    options,
     packing,
     selection,
 )
-from tests.mutants.model import CacheCheck, Check, Mutant, build, failures
+from tests.mutants.model import CacheCheck, Check, Equivalent, Mutant, build, failures
 
 MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
@@ -34,7 +35,9 @@ MUTANTS: tuple[Mutant, ...] = (
     *key_major_backward.MUTANTS,
     *local_in_window.MUTANTS,
     *inference.MUTANTS,
+    *options.MUTANTS,
 )
+EQUIVALENT: tuple[Equivalent, ...] = options.EQUIVALENT
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 CHECKS: tuple[Check | CacheCheck, ...] = tuple(dict.fromkeys(mutant.check for mutant in MUTANTS))
 
@@ -53,7 +56,8 @@ the length, a packed batch is the list of its sequences' lengths. Lengths and se
 `verify` derives its own from a spec's boundaries. Selected attention goes block by block unless a check says
 *query-major* (token by token, or its forward alone), and *chunks of* a number is the most tokens that a chunk of its
 inverted index has: the index of these checks has several, as that of a long sequence has. With *local blocks in the
-window* the window's kernels do those of the selected branch. Four kinds of check alter
+window* the window's kernels do those of the selected branch, and what is *recomputed* the backward computes again. A
+tunable and a number are a tile size, or a number of shares, other than the interpreter's. Four kinds of check alter
 the inputs in a way of their own: *fewer counts* (counts passed with the caller's indices), *sharp* (queries 600 times
 larger, so that probabilities underflow to 0), *padded* (rows of NaN behind the last packed sequence) and *rows far
 apart* (offsets beyond 2^31 elements, in a sparse file; compared bit by bit with the same numbers close together). The
@@ -68,6 +72,12 @@ inside the tensors then. On a machine with a GPU they are skipped.
 This page is written by `python -m tests.mutants.table --write`.
 """
 
+EQUIVALENT_HEAD = """
+## Edits that change no result
+
+They look like mistakes and are none. The tests hold that each leaves every bit of a check as it is.
+"""
+
 
 def page() -> str:
     """The text of docs/mutants.md."""
@@ -77,6 +87,10 @@ def page() -> str:
         files = ", ".join(dict.fromkeys(f"`{edit.file}`" for edit in mutant.edits))
         killed = ", ".join(f"`{quantity}`" for quantity in mutant.killed_by)
         lines.append(f"| `{mutant.name}` | {mutant.mistake} | {files} | {mutant.check.label} | {killed} |")
+    lines += [EQUIVALENT_HEAD, "| edit | what it changes | file | why nothing else |", "|---|---|---|---|"]
+    for each in EQUIVALENT:
+        files = ", ".join(dict.fromkeys(f"`{edit.file}`" for edit in each.edits))
+        lines.append(f"| `{each.name}` | {each.edit_in_words} | {files} | {each.reason} |")
     return "\n".join(lines) + "\n"
 
 

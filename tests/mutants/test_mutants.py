@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from nsa_gen.verification import Row
 from tests.mutants.model import (
@@ -12,15 +13,17 @@ from tests.mutants.model import (
     CacheCheck,
     Check,
     Edit,
+    Equivalent,
     Mutant,
     StaleMutantError,
+    bits,
     build,
     edited,
     failures,
     run,
     source_of,
 )
-from tests.mutants.table import CHECKS, HEAD, MUTANTS, PAGE, page
+from tests.mutants.table import CHECKS, EQUIVALENT, HEAD, MUTANTS, PAGE, page
 from tests.support import GPU, operator_of_spec
 
 pytestmark = [
@@ -61,6 +64,15 @@ def test_every_edit_fits_the_generated_text_as_often_as_it_says(spec: str) -> No
         for name, text in edited(mutant, texts).items():
             assert text != texts[name], mutant.name
             compile(text, f"{mutant.name}/{name}", "exec")
+
+
+@pytest.mark.parametrize("edit", EQUIVALENT, ids=lambda edit: edit.name)
+def test_an_edit_that_is_said_to_change_no_result_changes_no_bit(edit: Equivalent) -> None:
+    texts = source_of(operator_of_spec(SPECS[edit.check.spec]).folder)
+    assert all(text != texts[name] for name, text in edited(edit, texts).items())
+    right = bits(edit.check)
+    changed = {name: x for name, x in bits(edit.check, build(edit)).items() if not torch.equal(x, right[name])}
+    assert right and not changed
 
 
 def test_there_are_enough_mutants_and_each_has_a_name_and_a_reason_of_its_own() -> None:

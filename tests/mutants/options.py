@@ -1,0 +1,261 @@
+"""Mistakes that an option, a split or an offset shows: recomputation, shares of heads, packed starts, far edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.mutants.model import Check, Edit, Equivalent, Mutant
+
+ATTENTION, COMPRESSED, POOL = "attention.py", "compressed_attention.py", "compression_pool.py"
+SELECTION, WINDOW = "selection.py", "window_attention.py"
+
+RECOMPUTED = Check("full", 4, tokens_kv=20, gradients=True, recompute=("cmp", "slc", "win"))
+LOCAL_RECOMPUTED = Check("local", 5, tokens_kv=67, gradients=True, local_in_window=True, recompute=("slc",))
+# Two shares of three heads: the second has one. The sequence with complete blocks begins inside a stride.
+SPLIT = ("compressed_backward_dkdv", "HEAD_SPLITS", 2)
+SHARES = Check("shares", (5, 13), gradients=True, values=(SPLIT,))
+# The second and the third sequence begin at tokens of remainder 2 and 3.
+PACKED = Check("compressed", (14, 9, 13), gradients=True)
+# The last query that sees a tile's last key is the first of its tile.
+FAR_END = Check(
+    "window", 13, gradients=True, values=tuple(("window_backward_dkdv", f"{x}_BLOCK", 4) for x in ("QUERY", "KEY"))
+)
+FAR_END_OF_LARGE_TILES = replace(FAR_END, tokens=33, values=())
+# A compressed block of large keys, the last of them the newest, reaches over the start of the last selection block.
+CONTESTED = Check("free", 8, tokens_kv=68, kind="late")
+COMPRESSED_FORWARD = Check("compressed", 22)
+WINDOW_FORWARD = Check("window", 23)
+
+ROUNDED_UP = ("first_row // COMPRESSION_STRIDE", "(first_row + COMPRESSION_STRIDE - 1) // COMPRESSION_STRIDE")
+
+
+def rounded_up(name: str, what: str, line: str, killed_by: tuple[str, ...], times: int = 1) -> Mutant:
+    """Packed compressed rows begin at the sequence's start divided by the stride, rounded up."""
+    mistake = f"{what} of packed sequences begin at the start divided by the stride, rounded up"
+    return Mutant(name, mistake, PACKED, killed_by, (Edit(COMPRESSED, line, line.replace(*ROUNDED_UP), times),))
+
+
+MUTANTS = (
+    # The forward computed again by the backward
+    Mutant(
+        "values_compressed_again_from_keys",
+        "the compressed values that the backward computes again are those of the keys",
+        RECOMPUTED,
+        ("dq", "dk", "dgates"),
+        (
+            Edit(
+                ATTENTION,
+                "if recompute & 1:\n        k_cmp, v_cmp, _ = compress_forward(k, v,",
+                "if recompute & 1:\n        k_cmp, v_cmp, _ = compress_forward(k, k,",
+            ),
+        ),
+    ),
+    Mutant(
+        "window_computed_again_with_keys_for_values",
+        "the window's output that the backward computes again has keys for values",
+        RECOMPUTED,
+        ("dq", "dk", "dgates"),
+        (
+            Edit(
+                ATTENTION,
+                "if recompute & 4:\n        o_win, lse_win = window_forward(q, k, v,",
+                "if recompute & 4:\n        o_win, lse_win = window_forward(q, k, k,",
+            ),
+        ),
+    ),
+    Mutant(
+        "selection_computed_again_with_keys_for_values",
+        "the selected branch's output that the backward computes again has keys for values",
+        RECOMPUTED,
+        ("dq", "dk", "dgates"),
+        (
+            Edit(
+                ATTENTION,
+                "sorted_slots = selected_forward(q, k, v, indices, counts, sequences, chunk_tokens)\n    if",
+                "sorted_slots = selected_forward(q, k, k, indices, counts, sequences, chunk_tokens)\n    if",
+            ),
+        ),
+    ),
+    Mutant(
+        "local_part_not_computed_again",
+        "the selected branch is computed again without the part for its local blocks, which the window leaves",
+        LOCAL_RECOMPUTED,
+        ("dk", "dv"),
+        (Edit(ATTENTION, "if local_in_window and recompute & 6", "if local_in_window and recompute & 4"),),
+    ),
+    # Shares of a group's heads
+    Mutant(
+        "heads_of_the_next_group_in_the_last_share",
+        "the last share of a group's heads is as large as the others, and takes a head of the next group",
+        SHARES,
+        ("dk_cmp", "dv_cmp"),
+        (
+            Edit(
+                COMPRESSED,
+                "heads = tl.minimum((kv_head + 1) * GROUP - first_head, HEADS)",
+                "heads = tl.minimum((kv_head + 1) * GROUP - first_head + 1 - kv_head, HEADS)",
+            ),
+        ),
+    ),
+    Mutant(
+        "first_share_of_heads_alone",
+        "dK and dV of the compressed branch are those of the first share of heads",
+        SHARES,
+        ("dk_cmp", "dv_cmp"),
+        (Edit(COMPRESSED, "torch.sum(shares, 0, out=total)", "total.copy_(shares[0])"),),
+    ),
+    Mutant(
+        "shares_of_heads_in_one_place",
+        "every share of heads is written to the place of the first",
+        SHARES,
+        ("dk_cmp", "dv_cmp"),
+        (
+            Edit(
+                COMPRESSED,
+                "entry = tl.cast(split, tl.int64) * tl.num_programs(2) + batch",
+                "entry = tl.cast(split, tl.int64) * 0 + batch",
+            ),
+        ),
+    ),
+    Mutant(
+        "rows_between_sequences_unwritten_in_shares",
+        "rows of packed compressed keys that belong to no block get whatever the shares' memory held",
+        SHARES,
+        ("dk_cmp", "dv_cmp"),
+        (Edit(COMPRESSED, "q.new_zeros if sequences.packed else q.new_empty", "q.new_empty"),),
+    ),
+    # Where a packed sequence's compressed rows begin
+    rounded_up(
+        "compressed_keys_rounded_up_in_the_attention",
+        "the compressed keys that queries attend to",
+        "row_base(k_ptr, batch, first_row // COMPRESSION_STRIDE, head // GROUP",
+        ("o_cmp", "lse_cmp", "dq"),
+        times=2,
+    ),
+    rounded_up(
+        "compressed_values_rounded_up_in_the_backward",
+        "the compressed values that dK and dV are made of",
+        "row_base(v_ptr, batch, first_row // COMPRESSION_STRIDE, kv_head",
+        ("dk",),
+    ),
+    rounded_up(
+        "compressed_gradients_rounded_up",
+        "rows of the gradients of compressed keys and values",
+        "(entry * key_rows + first_row // COMPRESSION_STRIDE + keys)",
+        ("dk", "dv"),
+    ),
+    Mutant(
+        "compressed_gradients_read_rounded_up",
+        "the gradients of compressed rows are looked for at the start divided by the stride, rounded up",
+        PACKED,
+        ("dk", "dv"),
+        (
+            Edit(
+                POOL,
+                "first_row = rows_before + first_token // COMPRESSION_STRIDE",
+                "first_row = rows_before + (first_token + COMPRESSION_STRIDE - 1) // COMPRESSION_STRIDE",
+            ),
+        ),
+    ),
+    # The far end of the queries that see a key
+    Mutant(
+        "last_viewer_of_a_key_forgotten",
+        "the last query that sees a tile's last key is left out of dK and dV where it begins a tile of queries",
+        FAR_END,
+        ("dk", "dv"),
+        (Edit(WINDOW, "return key + WINDOW", "return key + WINDOW - 1"),),
+    ),
+    Mutant(
+        "far_edge_of_the_viewers_unmasked",
+        "a tile of queries of which some no longer see a key is taken for one that sees all",
+        FAR_END,
+        ("dk", "dv"),
+        (
+            Edit(
+                WINDOW,
+                "end_full = (tl.minimum(end_viewer(tile * KEY_BLOCK), tokens_kv) - offset) // QUERY_BLOCK",
+                "end_full = tl.cdiv(tl.minimum(end_viewer(tile * KEY_BLOCK), tokens_kv) - offset, QUERY_BLOCK)",
+            ),
+        ),
+    ),
+    # The future within a tile
+    Mutant(
+        "importance_of_the_future_within_a_tile",
+        "a compressed block that the last token of a tile sees counts for all of them",
+        CONTESTED,
+        ("selection",),
+        (Edit(SELECTION, "(last_key[:, None] <= positions[None, :])", "(last_key[:, None] <= last_position)"),),
+    ),
+    Mutant(
+        "future_compressed_block_within_a_tile",
+        "a tile of compressed blocks of which some query sees none of the last is not masked",
+        COMPRESSED_FORWARD,
+        ("o_cmp", "lse_cmp"),
+        (
+            Edit(
+                COMPRESSED,
+                "end_full = end_visible(first_position) // KEY_BLOCK",
+                "end_full = tl.cdiv(end_visible(first_position), KEY_BLOCK)",
+                2,
+            ),
+        ),
+    ),
+    Mutant(
+        "future_key_of_the_window_within_a_tile",
+        "a tile of keys that the first of its queries sees in part is not masked",
+        WINDOW_FORWARD,
+        ("o_win", "lse_win"),
+        (
+            Edit(
+                WINDOW,
+                "end_full = end_visible(first_position) // KEY_BLOCK",
+                "end_full = tl.cdiv(end_visible(first_position), KEY_BLOCK)",
+                2,
+            ),
+        ),
+    ),
+)
+
+EQUIVALENT = (
+    Equivalent(
+        "last_viewer_forgotten_where_no_tile_begins",
+        "the far end of the queries that see a key in the window's backward is one query short",
+        "with tiles of 16 the last query that sees a tile's last key begins a tile only if w is 2 more than a multiple "
+        "of 16; otherwise the tile that it lies in is visited for the queries before it. A mutant above has such tiles",
+        FAR_END_OF_LARGE_TILES,
+        (Edit(WINDOW, "return key + WINDOW", "return key + WINDOW - 1"),),
+    ),
+    Equivalent(
+        "viewers_beyond_the_end_visited",
+        "the far end of the queries that see a key is not cut at the end of the sequence",
+        "queries out of range are loaded as zeros and contribute nothing: the bound saves steps",
+        FAR_END,
+        (
+            Edit(
+                WINDOW,
+                "end = tl.cdiv(tl.minimum(end_viewer(last_key), tokens_kv) - offset, QUERY_BLOCK)",
+                "end = tl.cdiv(end_viewer(last_key) - offset, QUERY_BLOCK)",
+            ),
+        ),
+    ),
+    Equivalent(
+        "future_keys_of_a_tile_loaded",
+        "the scores of a tile's tokens are computed from compressed keys after its last token, too",
+        "what a token does not see is masked again before it is summed: the bound saves loads",
+        CONTESTED,
+        (
+            Edit(
+                SELECTION,
+                "(compressed >= 0) & (last_key <= last_position))",
+                "(compressed >= 0) & (last_key < tokens_kv))",
+            ),
+        ),
+    ),
+    Equivalent(
+        "local_part_computed_again_for_the_compressed_branch",
+        "the window's kernel computes the local blocks again although the compressed branch alone is recomputed",
+        "nothing reads the part: the condition saves a launch",
+        replace(LOCAL_RECOMPUTED, recompute=("cmp",)),
+        (Edit(ATTENTION, "if local_in_window and recompute & 6", "if local_in_window and recompute & 7"),),
+    ),
+)
