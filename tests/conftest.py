@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -38,29 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Save the interpreter a fifth of its time: a device function remaps Triton's language only where nobody has yet.
-
-    Triton does so in every call of one, though who launched the kernel has done it for the whole launch.
-    """
+    """Save the interpreter a fifth of its time."""
     controls_workers = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
     if GPU or controls_workers:
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from nsa_gen.verification.calls import quick_device_functions
 
-    @functools.cache
-    def languages(function: Any) -> list[Any]:
-        return [value for value in function.__globals__.values() if value is tl or value is tl.core]
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(tl.core.is_builtin(language.load) for language in languages(self.fn)):
-            interpreter._patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter.InterpretedFunction.__call__ = call
+    quick_device_functions()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

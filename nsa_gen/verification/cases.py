@@ -21,7 +21,7 @@ INTERPRETER_KEYS = 2600
 """Keys of the cases with few queries, of which the interpreter takes some 10 ms for 100."""
 FEW = 6
 """Queries of the cases that put more blocks in the past than there are slots."""
-FEW_VARIED = 11
+FEW_VARIED = 9
 """Queries of the cases that are run by other schedules: their lists are cut into pieces of four slots."""
 FORWARD_ONLY = ("nan", "abyss")
 """Kinds of input whose gradients say nothing: they are NaN, or decided by which probabilities underflow."""
@@ -116,8 +116,17 @@ def default_cases(
     contested, left_out_keys = _contested(p, interpreted, batch)
     ways = _Ways(spec, interpreted, gradients and "backward" in spec.passes)
     if lengths is None:
-        cases += [case if interpreted else ways.vary(case) for case in contested]
-        cases += [ways.vary(case) for case in _varied_calls(p, interpreted, packed, middle, ways.count)]
+        if packed and (chosen_inside := _contested_inside(p)) is not None:
+            if not interpreted or sum(chosen_inside) <= INTERPRETER_LONGEST:
+                cases.append(Case(chosen_inside, batch=1, twice=not interpreted, gradients=not interpreted))
+            else:
+                notes.append(
+                    f"packed {'+'.join(map(str, chosen_inside))}, a sequence of more blocks than slots, was left out: "
+                    "the interpreter is slow; verify on a GPU"
+                )
+        cases += [case if interpreted else ways.vary(case, 3 + number) for number, case in enumerate(contested)]
+        varied_calls = _varied_calls(p, interpreted, packed, middle, ways.count)
+        cases += [ways.vary(case, number) for number, case in enumerate(varied_calls)]
         if left_out_keys:
             notes.append(
                 f"cases with up to {left_out_keys} keys, more blocks than slots, were left out: the interpreter is "
@@ -130,22 +139,20 @@ def default_cases(
 
 
 class _Ways:
-    """The ways to run a spec's package, dealt out to calls in turn."""
+    """The ways to run a spec's package, for calls to take turns in."""
 
     def __init__(self, spec: Any, interpreted: bool, gradients: bool) -> None:
         self._program = lower(spec)
         self._found = variations(self._program, interpreted, gradients)
-        self._next = 0
 
     @property
     def count(self) -> int:
         """How many there are."""
         return len(self._found)
 
-    def vary(self, case: Case) -> Case:
-        """The case, run in the next way."""
-        self._next += 1
-        return self._run(case, self._found[(self._next - 1) % len(self._found)])
+    def vary(self, case: Case, turn: int) -> Case:
+        """The case, run in the way whose turn it is."""
+        return self._run(case, self._found[turn % len(self._found)])
 
     def most_unlike(self, case: Case) -> Case:
         """The case, with the schedules that are not the interpreter's own."""
@@ -170,12 +177,13 @@ def _varied_calls(p: OracleParameters, interpreted: bool, packed: bool, middle: 
     keys = middle + 2
     if p.selection_block is not None and (many := _boundary_keys(p)) <= (INTERPRETER_KEYS if interpreted else many):
         keys = many
-    late = Case(rows, tokens_kv=_late(p, keys), kind="counts" if p.indices_given else "gaussian", batch=1)
+    twice = not interpreted
+    late = Case(rows, tokens_kv=_late(p, keys), kind="counts" if p.indices_given else "gaussian", batch=1, twice=twice)
     batched = Case(rows // 2, tokens_kv=_late(p, middle + 2), batch=2)
     sequences = [Case(lengths, batch=1, twice=not interpreted) for lengths in packed_offsets(p, interpreted)]
     if not packed:
         sequences = [batched]
-    forms = "lpbLpbpl" if count == 8 else "lpbp"
+    forms = "lbpLbppl" if count == 8 else "lppp"
     found: list[Case] = []
     for number in range(count):
         form = forms[number % len(forms)]
@@ -189,14 +197,21 @@ def _varied_calls(p: OracleParameters, interpreted: bool, packed: bool, middle: 
 def packed_offsets(p: OracleParameters, interpreted: bool) -> list[tuple[int, ...]]:
     """Lengths of packed sequences with complete compressed blocks that begin at tokens of every remainder.
 
-    By the stride, that is: as many batches as the interpreter has time for, or one. The first sequence of a batch for
-    the interpreter has no complete block unless the stride is the block.
+    By the stride, that is: as many batches as the interpreter has time for, or one. The second sequence of a batch for
+    the interpreter has two complete blocks: with one, scores have no gradient.
     """
     block, stride = p.compression_block or 8, p.compression_stride or 1
     if not interpreted:
         return [(block + 1,) * max(2, stride)]
     firsts = sorted({1, max(1, stride // 2), max(1, stride - 1)})
-    return [(first, block + 1, block) for first in firsts]
+    return [(first, block + stride) for first in firsts]
+
+
+def _contested_inside(p: OracleParameters) -> tuple[int, int] | None:
+    """Lengths of packed sequences of which the second begins inside a stride and has more blocks than slots."""
+    if p.selection_block is None or p.compression_stride is None or p.indices_given:
+        return None
+    return max(1, p.compression_stride - 1), p.selection_count * p.selection_block + p.selection_block * 3 // 4
 
 
 def start_remainders(p: OracleParameters, tokens: tuple[int, ...]) -> set[int]:

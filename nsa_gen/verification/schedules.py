@@ -72,7 +72,8 @@ def variations(program: Program, interpreted: bool, gradients: bool) -> tuple[Va
         x, y, z = number & 1, number >> 1 & 1, number >> 2 & 1
         values = [(*choice, number >> place & 1) for place, choice in enumerate(choices)]
         # Linear in the number's bits and none of them alone: every pair of a choice and a branch takes all four values.
-        again = tuple(branch for branch, one in zip(branches, (x ^ y ^ z, y ^ z, x ^ y), strict=False) if one)
+        # Number 5 has the selected branch alone computed again, block by block, without the window's local blocks.
+        again = tuple(branch for branch, one in zip(branches, (x ^ y ^ z, y ^ z, x ^ z), strict=False) if one)
         kernels = [kernel for kernel in program.kernels if kernel.direction != "decode"]
         values += _values(program, kernels, turn, number, interpreted)
         found.append(Variation(number, tuple(values), again))

@@ -19,6 +19,7 @@ import torch
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
 from nsa_gen.targets.worker import end_with_parent
+from nsa_gen.verification.calls import quick_device_functions
 from nsa_gen.verification.running import InProcess, answer
 from nsa_gen.verification.verify import builder
 
@@ -36,6 +37,8 @@ def main() -> None:
 
     opening = json.loads(sys.stdin.readline())
     device = torch.device(opening["device"])
+    if device.type == "cpu":
+        quick_device_functions()
     module = import_package(Path(opening["package"]))
     runner = InProcess(parse_spec(opening["spec"]), module, device, builder(Path(opening["workplace"])))
     say({"ready": True})

@@ -23,6 +23,7 @@ FAR_END = Check(
 FAR_END_OF_LARGE_TILES = replace(FAR_END, tokens=33, values=())
 # A compressed block of large keys, the last of them the newest, reaches over the start of the last selection block.
 CONTESTED = Check("free", 8, tokens_kv=68, kind="late")
+CONTESTED_PACKED = Check("free", (5, 66))
 COMPRESSED_FORWARD = Check("compressed", 22)
 WINDOW_FORWARD = Check("window", 23)
 
@@ -154,6 +155,19 @@ MUTANTS = (
                 POOL,
                 "first_row = rows_before + first_token // COMPRESSION_STRIDE",
                 "first_row = rows_before + (first_token + COMPRESSION_STRIDE - 1) // COMPRESSION_STRIDE",
+            ),
+        ),
+    ),
+    Mutant(
+        "importance_of_rows_rounded_up",
+        "blocks of packed sequences are ranked by compressed keys from the start divided by the stride, rounded up",
+        CONTESTED_PACKED,
+        ("selection",),
+        (
+            Edit(
+                SELECTION,
+                "row_base(k_ptr, batch, first_row // COMPRESSION_STRIDE, kv_head",
+                "row_base(k_ptr, batch, (first_row + COMPRESSION_STRIDE - 1) // COMPRESSION_STRIDE, kv_head",
             ),
         ),
     ),
