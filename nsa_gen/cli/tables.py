@@ -213,7 +213,8 @@ def verify_blocks(result: Json) -> list[Block]:
         for row in result["rows"]
         if not row["ok"]
     ]
-    lines = failed + list(result["notes"])
+    left_out = (result.get("coverage") or {}).get("left_out", ())
+    lines = failed + [f"left out: {what}" for what in left_out] + list(result["notes"])
     if lines:
         blocks.append(Text("\n".join(f"- {line}" for line in lines)))
     return blocks

@@ -123,7 +123,7 @@ def scenario_of_seed(spec: Spec, seed: int, device: str) -> Scenario:
 
 
 def fixed_scenarios(p: OracleParameters) -> tuple[Scenario, ...]:
-    """Scenarios of every kind of cache, with more blocks than slots: contiguous, in pages smaller and larger than that.
+    """Scenarios of every kind of cache, contiguous and in pages of every size; two have more blocks than slots.
 
     Tokens come one and several at a time, to one sequence and to several of unlike lengths, which share pages.
     """
@@ -141,6 +141,7 @@ def fixed_scenarios(p: OracleParameters) -> tuple[Scenario, ...]:
             Step("truncate", (many, many - 4)), ones,
         ),
         scenario(1, PAGE_SIZES[-1], Step("fill", (few,)), Step("prefill", (5,)), Step("decode", (2,))),
+        *(scenario(1, size, Step("fill", (few,)), Step("decode", (1,))) for size in PAGE_SIZES[1:-1]),
     )  # fmt: skip
 
 

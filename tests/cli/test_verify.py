@@ -119,6 +119,7 @@ def test_the_table_keeps_the_worst_case_of_each_quantity_and_lists_failures():
             "cases": ["T=17", "T=33"],
             "seed": 0,
             "notes": ["a note"],
+            "coverage": {"exercised": {}, "left_out": ["packed sequences"], "ways": []},
         }
     )
     assert isinstance(head, Text) and "4 query and 2 KV heads" in head.text
@@ -127,4 +128,4 @@ def test_the_table_keeps_the_worst_case_of_each_quantity_and_lists_failures():
         ("o", "row", "5.0e-04", "1.0e-03", "50%", "T=33", "ok"),
         ("dq", "row", "-", "1.0e-03", "-", "T=17", "fails"),
     ]
-    assert isinstance(tail, Text) and tail.text == "- T=17: dq: NaN\n- a note"
+    assert isinstance(tail, Text) and tail.text == "- T=17: dq: NaN\n- left out: packed sequences\n- a note"
