@@ -21,6 +21,8 @@ INTERPRETER_KEYS = 2600
 """Keys of the cases with few queries, of which the interpreter takes some 10 ms for 100."""
 FEW = 6
 """Queries of the cases that put more blocks in the past than there are slots."""
+VARIED_KEYS = 600
+"""Keys of the cases that are run by other schedules, of which there are several."""
 FEW_VARIED = 9
 """Queries of the cases that are run by other schedules: their lists are cut into pieces of four slots."""
 FORWARD_ONLY = ("nan", "abyss")
@@ -175,7 +177,7 @@ def _varied_calls(p: OracleParameters, interpreted: bool, packed: bool, middle: 
     """
     rows = FEW_VARIED if interpreted else min(middle, 200)
     keys = middle + 2
-    if p.selection_block is not None and (many := _boundary_keys(p)) <= (INTERPRETER_KEYS if interpreted else many):
+    if p.selection_block is not None and (many := _boundary_keys(p)) <= (VARIED_KEYS if interpreted else many):
         keys = many
     twice = not interpreted
     late = Case(rows, tokens_kv=_late(p, keys), kind="counts" if p.indices_given else "gaussian", batch=1, twice=twice)
