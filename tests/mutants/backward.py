@@ -22,7 +22,7 @@ MUTANTS = (
             Edit(
                 "window_attention.py",
                 "        head = first_head + step // head_steps\n",
-                "        head = first_head + step // head_steps\n        dk *= step % head_steps != 0\n",
+                "        head = first_head + step // head_steps\n        dk = scale_rows(dk, step % head_steps != 0)\n",
             ),
         ),
     ),
@@ -35,7 +35,7 @@ MUTANTS = (
             Edit(
                 "window_attention.py",
                 "        head = first_head + step // head_steps\n",
-                "        head = first_head + step // head_steps\n        dv *= step % head_steps != 0\n",
+                "        head = first_head + step // head_steps\n        dv = scale_rows(dv, step % head_steps != 0)\n",
             ),
         ),
     ),
