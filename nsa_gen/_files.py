@@ -21,11 +21,12 @@ def write_whole(path: Path, text: str) -> None:
     write_all({path: text})
 
 
-def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = ()) -> None:
+def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = (), modified: float | None = None) -> None:
     """Replace several files by texts, then remove others: all of it, or nothing if it is interrupted.
 
     Every text is on the disk, under a hidden name, before the first file is replaced; Ctrl-C waits while they are. The
-    folders are created if need be; a file that is replaced keeps its mode.
+    folders are created if need be; a file that is replaced keeps its mode. `modified` is the files' modification time,
+    now if None.
 
     Raises:
         OSError: a file cannot be written. Nothing is replaced then, unless replacing itself has failed midway; each
@@ -37,6 +38,8 @@ def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = ()) -> None
                 file.write(texts[path])
                 file.flush()
                 os.fsync(file.fileno())
+            if modified is not None:
+                os.utime(scratch, (modified, modified))
         with _uninterrupted():
             _put_in_place(scratches)
             for path in remove:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
+import glob
 import hashlib
+import importlib
+import importlib.util
 import os
 import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from nsa_gen import __version__
@@ -65,7 +71,8 @@ def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str
     """Write the package for a spec (or a spec's path or shipped name) to ``out_dir/<name>`` and return that folder.
 
     Files whose text changed are replaced, together: an interruption leaves the package as it was. Files of an earlier
-    generation that this one does not have are removed; files that the generator did not write are never touched.
+    generation that this one does not have are removed; files that the generator did not write are never touched. Python
+    never runs bytecode of an earlier generation in place of what is written here.
 
     Raises:
         SpecError: the spec is not valid.
@@ -84,7 +91,10 @@ def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str
                 "another output folder"
             )
         changed = {package / name: text for name, text in files.items() if _text_of(package / name) != text}
-        write_all(changed, remove=_stale(package, files))
+        stale = _stale(package, files)
+        _remove_bytecode([*changed, *stale])
+        write_all(changed, remove=stale, modified=_next_modification(package))
+    importlib.invalidate_caches()
     return package
 
 
@@ -215,6 +225,25 @@ def _stale(package: Path, files: dict[str, str]) -> list[Path]:
     # Hidden ones are being written by somebody else.
     visible = (path for path in sorted(package.iterdir()) if not path.name.startswith("."))
     return [path for path in visible if path.name not in files and _is_ours(path)]
+
+
+def _next_modification(package: Path) -> float:
+    """A time for the files of a generation: now, or as much later as it takes to be later than every module's.
+
+    Python takes bytecode for current where the source has the same size and modification time, in whole seconds, and
+    the next generation may come within a second. Two seconds, as some file systems store even ones alone.
+    """
+    times = [path.stat().st_mtime for path in package.glob("*.py") if path.is_file()]
+    return max([time.time(), *(float(int(modified) + 2) for modified in times)])
+
+
+def _remove_bytecode(sources: Iterable[Path]) -> None:
+    """Remove what Python compiled from modules that are to be replaced, such as bytecode that it would never check."""
+    for source in sources:
+        compiled = Path(importlib.util.cache_from_source(source))
+        for path in compiled.parent.glob(f"{glob.escape(source.stem)}.*.pyc"):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _diff(path: Path, old: str, new: str) -> str:

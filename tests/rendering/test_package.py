@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -231,3 +234,38 @@ def test_files_are_readable_by_others_and_keep_their_mode(tmp_path):
 @pytest.mark.parametrize("name", shipped_specs())
 def test_what_is_committed_is_what_is_generated(name, project_root):
     assert differences(name, project_root / "generated") == []
+
+
+def runs_what_is_written(package: Path) -> bool:
+    """Whether every module, loaded as Python's import does, is the code of its source; bytecode is kept as usual."""
+    for source in sorted(package.glob("*.py")):
+        loaded = SourceFileLoader(source.stem, str(source)).get_code(source.stem)
+        if loaded != compile(source.read_bytes(), str(source), "exec", dont_inherit=True):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("removable", [True, False])
+def test_bytecode_of_an_earlier_generation_is_never_run(tmp_path, monkeypatch, elsewhere, removable):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "bytecode") if elsewhere else None)
+    if not removable:
+        monkeypatch.setattr("nsa_gen.rendering.package._remove_bytecode", lambda sources: None)
+    stopped = time.time()
+    monkeypatch.setattr(time, "time", lambda: stopped)
+    tiny, without_decode = load_spec("tiny"), ("forward", "backward")
+    for number, size in enumerate((24, 32, 16, 48, 24)):
+        spec = tiny.replace(window={"size": size}, passes=without_decode if number % 2 else tiny.passes)
+        package = generate(spec, tmp_path / "out")
+        assert runs_what_is_written(package), size
+    assert list((tmp_path / "bytecode" if elsewhere else package).rglob("*.pyc")), "no bytecode was kept at all"
+
+
+def test_bytecode_that_python_never_checks_goes_with_its_source(tmp_path):
+    package = generate("tiny", tmp_path)
+    for source in package.glob("*.py"):
+        py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    assert runs_what_is_written(package)
+    generate(load_spec("tiny").replace(window={"size": 32}), tmp_path)
+    assert runs_what_is_written(package)
