@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from nsa_gen._resources import cache_dir, tuned_dir
+from nsa_gen import loaded
+from nsa_gen._resources import CACHE_VARIABLE, cache_dir, tuned_dir
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -22,8 +26,9 @@ def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
 
     The package's place in the cache and its module name carry a digest of the generated text, so that a changed spec
     or a newer nsa_gen gets a package of its own. The same text gives the same module object within a process. Several
-    processes may call this at once: one generates, the others wait. Tuned tables that are shipped for a spec of this
-    name come along; the package uses those that were measured with its kernels.
+    processes and threads may call this at once: one generates, the others wait. What is pickled of the package, such as
+    a layer, is loaded by any process that has the same cache. Tuned tables that are shipped for a spec of this name
+    come along; the package uses those that were measured with its kernels.
 
     Args:
         spec: a Spec, the path of a spec's file, or the name of a shipped spec.
@@ -35,19 +40,34 @@ def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
         nsa_gen.spec.SpecError: the spec is invalid or its file does not exist.
         OSError: the cache cannot be written; set NSA_GEN_CACHE_DIR to a folder that can.
     """
-    from nsa_gen.rendering import import_package, render
+    from nsa_gen.rendering import render
     from nsa_gen.spec import Spec, load_spec
 
-    loaded = spec if isinstance(spec, Spec) else load_spec(spec)
-    key = f"{loaded.name}_{_digest(render(loaded))}"
-    module_name = f"nsa_gen_package_{key}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    package = cache_dir() / "packages" / key / loaded.name
-    if not package.is_dir():
-        _generate_into(package, loaded)
-    _bring_tuned(package)
-    return import_package(package, module_name)
+    meant = spec if isinstance(spec, Spec) else load_spec(spec)
+    files = render(meant)
+    key = f"{meant.name}_{_digest(files)}"
+    module_name = loaded.PREFIX + key
+    if module_name not in sys.modules:
+        package = loaded.cached_folder(key)
+        with _errors_that_name_the_cache():
+            if not _is_whole(package, files):
+                _generate_into(package, meant, files)
+            _bring_tuned(package)
+    return importlib.import_module(module_name)
+
+
+@contextmanager
+def _errors_that_name_the_cache() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"the cache {cache_dir()} cannot be written ({error}); set {CACHE_VARIABLE} to a folder that can be"
+        raise (OSError(error.errno, problem) if error.errno else OSError(problem)) from error
+
+
+def _is_whole(package: Path, files: Iterable[str]) -> bool:
+    """Whether nothing is missing, as where somebody clears old files from the cache."""
+    return all((package / name).is_file() for name in files)
 
 
 def _digest(files: dict[str, str]) -> str:
@@ -79,7 +99,7 @@ def _bring_tuned(package: Path) -> None:
         os.replace(temporary, target)
 
 
-def _generate_into(package: Path, spec: Spec) -> None:
+def _generate_into(package: Path, spec: Spec, files: Iterable[str]) -> None:
     """Generate `package` beside its final place and move it there whole, one process at a time."""
     from filelock import FileLock
 
@@ -88,7 +108,7 @@ def _generate_into(package: Path, spec: Spec) -> None:
     home = package.parent
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{home}.lock"):
-        if package.is_dir():
+        if _is_whole(package, files):
             return
         scratch = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
         try:

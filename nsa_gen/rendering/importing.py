@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from nsa_gen import loaded
 
 
 def import_package(path: str | os.PathLike[str], module_name: str | None = None) -> ModuleType:
     """Import the generated package in folder ``path`` and return it.
 
-    Without a ``module_name`` the name is the folder's, made unique by a digest of its absolute path and contents: the
-    same package is imported once, and a regenerated one anew, with operators of its own.
+    Without a ``module_name`` the name is `nsa_gen.loaded.` and the folder's, made unique by a digest of its absolute
+    path and contents: the same package is imported once, and a regenerated one anew, with operators of its own. What is
+    pickled of it is found again in a process that has called this for the same folder and contents.
 
     Raises:
-        ImportError: the folder is no package.
+        ImportError: the folder is no package, or ``module_name`` is that of another, or below a module there is not.
     """
-    package = Path(path).resolve()
-    source = package / "__init__.py"
-    if not source.is_file():
+    package = Path(os.path.realpath(path))
+    if not (package / "__init__.py").is_file():
         raise ImportError(f"{package}: expected a generated package, found no __init__.py")
-    name = module_name or f"{package.name}_{_digest(package)}"
-    if name in sys.modules:
-        return sys.modules[name]
-    definition = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(package)])
-    if definition is None or definition.loader is None:
-        raise ImportError(f"{source}: cannot be imported")
-    module = importlib.util.module_from_spec(definition)
-    sys.modules[name] = module
-    try:
-        definition.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    origin = loaded.Origin(package, _digest(package))
+    name = module_name or loaded.PREFIX + re.sub(r"\W", "_", package.name) + f"_{origin.digest}"
+    known = loaded.origins.setdefault(name, origin)
+    if known != origin:
+        if name in sys.modules:
+            raise ImportError(
+                f"module_name: {name} is the package that was imported from {known.folder}, and not what {package} "
+                "holds now; choose another name, or none"
+            )
+        loaded.origins[name] = origin
+    return importlib.import_module(name)
 
 
 def _digest(package: Path) -> str:
