@@ -92,7 +92,7 @@ def one_at_a_time(path: Path, timeout: float = 60.0) -> Iterator[None]:
     """
     from filelock import FileLock
 
-    number = int(hashlib.sha256(os.fsencode(path.resolve())).hexdigest(), 16) % LOCKS
+    number = int(hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest(), 16) % LOCKS
     with FileLock(Path(tempfile.gettempdir()) / f"nsa_gen_{os.getuid()}_{number}.lock", timeout=timeout):
         yield
 

@@ -26,8 +26,11 @@ ANSWER_IS_NO = 1
 INTERNAL_FAULT = 70
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
-"""Errors of files that no program is to blame for: no permission, no space, a file where a folder should be."""
+_OF_THE_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
+"""Errors of files that no program is to blame for: no permission, no space, or a path that leads to no such thing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def require_spec(argument: str) -> str:
     """Refuse a SPEC that is neither an existing file nor the name of a shipped spec: exit code 2, with a suggestion."""
-    if Path(argument).is_file():
+    if os.path.isfile(argument):  # False, too, for what can be no path
         if not os.access(argument, os.R_OK):
             raise typer.BadParameter(f"{argument} cannot be read: permission denied")
         return argument
@@ -35,14 +36,26 @@ def require_spec(argument: str) -> str:
     shipped = shipped_specs()
     if argument in shipped:
         return argument
-    if Path(argument).exists():
-        kind = "a folder" if Path(argument).is_dir() else "no regular file"
+    if os.path.exists(argument):
+        kind = "a folder" if os.path.isdir(argument) else "no regular file"
         raise typer.BadParameter(f"{argument} is {kind}; expected a spec's file, or one of {', '.join(shipped)}")
     from difflib import get_close_matches
 
     close = get_close_matches(Path(argument).stem, shipped, n=1)
     hint = f"did you mean {close[0]}?" if close else f"shipped specs: {', '.join(shipped)}"
     raise typer.BadParameter(f"no file {argument}, and no shipped spec of that name; {hint}")
+
+
+def refuse_no_folder(output: Path) -> None:
+    """Refuse an --output that can be no folder, whoever may write there; one that is not there yet can."""
+    try:
+        output.stat()
+    except OSError as error:
+        broken = [str(path) for path in (output, *output.parents) if os.path.islink(path) and not os.path.exists(path)]
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise typer.BadParameter(f"--output: {shortened(str(output))} can be no folder: {error.strerror}") from None
+        if broken:
+            raise typer.BadParameter(f"--output: {broken[-1]} is a link to nothing; expected a folder") from None
 
 
 def _require_specs(arguments: list[str]) -> list[str]:

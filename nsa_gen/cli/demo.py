@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, SpecArgument, command_line, note, print_json, read_spec, show, stop
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    command_line,
+    note,
+    print_json,
+    read_spec,
+    refuse_no_folder,
+    show,
+    stop,
+)
 from nsa_gen.cli.compile import TargetOption
 
 if TYPE_CHECKING:
@@ -65,6 +75,7 @@ def demo(
     Example:
       nsa-gen demo llama3_8b -o build/demo
     """
+    refuse_no_folder(out_dir)
     read_spec(spec, as_json=as_json)
     from nsa_gen._files import write_whole
     from nsa_gen.cli import demo_report as report
@@ -85,6 +96,8 @@ def demo(
         show(*blocks)
     steps["check"] = _run("check", spec)
     steps["generate"] = _run("generate", spec, "-o", str(out_dir))
+    if not steps["generate"].ok:  # the command has said why
+        raise typer.Exit(ANSWER_IS_NO)
     package = Path(steps["generate"].result["packages"][0]["path"])
     present(report.generated(steps["check"], steps["generate"], package))
     steps["explain"] = _run("explain", spec, "--tokens", "65536", "--gpu", "h100")

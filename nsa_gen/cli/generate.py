@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, SpecsArgument, note, print_json, read_specs, stop
+from nsa_gen.cli.common import JsonOption, SpecsArgument, note, print_json, read_specs, refuse_no_folder, stop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +40,7 @@ def generate(
       nsa-gen generate specs/llama3_8b.yaml -o generated
       nsa-gen generate llama3_8b --check
     """
+    refuse_no_folder(out_dir)
     loaded = read_specs(specs, as_json=as_json)
     _refuse_equal_names(loaded)
     if check or diff:

@@ -199,7 +199,7 @@ def _user_cache(scratch: Path) -> Path:
 def _package_of(spec: Spec | str | os.PathLike[str], scratch: Path) -> tuple[Path, tuple[str, ...]]:
     """The folder of the package and the passes it has."""
     if isinstance(spec, str | os.PathLike):
-        folder = Path(spec).resolve()
+        folder = Path(os.path.realpath(spec))
         if not (folder / "__init__.py").is_file():
             raise FileNotFoundError(
                 f"spec: expected a Spec or a generated package's folder (with __init__.py), got {folder}; "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +115,34 @@ def test_a_file_that_is_no_text_any_more_is_out_of_date_and_not_a_crash(call, ge
     answer = call("generate", "tiny", "-o", "out", "--check")
     assert answer.returncode == 1 and answer.stdout.splitlines() == ["out/tiny/ops.py"]
     assert "-\ufffd" in call("generate", "tiny", "-o", "out", "--diff").stdout
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"], ["--diff"], ["--json"]])
+@pytest.mark.parametrize("way", ["loop", "loop/below", "dangling", "dangling/below", "file/below", "long" * 100])
+def test_an_output_that_can_be_no_folder_is_a_wrong_call(call, tmp_path, way, mode):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing/here")
+    (tmp_path / "file").write_text("")
+    answer = call("generate", "tiny", "-o", way, *mode)
+    assert answer.returncode == 2, answer.stderr
+    assert "--output: " + way.split("/")[0][:20] in answer.stderr and "Traceback" not in answer.stderr
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_output_that_may_not_be_written_is_a_no(call, tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def refuse(self, *arguments, **options):
+        if self.name == "tiny":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    answer = call("generate", "tiny", "-o", "locked")
+    assert answer.returncode == 1
+    assert "nsa-gen: locked cannot be written: [Errno 13] Permission denied: 'locked/tiny'" in answer.stderr
+
+
+def test_a_spec_whose_name_is_too_long_for_a_file_is_a_wrong_call(call):
+    answer = call("generate", "long" * 100)
+    assert answer.returncode == 2 and "no shipped spec of that name" in answer.stderr

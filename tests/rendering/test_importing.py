@@ -56,10 +56,12 @@ def test_a_module_name_may_be_given(package):
     assert module.__name__ == name
 
 
-@pytest.mark.parametrize("content", [None, "module.py"])
+@pytest.mark.parametrize("content", [None, "module.py", "a link to itself"])
 def test_a_folder_that_is_no_package_is_an_import_error_that_names_it(tmp_path, content):
     folder = tmp_path / "plain"
-    if content:
+    if content == "a link to itself":
+        folder.symlink_to(folder)
+    elif content:
         folder.mkdir()
         (folder / content).write_text("x = 1\n")
     with pytest.raises(ImportError, match=r"plain: expected a generated package, found no __init__\.py"):

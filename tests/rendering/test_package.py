@@ -269,3 +269,9 @@ def test_bytecode_that_python_never_checks_goes_with_its_source(tmp_path):
     assert runs_what_is_written(package)
     generate(load_spec("tiny").replace(window={"size": 32}), tmp_path)
     assert runs_what_is_written(package)
+
+
+def test_a_folder_that_is_a_link_to_itself_is_an_error_of_the_system_s(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        generate("tiny", tmp_path / "loop")
