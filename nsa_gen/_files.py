@@ -1,16 +1,19 @@
-"""Writing files whole: no reader, no crash and no Ctrl-C ever leaves half of one, or some of several."""
+"""Reading regular files, and writing them whole: no crash and no Ctrl-C leaves half of one, or some of several."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import signal
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -29,8 +32,8 @@ def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = (), modifie
     now if None.
 
     Raises:
-        OSError: a file cannot be written. Nothing is replaced then, unless replacing itself has failed midway; each
-            file is whole in any case.
+        OSError: a file cannot be written, or is a folder, a pipe or a device. Nothing is replaced then, unless
+            replacing itself has failed midway; each file is whole in any case.
     """
     with _staged(texts) as scratches:
         for path, scratch in scratches.items():
@@ -46,22 +49,71 @@ def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = (), modifie
                 path.unlink(missing_ok=True)
 
 
+MOST_BYTES = 2**28
+"""Size of a file that is read, at most, unless its reader says otherwise."""
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file. A pipe is not waited for, and a device is not read for ever.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than `most` bytes.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.ENOTSUP, "expected a regular file, got a pipe or a device", str(path))
+        if len(text := file.read(most + 1)) > most:
+            raise OSError(errno.EFBIG, f"expected at most {most} bytes", str(path))
+    return text
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """The text of a regular file in UTF-8, as `read_bytes` reads it; one byte order mark before it is left out.
+
+    Raises:
+        OSError: as by `read_bytes`.
+        ValueError: it is not UTF-8, or its byte order mark stands twice.
+    """
+    return without_mark(read_bytes(path, most).decode("utf-8"))
+
+
+def without_mark(text: str) -> str:
+    """A text without the byte order mark that some editors begin it with. Raises ValueError where there are two."""
+    text = text.removeprefix("\ufeff")
+    if text.startswith("\ufeff"):
+        raise ValueError("the byte order mark U+FEFF stands twice at the beginning; remove it")
+    return text
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, is no regular file, or is too large.
         ValueError: it is no JSON in UTF-8; `json.JSONDecodeError` where there is a place to name.
     """
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(read_text(path))
 
 
-def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises ValueError where it is none, or is nested too deeply to be read."""
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """What a JSON text says. Raises ValueError where it is none, or is nested too deeply to be read.
+
+    NaN and Infinity are no JSON, nor is a number beyond all floats taken for one, unless `finite` is false.
+    """
+    hooks: dict[str, Any] = {"parse_constant": _refuse_number, "parse_float": _finite_number} if finite else {}
     try:
-        return json.loads(text)
+        return json.loads(text, **hooks)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"expected finite numbers, got {text:.40}, which is no JSON")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_number(text)
 
 
 def json_text(value: Any, indent: str = "") -> str:
@@ -116,6 +168,7 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
     folders: list[Path] = []
     try:
         for path in paths:
+            _require_replaceable(path)
             with _uninterrupted():
                 missing = [folder for folder in path.parents if not folder.exists()]
                 folders += missing
@@ -132,6 +185,14 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raise OSError for what is there but is no regular file: to replace a device would remove it from the machine."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.ENOTSUP, "expected a regular file or a new one, got a pipe or a device", str(path))
 
 
 def _put_in_place(scratches: Mapping[Path, Path]) -> None:

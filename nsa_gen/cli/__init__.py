@@ -27,10 +27,10 @@ INTERNAL_FAULT = 70
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 _OF_THE_MACHINE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.ENXIO, errno.ENOTSUP),
 )
-"""Errors of files that no program is to blame for: no permission, no space, or a path that leads to no such thing."""
+"""Errors of files that no program is to blame for: no permission, no space, a file where a folder should be, a pipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

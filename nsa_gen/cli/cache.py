@@ -30,16 +30,24 @@ NamesArgument = Annotated[
 def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # noqa: B006  typer copies it
     """Show what is tuned.
 
+    Of specs that are shipped it also says which entries a package refuses, because their values are not legal.
+
     \b
     Example:
       nsa-gen cache list llama3_8b
     """
+    from nsa_gen.spec import load_spec, shipped_specs
+    from nsa_gen.tuning.cache import refusals
     from nsa_gen.tuning.store import Store
 
     with noted_warnings():
         found = [(path, entry) for path, entry in Store().all() if not names or entry.identity.spec in names]
+    tuned = {entry.identity.spec for _, entry in found} & set(shipped_specs())
+    refused = refusals([entry for _, entry in found], {name: load_spec(name) for name in tuned})
     if as_json:
-        print_json({"ok": True, "entries": [{"path": str(path), **entry.to_json()} for path, entry in found]})
+        rows = zip(found, refused, strict=True)
+        entries = [{"path": str(path), **entry.to_json(), "refused": said or None} for (path, entry), said in rows]
+        print_json({"ok": True, "entries": entries})
         return
     from nsa_gen.cli.blocks import Text
     from nsa_gen.cli.tune_report import entries_table
@@ -49,6 +57,9 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # no
         show(Text(f"{what} is tuned in {Store().root}. To tune: nsa-gen tune SPEC"))
         return
     show(entries_table(entry for _, entry in found), Text(f"In {Store().root}."))
+    for (path, _), said in zip(found, refused, strict=True):
+        if said:
+            note(f"nsa-gen: {path} is refused by the package: {said}")
 
 
 @cache.command("why")
@@ -204,14 +215,16 @@ def import_(
         note(f"nsa-gen: {error}")
         raise typer.Exit(1) from None
     if as_json:
-        refused = [{**entry.identity.to_json(), "reason": reason} for entry, reason in found.refused]
+        refused = [
+            {**({} if entry is None else entry.identity.to_json()), "reason": reason} for entry, reason in found.refused
+        ]
         saved = [entry.identity.to_json() for entry in found.saved]
         print_json({"ok": not refused, "saved": saved, "refused": refused})
     else:
         for entry in found.saved:
             print(f"saved {_name(entry)}")
         for entry, reason in found.refused:
-            note(f"refused {_name(entry)}: {reason}")
+            note(f"refused {'an entry' if entry is None else _name(entry)}: {reason}")
     stop(not found.refused)
 
 

@@ -51,10 +51,19 @@ class Output:
 
 @dataclass(frozen=True)
 class Tunable:
-    """A ``tl.constexpr`` argument of a kernel, or num_warps / num_stages, and the values worth trying."""
+    """A ``tl.constexpr`` argument of a kernel, or num_warps / num_stages, and the values worth trying.
+
+    No other value is legal, unless it is a ``size``: then every number from 1 to the largest value is.
+    """
 
     name: str
     values: tuple[int, ...]
+    size: bool = False
+
+    @property
+    def legal(self) -> tuple[int, ...] | range:
+        """Every value that does not break the kernel."""
+        return range(1, max(self.values) + 1) if self.size else self.values
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def schedules(spec: Spec) -> tuple[Schedule, ...]:
         choices.append(Tunable(KEY_MAJOR_DQ, (0, 1)))
     if local_in_window(spec):
         choices.append(Tunable(LOCAL_IN_WINDOW, (0, 1)))
-    chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))))
+    chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))), size=True)
     return (Schedule("selected_attention", (*choices, chunk)),)
 
 

@@ -11,13 +11,14 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
 from nsa_gen.hardware import TENSOR_MEMORY_COLUMNS, Gpu
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.program import Config, Kernel
+from nsa_gen.lowering.program import Config, Kernel, Program
 
 #: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
 _REGISTER_SHARE = 0.66
@@ -54,6 +55,49 @@ def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
     names = [tunable.name for tunable in kernel.tunables]
     for values in itertools.product(*(tunable.values for tunable in kernel.tunables)):
         yield dict(zip(names, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Legal:
+    """What the tunables of a kernel or a schedule may be, whatever the device.
+
+    Attributes:
+        values: legal values by tunable.
+        rules: Python expressions over several tunables that must hold as well.
+    """
+
+    values: Mapping[str, tuple[int, ...] | range]
+    rules: tuple[str, ...] = ()
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """Entries of a Python dict literal."""
+        return tuple(f'"{name}": {legal}' for name, legal in self.values.items())
+
+
+def legal_space(program: Program) -> dict[str, Legal]:
+    """What a package accepts, by kernel and schedule: the tunables' values, and the kernels' own constraints."""
+    found = {kernel.name: _legal(kernel, program.sizes) for kernel in program.kernels}
+    return found | {
+        schedule.name: Legal({each.name: each.legal for each in schedule.tunables}) for schedule in program.schedules
+    }
+
+
+def _legal(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Legal:
+    """Constraints on one tunable narrow its values; those on several are rules, but for those that always hold."""
+    values = {tunable.name: tunable.legal for tunable in kernel.tunables}
+    rules = []
+    for constraint in sorted(kernel.constraints, key=lambda each: len(each.free_symbols - sizes.keys())):
+        test = _numeric(constraint, sizes)
+        names = [symbol.name for symbol in constraint.free_symbols - sizes.keys()]
+        choices = [dict(zip(names, each, strict=True)) for each in itertools.product(*(values[name] for name in names))]
+        kept = [choice for choice in choices if test(choice)]
+        if len(names) == 1:
+            values[names[0]] = tuple(choice[names[0]] for choice in kept)
+        elif kept != choices:
+            text = _PRINTER.doprint(constraint.subs(sizes))
+            rules.append(text[1:-1] if constraint.is_Relational else text)
+    return Legal(values, tuple(rules))
 
 
 def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], bool]:

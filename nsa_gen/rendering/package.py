@@ -20,6 +20,7 @@ from nsa_gen._files import one_at_a_time, write_all
 from nsa_gen._resources import templates_dir
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import Program, lower
+from nsa_gen.lowering.space import legal_space
 from nsa_gen.rendering.environment import environment
 from nsa_gen.rendering.identity import DECODE, LOOKUP, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
 from nsa_gen.rendering.literals import docstring_text, python_literal
@@ -49,6 +50,7 @@ def render(spec: Spec) -> dict[str, str]:
         "exports": _exports(program),
         "tuned_schema": TUNED_SCHEMA,
         "measurement": MEASUREMENT,
+        "legal": legal_space(program),
         "space_digest": space_digest(program),
         "decode_space_digest": space_digest(program, DECODE),
         "multiprocessors": {target: gpu_for_target(target).sm_count for target in TABLES},
@@ -123,7 +125,7 @@ def _modules(program: Program) -> list[str]:
     """Python modules of the package, each rendered from the template of the same name."""
     modules = {
         "__init__", "api", "arguments", "attention", "configs", "constants",
-        "launch", "module", "ops", "primitives", "registration", "sequences", "sizes",
+        "launch", "module", "ops", "primitives", "registration", "sequences", "sizes", "tunables",
     }  # fmt: skip
     modules |= {kernel.module for kernel in program.kernels}
     if program.compresses:

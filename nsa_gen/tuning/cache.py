@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
+from nsa_gen.rendering.identity import ATTENTION, DECODE, space_digest
+from nsa_gen.rendering.legality import Check, check_of, problems
 from nsa_gen.tuning.candidates import is_legal
 from nsa_gen.tuning.identity import MEANING, Device, Difference, Identity, differences, drifted, kernels_of
-from nsa_gen.tuning.store import Entry, Store, Unreadable, read_entries, write_entries
+from nsa_gen.tuning.store import Entry, Store, Unreadable, read_each, write_entries
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -90,7 +92,8 @@ def why(
         shipped: the package's `tuned` folder, if there is one.
         environment: where NSA_GEN_TUNED is read.
     """
-    wanted = Identity.of(lower(spec), kernels_of(render(spec), decode=bucket.decode), device, bucket)
+    program = lower(spec)
+    wanted = Identity.of(program, kernels_of(render(spec), decode=bucket.decode), device, bucket)
     explicit = environment.get("NSA_GEN_TUNED", "")
     if explicit == "off":
         return Explanation(wanted, note="NSA_GEN_TUNED=off: nothing is looked up, the cost model's choice is used")
@@ -100,11 +103,12 @@ def why(
         sorted(store.root.glob(f"{spec.name}-*/*/*.json")),
         sorted(shipped.glob("*.json")) if shipped is not None else [],
     )
+    check = check_of(program)
     verdicts = [
         verdict
         for level, paths in enumerate(places)
         for path in paths
-        for verdict in _judged(path, level, wanted, spec, device)
+        for verdict in _judged(path, level, wanted, check, device)
     ]
     serving = [each for each in verdicts if not each.reason]
     best = min(serving, key=lambda each: _rank(each, wanted), default=None)
@@ -113,30 +117,36 @@ def why(
     return Explanation(wanted, tuple(final), note if final else f"nothing is tuned for {spec.name} anywhere")
 
 
-def _judged(path: Path, level: int, wanted: Identity, spec: Spec, device: Device) -> list[Verdict]:
+def _judged(path: Path, level: int, wanted: Identity, check: Check, device: Device) -> list[Verdict]:
     """An entry each; a reason stands already where it cannot serve."""
     try:
-        entries = read_entries(path)
+        entries = read_each(path)
     except (Unreadable, OSError) as error:
-        return [Verdict(path, level, None, False, f"cannot be understood, so it is passed over: {error}")]
+        entries = [Unreadable(str(error))]
     found = []
     for entry in entries:
+        if isinstance(entry, Unreadable):
+            found.append(Verdict(path, level, None, False, f"cannot be understood, so it is passed over: {entry}"))
+            continue
         differing = tuple(differences(wanted, entry.identity))
         fatal = [each for each in differing if each.fatal]
         reason = "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
-        if not fatal and (misfits := _misfits(entry, spec)):
-            reason = f"names what the package has not: {', '.join(misfits)}"
+        if not fatal and (wrong := problems(check, entry.configs)):
+            reason = f"refused: {wrong}"
         found.append(Verdict(path, level, entry, False, reason, differing, tuple(drifted(device, entry.provenance))))
     return found
 
 
-def _misfits(entry: Entry, spec: Spec) -> list[str]:
-    """Kernels of an entry whose tunables are not those of the package."""
-    table = next(iter(lower(spec).defaults.values()))
+def refusals(entries: Sequence[Entry], specs: Mapping[str, Spec]) -> list[str]:
+    """What the packages of specs refuse of entries that were tuned in their spaces; "" of all others."""
+    programs = {name: lower(specs[name]) for name in {each.identity.spec for each in entries} & specs.keys()}
+    checks = {name: check_of(program) for name, program in programs.items()}
     return [
-        name
-        for name, values in entry.configs.items()
-        if name not in table or values.keys() != table[name].mapping().keys()
+        problems(checks[identity.spec], each.configs)
+        if (identity := each.identity).spec in programs
+        and identity.space == space_digest(programs[identity.spec], DECODE if identity.bucket.decode else ATTENTION)
+        else ""
+        for each in entries
     ]
 
 
@@ -163,10 +173,10 @@ def _concluded(verdict: Verdict, best: Verdict | None, wanted: Identity) -> Verd
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of the entries of a file: saved in the cache, or refused with a reason."""
+    """What became of the entries of a file: saved in the cache, or refused with a reason (None: not even an entry)."""
 
     saved: tuple[Entry, ...] = ()
-    refused: tuple[tuple[Entry, str], ...] = field(default=())
+    refused: tuple[tuple[Entry | None, str], ...] = field(default=())
 
 
 def export(store: Store, path: Path, names: Sequence[str] = ()) -> int:
@@ -187,12 +197,14 @@ def import_entries(store: Store, path: Path, specs: Mapping[str, Spec]) -> Impor
 
     Raises:
         Unreadable: it is not such a file.
-        OSError: it cannot be read, or the cache cannot be written.
+        OSError: it cannot be read, is no regular file, or the cache cannot be written.
     """
     saved: list[Entry] = []
-    refused: list[tuple[Entry, str]] = []
-    for entry in read_entries(path):
-        if reason := _refusal(entry, specs.get(entry.identity.spec)):
+    refused: list[tuple[Entry | None, str]] = []
+    for entry in read_each(path):
+        if isinstance(entry, Unreadable):
+            refused.append((None, str(entry)))
+        elif reason := _refusal(entry, specs.get(entry.identity.spec)):
             refused.append((entry, reason))
         else:
             store.save(entry)
@@ -214,5 +226,7 @@ def _refusal(entry: Entry, spec: Spec | None) -> str:
     gpu = identity.device.gpu
     if gpu is None:
         return f"architecture: {identity.architecture} is not in the hardware table"
+    if wrong := problems(check_of(program), entry.configs):
+        return wrong
     illegal = [name for name, values in entry.configs.items() if not is_legal(program, name, values, gpu)]
-    return f"configs: not legal for {', '.join(illegal)}" if illegal else ""
+    return f"configs: not expected to fit {gpu.name} with {', '.join(illegal)}" if illegal else ""

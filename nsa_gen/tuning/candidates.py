@@ -11,6 +11,7 @@ from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import Program, space
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Kernel
+from nsa_gen.rendering.legality import check_of
 from nsa_gen.tuning.shapes import Bucket
 
 
@@ -65,21 +66,13 @@ def _order(config: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def is_legal(program: Program, kernel: str, config: Mapping[str, int], gpu: Gpu) -> bool:
-    """Whether a kernel may run with a configuration: its tunables, values of them, and all constraints.
+    """Whether a package accepts a configuration of a kernel or a schedule, and it is expected to fit a device.
 
-    The cost model's default counts as legal everywhere. Schedules are legal with values of their tunables.
+    The cost model's default counts as legal everywhere.
     """
-    for schedule in program.schedules:
-        if schedule.name == kernel:
-            values = {each.name: each.values for each in schedule.tunables}
-            return config.keys() == values.keys() and all(config[name] in values[name] for name in config)
-    try:
-        found = program.kernel(kernel)
-    except KeyError:
+    if check_of(program)(kernel, config):
         return False
-    if dict(config) == program.defaults[gpu.target][kernel].mapping():
+    found = next((each for each in program.kernels if each.name == kernel), None)
+    if found is None or dict(config) == program.defaults[gpu.target][kernel].mapping():
         return True
-    values = {each.name: each.values for each in found.tunables}
-    if config.keys() != values.keys() or any(config[name] not in values[name] for name in config):
-        return False
     return space.fits(found, program.sizes_on(gpu.target), gpu)(dict(config))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_gen._files import json_text, one_at_a_time, read_json, write_whole
+from nsa_gen._files import json_text, one_at_a_time, parse_json, read_text, write_whole
 from nsa_gen._resources import cache_dir
 from nsa_gen.rendering.identity import TUNED_SCHEMA
 from nsa_gen.tuning.identity import Identity, Provenance, slug
@@ -63,6 +63,8 @@ class Entry:
         """
         if not isinstance(document, dict):
             raise ValueError(f"entry: expected an object, got {type(document).__name__}")
+        if not _is_finite(document):
+            raise ValueError("expected finite numbers, got NaN or Infinity, which are no JSON")
         parts = {"provenance": {}, "result": {}, **document}
         for name in ("identity", "configs", "provenance", "result"):
             if not isinstance(parts.get(name), dict):
@@ -70,7 +72,7 @@ class Entry:
         for kernel, values in parts["configs"].items():
             good = isinstance(values, dict) and all(type(value) is int and value >= 0 for value in values.values())
             if not good:
-                raise ValueError(f"configs.{kernel}: expected whole numbers by name, got {values!r}")
+                raise ValueError(f"configs.{kernel}: expected whole numbers by name, got {values!r:.200}")
         _check_result(parts["result"])
         return cls(
             Identity.from_json(parts["identity"]),
@@ -93,6 +95,13 @@ def _check_result(result: dict[str, Any]) -> None:
         raise ValueError(f"result.ms: expected positive numbers, got {wrong[0]!r}")
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether no number of a JSON value is NaN or infinite."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
@@ -101,29 +110,55 @@ class Unreadable(ValueError):
     """A file holds no entries of this schema."""
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """The entries of a file: one of the cache, or several as shipped and exported.
+def read_each(path: Path) -> list[Entry | Unreadable]:
+    """The entries of a file, one or several; in place of a bad one, what is wrong with it.
 
     Raises:
         Unreadable: it is not a file of tuned entries of today's schema.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
     try:
-        document = read_json(path)
+        # NaN and Infinity are no JSON, but concern only the entry that has them.
+        document = parse_json(read_text(path), finite=False)
     except ValueError as error:
         raise Unreadable(f"{path}: no JSON, perhaps cut short: {error}") from error
-    return entries_of(document, path)
+    return each_of(document, path)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a file as `read_each` gives them, which also raises Unreadable where one of them is bad."""
+    return _all_good(read_each(path))
+
+
+def each_of(document: Any, path: Path) -> list[Entry | Unreadable]:
+    """The entries of a file's JSON, as `read_each` gives them. Raises Unreadable, naming the path."""
+    if not isinstance(document, dict) or document.get("schema") != TUNED_SCHEMA:
+        schema = document.get("schema") if isinstance(document, dict) else None
+        raise Unreadable(f"{path}: schema: expected {TUNED_SCHEMA}, got {schema!r:.80}")
+    listed = document.get("entries", [document])
+    if not isinstance(listed, list):
+        raise Unreadable(f"{path}: entries: expected a list, got {listed!r:.80}")
+    found: list[Entry | Unreadable] = []
+    for each in listed:
+        try:
+            found.append(Entry.from_json(each))
+        except (ValueError, TypeError) as error:
+            found.append(Unreadable(f"{path}: {error}"))
+    return found
 
 
 def entries_of(document: Any, path: Path) -> list[Entry]:
     """The entries of a file's JSON, as `read_entries` gives them. Raises Unreadable, naming the path."""
-    if not isinstance(document, dict) or document.get("schema") != TUNED_SCHEMA:
-        schema = document.get("schema") if isinstance(document, dict) else None
-        raise Unreadable(f"{path}: schema: expected {TUNED_SCHEMA}, got {schema!r}")
-    try:
-        return [Entry.from_json(each) for each in document.get("entries", [document])]
-    except (ValueError, TypeError) as error:
-        raise Unreadable(f"{path}: {error}") from error
+    return _all_good(each_of(document, path))
+
+
+def _all_good(found: Iterable[Entry | Unreadable]) -> list[Entry]:
+    good = []
+    for each in found:
+        if isinstance(each, Unreadable):
+            raise each
+        good.append(each)
+    return good
 
 
 def write_entries(path: Path, entries: Iterable[Entry], *, bundle: bool) -> None:
@@ -229,7 +264,11 @@ def merge_into_bundle(path: Path, entry: Entry, merge: Merge | None = None) -> N
         kept: list[Entry] = []
         if path.exists():
             try:
-                kept = read_entries(path)
+                found = read_each(path)
+                kept = [each for each in found if isinstance(each, Entry)]
+                for each in found:
+                    if isinstance(each, Unreadable):
+                        warnings.warn(f"{each}; this entry is dropped", CacheWarning, stacklevel=2)
             except Unreadable as error:
                 set_aside(path, str(error))
         mine = entry.identity

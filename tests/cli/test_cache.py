@@ -39,6 +39,16 @@ def test_entries_are_listed(call, store: Store) -> None:
     assert len(json.loads(call("cache", "list", "--json").stdout)["entries"]) == 2
 
 
+def test_an_entry_that_the_package_refuses_is_listed_with_the_reason(call, store: Store) -> None:
+    good = entry()
+    path = store.save(entry(65536, configs={"window_forward": {**good.configs["window_forward"], "KEY_BLOCK": 64}}))
+    store.save(good)
+    said = "window_forward.KEY_BLOCK: expected 16 or 32, got 64"
+    assert f"{path} is refused by the package: {said}" in call("cache", "list").stderr
+    listed = json.loads(call("cache", "list", "--json").stdout)["entries"]
+    assert {each["identity"]["bucket"]["tokens"]: each["refused"] for each in listed} == {65536: said, 8192: None}
+
+
 def test_a_broken_file_is_set_aside_with_a_warning_and_not_a_crash(call, store: Store) -> None:
     path = store.save(entry())
     path.write_text("{")

@@ -113,8 +113,8 @@ def test_overrides_of_tile_sizes_are_checked_and_end_with_their_block() -> None:
     op = operator_of("win", gate="none")
     device = torch.device("cpu")
     usual = op.configs.get("window_forward", device)
-    with op.configs.override("window_forward", KEY_BLOCK=64):
-        assert op.configs.get("window_forward", device) == usual | {"KEY_BLOCK": 64}
+    with op.configs.override("window_forward", KEY_BLOCK=32):
+        assert op.configs.get("window_forward", device) == usual | {"KEY_BLOCK": 32}
     assert op.configs.get("window_forward", device) == usual
     with (
         pytest.raises(ValueError, match=r"^kernel: expected .*window_forward.*got 'window'"),

@@ -95,8 +95,8 @@ def test_tiles_of_other_sizes_give_the_same_result() -> None:
     inputs = inputs_of(op, 5, tokens_kv=75, seed=2)
     sizes = {
         "window_forward": {"QUERY_BLOCK": 32, "KEY_BLOCK": 32},
-        "window_backward_dq": {"QUERY_BLOCK": 16, "KEY_BLOCK": 64},
-        "window_backward_dkdv": {"QUERY_BLOCK": 64, "KEY_BLOCK": 16},
+        "window_backward_dq": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32},
+        "window_backward_dkdv": {"QUERY_BLOCK": 32, "KEY_BLOCK": 16},
         "compressed_forward": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32},
         "selected_forward": {"KEY_BLOCK": 32},
         "selected_backward_dq": {"KEY_BLOCK": 32},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,10 @@ def test_all_fields_that_differ_are_named_at_once(cache: Path) -> None:
 
 
 def test_an_entry_that_names_other_kernels_or_tunables_is_not_used(cache: Path) -> None:
-    assert reason(cache, entry(configs={"gone": {"X": 1}})) == (False, "names what the package has not: gone")
-    partial = {"window_forward": {"num_warps": 4}}
-    assert reason(cache, entry(configs=partial)) == (False, "names what the package has not: window_forward")
+    used, said = reason(cache, entry(configs={"gone": {"X": 1}}))
+    assert not used and said.startswith("refused: kernel: expected one of ") and said.endswith("got 'gone'")
+    said = "refused: window_forward: expected QUERY_BLOCK, KEY_BLOCK, num_warps, num_stages, got num_warps"
+    assert reason(cache, entry(configs={"window_forward": {"num_warps": 4}})) == (False, said)
 
 
 def test_one_that_would_serve_says_which_comes_first(cache: Path, tmp_path: Path) -> None:
@@ -136,17 +138,19 @@ def test_what_is_said_is_what_a_package_does(cache: Path, monkeypatch: pytest.Mo
 
     op = operator_of_spec(SPEC)
     others = [Device("NVIDIA H100 PCIe", 114, "sm_90"), H100, Device("NVIDIA A100", 108, "sm_80")]
-    for number, (tokens, device) in enumerate((t, d) for t in (1024, 8192, 65536) for d in others):
-        Store(cache).save(entry(tokens, device, {"window_forward": {**TABLE, "num_warps": 100 + number}}))
+    tiles = itertools.product((16, 32), (16, 32), (1, 2, 3))  # by which one sees whose they are
+    for (tokens, device), (rows, keys, stages) in zip(itertools.product((1024, 8192, 65536), others), tiles):  # noqa: B905
+        values = {"QUERY_BLOCK": rows, "KEY_BLOCK": keys, "num_stages": stages}
+        Store(cache).save(entry(tokens, device, {"window_forward": {**TABLE, **values}}))
     for gpu in others[:2]:
         monkeypatch.setattr(op.configs, "gpu_of", lambda _, gpu=gpu: op.configs.lookup.Gpu(*vars_of(gpu)))
         op.configs.forget()
         for tokens in (300, 2048, 4096, 16384, 100_000, 300_000, 10**6):
             chosen = explained(cache, tokens, device=gpu).chosen
             bucket = op.configs.lookup.bucket_of(tokens, 1, False)
-            warps = op.configs.get("window_forward", torch.device("cpu"), bucket)["num_warps"]
+            found = op.configs.get("window_forward", torch.device("cpu"), bucket)
             expected = TABLE if chosen is None else chosen.entry.configs["window_forward"]
-            assert warps == expected["num_warps"], (gpu, tokens)
+            assert found == expected, (gpu, tokens)
     op.configs.forget()
     op.configs.architecture.cache_clear()
 
@@ -178,9 +182,9 @@ def test_what_is_exported_is_imported_elsewhere(cache: Path, tmp_path: Path) -> 
         ({"dtype": "float16"}, "tuned for tensors of another type"),
         ({"spec": "unheard_of"}, "no spec named unheard_of is known"),
         ({"architecture": "sm_75"}, "sm_75 is not in the hardware table"),
-        ({"configs": {"window_forward": {**TABLE, "KEY_BLOCK": 48}}}, "not legal for window_forward"),
-        ({"configs": {"window_forward": {**TABLE, "num_stages": 50}}}, "not legal for window_forward"),
-        ({"configs": {"selected_attention": {"KEY_MAJOR_FORWARD": 2}}}, "not legal for selected_attention"),
+        ({"configs": {"window_forward": {**TABLE, "KEY_BLOCK": 48}}}, "KEY_BLOCK: expected 16 or 32, got 48"),
+        ({"configs": {"window_forward": {**TABLE, "num_stages": 50}}}, "num_stages: expected 1 or 2 or 3, got 50"),
+        ({"configs": {"selected_attention": {"KEY_MAJOR_FORWARD": 2}}}, "selected_attention: expected KEY_MAJOR_FORW"),
     ],
 )
 def test_an_entry_for_other_kernels_or_with_illegal_values_is_refused(

@@ -1,0 +1,29 @@
+"""The check of tuned values that a package carries, for those that judge a tuned file without the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nsa_gen.lowering import Program
+from nsa_gen.lowering.space import legal_space
+from nsa_gen.rendering.environment import environment
+
+TUNABLES = "tunables.py"
+"""The module of a package that states legal values; it imports nothing but Python's own."""
+
+Check = Callable[[str, Mapping[str, Any]], str]
+"""What is wrong with values of a kernel's tunables, "" where nothing is."""
+
+
+def check_of(program: Program) -> Check:
+    """The check of a program's package, from the very text that the package has."""
+    text = environment().get_template(f"package/{TUNABLES}.jinja").render(header="", legal=legal_space(program))
+    module: dict[str, Any] = {}
+    exec(text, module)
+    return module["problem"]
+
+
+def problems(check: Check, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is wrong with the configurations of an entry; "" where nothing is."""
+    return "; ".join(filter(None, (check(kernel, values) for kernel, values in configs.items())))
