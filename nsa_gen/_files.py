@@ -60,9 +60,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         OSError: it cannot be read, is no regular file, or is larger than `most` bytes.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.ENOTSUP, "expected a regular file, got a pipe or a device", str(path))
-        if len(text := file.read(most + 1)) > most:
+        if found.st_size > most or len(text := file.read(most + 1)) > most:
             raise OSError(errno.EFBIG, f"expected at most {most} bytes", str(path))
     return text
 
@@ -168,7 +169,7 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
     folders: list[Path] = []
     try:
         for path in paths:
-            _require_replaceable(path)
+            require_replaceable(path)
             with _uninterrupted():
                 missing = [folder for folder in path.parents if not folder.exists()]
                 folders += missing
@@ -187,7 +188,7 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
         raise
 
 
-def _require_replaceable(path: Path) -> None:
+def require_replaceable(path: Path) -> None:
     """Raise OSError for what is there but is no regular file: to replace a device would remove it from the machine."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))

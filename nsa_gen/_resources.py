@@ -50,7 +50,7 @@ CACHE_VARIABLE = "NSA_GEN_CACHE_DIR"
 
 def cache_dir() -> Path:
     """The folder nsa_gen keeps what it can make again: `$NSA_GEN_CACHE_DIR`, else the platform's user cache."""
-    override = os.environ.get(CACHE_VARIABLE)
+    override = os.environ.get(CACHE_VARIABLE, "").strip()
     if override:
         return Path(os.path.expanduser(override)).absolute()  # a user who is not there stays as written
     from platformdirs import user_cache_path

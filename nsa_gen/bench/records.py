@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsa_gen._files import parse_json, read_json, write_whole
+from nsa_gen._files import parse_json, read_json, read_text, write_whole
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -214,7 +214,7 @@ def read_lines(path: Path) -> list[Record]:
     """The records of a file; a last line that was cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     return [from_line(line) for line in lines if line.endswith("\n")]
 
 
@@ -237,7 +237,7 @@ def read_results(path: Path) -> Results:
     """
     if path.suffix != ".jsonl":
         return Results.from_document(read_json(path))
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     try:
         opening = parse_json(lines[0])
         records = [from_line(line) for line in lines[1:] if line.endswith("\n")]

@@ -6,6 +6,7 @@ no numbers. Anchors, aliases, tags and merge keys are refused: a spec is small e
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from yaml.error import MarkedYAMLError
 
+from nsa_gen import _files
 from nsa_gen.spec.errors import Problem, SpecError
 from nsa_gen.spec.fields import describe
 
@@ -242,13 +244,14 @@ def compose(text: str, filename: str) -> Document:
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of a spec file; raises `SpecError` when it is missing, no file, unreadable or larger than 1 MiB."""
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+        return _files.read_bytes(Path(path), MAX_BYTES)
     except FileNotFoundError:
         message, hint = "there is no such file", ""
     except IsADirectoryError:
         message, hint = "expected a file, got a directory", "name the .yaml file in it"
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise _too_large(str(path)) from None
         message, hint = f"the file cannot be read: {getattr(error, 'strerror', None) or error}", ""
     raise SpecError([Problem(str(path), 0, 0, "", message, hint)])
 
@@ -257,14 +260,19 @@ def decode(text: str | bytes, filename: str) -> str:
     """`text` as a string without a byte order mark; raises `SpecError` when it is too large or not UTF-8."""
     size = len(text.encode(errors="surrogatepass")) if isinstance(text, str) else len(text)
     if size > MAX_BYTES:
-        message = f"larger than {MAX_BYTES} bytes"
-        raise SpecError([Problem(filename, 0, 0, "", message, "a spec has a few dozen lines")])
-    if isinstance(text, str):
-        return text.removeprefix("\ufeff")
+        raise _too_large(filename)
     try:
-        return text.decode("utf-8-sig")
+        return _files.without_mark(text if isinstance(text, str) else text.decode("utf-8"))
     except UnicodeDecodeError as error:
+        assert isinstance(text, bytes)
         before = text[: error.start].decode("utf-8", errors="replace").removeprefix("\ufeff")
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         message = f"expected UTF-8 text, got the byte 0x{text[error.start]:02x}"
         raise SpecError([Problem(filename, line, column, "", message, "save the file as UTF-8")]) from None
+    except ValueError as error:
+        raise SpecError([Problem(filename, 1, 1, "", str(error), "")]) from None
+
+
+def _too_large(filename: str) -> SpecError:
+    message = f"larger than {MAX_BYTES} bytes"
+    return SpecError([Problem(filename, 0, 0, "", message, "a spec has a few dozen lines")])

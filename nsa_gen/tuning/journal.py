@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from nsa_gen._files import read_bytes
+
 JOURNAL_SCHEMA = 1
 
 
@@ -78,6 +80,7 @@ class Journal:
         """Read an earlier journal, or put it out of the way."""
         if not self.path.exists():
             return
+        # Of anything but a regular file this is an OSError: a pipe would be waited for.
         lines = _whole_lines(self.path)
         heading = lines[0] if lines else {}
         same = heading.get("journal") == JOURNAL_SCHEMA and heading.get("heading") == self._heading
@@ -116,7 +119,7 @@ class Journal:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that their writer lived to finish and that are JSON objects."""
     found = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in read_bytes(path).split(b"\n")[:-1]:
         try:
             value = json.loads(line)
         except ValueError:
@@ -127,7 +130,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_ragged_end(path: Path) -> None:
-    text = path.read_bytes()
+    text = read_bytes(path)
     if text and not text.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)

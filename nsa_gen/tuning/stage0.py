@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nsa_gen._files import read_text
 from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import Program
 from nsa_gen.targets.pool import Worker, WorkerFailure, worker_environment
@@ -174,8 +175,8 @@ class Compiler:
 def _lines(path: Path) -> Iterator[tuple[str, Compiled]]:
     """What an earlier run has compiled; lines that were cut short are left out."""
     text = ""
-    with suppress(OSError):
-        text = path.read_text(encoding="utf-8")
+    with suppress(OSError, ValueError):
+        text = read_text(path)
     for line in text.splitlines():
         with suppress(ValueError):
             key, answer = json.loads(line)

@@ -282,8 +282,17 @@ def test_a_missing_file_a_directory_and_an_unreadable_name_are_refused(tmp_path:
         assert (problem.file, problem.line, problem.column) == (str(path), 0, 0)
 
 
+def test_one_byte_order_mark_is_left_out_and_two_are_a_problem() -> None:
+    mark = "\ufeff"
+    for given in (GOOD, GOOD.encode()):
+        marked = [mark * times + GOOD if isinstance(given, str) else (mark * times + GOOD).encode() for times in (1, 2)]
+        assert parse_spec(marked[0]) == parse_spec(given)
+        problem = only_problem(marked[1])
+        assert (problem.line, problem.column) == (1, 1) and "stands twice" in problem.message
+
+
 def test_an_endless_file_is_refused() -> None:
     if not os.path.exists("/dev/zero"):
         pytest.skip("needs /dev/zero")
-    with pytest.raises(SpecError, match="larger than"):
+    with pytest.raises(SpecError, match="expected a regular file"):
         load_spec("/dev/zero")
