@@ -268,7 +268,7 @@ def gpu(key: str) -> Gpu:
     for candidate in GPUS:
         if candidate.key == key.strip().lower():
             return candidate
-    raise UnknownGpuError(f"gpu: expected one of {', '.join(g.key for g in GPUS)}, got {key!r}")
+    raise UnknownGpuError(f"gpu: expected one of {', '.join(g.key for g in GPUS)}, got {key!r:.60}")
 
 
 def gpu_for_target(target: str) -> Gpu:
@@ -280,7 +280,7 @@ def gpu_for_target(target: str) -> Gpu:
     for candidate in GPUS:
         if candidate.target == target.strip().lower():
             return candidate
-    raise UnknownGpuError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    raise UnknownGpuError(f"target: expected one of {', '.join(TARGETS)}, got {target!r:.60}")
 
 
 def find_gpu(name: str) -> Gpu:
@@ -297,7 +297,7 @@ def find_gpu(name: str) -> Gpu:
         if wanted == candidate.target:
             return candidate
     devices, architectures = ", ".join(g.key for g in GPUS), ", ".join(TARGETS)
-    raise UnknownGpuError(f"gpu: expected a device ({devices}) or an architecture ({architectures}), got {name!r}")
+    raise UnknownGpuError(f"gpu: expected a device ({devices}) or an architecture ({architectures}), got {name!r:.60}")
 
 
 def gpu_for_device(device_name: str) -> Gpu | None:

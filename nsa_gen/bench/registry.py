@@ -30,5 +30,5 @@ def choose(names: Sequence[str]) -> list[Contender]:
     wanted = {one for name in names for one in groups.get(name, (name,))}
     if unknown := sorted(wanted - CONTENDERS.keys()):
         known = ", ".join((*groups, *CONTENDERS))
-        raise ValueError(f"contenders: expected some of {known}, got {', '.join(unknown)}")
+        raise ValueError(f"contenders: expected some of {known}, got {', '.join(unknown):.60}")
     return [contender for name, contender in CONTENDERS.items() if name in wanted]

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nsa_gen.cli.common import (
+    MOST_SEED,
     JsonOption,
     SpecArgument,
     note,
     print_json,
     read_spec,
     require_lengths,
+    require_output,
     require_passes,
     require_some,
+    seconds,
     show,
     split_list,
     stop,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -40,12 +44,20 @@ def _require_inputs(values: list[str]) -> list[str]:
     return require_some(InputKind, values)
 
 
+def _require_json(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written, or whose name is that of the journal."""
+    if path is not None and path.suffix == ".jsonl":
+        raise typer.BadParameter(f"{path}: the journal has this name while it lasts; expected one such as results.json")
+    return require_output(path)
+
+
 def bench(
     spec: SpecArgument,
     against: Annotated[
         list[str],
         typer.Option(
             metavar="NAMES",
+            callback=split_list,
             help="Contenders: dense (cudnn, fa2, fa4), flex, efficient, peers (fla, sfnsa, nsa-triton, fsa), none.",
             show_default="dense and peers that are installed",
         ),
@@ -69,19 +81,25 @@ def bench(
     ] = [],  # noqa: B006
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Draw speed-ups by length: .png, .svg or .pdf."),
+        typer.Option(metavar="FILE", callback=require_output, help="Draw speed-ups by length: .png, .svg or .pdf."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", dir_okay=False, help="Keep the results: JSON for report and explain."
+            "--output",
+            "-o",
+            metavar="FILE",
+            callback=_require_json,
+            help="Keep the results: JSON for report and explain.",
         ),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(min=1, metavar="SECONDS", help="Start nothing new after so long.", show_default="no limit"),
+        typer.Option(
+            metavar="TIME", parser=seconds, help="Start nothing new after 90s, 5m, 1h.", show_default="no limit"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Time an operator beside dense attention and other packages.
@@ -103,7 +121,7 @@ def bench(
         raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
     from nsa_gen.bench.registry import DEFAULT_NAMES, choose
 
-    names = [] if split_list(against) == ["none"] else split_list(against) or list(DEFAULT_NAMES)
+    names = [] if against == ["none"] else against or list(DEFAULT_NAMES)
     try:
         contenders = choose(names)
     except ValueError as error:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, noted_warnings, print_json, read_spec, show, stop
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    noted_warnings,
+    print_json,
+    read_spec,
+    require_output,
+    show,
+    stop,
+    whole,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -65,8 +76,8 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # no
 @cache.command("why")
 def why(
     spec: SpecArgument,
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Key tokens of the call.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences of the call.")] = 1,
+    tokens: Annotated[int, typer.Option(metavar="N", parser=whole(), help="Key tokens of the call.")] = 8192,
+    batch: Annotated[int, typer.Option(metavar="N", parser=whole(), help="Sequences of the call.")] = 1,
     packed: Annotated[bool, typer.Option("--packed", help="The call is of packed sequences.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="The call decodes; N is the cache's capacity.")] = False,
     gpu: Annotated[
@@ -161,7 +172,7 @@ def _device(name: str | None) -> Device:
 
 @cache.command("export")
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="The file to write.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", callback=require_output, help="The file to write.")],
     names: NamesArgument = [],  # noqa: B006
 ) -> None:
     """Write entries to one file, for another machine like this.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -44,18 +45,6 @@ def require_spec(argument: str) -> str:
     close = get_close_matches(Path(argument).stem, shipped, n=1)
     hint = f"did you mean {close[0]}?" if close else f"shipped specs: {', '.join(shipped)}"
     raise typer.BadParameter(f"no file {argument}, and no shipped spec of that name; {hint}")
-
-
-def refuse_no_folder(output: Path) -> None:
-    """Refuse an --output that can be no folder, whoever may write there; one that is not there yet can."""
-    try:
-        output.stat()
-    except OSError as error:
-        broken = [str(path) for path in (output, *output.parents) if os.path.islink(path) and not os.path.exists(path)]
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise typer.BadParameter(f"--output: {shortened(str(output))} can be no folder: {error.strerror}") from None
-        if broken:
-            raise typer.BadParameter(f"--output: {broken[-1]} is a link to nothing; expected a folder") from None
 
 
 def _require_specs(arguments: list[str]) -> list[str]:
@@ -161,22 +150,82 @@ MOST_TOKENS = 2**31 - 1
 """Positions are 32-bit numbers in the kernels."""
 
 
+MOST_SEED = 2**62
+"""Seeds are counted on from, and torch takes 64 bits."""
+MOST_JOBS, MOST_EXAMPLES = 1024, 10**6
+
+
 def split_list(values: Sequence[str]) -> list[str]:
-    """The items of an option that may be repeated and may hold commas: `--target a,b --target c` gives a, b, c."""
-    return [item.strip() for value in values for item in value.split(",") if item.strip()]
+    """The items of an option that may be repeated and may hold commas, each once: `--target a,b --target c,a`.
+
+    An empty item is refused: `--target ""` is no way to leave the option out.
+    """
+    items = [item.strip() for value in values for item in value.split(",")]
+    if "" in items:
+        raise typer.BadParameter(f"expected items separated by commas, got {shortened(','.join(values))!r}")
+    return list(dict.fromkeys(items))
+
+
+def parse_whole(text: str, least: int = 1, most: int = MOST_TOKENS) -> int:
+    """A whole number written in the digits 0 to 9, within bounds."""
+    digits = text.strip()
+    number = digits.lstrip("0") or "0"
+    right = digits.isascii() and digits.isdigit() and len(number) <= len(str(most))
+    if not right or not least <= int(number) <= most:
+        raise typer.BadParameter(f"expected a number of at least {least} and at most {most}, got {shortened(text)!r}")
+    return int(number)
+
+
+def whole(least: int = 1, most: int = MOST_TOKENS) -> Callable[[str | int], int]:
+    """The parser of an option that takes one whole number; a default passes through it, too."""
+    return lambda value: parse_whole(value, least, most) if isinstance(value, str) else value
 
 
 def require_lengths(values: list[str]) -> list[int]:
     """Split `63,65`, refuse what is no positive number or too great a one; an empty list when none is given."""
-    lengths = []
-    for item in split_list(values):
-        digits = item.lstrip("0")
-        if not item.isdecimal() or not digits:
-            raise typer.BadParameter(f"expected positive numbers such as 63,65, got {item!r}")
-        if len(digits) > len(str(MOST_TOKENS)) or int(digits) > MOST_TOKENS:
-            raise typer.BadParameter(f"expected numbers of at most {MOST_TOKENS}, got {shortened(item)}")
-        lengths.append(int(digits))
-    return lengths
+    return list(dict.fromkeys(map(parse_whole, split_list(values))))
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(value: str | float) -> float:
+    """A duration of at least a second, such as 90s, 5m, 1.5h or 300, in seconds."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", value.strip())
+    duration = float(found[1]) * _UNITS[found[2] or "s"] if found else 0.0
+    if duration < 1:
+        raise typer.BadParameter(f"expected a duration such as 90s, 5m or 1h, got {shortened(value)!r}")
+    return duration
+
+
+def require_output(path: Path | None) -> Path | None:
+    """Refuse, before any work, a file to write that is a pipe, a device or a folder."""
+    from nsa_gen._files import require_replaceable
+
+    if path is not None:
+        try:
+            require_replaceable(path)
+        except OSError as error:
+            raise typer.BadParameter(f"{path}: {error.strerror}") from None
+    return path
+
+
+def require_folder(path: Path | None) -> Path | None:
+    """Refuse, before any work, a folder to write into that is something else, or can never be one."""
+    if path is None or path.is_dir():
+        return path
+    broken = [str(one) for one in (path, *path.parents) if os.path.islink(one) and not os.path.exists(one)]
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise typer.BadParameter(f"{shortened(str(path))} can be no folder: {error.strerror}") from None
+        if broken:
+            raise typer.BadParameter(f"{broken[-1]} is a link to nothing; expected a folder") from None
+        return path
+    raise typer.BadParameter(f"{path}: expected a folder or a new one, got a file, a pipe or a device")
 
 
 def shortened(text: str, most: int = 40) -> str:
@@ -189,7 +238,7 @@ def require_some(kind: type[StrEnum], values: list[str]) -> list[str]:
     items = split_list(values)
     for item in items:
         if item not in list(kind):
-            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {item!r}")
+            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {shortened(item)!r}")
     return list(dict.fromkeys(items))
 
 

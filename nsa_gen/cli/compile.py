@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nsa_gen.cli.common import (
+    MOST_JOBS,
     JsonOption,
     SpecsArgument,
     noted_warnings,
@@ -17,6 +18,7 @@ from nsa_gen.cli.common import (
     read_specs,
     split_list,
     stop,
+    whole,
 )
 from nsa_gen.hardware import TABLES, TARGETS
 
@@ -26,9 +28,10 @@ def require_targets(values: list[str]) -> list[str]:
     from nsa_gen.hardware import UnknownGpuError, gpu_for_target
 
     try:
-        return [gpu_for_target(name).target for name in split_list(values)] or list(TABLES)
+        named = dict.fromkeys(gpu_for_target(name).target for name in split_list(values))
     except UnknownGpuError as error:
         raise typer.BadParameter(str(error)) from None
+    return list(named or TABLES)
 
 
 TargetOption = Annotated[
@@ -48,7 +51,14 @@ def compile_(
     target: TargetOption = [],  # noqa: B006  typer copies it
     jobs: Annotated[
         int,
-        typer.Option("--jobs", "-j", min=1, help="Kernels compiled at the same time.", show_default="number of cores"),
+        typer.Option(
+            "--jobs",
+            "-j",
+            metavar="N",
+            parser=whole(1, MOST_JOBS),
+            help="Kernels compiled at the same time.",
+            show_default="number of cores",
+        ),
     ] = os.cpu_count() or 1,
     as_json: JsonOption = False,
 ) -> None:

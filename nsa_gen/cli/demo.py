@@ -22,7 +22,7 @@ from nsa_gen.cli.common import (
     note,
     print_json,
     read_spec,
-    refuse_no_folder,
+    require_folder,
     show,
     stop,
 )
@@ -59,7 +59,9 @@ def demo(
     spec: SpecArgument = "llama3_8b",
     out_dir: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder for the package and the report."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", callback=require_folder, help="Folder for the package and the report."
+        ),
     ] = Path("build/demo"),
     target: TargetOption = [],  # noqa: B006  typer copies it
     as_json: JsonOption = False,
@@ -75,7 +77,6 @@ def demo(
     Example:
       nsa-gen demo llama3_8b -o build/demo
     """
-    refuse_no_folder(out_dir)
     read_spec(spec, as_json=as_json)
     from nsa_gen._files import write_whole
     from nsa_gen.cli import demo_report as report

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli.common import MOST_TOKENS, JsonOption, SpecArgument, note, print_json, read_spec, show, stop
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, stop, whole
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import KernelRow
@@ -32,9 +32,7 @@ def explain(
     spec: SpecArgument,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=MOST_TOKENS, metavar="N", help="Length of the one sequence.", show_default=f"{DEFAULT_TOKENS}"
-        ),
+        typer.Option(metavar="N", parser=whole(), help="Length of the one sequence.", show_default=f"{DEFAULT_TOKENS}"),
     ] = None,
     gpu: Annotated[str, typer.Option(metavar="NAME", callback=require_gpu, help="The GPU it is for.")] = "h100",
     measured: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, SpecsArgument, note, print_json, read_specs, refuse_no_folder, stop
+from nsa_gen.cli.common import JsonOption, SpecsArgument, note, print_json, read_specs, require_folder, stop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,9 @@ def generate(
     specs: SpecsArgument,
     out_dir: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Folder the packages are written into."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", callback=require_folder, help="Folder the packages are written into."
+        ),
     ] = Path("generated"),
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit 1 and list the files that are out of date.")
@@ -40,7 +42,6 @@ def generate(
       nsa-gen generate specs/llama3_8b.yaml -o generated
       nsa-gen generate llama3_8b --check
     """
-    refuse_no_folder(out_dir)
     loaded = read_specs(specs, as_json=as_json)
     _refuse_equal_names(loaded)
     if check or diff:

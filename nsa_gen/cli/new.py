@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, note, print_json, read_spec, refuse_problems, require_spec
+from nsa_gen.cli.common import JsonOption, note, print_json, read_spec, refuse_problems, require_output, require_spec
 
 if TYPE_CHECKING:
     from nsa_gen.spec.huggingface import ModelShape
@@ -24,6 +24,11 @@ def _require_name(name: str) -> str:
         return PackageName().check(name)
     except PydanticCustomError as error:
         raise typer.BadParameter(error.message()) from None
+
+
+def _require_file(path: Path | None) -> Path | None:
+    """Refuse what cannot be the file to write; a folder is answered where the name that it lacks is known."""
+    return path if path is not None and path.is_dir() else require_output(path)
 
 
 def new(
@@ -42,7 +47,14 @@ def new(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The file to write.", show_default="NAME.yaml"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            callback=_require_file,
+            help="The file to write.",
+            show_default="NAME.yaml",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: JsonOption = False,

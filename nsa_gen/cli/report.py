@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, note, print_json
+from nsa_gen.cli.common import JsonOption, note, print_json, require_output
 
 if TYPE_CHECKING:
     from nsa_gen.bench.documents import Document, Job
@@ -32,7 +32,7 @@ def report(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="The page to write.")
+        Path, typer.Option("--output", "-o", metavar="FILE", callback=require_output, help="The page to write.")
     ] = Path("report.html"),
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Native sparse attention",
     as_json: JsonOption = False,

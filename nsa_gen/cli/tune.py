@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsa_gen.cli.common import (
+    MOST_JOBS,
+    MOST_SEED,
     JsonOption,
     SpecArgument,
     note,
@@ -19,17 +20,20 @@ from nsa_gen.cli.common import (
     print_json,
     progress_bar,
     read_spec,
+    require_folder,
     require_lengths,
+    require_output,
+    seconds,
+    shortened,
     show,
     split_list,
     stop,
+    whole,
 )
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
     from nsa_gen.tuning import Tools, TuneReport
-
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 class EffortName(StrEnum):
@@ -40,24 +44,30 @@ class EffortName(StrEnum):
     thorough = "thorough"
 
 
-def require_seconds(text: str | None) -> float | None:
-    """A duration such as 90s, 5m, 1.5h or 300 in seconds."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise typer.BadParameter(f"expected a duration such as 90s, 5m or 1h, got {text!r}")
-    return float(found[1]) * _UNITS[found[2] or "s"]
-
-
 def require_tuned_passes(values: list[str]) -> list[str]:
     """Split `forward,backward,decode`, and refuse what is no pass; in the order in which they are tuned."""
     known = ("forward", "backward", "decode")
     named = split_list(values)
     for name in named:
         if name not in known:
-            raise typer.BadParameter(f"expected some of {', '.join(known)}, got {name!r}")
+            raise typer.BadParameter(f"expected some of {', '.join(known)}, got {shortened(name)!r}")
     return [name for name in known if name in named]
+
+
+def require_out(path: Path | None) -> Path | None:
+    """Refuse, before hours of work, what the result cannot be saved in."""
+    return require_output(path) if path is not None and path.suffix == ".json" else require_folder(path)
+
+
+def _require_gpu_name(name: str) -> str:
+    """Refuse a GPU that the hardware table does not know."""
+    from nsa_gen.hardware import UnknownGpuError, find_gpu
+
+    try:
+        find_gpu(name)
+    except UnknownGpuError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
 
 
 def tune(
@@ -89,20 +99,37 @@ def tune(
         EffortName.default
     ),
     budget: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Begin no further kernel after 90s, 5m, 1h.", show_default="no limit"),
+        float | None,
+        typer.Option(
+            metavar="TIME", parser=seconds, help="Begin no further kernel after 90s, 5m, 1h.", show_default="no limit"
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="A package's tuned folder, or a file.", show_default="the user's cache"),
+        typer.Option(
+            metavar="PATH",
+            callback=require_out,
+            help="A package's tuned folder, or a file.",
+            show_default="the user's cache",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and rank candidates; needs no GPU.")] = False,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --dry-run: the GPU to compile for.")] = "h100",
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", callback=_require_gpu_name, help="With --dry-run: the GPU to compile for.")
+    ] = "h100",
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Compiling processes.", show_default="number of cores")
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            metavar="N",
+            parser=whole(1, MOST_JOBS),
+            help="Compiling processes.",
+            show_default="number of cores",
+        ),
     ] = os.cpu_count() or 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Find the quickest configurations on this machine's GPUs.
@@ -119,7 +146,6 @@ def tune(
       nsa-gen tune llama3_8b --passes decode --shapes 65536 --batch 1,32
       nsa-gen tune llama3_8b --dry-run --gpu h100
     """
-    seconds = require_seconds(budget)
     loaded = read_spec(spec, as_json=as_json)
     if missing := [name for name in passes if name not in loaded.passes]:
         raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
@@ -131,7 +157,7 @@ def tune(
         "packed": packed,
         "passes": tuple(passes) or None,
         "effort": effort.value,
-        "budget": seconds,
+        "budget": budget,
         "resume": resume,
         "out": out,
         "jobs": jobs,

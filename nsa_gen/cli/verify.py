@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, output_console, read_spec, require_lengths, stop
+from nsa_gen.cli.common import (
+    MOST_EXAMPLES,
+    MOST_SEED,
+    JsonOption,
+    SpecArgument,
+    note,
+    output_console,
+    read_spec,
+    require_lengths,
+    stop,
+    whole,
+)
 
 
 class Device(StrEnum):
@@ -43,13 +54,18 @@ def verify(
     ] = [],  # noqa: B006  typer copies it
     examples: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Random calls and properties instead.", show_default="fixed cases"),
+        typer.Option(
+            metavar="N",
+            parser=whole(1, MOST_EXAMPLES),
+            help="Random calls and properties instead.",
+            show_default="fixed cases",
+        ),
     ] = None,
     example: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="One property and call, such as 'oracle: B=2 T=21 spread'."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an operator with a dense reference.

@@ -69,8 +69,10 @@ class ExampleResult:
 
 _SHAPE = re.compile(
     r"(?P<property>\w+): "
-    r"(packed (?P<packed>\d+(\+\d+)*)|B=(?P<batch>\d+) (T=(?P<tokens>\d+)|Tq=(?P<q>\d+) Tkv=(?P<kv>\d+)))"
-    r"( (?P<kind>\w+))?"
+    r"(packed (?P<packed>\d{1,9}(\+\d{1,9})*)|"
+    r"B=(?P<batch>\d{1,9}) (T=(?P<tokens>\d{1,9})|Tq=(?P<q>\d{1,9}) Tkv=(?P<kv>\d{1,9})))"
+    r"( (?P<kind>\w+))?",
+    re.ASCII,
 )
 
 

@@ -131,8 +131,3 @@ def test_a_pass_that_the_spec_has_not_is_refused(call, fake_gpu, tmp_path: Path)
     fake_gpu({})
     answer = call("tune", str(path), "--passes", "forward,backward")
     assert answer.returncode == 2 and "the spec has no backward pass" in " ".join(answer.stderr.split())
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("300", 300)])
-def test_a_budget_is_a_duration(text: str, seconds: float) -> None:
-    assert command.require_seconds(text) == seconds
