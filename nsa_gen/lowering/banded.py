@@ -21,8 +21,28 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     tile,
 )
-from nsa_gen.lowering.program import Kernel, Resources, Tunable
+from nsa_gen.lowering.hopper import HOPPER, hopper_fits
+from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
 from nsa_gen.spec import Spec
+
+
+HOPPER_TOKENS = "HOPPER_TOKENS"
+#: Query tokens of a call from which Hopper's kernel serves it: with fewer, what is longest is the host's part, and the
+#: ordinary kernels' launch takes half as long. And more tokens than any call has.
+_FROM_TOKENS, _NEVER = 4096, 2**31
+
+
+def schedules(spec: Spec) -> tuple[Schedule, ...]:
+    """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
+    if not hopper_fits(spec):
+        return ()
+    tokens = Tunable(HOPPER_TOKENS, (*(2**power for power in range(10, 16)), _NEVER))
+    return (Schedule("banded_attention", (tokens,), (HOPPER,)),)
+
+
+def choose_schedule(target: str) -> Config:
+    """The choice for an architecture or the interpreter."""
+    return Config("banded_attention", ((HOPPER_TOKENS, _FROM_TOKENS if target == HOPPER else _NEVER),))
 
 
 @dataclass(frozen=True)

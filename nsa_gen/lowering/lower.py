@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
-from nsa_gen.lowering import space
+from nsa_gen.lowering import banded, space
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
@@ -46,7 +46,7 @@ def lower(spec: Spec) -> Program:
         arguments=_arguments(spec),
         outputs=_outputs(spec),
         kernels=kernels,
-        schedules=schedules(spec),
+        schedules=(*banded.schedules(spec), *schedules(spec)),
         sizes=sizes,
         defaults=_defaults(spec, kernels, sizes),
     )
@@ -106,6 +106,8 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
     for target in TABLES:
         gpu = gpu_for_target(target)
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
+    for target, configs in table.items() if banded.schedules(spec) else ():
+        configs["banded_attention"] = banded.choose_schedule(target)
     if spec.selection:
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)

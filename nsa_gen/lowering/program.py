@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 
 import sympy
 
+from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering.heads import HeadDim
+from nsa_gen.lowering.hopper import hopper_fits
 from nsa_gen.lowering.inference import InferenceProgram
 from nsa_gen.lowering.overlap import Overlap
 from nsa_gen.lowering.sharing import local_in_window
@@ -121,10 +123,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is decided for several kernels of a branch together: which of them run, and on how much at a time."""
+    """What is decided for several kernels of a branch together: which of them run, and on how much at a time.
+
+    It changes nothing on other architectures than ``targets``.
+    """
 
     name: str
     tunables: tuple[Tunable, ...]
+    targets: tuple[str, ...] = TARGETS
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -200,6 +206,11 @@ class Program(InferenceProgram):
     def local_in_window(self) -> bool:
         """The window's kernels can do the selected branch's local blocks; see `sharing.local_in_window`."""
         return local_in_window(self.spec)
+
+    @property
+    def hopper(self) -> bool:
+        """The package has the kernel of banded attention for Hopper."""
+        return hopper_fits(self.spec)
 
     @property
     def hidden(self) -> int | None:

@@ -128,6 +128,8 @@ def _modules(program: Program) -> list[str]:
         "launch", "module", "ops", "primitives", "registration", "sequences", "sizes", "tunables",
     }  # fmt: skip
     modules |= {kernel.module for kernel in program.kernels}
+    if program.hopper:
+        modules |= {"hopper", "hopper_banded_forward", "hopper_launch", "hopper_names", "hopper_rows"}
     if program.compresses:
         modules.add("compression")
     if program.spec.selection:
@@ -174,7 +176,7 @@ def _explanation(program: Program) -> str:
 
 def _typed(text: str, header: str) -> str:
     """A module with what type checkers must not expect of it: the functions of kernels are Triton's language."""
-    if "@triton.jit" not in text:
+    if "@triton.jit" not in text and "@gluon.jit" not in text:
         return text
     return text.replace(header, f"{header}\n{NOT_PYTHON}", 1)
 

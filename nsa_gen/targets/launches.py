@@ -19,6 +19,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from nsa_gen.hardware import Gpu
@@ -129,7 +130,8 @@ def specialize(launch: Launch, gpu: Gpu) -> Specialization:
     options, signature, constants, attributes = kernel._pack_args(
         backend, keywords, bound, specialization, given_options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
+    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make_source(kernel, signature, constants, attributes)
     identity = f"{kernel.module}.{kernel.__name__} {source.hash()} {target} {options.hash()}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Specialization(kernel, source, target, dict(options.__dict__), key)

@@ -113,6 +113,7 @@ class Search:
         self._program, self._bucket, self._crew = program, bucket, crew
         self._selections = {each.kernel: each for each in selections}
         self._passes, self._effort, self._deadline, self._tell = passes, effort, deadline, tell
+        self._target = target
         self._defaults = {name: config.mapping() for name, config in program.defaults[target].items()}
         self._choices = {choice for schedule in program.schedules for choice in schedule.choices}
         self._best = 1.0
@@ -149,6 +150,8 @@ class Search:
         found: list[Configs] = [{}]
         for schedule in self._program.schedules:
             names = [each.name for each in schedule.tunables if each.name in self._choices and self._wanted(each.name)]
+            if not names:
+                continue
             values = [each.values for each in schedule.tunables if each.name in names]
             each = [dict(zip(names, picked, strict=True)) for picked in itertools.product(*values)]
             found = [{**combo, schedule.name: one} for combo in found for one in each]
@@ -182,7 +185,8 @@ class Search:
     def _sized(self, base: Candidate) -> Candidate:
         """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
         reach = (-2, -1, 1, 2) if self._effort.every_kind else (-1, 1)
-        for schedule in () if self._bucket.decode else self._program.schedules:
+        schedules = [each for each in self._program.schedules if self._target in each.targets]
+        for schedule in () if self._bucket.decode else schedules:
             for tunable in schedule.tunables:
                 if tunable.name in self._choices or self._late():
                     continue
