@@ -25,7 +25,6 @@ from nsa_gen.lowering.hopper import HOPPER, hopper_fits
 from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
 from nsa_gen.spec import Spec
 
-
 HOPPER_TOKENS = "HOPPER_TOKENS"
 #: Query tokens of a call from which Hopper's kernel serves it: with fewer, what is longest is the host's part, and the
 #: ordinary kernels' launch takes half as long. And more tokens than any call has.

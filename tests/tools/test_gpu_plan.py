@@ -155,3 +155,10 @@ def test_each_tool_wraps_each_spec_and_the_caching_allocator_is_off(installed: P
 def test_without_the_sanitizer_there_is_nothing_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitizer, "program", lambda: None)
     assert the_plan().jobs("sanitizer") == []
+
+
+def test_hoppers_kernel_is_compared_with_the_ordinary_ones_for_every_spec_that_has_it() -> None:
+    found = requests("hopper")
+    has = {(s, d) for s in shipped_specs() for d in DTYPES if lower(plan.variant(s, d)).hopper}
+    assert {(each["spec"], each["dtype"]) for each in found} == has and ("llama3_8b", "float16") in has
+    assert all(dtype != "float32" for _, dtype in has)

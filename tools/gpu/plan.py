@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa_gen.lowering import lower
 from nsa_gen.spec import load_spec
 from tools.gpu import far_specs, sanitizer, sizes
+from tools.gpu.packages import variant
 from tools.gpu.pool import Job
 
 
@@ -39,6 +41,7 @@ class Plan:
             "correctness": self._correctness,
             "examples": self._examples,
             "repeats": self._repeats,
+            "hopper": self._hopper,
             "hygiene": self._hygiene,
             "long": self._long,
             "sanitizer": self._sanitizer,
@@ -134,6 +137,16 @@ class Plan:
                 device=self.device,
             )
             for spec in self._runnable
+        ]
+
+    def _hopper(self) -> list[Job]:
+        if self.device != "cuda":
+            return []
+        return [
+            self._job(f"hopper {spec} {dtype}", kind="hopper", spec=spec, dtype=dtype, device=self.device)
+            for spec in self.specs
+            for dtype in self.dtypes
+            if lower(variant(spec, dtype)).hopper
         ]
 
     def _hygiene(self) -> list[Job]:

@@ -58,7 +58,7 @@ def table(parts: Mapping[str, Sequence[Outcome]], notes: Sequence[str]) -> list[
             lines += _counted(part, parts[part])
     for outcome in (
         outcome
-        for part in ("inference", "repeats", "hygiene", "long", "sanitizer", "far", "tuner_faults")
+        for part in ("inference", "repeats", "hopper", "hygiene", "long", "sanitizer", "far", "tuner_faults")
         for outcome in parts.get(part, ())
     ):
         result = outcome.result or {}

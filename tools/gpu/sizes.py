@@ -9,6 +9,7 @@ PARTS = (
     "inference",
     "examples",
     "repeats",
+    "hopper",
     "hygiene",
     "long",
     "sanitizer",
@@ -25,7 +26,7 @@ PARTS = (
 CPU_PARTS = ("correctness", "inference", "examples", "repeats", "hygiene", "far", "soak", "pytorch", "training")
 """What Triton's interpreter can do, at tiny sizes."""
 PHASES = (
-    ("correctness", "inference", "examples", "repeats", "hygiene", "long", "sanitizer"),
+    ("correctness", "inference", "examples", "repeats", "hopper", "hygiene", "long", "sanitizer"),
     ("far",),
     ("soak",),
     ("tuner_faults",),

@@ -18,6 +18,7 @@ KINDS = {
     "long": ("tools.gpu.long", "long_job"),
     "examples": ("tools.gpu.examples", "examples_job"),
     "soak": ("tools.gpu.examples", "soak_job"),
+    "hopper": ("tools.gpu.hopper", "hopper_job"),
     "repeats": ("tools.gpu.repeats", "repeats_job"),
     "hygiene": ("tools.gpu.hygiene", "hygiene_job"),
     "far apart": ("tools.gpu.far", "far_apart_job"),

@@ -1,0 +1,122 @@
+"""Hopper's kernel of banded attention: which packages have it, and which calls it serves.
+
+Its values are checked on a GPU, by tools/gpu/hopper.py: the interpreter does not know the language it is written in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_gen.hardware import TARGETS
+from nsa_gen.lowering import lower
+from nsa_gen.rendering import render
+from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
+
+FILES = {"hopper.py", "hopper_banded_forward.py", "hopper_launch.py", "hopper_names.py", "hopper_rows.py"}
+CALL = {"dims": (64, 64), "dtype": "float16"}
+
+TRACED = """
+import importlib, sys
+from pathlib import Path
+from nsa_gen.hardware import gpu_for_target
+from nsa_gen.rendering import import_package
+from nsa_gen.targets.launches import record_launches, specialize
+
+package = import_package(sys.argv[1])
+configs, ops = (importlib.import_module(f"{package.__name__}.{name}") for name in ("configs", "ops"))
+for target in sys.argv[2].split(","):
+    with configs.use_target(target), record_launches() as launches:
+        ops.trace(tokens=64, batch=2, device="meta", packed=False, passes=("forward",))
+    print(target, *sorted({launch.kernel.__name__ for launch in launches}))
+    if len(sys.argv) > 3:
+        import triton
+
+        (wanted,) = {
+            one.key: one
+            for launch in launches
+            if launch.kernel.__name__ == "hopper_banded_forward_kernel" and launch.keywords["WINDOW"]
+            for one in [specialize(launch, gpu_for_target(target))]
+        }.values()
+        compiled = triton.compile(wanted.source, target=wanted.target, options=wanted.options)
+        print(compiled.metadata.shared, "wgmma.mma_async" in compiled.asm["ptx"], "setmaxnreg" in compiled.asm["ptx"])
+"""
+
+
+def operator() -> Operator:
+    return operator_of("cmp win", **CALL)
+
+
+def tensor(*strides: int, offset: int = 0, sizes: tuple[int, ...] = (2, 5, 3, 64)) -> torch.Tensor:
+    storage = torch.zeros(8192, dtype=torch.float16)
+    return torch.as_strided(storage, sizes, (*strides, 1), offset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        ({}, True),
+        ({"dims": (96, 128)}, True),
+        ({"dims": (192, 128)}, True),
+        ({"dims": (64, 128)}, False),
+        ({"dims": (80, 80)}, False),
+        ({"dims": (256, 256)}, False),
+        ({"dtype": "float32"}, False),
+        ({"branches": "slc", "indices": "input"}, False),
+    ],
+)
+def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], has: bool) -> None:
+    spec = small_spec(**{"branches": "cmp win", **CALL, **changes})
+    program = lower(spec)
+    assert program.hopper is has
+    assert (set(render(spec)) & FILES) == (FILES if has else set())
+    tables = {target: table.get("banded_attention") for target, table in program.defaults.items()}
+    assert all((config is not None) is has for config in tables.values())
+    if has:
+        least = {target: config.mapping()["HOPPER_TOKENS"] for target, config in tables.items()}
+        assert least.pop("sm_90") == 4096 and set(least.values()) == {2**31}
+
+
+@pytest.mark.parametrize(
+    ("x", "fits"),
+    [
+        (tensor(960, 192, 64), True),
+        (tensor(960, 192, 64, offset=8), True),  # 16 bytes
+        (tensor(960, 192, 64, offset=4), False),
+        (tensor(960, 196, 64), False),
+        (tensor(960, 192, 64, sizes=(2, 0, 3, 64)), False),
+        (tensor(0, 192, 64), False),  # one entry, expanded
+        (tensor(3, 192, 64, sizes=(1, 5, 3, 64)), True),  # the stride of a single entry is of no account
+    ],
+)
+def test_boxes_are_loaded_of_rows_at_multiples_of_16_bytes(x: torch.Tensor, fits: bool) -> None:
+    assert importlib.import_module(f"{operator().module.__name__}.hopper").fits(x) is fits
+
+
+def test_the_ordinary_kernels_serve_a_device_that_is_no_hopper_gpu_whatever_is_asked_for() -> None:
+    op = operator()
+    with op.configs.override("banded_attention", HOPPER_TOKENS=0):
+        if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+            hopper, sequences = (importlib.import_module(f"{op.module.__name__}.{x}") for x in ("hopper", "sequences"))
+            q, k = torch.zeros(1, 64, 4, 64, dtype=torch.float16), torch.zeros(1, 64, 2, 64, dtype=torch.float16)
+            assert hopper.forward_for(q, k, k, sequences.Sequences(1, 64, 64)) is None
+        assert_matches_oracle(op, 37, gradients=False)
+
+
+def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinary_ones_too(compiling) -> None:
+    done = compiling(TRACED, str(operator().folder), ",".join(TARGETS))
+    found = {target: names for target, *names in map(str.split, done.stdout.splitlines())}
+    assert set(found) == set(TARGETS)
+    for target, names in found.items():
+        assert ("hopper_banded_forward_kernel" in names) is (target == "sm_90")
+        assert {"compressed_forward_kernel", "window_forward_kernel"} <= set(names)
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_without_a_gpu_to_hoppers_own_instructions(compiling) -> None:
+    done = compiling(TRACED, str(operator().folder), "sm_90", "compile")
+    shared, *instructions = done.stdout.splitlines()[-1].split()
+    assert int(shared) <= 227 * 1024 and instructions == ["True", "True"]

@@ -1,0 +1,120 @@
+"""Hopper's kernel of banded attention beside the ordinary ones: equal values, NaN in the same places, equal bits again.
+
+The ordinary kernels are held against the oracle elsewhere; so is this one, by `verify`, at the schedules that it draws.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_gen.lowering import lower
+from nsa_gen.rendering import import_package
+from nsa_gen.verification.report import environment
+from tools.gpu.packages import package_of, spec_of_request
+from tools.gpu.progress import say
+from tools.gpu.repeats import other_bits
+
+NEVER = 2**31
+SHAPES: tuple[tuple[Any, int | None, str], ...] = (
+    (33, None, "plain"), (128, None, "plain"), (129, None, "plain"), (2311, None, "plain"),
+    (1000, None, "fused"), (1000, None, "heads first"), (1, 700, "plain"), (777, 3000, "plain"),
+    ((1, 0, 33, 511, 700, 64, 2), None, "plain"), ((130, 1300, 16, 15, 48, 257), None, "plain"),
+)  # fmt: skip
+"""Query tokens or packed lengths, key tokens where there are more, and how the tensors lie in memory."""
+POISONS = ("none", "v", "k", "q", "far keys")
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+"""Of o in the Frobenius norm: both round probabilities and o, at other places."""
+
+
+def hopper_job(result: dict[str, Any], *, spec: str, dtype: str, device: str, seed: int, root: str) -> None:
+    """Compare the kernels of a shipped spec's package in a dtype, branch by branch."""
+    meaning = spec_of_request(spec, dtype)
+    module = import_package(package_of(meaning, Path(root)))
+    result["environment"] = asdict(environment(torch.device(device)))
+    if not lower(meaning).hopper or torch.cuda.get_device_capability() != (9, 0):
+        result.update(ok=True, skipped="the kernel is not for this spec or GPU")
+        return
+    torch.manual_seed(seed)
+    broken: list[str] = []
+    for branch in ("compressed", "window"):
+        forward = getattr(importlib.import_module(f"{module.__name__}.{branch}_attention"), f"{branch}_forward")
+        for shape in SHAPES:
+            for poison in POISONS:
+                label = f"{branch} {shape} poison {poison}"
+                say(label)
+                broken += [f"{label}: {fault}" for fault in _faults(module, forward, branch, *shape, poison)]
+    result["ok"] = not broken
+    if broken:
+        result["error"] = "; ".join(broken)
+
+
+def _faults(
+    module: Any, forward: Callable[..., Any], branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str
+) -> Iterator[str]:
+    inputs, sequences = _inputs(module, branch, tokens, tokens_kv, form, poison)
+    found = {}
+    for name, least in (("ordinary", NEVER), ("hopper", 0), ("again", 0)):
+        with module.configs.override("banded_attention", HOPPER_TOKENS=least), _poisoned_memory():
+            found[name] = dict(zip(("o", "lse"), forward(*inputs, sequences), strict=True))
+    torch.cuda.synchronize()
+    if other_bits(found["hopper"], found["again"]):
+        yield "other bits when called again"
+    for name, tolerance in (("o", TOLERANCE[inputs[0].dtype]), ("lse", 1e-5)):
+        ours, theirs = found["hopper"][name].double(), found["ordinary"][name].double()
+        for what in (torch.isnan, torch.isinf):
+            if not torch.equal(what(ours), what(theirs)):
+                yield f"{name}: {what.__name__} elsewhere"
+        ours, theirs = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (ours, theirs))
+        error = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+        if not error <= tolerance:
+            yield f"{name}: off by {error:.2e}, at most {tolerance:.0e}"
+
+
+def _inputs(
+    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str
+) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
+    p = importlib.import_module(f"{module.__name__}.constants")
+    sequences_of = importlib.import_module(f"{module.__name__}.sequences").Sequences
+    packed = not isinstance(tokens, int)
+    rows, batch = (sum(tokens), 1) if packed else (tokens, 2)
+    ends = torch.tensor([0, *tokens], device="cuda").cumsum(0).int() if packed else None
+    sequences = sequences_of(batch, rows, tokens_kv or rows, ends)
+    keys = sequences.compressed_rows if branch == "compressed" else sequences.tokens_kv
+    dtype = getattr(torch, module.SPEC["dtype"])
+
+    def random(length: int, heads: int, width: int) -> Tensor:
+        sizes = {"plain": (batch, length, heads, width), "fused": (batch, length, 3, heads, width)}
+        x = torch.randn(sizes.get(form, (batch, heads, length, width)), device="cuda").to(dtype)
+        return x if form == "plain" else x[:, :, 1] if form == "fused" else x.transpose(1, 2)
+
+    q = random(rows, p.QUERY_HEADS.value, p.HEAD_DIM_QK.value)
+    k, v = (random(keys, p.KV_HEADS.value, width.value) for width in (p.HEAD_DIM_QK, p.HEAD_DIM_V))
+    if poison == "far keys":
+        # What no query sees but those at the end: it must not leak out of a tile that others share.
+        k[:, -1:], v[:, -1:] = float("nan"), float("nan")
+    elif poison != "none":
+        x = {"q": q, "k": k, "v": v}[poison]
+        x[:, x.shape[1] // 3 : x.shape[1] // 3 + 1, 0, 3] = float("nan")
+        x[:, x.shape[1] // 2 : x.shape[1] // 2 + 1, -1, 5] = float("inf") if poison == "v" else float("nan")
+    return (q, k, v), sequences
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Within the block new tensors hold NaN: what is not written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1])
