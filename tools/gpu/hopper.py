@@ -6,7 +6,7 @@ The ordinary kernels are held against the oracle elsewhere; so is this one, by `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,26 +45,27 @@ def hopper_job(result: dict[str, Any], *, spec: str, dtype: str, device: str, se
     torch.manual_seed(seed)
     broken: list[str] = []
     for branch in ("compressed", "window"):
-        forward = getattr(importlib.import_module(f"{module.__name__}.{branch}_attention"), f"{branch}_forward")
         for shape in SHAPES:
             for poison in POISONS:
                 label = f"{branch} {shape} poison {poison}"
                 say(label)
-                broken += [f"{label}: {fault}" for fault in _faults(module, forward, branch, *shape, poison)]
+                broken += [f"{label}: {fault}" for fault in faults(module, branch, *shape, poison, device)]
     result["ok"] = not broken
     if broken:
         result["error"] = "; ".join(broken)
 
 
-def _faults(
-    module: Any, forward: Callable[..., Any], branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str
+def faults(
+    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str, device: str
 ) -> Iterator[str]:
-    inputs, sequences = _inputs(module, branch, tokens, tokens_kv, form, poison)
+    """What is wrong with o and lse of a branch by Hopper's kernel, for inputs with NaN in what `poison` names."""
+    attention = importlib.import_module(f"{module.__name__}.{branch}_attention")
+    forward = getattr(attention, f"{branch}_forward")
+    inputs, sequences = _inputs(module, branch, tokens, tokens_kv, form, poison, device)
     found = {}
     for name, least in (("ordinary", NEVER), ("hopper", 0), ("again", 0)):
         with module.configs.override("banded_attention", HOPPER_TOKENS=least), _poisoned_memory():
             found[name] = dict(zip(("o", "lse"), forward(*inputs, sequences), strict=True))
-    torch.cuda.synchronize()
     if other_bits(found["hopper"], found["again"]):
         yield "other bits when called again"
     for name, tolerance in (("o", TOLERANCE[inputs[0].dtype]), ("lse", 1e-5)):
@@ -79,20 +80,20 @@ def _faults(
 
 
 def _inputs(
-    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str
+    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str, device: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
     p = importlib.import_module(f"{module.__name__}.constants")
     sequences_of = importlib.import_module(f"{module.__name__}.sequences").Sequences
     packed = not isinstance(tokens, int)
     rows, batch = (sum(tokens), 1) if packed else (tokens, 2)
-    ends = torch.tensor([0, *tokens], device="cuda").cumsum(0).int() if packed else None
+    ends = torch.tensor([0, *tokens], device=device).cumsum(0).int() if packed else None
     sequences = sequences_of(batch, rows, tokens_kv or rows, ends)
     keys = sequences.compressed_rows if branch == "compressed" else sequences.tokens_kv
     dtype = getattr(torch, module.SPEC["dtype"])
 
     def random(length: int, heads: int, width: int) -> Tensor:
         sizes = {"plain": (batch, length, heads, width), "fused": (batch, length, 3, heads, width)}
-        x = torch.randn(sizes.get(form, (batch, heads, length, width)), device="cuda").to(dtype)
+        x = torch.randn(sizes.get(form, (batch, heads, length, width)), device=device).to(dtype)
         return x if form == "plain" else x[:, :, 1] if form == "fused" else x.transpose(1, 2)
 
     q = random(rows, p.QUERY_HEADS.value, p.HEAD_DIM_QK.value)

@@ -1,0 +1,51 @@
+"""The comparison of Hopper's kernel with the ordinary ones, with the interpreter in the place of either."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import DEVICE, Operator, operator_of
+from tools.gpu import hopper
+
+SHAPES = ((37, None, "fused"), (5, 30, "heads first"), ((20, 0, 9), None, "plain"))
+
+
+def operator() -> Operator:
+    return operator_of("cmp win", dims=(64, 64), dtype="float16")
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> list[str]:
+    """Faults found where the window's forward, as Hopper's kernel, gives another o."""
+    module = operator().module
+    attention = importlib.import_module(f"{module.__name__}.window_attention")
+    right = attention.window_forward
+
+    def forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        o, lse = right(q, *arguments)
+        as_hopper = module.configs.get("banded_attention", q.device)["HOPPER_TOKENS"] == 0
+        return (change(o) if as_hopper else o), lse
+
+    monkeypatch.setattr(attention, "window_forward", forward)
+    return list(hopper.faults(module, "window", 37, None, "plain", "v", DEVICE))
+
+
+@pytest.mark.parametrize("branch", ["compressed", "window"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equal_kernels_have_no_fault_whatever_is_poisoned(branch: str, shape: tuple[Any, ...]) -> None:
+    for poison in hopper.POISONS:
+        assert not list(hopper.faults(operator().module, branch, *shape, poison, DEVICE)), poison
+
+
+def test_other_values_other_places_of_nan_and_other_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        assert any(fault.startswith("o: off by") for fault in spoil(patch, lambda o: o * 1.01))
+    with monkeypatch.context() as patch:
+        assert any(fault == "o: isnan elsewhere" for fault in spoil(patch, torch.nan_to_num))
+    calls = iter(range(9))
+    assert "other bits when called again" in spoil(monkeypatch, lambda o: o * (1 + 2.0**-10 * next(calls)))
