@@ -35,7 +35,7 @@ def schedules(spec: Spec) -> tuple[Schedule, ...]:
     """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
     if not hopper_fits(spec):
         return ()
-    tokens = Tunable(HOPPER_TOKENS, (*(2**power for power in range(10, 16)), _NEVER))
+    tokens = Tunable(HOPPER_TOKENS, (0, *(2**power for power in range(10, 16)), _NEVER), size=True)
     return (Schedule("banded_attention", (tokens,), (HOPPER,)),)
 
 

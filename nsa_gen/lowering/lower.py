@@ -11,10 +11,11 @@ from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
 from nsa_gen.lowering.heads import power_of_two, split_head_dim
+from nsa_gen.lowering.hopper_backward import hopper_backward_fits
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
 from nsa_gen.lowering.program import Argument, Config, Kernel, Output, Program, raw_readers
-from nsa_gen.lowering.selected import choose_schedule, schedules
+from nsa_gen.lowering.selected import choose_hopper_backward, choose_schedule, schedules
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
 
@@ -108,6 +109,8 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
     for target, configs in table.items() if banded.schedules(spec) else ():
         configs["banded_attention"] = banded.choose_schedule(target)
+    for target, configs in table.items() if hopper_backward_fits(spec) else ():
+        configs["selected_backward"] = choose_hopper_backward(target)
     if spec.selection:
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)

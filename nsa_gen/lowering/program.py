@@ -10,6 +10,7 @@ import sympy
 from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.hopper import hopper_fits
+from nsa_gen.lowering.hopper_backward import hopper_backward_fits
 from nsa_gen.lowering.inference import InferenceProgram
 from nsa_gen.lowering.overlap import Overlap
 from nsa_gen.lowering.sharing import local_in_window
@@ -55,7 +56,8 @@ class Output:
 class Tunable:
     """A ``tl.constexpr`` argument of a kernel, or num_warps / num_stages, and the values worth trying.
 
-    No other value is legal, unless it is a ``size``: then every number from 1 to the largest value is.
+    No other value is legal, unless it is a ``size``: then every number up to the largest value is, from 1 or from 0 if
+    that is worth trying.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Tunable:
     @property
     def legal(self) -> tuple[int, ...] | range:
         """Every value that does not break the kernel."""
-        return range(1, max(self.values) + 1) if self.size else self.values
+        return range(min(1, *self.values), max(self.values) + 1) if self.size else self.values
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,11 @@ class Program(InferenceProgram):
     def hopper(self) -> bool:
         """The package has the kernel of banded attention for Hopper."""
         return hopper_fits(self.spec)
+
+    @property
+    def hopper_backward(self) -> bool:
+        """The package has the kernel of selected attention's gradients for Hopper."""
+        return hopper_backward_fits(self.spec)
 
     @property
     def hidden(self) -> int | None:

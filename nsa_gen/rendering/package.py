@@ -130,6 +130,8 @@ def _modules(program: Program) -> list[str]:
     modules |= {kernel.module for kernel in program.kernels}
     if program.hopper:
         modules |= {"hopper", "hopper_banded_forward", "hopper_launch", "hopper_names", "hopper_rows"}
+    if program.hopper_backward:
+        modules |= {"hopper_backward", "hopper_names", "hopper_selected_backward"}
     if program.compresses:
         modules.add("compression")
     if program.spec.selection:
