@@ -109,10 +109,10 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
     for target, configs in table.items() if banded.schedules(spec) else ():
         configs["banded_attention"] = banded.choose_schedule(target)
-    for target, configs in table.items() if hopper_backward_fits(spec) else ():
-        configs["selected_backward"] = choose_hopper_backward(target)
     if spec.selection:
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)
             configs["selected_attention"] = choose_schedule(spec, kernels, sizes, configs, gpu)
+    for target, configs in table.items() if hopper_backward_fits(spec) else ():
+        configs["selected_backward"] = choose_hopper_backward(target)
     return table | {target: table[shared] for target, shared in SHARED_TABLES.items()}

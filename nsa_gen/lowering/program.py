@@ -127,12 +127,13 @@ class Kernel:
 class Schedule:
     """What is decided for several kernels of a branch together: which of them run, and on how much at a time.
 
-    It changes nothing on other architectures than ``targets``.
+    It changes nothing on other architectures than ``targets``, nor in other passes than ``passes``.
     """
 
     name: str
     tunables: tuple[Tunable, ...]
     targets: tuple[str, ...] = TARGETS
+    passes: tuple[str, ...] = ("forward", "backward")
 
     @property
     def choices(self) -> tuple[str, ...]:

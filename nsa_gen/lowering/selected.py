@@ -81,7 +81,7 @@ def schedules(spec: Spec) -> tuple[Schedule, ...]:
     if not hopper_backward_fits(spec):
         return (attention,)
     tokens = Tunable(HOPPER_BACKWARD_TOKENS, (0, *(2**power for power in range(10, 16)), _NEVER), size=True)
-    return attention, Schedule("selected_backward", (tokens,), (HOPPER,))
+    return attention, Schedule("selected_backward", (tokens,), (HOPPER,), ("backward",))
 
 
 def choose_hopper_backward(target: str) -> Config:

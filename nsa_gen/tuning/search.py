@@ -185,8 +185,9 @@ class Search:
     def _sized(self, base: Candidate) -> Candidate:
         """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
         reach = (-2, -1, 1, 2) if self._effort.every_kind else (-1, 1)
-        schedules = [each for each in self._program.schedules if self._target in each.targets]
-        for schedule in () if self._bucket.decode else schedules:
+        for schedule in () if self._bucket.decode else self._program.schedules:
+            if self._target not in schedule.targets or set(self._passes).isdisjoint(schedule.passes):
+                continue
             for tunable in schedule.tunables:
                 if tunable.name in self._choices or self._late():
                     continue

@@ -129,6 +129,8 @@ def test_kernels_and_configurations_name_each_other(spec, modules):
     program = lower(spec)
     if program.hopper:  # it has one configuration, by its design
         assert kernels.pop("hopper_banded_forward") == "hopper_banded_forward"
+    if program.hopper_backward:  # it has one configuration, by its design
+        assert kernels.pop("hopper_selected_backward") == "hopper_selected_backward"
     for target, table in tables.items():
         assert set(table) == {*kernels, *(schedule.name for schedule in program.schedules)}, target
         assert table == {name: config.mapping() for name, config in program.defaults[target].items()}

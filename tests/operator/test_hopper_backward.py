@@ -1,0 +1,128 @@
+"""Hopper's kernel of selected attention's gradients: which packages have it, and which calls it serves.
+
+Its values are checked on a GPU, by tools/gpu/hopper_backward.py: the interpreter does not know the language it is
+written in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_gen.hardware import TARGETS
+from nsa_gen.lowering import lower
+from nsa_gen.rendering import render
+from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
+
+FILES = {"hopper_backward.py", "hopper_selected_backward.py"}
+CALL = {"dims": (64, 64), "dtype": "float16", "block": 64, "count": 2}
+NEVER = 2**31
+
+TRACED = """
+import importlib, sys
+from nsa_gen.hardware import gpu_for_target
+from nsa_gen.rendering import import_package
+from nsa_gen.targets.launches import record_launches, specialize
+
+package = import_package(sys.argv[1])
+configs, ops = (importlib.import_module(f"{package.__name__}.{name}") for name in ("configs", "ops"))
+for target in sys.argv[2].split(","):
+    with configs.use_target(target), record_launches() as launches:
+        ops.trace(tokens=64, batch=2, device="meta", packed=False, passes=("forward", "backward"))
+    print(target, *sorted({launch.kernel.__name__ for launch in launches}))
+    if len(sys.argv) > 3:
+        import triton
+
+        launch = next(each for each in launches if each.kernel.__name__ == "hopper_selected_backward_kernel")
+        wanted = specialize(launch, gpu_for_target(target))
+        compiled = triton.compile(wanted.source, target=wanted.target, options=wanted.options)
+        # Products that are waited for one by one would be as many waits as instructions.
+        ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+        counts = ptx.count("wgmma.mma_async"), ptx.count("wgmma.wait_group"), ttgir.count("scf.while")
+        print(compiled.metadata.shared, *counts)
+"""
+
+
+def operator() -> Operator:
+    return operator_of("slc win", indices="input", **CALL)
+
+
+def tensor(*strides: int, offset: int = 0, sizes: tuple[int, ...] = (2, 5, 3, 64)) -> torch.Tensor:
+    return torch.as_strided(torch.zeros(8192, dtype=torch.float16), sizes, (*strides, 1), offset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        ({}, True),
+        ({"dims": (128, 64)}, True),
+        ({"group": 7, "block": 128}, True),
+        ({"gate": "none"}, True),
+        ({"gate": "given"}, False),
+        ({"dims": (192, 128)}, False),
+        ({"dims": (80, 80)}, False),
+        ({"block": 32}, False),
+        ({"group": 65}, False),
+        ({"dtype": "float32"}, False),
+        ({"passes": ("forward",)}, False),
+        ({"branches": "win"}, False),
+    ],
+)
+def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], has: bool) -> None:
+    spec = small_spec(**{"branches": "slc win", "indices": "input", **CALL, **changes})
+    program = lower(spec)
+    assert program.hopper_backward is has
+    assert (set(render(spec)) & FILES) == (FILES if has else set())
+    tables = {target: table.get("selected_backward") for target, table in program.defaults.items()}
+    assert all((config is not None) is has for config in tables.values())
+    if has:
+        least = {target: config.mapping()["HOPPER_BACKWARD_TOKENS"] for target, config in tables.items()}
+        assert least.pop("sm_90") == 2048 and set(least.values()) == {NEVER}
+
+
+@pytest.mark.parametrize(
+    ("x", "fits"),
+    [
+        (tensor(960, 192, 64), True),
+        (tensor(960, 192, 64, offset=8), True),  # 16 bytes
+        (tensor(960, 192, 64, offset=4), False),
+        (tensor(960, 196, 64), False),
+        (tensor(0, 192, 64), True),  # one entry, expanded
+        (tensor(3, 192, 64, sizes=(1, 5, 3, 64)), True),  # the stride of a single entry is of no account
+    ],
+)
+def test_rows_are_gathered_from_multiples_of_16_bytes(x: torch.Tensor, fits: bool) -> None:
+    assert importlib.import_module(f"{operator().module.__name__}.hopper_backward").fits(x) is fits
+
+
+def test_the_ordinary_kernel_serves_a_device_that_is_no_hopper_gpu_whatever_is_asked_for() -> None:
+    op = operator()
+    with op.configs.override("selected_backward", HOPPER_BACKWARD_TOKENS=0):
+        if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+            name = op.module.__name__
+            hopper, sequences = (importlib.import_module(f"{name}.{each}") for each in ("hopper_backward", "sequences"))
+            q, k = torch.zeros(1, 64, 2, 64, dtype=torch.float16), torch.zeros(1, 64, 1, 64, dtype=torch.float16)
+            assert hopper.module_for(q, k, k, q, sequences.Sequences(1, 64, 64)) is None
+        assert_matches_oracle(op, 70)
+
+
+def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinary_one_too(compiling) -> None:
+    done = compiling(TRACED, str(operator().folder), ",".join(TARGETS))
+    found = {target: names for target, *names in map(str.split, done.stdout.splitlines())}
+    assert set(found) == set(TARGETS)
+    for target, names in found.items():
+        assert ("hopper_selected_backward_kernel" in names) is (target == "sm_90")
+        assert {"selected_backward_dkdv_kernel", "merge_dq_kernel"} <= set(names)
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_without_a_gpu_to_asynchronous_products_and_fits_a_multiprocessor_twice(compiling) -> None:
+    done = compiling(TRACED, str(operator().folder), "sm_90", "compile")
+    shared, products, waits, whiles = map(int, done.stdout.splitlines()[-1].split())
+    assert shared <= (228 * 1024) // 2 - 1024
+    assert products > 3 * waits > 0
+    # A `for` about the loops over tiles would be compiled wrongly by some versions, which keep its first bounds.
+    assert whiles == 1
