@@ -63,7 +63,7 @@ def make_call(
     gated: bool = True,
     strided: bool = False,
 ) -> Call:
-    """A call with its gradients in float64; `same`: all queries choose alike; `strided`: inputs are views of a tensor."""
+    """A call, its gradients in float64; `same`: all queries choose alike; `strided`: inputs are views of one tensor."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
