@@ -27,13 +27,11 @@ def merged(program: Program, earlier: Entry, entry: Entry) -> Entry:
     decided = {kernel.choice[0] for kernel in program.kernels if kernel.choice and kernel.direction in passes}
     configs = {name: values for name, values in before.items() if name in kept} | entry.configs
     for schedule in program.schedules:
-        # Decided anew are who runs the kernels that were tuned and what concerns no other pass; the rest of a schedule
-        # serves the other passes too.
+        # Who runs the kernels that were tuned is decided anew; the rest of a schedule serves the other passes too.
         default = program.defaults[entry.identity.architecture][schedule.name].mapping()
         old = before.get(schedule.name, default)
         new = entry.configs.get(schedule.name, default)
-        own = set(schedule.passes) <= set(passes)
-        configs[schedule.name] = {name: new[name] if own or name in decided else old[name] for name in default}
+        configs[schedule.name] = {name: new[name] if name in decided else old[name] for name in default}
         if configs[schedule.name] == default:
             del configs[schedule.name]
     then, now = earlier.result.get("ms", {}), entry.result["ms"]

@@ -180,6 +180,13 @@ def test_forward_alone_leaves_the_backward_what_an_earlier_tuning_found(cache: P
     assert json.loads(third.saved.read_text())["configs"] == {}, "a tuning of both replaces both"
 
 
+def test_forward_alone_leaves_alone_from_when_on_hoppers_kernel_computes_the_gradients(cache: Path) -> None:
+    (first,) = tuned(cache, {"times": {"backward": {"selected_backward HOPPER_BACKWARD_TOKENS=4096": 3.0}}}).results
+    assert first.configs["selected_backward"] == {"HOPPER_BACKWARD_TOKENS": 4096}
+    (forward,) = tuned(cache, {}, passes=("forward",)).results
+    assert json.loads(forward.saved.read_text())["configs"]["selected_backward"] == first.configs["selected_backward"]
+
+
 DECODING = """\
 version: 1
 name: decoding
