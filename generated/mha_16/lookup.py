@@ -38,7 +38,7 @@ from . import tunables
 NAME = "mha_16"
 SCHEMA = 1
 KERNELS = "cc5b60fd96a3"
-SPACE = "a8ded392e9dc"
+SPACE = "0d32563d0a74"
 MEASUREMENT = "interleaved-1"
 DTYPE = "bfloat16"
 

@@ -171,7 +171,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "decode_compressed": {"KEY_BLOCK": 64, "PROGRAMS": 2, "num_warps": 4, "num_stages": 3},
         "decode_select": {"BLOCK_TILE": 128, "num_warps": 8, "num_stages": 1},
         "decode_attend": {"KEY_BLOCK": 64, "PROGRAMS": 2, "num_warps": 4, "num_stages": 3},
-        "banded_attention": {"HOPPER_TOKENS": 4096},
+        "banded_attention": {"HOPPER_TOKENS": 2147483648},
         "selected_attention": {"KEY_MAJOR_FORWARD": 0, "KEY_MAJOR_DQ": 1, "LOCAL_IN_WINDOW": 0, "CHUNK_TOKENS": 8192},
         "selected_backward": {"HOPPER_BACKWARD_TOKENS": 2048},
     },

@@ -198,7 +198,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "merge_dq": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "selected_backward_dq": {"KEY_BLOCK": 64, "num_warps": 4, "num_stages": 2},
         "pad_gradients": {"num_warps": 8, "num_stages": 1},
-        "banded_attention": {"HOPPER_TOKENS": 4096},
+        "banded_attention": {"HOPPER_TOKENS": 2147483648},
         "selected_attention": {"KEY_MAJOR_FORWARD": 0, "KEY_MAJOR_DQ": 1, "LOCAL_IN_WINDOW": 0, "CHUNK_TOKENS": 4096},
     },
     "sm_100": {

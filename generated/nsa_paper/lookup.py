@@ -38,7 +38,7 @@ from . import tunables
 NAME = "nsa_paper"
 SCHEMA = 1
 KERNELS = "f1da0d6d61f5"
-SPACE = "66d1fde96cb0"
+SPACE = "e19ee566a968"
 MEASUREMENT = "interleaved-1"
 DTYPE = "bfloat16"
 

@@ -158,7 +158,7 @@ DEFAULTS: dict[str, dict[str, dict[str, int]]] = {
         "merge_dq": {"ROW_BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "selected_backward_dq": {"KEY_BLOCK": 64, "num_warps": 4, "num_stages": 2},
         "pad_gradients": {"num_warps": 8, "num_stages": 1},
-        "banded_attention": {"HOPPER_TOKENS": 4096},
+        "banded_attention": {"HOPPER_TOKENS": 2147483648},
         "selected_attention": {"KEY_MAJOR_FORWARD": 1, "KEY_MAJOR_DQ": 1, "LOCAL_IN_WINDOW": 0, "CHUNK_TOKENS": 16384},
         "selected_backward": {"HOPPER_BACKWARD_TOKENS": 2048},
     },

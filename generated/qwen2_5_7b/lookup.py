@@ -38,7 +38,7 @@ from . import tunables
 NAME = "qwen2_5_7b"
 SCHEMA = 1
 KERNELS = "ac5398e4d69c"
-SPACE = "58316d52021b"
+SPACE = "938d23b08981"
 MEASUREMENT = "interleaved-1"
 DTYPE = "bfloat16"
 

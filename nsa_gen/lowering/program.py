@@ -56,18 +56,18 @@ class Output:
 class Tunable:
     """A ``tl.constexpr`` argument of a kernel, or num_warps / num_stages, and the values worth trying.
 
-    No other value is legal, unless it is a ``size``: then every number up to the largest value is, from 1 or from 0 if
-    that is worth trying.
+    No other value is legal, unless it is a ``size``: then every number from ``least`` to the largest value is.
     """
 
     name: str
     values: tuple[int, ...]
     size: bool = False
+    least: int = 1
 
     @property
     def legal(self) -> tuple[int, ...] | range:
         """Every value that does not break the kernel."""
-        return range(min(1, *self.values), max(self.values) + 1) if self.size else self.values
+        return range(self.least, max(self.values) + 1) if self.size else self.values
 
 
 @dataclass(frozen=True)

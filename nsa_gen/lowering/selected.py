@@ -80,7 +80,7 @@ def schedules(spec: Spec) -> tuple[Schedule, ...]:
     attention = Schedule("selected_attention", (*choices, chunk))
     if not hopper_backward_fits(spec):
         return (attention,)
-    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (0, *(2**power for power in range(10, 16)), _NEVER), size=True)
+    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 16)), _NEVER), size=True, least=0)
     return attention, Schedule("selected_backward", (tokens,), (HOPPER,), ("backward",))
 
 
