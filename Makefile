@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt tools/setup.sh
 
 install: $(STAMP) ## Create the virtual environment and install nsa_gen into it
 
-demo: $(STAMP) ## Generate, compile and verify llama3_8b's operator; report in build/demo/report.md
+demo: $(STAMP) ## Generate, verify and compile llama3_8b's operator; report in build/demo/report.md
 	@$(BIN)/nsa-gen demo
 
 test: lint check-schema check-generated pytest compile-versions ## Run every check and test

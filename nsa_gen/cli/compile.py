@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from nsa_gen.cli.common import (
     print_json,
     progress_bar,
     read_specs,
+    require_some,
     split_list,
     stop,
     whole,
@@ -34,6 +36,18 @@ def require_targets(values: list[str]) -> list[str]:
     return list(named or TABLES)
 
 
+class Call(StrEnum):
+    """Calls that launch kernels of their own, as `nsa_gen.targets.VARIANTS` names them."""
+
+    batched = "batched"
+    packed = "packed"
+
+
+def require_calls(values: list[str]) -> list[str]:
+    """Split `batched,packed`, refuse what is no call; both when none is given."""
+    return require_some(Call, values) or list(Call)
+
+
 TargetOption = Annotated[
     list[str],
     typer.Option(
@@ -49,6 +63,15 @@ TargetOption = Annotated[
 def compile_(
     specs: SpecsArgument,
     target: TargetOption = [],  # noqa: B006  typer copies it
+    calls: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME[,NAME]",
+            callback=require_calls,
+            help=f"Calls whose launches are compiled: {', '.join(Call)}.",
+            show_default="both",
+        ),
+    ] = [],  # noqa: B006  typer copies it
     jobs: Annotated[
         int,
         typer.Option(
@@ -79,7 +102,7 @@ def compile_(
     reports = []
     for spec in loaded:
         with noted_warnings(), progress_bar(f"compiling {spec.name}") as progress:
-            report = compile_spec(spec, target, jobs=jobs, progress=progress)
+            report = compile_spec(spec, target, jobs=jobs, progress=progress, variants=calls)
         reports.append(report)
         if not as_json:
             print_report(report, output_console())

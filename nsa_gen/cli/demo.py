@@ -26,14 +26,14 @@ from nsa_gen.cli.common import (
     show,
     stop,
 )
-from nsa_gen.cli.compile import TargetOption
+from nsa_gen.cli.compile import require_targets
+from nsa_gen.hardware import TABLES
 
 if TYPE_CHECKING:
     from nsa_gen.cli.blocks import Block
 
-CPU_LENGTHS = "65,97"
-"""Lengths just past a selection block of 64 and well inside the second; the interpreter takes a minute or two."""
-
+TARGETS = ("sm_90", "gfx942")
+"""Architectures that it compiles for unless it is told: one of each vendor."""
 GPU_LENGTHS = "65,97,8192"
 DENSE_LENGTHS = (8192, 65536)
 
@@ -63,15 +63,26 @@ def demo(
             "--output", "-o", metavar="DIR", callback=require_folder, help="Folder for the package and the report."
         ),
     ] = Path("build/demo"),
-    target: TargetOption = [],  # noqa: B006  typer copies it
+    target: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME[,NAME]",
+            callback=lambda values: require_targets(values) if values else [],
+            help="Architectures to compile for.",
+            show_default=", ".join(TARGETS),
+        ),
+    ] = [],  # noqa: B006  typer copies it
+    full: Annotated[
+        bool, typer.Option("--full", help="Every architecture, every call and the whole verification: many minutes.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check, generate, explain, compile and verify one spec.
 
     With a GPU it is timed too.
 
-    Writes DIR/<name> (the package) and DIR/report.md. Without a GPU the kernels run under Triton's interpreter, at a
-    small length.
+    Writes DIR/<name> (the package) and DIR/report.md. Without a GPU the kernels run under Triton's interpreter, in a
+    few small calls: some three minutes in all on two cores.
 
     \b
     Example:
@@ -103,18 +114,20 @@ def demo(
     present(report.generated(steps["check"], steps["generate"], package))
     steps["explain"] = _run("explain", spec, "--tokens", "65536", "--gpu", "h100")
     present(report.explained(steps["explain"]))
-    note(f"compiling every kernel for {', '.join(target)}: a minute or so each")
-    steps["compile"] = _run("compile", spec, "--target", ",".join(target))
-    present(report.compiled(steps["compile"]))
     if gpus:
         note(f"verifying on the GPU, lengths {GPU_LENGTHS}")
         steps["verify"] = _run("verify", spec, "--device", "cuda", "--length", GPU_LENGTHS)
         present(report.verified(steps["verify"]))
         present(report.timed(_time_on_gpu(package), gpus[0]["name"]))
     else:
-        note(f"verifying on the CPU, lengths {CPU_LENGTHS}: a few minutes")
-        steps["verify"] = _run("verify", spec, "--device", "cpu", "--length", CPU_LENGTHS)
+        note(f"verifying on the CPU: {'some ten minutes' if full else 'about a minute'}")
+        steps["verify"] = _run("verify", spec, "--device", "cpu", *([] if full else ["--quick"]))
         present(report.verified(steps["verify"]))
+    targets = target or (TABLES if full else TARGETS)
+    note(f"compiling every kernel for {', '.join(targets)}: a minute or so each")
+    calls = [] if full else ["--calls", "batched"]
+    steps["compile"] = _run("compile", spec, "--target", ",".join(targets), *calls)
+    present(report.compiled(steps["compile"]))
     present(report.closing(package, out_dir / "report.md", steps.values(), time.monotonic() - started))
     write_whole(out_dir / "report.md", to_markdown(blocks))
     ok = all(step.ok for step in steps.values())

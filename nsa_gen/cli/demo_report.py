@@ -127,7 +127,8 @@ def closing(package: Path, report: Path, steps: Iterable[Step], seconds: float) 
             "python",
         ),
         Text(
-            f"Read the kernels in {package}; the report is {report}. Write a spec of your own, starting from this one:"
+            f"Read the kernels in {package}; the report is {report}. `nsa-gen demo --full` compiles for every "
+            "architecture and verifies every schedule. Write a spec of your own, starting from this one:"
         ),
         Code(f"cp {package / 'spec.yaml'} my_operator.yaml   # change its name\nnsa-gen check my_operator.yaml"),
     ]

@@ -65,6 +65,7 @@ def verify(
         str | None,
         typer.Option(metavar="TEXT", help="One property and call, such as 'oracle: B=2 T=21 spread'."),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three small calls and one cache: a first look.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,7 +81,7 @@ def verify(
 
     \b
     Example:
-      nsa-gen verify tiny --device cpu
+      nsa-gen verify tiny --device cpu --quick
       nsa-gen verify llama3_8b --device cuda --length 8192,8193
       nsa-gen verify tiny --device cpu --examples 20 --seed 1
     """
@@ -88,6 +89,8 @@ def verify(
         raise typer.BadParameter("--length: examples have their own lengths; use --length or --examples")
     if examples is not None and example is not None:
         raise typer.BadParameter("--example: names one example; use --example or --examples")
+    if quick and (length or examples is not None or example is not None):
+        raise typer.BadParameter("--quick: names its own calls; leave out --length, --examples and --example")
     loaded = read_spec(spec, as_json=as_json)
     chosen = _choose(device)
     if chosen == "cpu":
@@ -113,6 +116,7 @@ def verify(
         dtype=kind,
         device=chosen,
         seed=seed,
+        quick=quick,
         examples=examples,
         example=example,
         source=str(spec),

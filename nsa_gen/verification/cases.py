@@ -25,6 +25,7 @@ VARIED_KEYS = 600
 """Keys of the cases that are run by other schedules, of which there are several."""
 FEW_VARIED = 9
 """Queries of the cases that are run by other schedules: their lists are cut into pieces of four slots."""
+QUICK_NOTE = "a quick run: three small calls and one cache; without --quick far more is exercised"
 FORWARD_ONLY = ("nan", "abyss")
 """Kinds of input whose gradients say nothing: they are NaN, or decided by which probabilities underflow."""
 
@@ -82,12 +83,15 @@ def default_cases(
     packed: bool,
     batch: int,
     gradients: bool = True,
+    quick: bool = False,
 ) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """The cases of a spec and notes on what was left out. `lengths` replaces the boundary lengths.
 
-    `gradients` says whether there is a backward pass, whose branches may be recomputed.
+    `gradients` says whether there is a backward pass, whose branches may be recomputed. `quick` is three small calls.
     """
     p = OracleParameters.from_spec(spec)
+    if quick:
+        return _quick_cases(p, packed), (QUICK_NOTE,)
     notes: list[str] = []
     block = p.selection_block or p.compression_block or 64
     if lengths is not None:
@@ -138,6 +142,14 @@ def default_cases(
         rows = min(middle, FEW_VARIED) if interpreted else middle
         cases.append(ways.most_unlike(Case(rows, tokens_kv=_late(p, middle + 2), batch=batch)))
     return tuple(cases), tuple(notes)
+
+
+def _quick_cases(p: OracleParameters, packed: bool) -> tuple[Case, ...]:
+    """A sequence past one selection block, late queries behind many keys, and packed sequences."""
+    block = p.selection_block or p.compression_block or 16
+    few = Case(FEW_VARIED, tokens_kv=_late(p, 2 * block + 3), kind="spread", batch=1, twice=False)
+    sequences = [Case((block // 2 + 3, 0, 1, 5), batch=1, twice=False)] if packed else []
+    return Case(block + 1, batch=1, twice=False), few, *sequences
 
 
 class _Ways:

@@ -39,6 +39,7 @@ def verify(
     device: str | torch.device | None = None,
     seed: int = 0,
     batch: int = 2,
+    quick: bool = False,
     examples: int | None = None,
     example: str | None = None,
     source: str | None = None,
@@ -56,6 +57,8 @@ def verify(
     Without `lengths` the cases run the package by every schedule that it has and recompute every set of branches;
     `coverage` of the report says with which values, and what was left out. A package that is no module yet runs in a
     process of its own: a read or write out of bounds that ends it is a failed row of its case, and the others are run.
+
+    `quick` is three small calls, forward and backward, and one cache: a first look, within a minute on a CPU.
 
     With `examples`, that many random calls take the place of the fixed ones, each with one of the properties of
     `properties.PROPERTIES`; example i is drawn from seed + i alone. With `example`, a line such as
@@ -75,6 +78,8 @@ def verify(
     drawing = examples is not None or example is not None
     if drawing:
         _refuse_with_examples(examples, example, lengths, wanted == tuple(spec.passes))
+    if quick and (drawing or lengths is not None):
+        raise ValueError("quick: expected False with lengths, examples or an example, which name the calls themselves")
     with (
         tempfile.TemporaryDirectory(prefix="nsa_gen_verify_") as folder,
         closing(_runner(spec, package, Path(folder), where)) as runner,
@@ -98,7 +103,13 @@ def verify(
             )
         backward = "backward" in wanted
         cases, more = default_cases(
-            spec, interpreted=interpreted, lengths=lengths, packed=packed, batch=batch, gradients=backward
+            spec,
+            interpreted=interpreted,
+            lengths=lengths,
+            packed=packed,
+            batch=batch,
+            gradients=backward,
+            quick=quick,
         )
         labels = [case.label for case in cases]
         rows: list[Row] = []
@@ -108,6 +119,7 @@ def verify(
             rows += runner.case(case, seed + number, backward)
         program = lower(spec)
         scenarios = _scenarios(spec, program, seed, where.type) if "decode" in wanted else []
+        scenarios = scenarios[:1] if quick else scenarios
         for number, (scenario, way) in enumerate(scenarios, 1):
             if progress is not None:
                 progress(f"{spec.name}: cache {number} of {len(scenarios)}, seed {scenario.seed}: {scenario.text}")

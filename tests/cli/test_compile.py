@@ -45,3 +45,8 @@ def test_the_matrix_shows_the_worst_variant_and_why_something_fails():
     assert matrix.rows == [("window_forward", "200 / 64 KiB spills", "fails")]
     assert matrix.footer == ("fits", "2 of 2", "0 of 1")
     assert failures({"rows": rows}) == ["window_forward on gfx942: shared memory: 98,304 bytes a block"]
+
+
+def test_an_unknown_call_is_refused_with_those_there_are(call):
+    answer = call("compile", "tiny", "--calls", "batched,ragged")
+    assert answer.returncode == 2 and "batched, packed" in answer.stderr and "ragged" in answer.stderr

@@ -8,6 +8,7 @@ import pytest
 
 from nsa_gen.cli import demo as demo_module
 from nsa_gen.cli.demo import Step
+from nsa_gen.hardware import TABLES
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def commands(answers, monkeypatch):
 def test_it_runs_the_commands_in_order_and_writes_a_report_of_what_they_said(call, commands, tmp_path):
     answer = call("demo", "tiny", "-o", "out")
     assert answer.returncode == 0, answer.stderr
-    assert [command[0] for command in commands] == ["env", "check", "generate", "explain", "compile", "verify"]
+    assert [command[0] for command in commands] == ["env", "check", "generate", "explain", "verify", "compile"]
     report = (tmp_path / "out" / "report.md").read_text()
     for text in (
         "| window_attention.py | 6 | 1 | Window. |",
@@ -130,3 +131,19 @@ def test_the_real_thing_ends_well(nsa_gen, small, tmp_path):
     for heading in ("The spec and the package", "Compiled", "Verified", "Outcome"):
         assert f"## {heading}" in report
     assert "| fails |" not in report
+
+
+def test_without_a_gpu_it_is_short_and_in_full_if_asked_for(call, commands):
+    def ran(name):
+        (found,) = (command[1:] for command in commands if command[0] == name)
+        commands[:] = [command for command in commands if command[0] != name]
+        return found
+
+    assert call("demo", "tiny", "-o", "out").returncode == 0
+    assert ran("verify") == ("tiny", "--device", "cpu", "--quick")
+    assert ran("compile") == ("tiny", "--target", "sm_90,gfx942", "--calls", "batched")
+    assert call("demo", "tiny", "-o", "out", "--full").returncode == 0
+    assert ran("verify") == ("tiny", "--device", "cpu")
+    assert ran("compile") == ("tiny", "--target", ",".join(TABLES))
+    assert call("demo", "tiny", "-o", "out", "--full", "--target", "sm_80").returncode == 0
+    assert ran("compile") == ("tiny", "--target", "sm_80")

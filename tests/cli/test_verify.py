@@ -129,3 +129,18 @@ def test_the_table_keeps_the_worst_case_of_each_quantity_and_lists_failures():
         ("dq", "row", "-", "1.0e-03", "-", "T=17", "fails"),
     ]
     assert isinstance(tail, Text) and tail.text == "- T=17: dq: NaN\n- left out: packed sequences\n- a note"
+
+
+def test_a_quick_run_is_a_few_calls_of_every_pass_and_says_so(nsa_gen, tmp_path):
+    (tmp_path / "window.yaml").write_text(WINDOW)
+    answer = nsa_gen("verify", "window.yaml", "--device", "cpu", "--quick", "--json", timeout=600)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    report = json.loads(answer.stdout)
+    assert len(report["cases"]) == 3 and {"o", "dq", "dk", "dv"} <= {row["quantity"] for row in report["rows"]}
+    assert any("quick" in note for note in report["notes"]) and report["coverage"]["left_out"]
+
+
+def test_a_quick_run_names_its_own_calls(call):
+    for more in (["--length", "5"], ["--examples", "2"], ["--example", "oracle: T=5"]):
+        answer = call("verify", "tiny", "--device", "cpu", "--quick", *more)
+        assert answer.returncode == 2 and "--quick" in answer.stderr
