@@ -129,9 +129,11 @@ def _modules(program: Program) -> list[str]:
     }  # fmt: skip
     modules |= {kernel.module for kernel in program.kernels}
     if program.hopper:
-        modules |= {"hopper", "hopper_banded_forward", "hopper_launch", "hopper_names", "hopper_rows"}
+        modules |= {"hopper", "hopper_banded_forward", "hopper_launch", "hopper_rows"}
     if program.hopper_backward:
-        modules |= {"hopper_backward", "hopper_names", "hopper_selected_backward"}
+        modules |= {"hopper_backward", "hopper_selected_backward"}
+    if program.hopper or program.hopper_backward:
+        modules |= {"hopper_device", "hopper_names"}
     if program.compresses:
         modules.add("compression")
     if program.spec.selection:

@@ -16,7 +16,7 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
 
-FILES = {"hopper.py", "hopper_banded_forward.py", "hopper_launch.py", "hopper_names.py", "hopper_rows.py"}
+FILES = {"hopper.py", "hopper_banded_forward.py", "hopper_launch.py", "hopper_rows.py"}
 CALL = {"dims": (64, 64), "dtype": "float16"}
 
 TRACED = """

@@ -95,7 +95,7 @@ def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], h
     ],
 )
 def test_rows_are_gathered_from_multiples_of_16_bytes(x: torch.Tensor, fits: bool) -> None:
-    assert importlib.import_module(f"{operator().module.__name__}.hopper_backward").fits(x) is fits
+    assert importlib.import_module(f"{operator().module.__name__}.hopper_device").has_aligned_rows(x) is fits
 
 
 def test_the_ordinary_kernel_serves_a_device_that_is_no_hopper_gpu_whatever_is_asked_for() -> None:
