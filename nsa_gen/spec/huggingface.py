@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
-from nsa_gen._files import parse_json
+from nsa_gen._files import parse_json, read_text
 from nsa_gen.spec.errors import Problem, SpecError
 from nsa_gen.spec.fields import RANGES, describe, did_you_mean, join
 from nsa_gen.spec.model import DType, HeadDim, Heads
@@ -70,7 +70,7 @@ def read_config(path: Path) -> ModelShape:
     """
     path = path / "config.json" if path.is_dir() else path
     try:
-        document = parse_json(path.read_text(encoding="utf-8-sig"))
+        document = parse_json(read_text(path), finite=False)
     except json.JSONDecodeError as error:
         raise SpecError([Problem(str(path), error.lineno, error.colno, "", f"no JSON: {error.msg}")]) from error
     except (OSError, ValueError) as error:
