@@ -214,7 +214,7 @@ def require_output(path: Path | None) -> Path | None:
 
 def require_folder(path: Path | None) -> Path | None:
     """Refuse, before any work, a folder to write into that is something else, or can never be one."""
-    if path is None or path.is_dir():
+    if path is None or os.path.isdir(path):
         return path
     broken = [str(one) for one in (path, *path.parents) if os.path.islink(one) and not os.path.exists(one)]
     try:

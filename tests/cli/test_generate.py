@@ -125,7 +125,7 @@ def test_an_output_that_can_be_no_folder_is_a_wrong_call(call, tmp_path, way, mo
     (tmp_path / "file").write_text("")
     answer = call("generate", "tiny", "-o", way, *mode)
     assert answer.returncode == 2, answer.stderr
-    assert "--output: " + way.split("/")[0][:20] in answer.stderr and "Traceback" not in answer.stderr
+    assert "--output" in answer.stderr and way.split("/")[0][:20] in answer.stderr and "Traceback" not in answer.stderr
     assert not (tmp_path / "nothing").exists()
 
 

@@ -120,7 +120,7 @@ def package_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Pac
         if case not in built:
             spec = case.spec()
             folder = generate(spec, tmp_path_factory.mktemp("packages"))
-            package = import_package(folder, f"compression_case_{len(built)}")
+            package = import_package(folder)
             names = ("compression", "sequences", "configs")
             built[case] = Package(spec, *(importlib.import_module(f"{package.__name__}.{name}") for name in names))
         return built[case]

@@ -30,6 +30,8 @@ from tests.support import Operator, inputs_of, operator_of_spec, small_spec
 # Every spec has a scale that is not 1/sqrt(Dk), so that a forgotten one shows.
 SPECS: dict[str, Spec] = {
     "window": small_spec("win", gate="none", scale=0.37),
+    # The last query that sees the last key of a tile of 16 begins a tile of 16.
+    "window of 18": small_spec("win", gate="none", scale=0.37, window=18),
     "selected": small_spec("slc", gate="none", scale=0.37, indices="input"),
     # Rows of products that no head fills, and blocks of two tiles of keys.
     "grouped": small_spec(

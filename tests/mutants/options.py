@@ -17,10 +17,8 @@ SHARES = Check("shares", (5, 13), gradients=True, values=(SPLIT,))
 # The second and the third sequence begin at tokens of remainder 2 and 3.
 PACKED = Check("compressed", (14, 9, 13), gradients=True)
 # The last query that sees a tile's last key is the first of its tile.
-FAR_END = Check(
-    "window", 13, gradients=True, values=tuple(("window_backward_dkdv", f"{x}_BLOCK", 4) for x in ("QUERY", "KEY"))
-)
-FAR_END_OF_LARGE_TILES = replace(FAR_END, tokens=33, values=())
+FAR_END = Check("window of 18", 37, gradients=True)
+FAR_END_INSIDE_A_TILE = Check("window", 33, gradients=True)
 # A compressed block of large keys, the last of them the newest, reaches over the start of the last selection block.
 CONTESTED = Check("free", 8, tokens_kv=68, kind="late")
 CONTESTED_PACKED = Check("free", (5, 66))
@@ -235,8 +233,8 @@ EQUIVALENT = (
         "last_viewer_forgotten_where_no_tile_begins",
         "the far end of the queries that see a key in the window's backward is one query short",
         "with tiles of 16 the last query that sees a tile's last key begins a tile only if w is 2 more than a multiple "
-        "of 16; otherwise the tile that it lies in is visited for the queries before it. A mutant above has such tiles",
-        FAR_END_OF_LARGE_TILES,
+        "of 16; otherwise the tile that it lies in is visited for the queries before it. A mutant has such a window",
+        FAR_END_INSIDE_A_TILE,
         (Edit(WINDOW, "return key + WINDOW", "return key + WINDOW - 1"),),
     ),
     Equivalent(

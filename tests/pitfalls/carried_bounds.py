@@ -40,8 +40,13 @@ def _names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, context)}
 
 
-def _reaching_bounds(body: list[ast.stmt], functions: dict[str, list[ast.FunctionDef]]) -> set[str]:
-    """Names of which the bounds of a loop in `body` depend, or of one in a function that it calls."""
+def _reaching_bounds(
+    body: list[ast.stmt], functions: dict[str, list[ast.FunctionDef]], within: tuple[ast.FunctionDef, ...] = ()
+) -> set[str]:
+    """Names of which the bounds of a loop in `body` depend, or of one in a function that it calls.
+
+    `within` are the functions on the way there: kernels do not call themselves, but modules share some names.
+    """
     nodes = [node for statement in body for node in ast.walk(statement)]
     reaching: set[str] = set()
     for node in nodes:
@@ -49,7 +54,9 @@ def _reaching_bounds(body: list[ast.stmt], functions: dict[str, list[ast.Functio
             reaching |= _names(node.iter, ast.Load)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             for called in functions.get(node.func.id, ()):
-                bounding = _reaching_bounds(called.body, functions)
+                if called in within:
+                    continue
+                bounding = _reaching_bounds(called.body, functions, (*within, called))
                 for parameter, argument in _bound(called, node):
                     if parameter in bounding:
                         reaching |= _names(argument, ast.Load)
