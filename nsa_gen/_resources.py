@@ -30,6 +30,11 @@ def templates_dir() -> Path:
     return _resource_dir("templates")
 
 
+def runtime_dir() -> Path:
+    """Return the folder of modules that are copied into packages as they stand."""
+    return _PACKAGE / "runtime"
+
+
 def specs_dir() -> Path:
     """Return the folder of shipped specs (`*.yaml` and the JSON Schema)."""
     return _resource_dir("specs")

@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from nsa_gen import __version__
 from nsa_gen._files import one_at_a_time, write_all
-from nsa_gen._resources import templates_dir
+from nsa_gen._resources import runtime_dir, templates_dir
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import Program, lower
 from nsa_gen.lowering.space import legal_space
@@ -72,10 +73,17 @@ def _render(spec: Spec) -> dict[str, str]:
         if name == LOOKUP:  # it names the digest of the others, so it comes last
             context["kernels_digest"] = kernels_digest(files)
             context["decode_kernels_digest"] = kernels_digest(files, DECODE)
-        text = environment().get_template(f"package/{name}.jinja").render(context)
-        files[name] = _tidy(_typed(text, context["header"]))
+        files[name] = _tidy(_typed(_text(name, context), context["header"]))
     files["spec.yaml"] = f"{_header(spec)}\n{spec.resolved_yaml()}"
     return dict(sorted(files.items()))
+
+
+def _text(name: str, context: dict[str, Any]) -> str:
+    """A module's text: of the runtime, below a header, or of the template of this name."""
+    source = runtime_dir() / name
+    if source.is_file() and name != "__init__.py":
+        return f"{context['header']}\n{source.read_text(encoding='utf-8')}"
+    return environment().get_template(f"package/{name}.jinja").render(context)
 
 
 def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -131,7 +139,7 @@ def _package_dir(spec: Spec, out_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _modules(program: Program) -> list[str]:
-    """Python modules of the package, each rendered from the template of the same name."""
+    """Python modules of the package, each from the runtime's module or the template of the same name."""
     modules = {
         "__init__", "api", "arguments", "attention", "configs", "constants",
         "launch", "module", "ops", "primitives", "registration", "sequences", "sizes", "tunables",
@@ -208,11 +216,11 @@ def _header(spec: Spec) -> str:
 
 @functools.cache
 def templates_digest() -> str:
-    """First 12 hex digits of the SHA-256 of all templates, names included."""
+    """First 12 hex digits of the SHA-256 of all templates and of the runtime, names included."""
     digest = hashlib.sha256()
-    root = templates_dir()
-    for path in sorted(root.rglob("*.jinja")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for root, kind in ((templates_dir(), "*.jinja"), (runtime_dir(), "*.py")):
+        for path in sorted(root.rglob(kind)):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

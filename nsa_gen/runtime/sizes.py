@@ -1,4 +1,3 @@
-{{ header }}
 """Arithmetic of sizes on the host, where Triton's functions of these names take microseconds a call."""
 
 

@@ -1,4 +1,3 @@
-{{ header }}
 """Names of Gluon that differ between versions of Triton: 3.6 has thread_barrier, 3.9 async_load and async_store."""
 
 from triton.experimental.gluon import language as gl

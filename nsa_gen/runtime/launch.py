@@ -1,4 +1,3 @@
-{{ header }}
 """Launches that cost the host little: a kernel that was launched alike before is looked up here, not by Triton.
 
 Triton's own launch binds arguments, reads knobs and compares every global a kernel uses, some 30 us. `lean` keeps what

@@ -1,4 +1,3 @@
-{{ header }}
 """Which sequence owns which pages of a cache: kept on the host, as a step never needs to know more than its table."""
 
 from collections import Counter

@@ -1,0 +1,60 @@
+"""Modules that packages carry as they stand: verbatim, self-contained, and right where they lie."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import pytest
+
+from nsa_gen._resources import runtime_dir
+from nsa_gen.rendering import render
+from nsa_gen.runtime import sizes
+from nsa_gen.runtime.pages import Pages
+from nsa_gen.spec import load_spec
+
+MODULES = sorted(path.name for path in runtime_dir().glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_package_carries_a_runtime_module_to_the_letter(name: str) -> None:
+    files = render(load_spec("llama3_8b"))
+    header, source = files["spec.yaml"].splitlines()[:4], (runtime_dir() / name).read_text(encoding="utf-8")
+    assert files[name].splitlines()[:4] == header
+    assert files[name].endswith(f"\n{source}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_runtime_module_imports_torch_triton_and_its_neighbours_alone(name: str) -> None:
+    tree = ast.parse((runtime_dir() / name).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots = {str(node.module).partition(".")[0]}
+        elif isinstance(node, ast.ImportFrom):
+            assert f"{node.module}.py" in MODULES
+            continue
+        else:
+            continue
+        assert roots <= {"torch", "triton", *sys.stdlib_module_names}
+
+
+def test_sizes_round_up() -> None:
+    assert [sizes.cdiv(x, 4) for x in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert [sizes.next_power_of_2(x) for x in (1, 2, 3, 192)] == [1, 2, 4, 256]
+
+
+def test_a_page_that_two_sequences_use_is_copied_by_the_one_that_writes_and_freed_by_the_last() -> None:
+    pages = Pages(batch=2, page_size=16, pages=4, width=4)
+    assert pages.needed([(0, 0, 40)]) == 3 and pages.grow(0, 0, 40) is None
+    assert (pages.free, pages.sharing, pages.entries(0)[3]) == (1, False, -1)
+    pages.share(0, 1, 20)
+    assert pages.sharing and pages.owned[1] == pages.owned[0][:2] and pages.free == 1
+    # The next token of sequence 1 goes to the second page, which sequence 0 uses too.
+    assert pages.needed([(1, 20, 21)]) == 1
+    source, target = pages.grow(1, 20, 21) or (-1, -1)
+    assert source == pages.owned[0][1] and target == pages.owned[1][1] and source != target
+    assert pages.needed([(1, 21, 49)]) == 2 > pages.free == 0
+    pages.shrink(0, 0)
+    assert pages.free == 2 and not pages.sharing
