@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jinja2
+from jinja2.ext import Extension
 
 from nsa_gen._resources import templates_dir
 from nsa_gen.rendering.layout import fit, import_from, tuple_of
 from nsa_gen.rendering.literals import number
+
+_STATEMENT = re.compile(r"^[ \t]*#% (.*)$", re.MULTILINE)
+_COMMENT = re.compile(r"^[ \t]*#%#.*$", re.MULTILINE)
+
+
+class _LineStatements(Extension):
+    """`#% if x` alone on a line is the statement `{% if x %}`, and `#%# words` a comment of the template.
+
+    To Python both are comments, so a template can be Python as it stands. Jinja's own line statements would do, if they
+    did not take the blank lines behind them along.
+    """
+
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        return _STATEMENT.sub(r"{% \1 %}", _COMMENT.sub("{# #}", source))
 
 
 @functools.cache
@@ -22,7 +38,7 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
         optimized=False,  # to look for constants to fold takes a quarter of the time, and there are none
-        extensions=["jinja2.ext.do"],
+        extensions=["jinja2.ext.do", _LineStatements],
     )
     strict.globals.update(fit=fit, import_from=import_from, number=number, tuple_of=tuple_of)
     return strict
