@@ -49,7 +49,7 @@ def ttir_digest(text: str) -> str:
 
 
 def lower_to_ttir(specialization: Any) -> str:
-    """TTIR of a launch as Triton's own passes leave it; needs no assembler and takes some 50 ms."""
+    """TTIR of a launch (TTGIR of a kernel in Gluon) as Triton's own first passes leave it, in some 50 ms."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 
@@ -62,7 +62,7 @@ def lower_to_ttir(specialization: Any) -> str:
     module = specialization.source.make_ir(specialization.target, options, functions, modules, context)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, specialization.source.language)
-    return stages["ttir"](module, {}).str_nodebug()
+    return stages[specialization.source.ext](module, {}).str_nodebug()
 
 
 def freeze_kernels(name: str, target: str, known: Mapping[str, list[Any]] | None, resources: bool) -> Record:

@@ -241,20 +241,9 @@ class Program(InferenceProgram):
         return tuple(argument for argument in self.arguments if argument.differentiable)
 
     @property
-    def dot_options(self) -> str:
-        """What every tl.dot of the package is called with besides its operands."""
-        if self.spec.dtype != "float32":
-            return ""
-        return f', input_precision="{self.spec.fp32_precision}"'
-
-    @property
     def rounds_operands(self) -> bool:
         """Operands of tl.dot are rounded to tf32 first; the matrix units would cut them off, towards zero."""
         return self.spec.dtype == "float32" and self.spec.fp32_precision == "tf32"
-
-    def operand(self, value: str) -> str:
-        """`value` as tl.dot takes it."""
-        return f"round_to_tf32({value})" if self.rounds_operands else value
 
     @property
     def combine_formula(self) -> str:
