@@ -25,7 +25,6 @@ NOT_YET = {
     "package/attention.py.jinja",
     "package/cache.py.jinja",
     "package/combine.py.jinja",
-    "package/compressed_attention.py.jinja",
     "package/compression.py.jinja",
     "package/configs.py.jinja",
     "package/decode.py.jinja",
@@ -38,11 +37,8 @@ NOT_YET = {
     "package/ops.py.jinja",
     "package/padding.py.jinja",
     "package/selected_attention.py.jinja",
-    "package/selected_key_major_backward.py.jinja",
-    "package/selection.py.jinja",
     "package/storage.py.jinja",
     "package/tunables.py.jinja",
-    "package/window_attention.py.jinja",
 }
 
 
