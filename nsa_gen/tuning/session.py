@@ -350,6 +350,5 @@ def gpu_backend(
     if number:  # to the first all are visible, so that it can count them; it uses the first of them
         environment[VISIBLE] = visible[number] if visible else str(number)
     environment["NSA_GEN_TUNED"] = "off"
-    environment.pop("NSA_GEN_AUTOTUNE", None)
     opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
     return ProcessBackend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)

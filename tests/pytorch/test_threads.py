@@ -71,7 +71,6 @@ def test_threads_that_call_a_compiled_operator_get_the_bits_of_calls_alone():
 
 
 def test_a_bucket_is_looked_up_once_whatever_the_number_of_threads(monkeypatch):
-    # With NSA_GEN_AUTOTUNE=1 looking it up tunes, and tunings at once would disturb each other.
     configs = package(10).configs
     looked_up: list[int] = []
     slow = threading.Event()

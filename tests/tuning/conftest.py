@@ -37,8 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, which this process and those it starts use."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("NSA_GEN_CACHE_DIR", str(folder))
-    for name in ("NSA_GEN_TUNED", "NSA_GEN_AUTOTUNE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("NSA_GEN_TUNED", raising=False)
     for module in (session, cache_module):
         monkeypatch.setattr(module, "lower", _lower_once)
         monkeypatch.setattr(module, "render", _render_once)

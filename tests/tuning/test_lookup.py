@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -223,25 +224,14 @@ def test_operators_run_with_their_buckets_table_forward_and_backward(op: Operato
     assert op.configs._call.table is None, "outside of operators nothing is in force"
 
 
-def test_nothing_is_ever_tuned_unless_asked_for(
-    op: Operator, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    ran: list[list[str]] = []
-
-    def run(command: list[str], *, env: dict[str, str], **rest: Any) -> Any:
-        ran.append(command)
-        assert "NSA_GEN_AUTOTUNE" not in env
-        Store(cache).save(entry(op, 31))
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(op.configs.lookup.subprocess, "run", run)
-    assert served(op) is None and not ran
-    monkeypatch.setenv("NSA_GEN_AUTOTUNE", "1")
-    assert served(op) == 31
-    (command,) = ran
-    assert command[1:5] == ["-m", "nsa_gen", "tune", str(op.folder / "spec.yaml")]
-    assert command[5:] == ["--shapes", "8192", "--effort", "quick"]
-    assert served(op) == 31 and len(ran) == 1, "what is tuned is not tuned again"
+def test_a_package_starts_no_process_and_says_what_would_tune(op: Operator, cache: Path, caplog: Any) -> None:
+    for module in sorted(op.folder.glob("*.py")):
+        assert not re.search(
+            r"^import subprocess|^from subprocess|os\.(system|popen|exec|spawn)", module.read_text(), re.M
+        )
+    op.configs.lookup._say_once.cache_clear()
+    assert served(op) is None
+    assert f"nsa-gen tune {op.folder / 'spec.yaml'} --shapes 8192" in caplog.text
 
 
 def test_a_launch_costs_a_dictionary_lookup_after_the_first(op: Operator, cache: Path) -> None:
