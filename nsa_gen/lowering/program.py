@@ -148,11 +148,6 @@ class Config:
     kernel: str
     values: tuple[tuple[str, int], ...]
 
-    @property
-    def literals(self) -> tuple[str, ...]:
-        """Entries of a Python dict literal."""
-        return tuple(f'"{name}": {value}' for name, value in self.values)
-
     def mapping(self) -> dict[str, int]:
         """The values by name."""
         return dict(self.values)

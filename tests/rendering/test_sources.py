@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import getpass
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from nsa_gen.hardware import TABLES
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.rendering.environment import environment
-from nsa_gen.rendering.package import SIGNATURE, templates_digest
+from nsa_gen.rendering.package import SIGNATURE, TILES, templates_digest
 from nsa_gen.spec import Spec, load_spec, parse_spec
 from tests.lowering.drawn_specs import specs
 from tests.pitfalls.carried_bounds import carried_bounds
@@ -72,6 +73,9 @@ def test_ruff_has_nothing_to_say_of_any_package(all_packages, project_root, comm
 
 def test_every_file_begins_with_a_header_of_four_lines(spec, texts):
     for name, text in texts.items():
+        if name == TILES:  # JSON has no comments
+            assert json.loads(text)["by"].startswith(f"{SIGNATURE[2:]} "), name
+            continue
         first, *rest = text.splitlines()[:6]
         assert first.startswith(f"{SIGNATURE} "), name
         assert spec.name in first
@@ -114,17 +118,14 @@ def test_no_kernel_carries_what_bounds_a_loop_inside_it(modules):
     assert carried_bounds(modules.values()) == []
 
 
-def test_kernels_and_configurations_name_each_other(spec, modules):
+def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     kernels = {
         node.name.removesuffix("_kernel"): name.removesuffix(".py")
         for name, tree in modules.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    tables = {}
-    for node in ast.walk(modules["configs.py"]):
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "DEFAULTS":
-            tables = ast.literal_eval(node.value)
+    tables = json.loads(texts["tiles.json"])["tiles"]
     assert set(tables) == {"interpreter", *TABLES}
     program = lower(spec)
     if program.hopper:  # it has one configuration, by its design

@@ -26,7 +26,6 @@ NOT_YET = {
     "package/cache.py.jinja",
     "package/combine.py.jinja",
     "package/compression.py.jinja",
-    "package/configs.py.jinja",
     "package/decode.py.jinja",
     "package/decode_attend.py.jinja",
     "package/decode_select.py.jinja",
