@@ -42,7 +42,7 @@ def interrupt(folder: Path, function: str, count: int, *arguments: str) -> tuple
     while (line := process.stdout.readline()) != "writing\n":
         assert line, process.communicate()[1]
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate()
     return process.returncode, errors
 
 
@@ -110,12 +110,11 @@ def test_an_interrupted_benchmark_ends_its_workers_and_keeps_its_journal(tmp_pat
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     journal = tmp_path / "out" / "results.jsonl"
-    deadline = time.monotonic() + 60
     while not journal.exists() or len(journal.read_text().splitlines()) < 2:  # the check is done, a contender hangs
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate()
     assert process.returncode == 130 and errors.splitlines()[-1] == "nsa-gen: interrupted"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.jsonl"]
     found = read_results(journal)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 
 import torch
@@ -28,8 +29,9 @@ def main() -> None:
     """Train and compare, wrapped either way."""
     rank, world, file, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    print(json.dumps({kind: trained_error(kind, rank, world, folder) for kind in ("ddp", "fsdp")}))
+    print(json.dumps({kind: trained_error(kind, rank, world, folder) for kind in ("ddp", "fsdp")}), flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # on a busy machine gloo's threads may outlive the interpreter's end, which terminates the process
 
 
 def trained_error(kind: str, rank: int, world: int, folder: str) -> dict[str, float]:
