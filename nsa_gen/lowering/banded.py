@@ -21,28 +21,29 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     tile,
 )
-from nsa_gen.lowering.hopper import HOPPER, hopper_fits
+from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits
 from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_TOKENS = "HOPPER_TOKENS"
-#: More query tokens than any call has. Hopper's kernel is asked for by `configs.override` and not chosen by itself yet:
-#: it computes a tile that a NaN has spoilt again in another order, so rows before the NaN are right but may differ in
-#: their last bit from what they are without it (the property `future`).
-_NEVER = 2**31
 
 
 def schedules(spec: Spec) -> tuple[Schedule, ...]:
     """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
     if not hopper_fits(spec):
         return ()
-    tokens = Tunable(HOPPER_TOKENS, (_NEVER,), size=True, least=0)
+    tokens = Tunable(HOPPER_TOKENS, (NEVER,), size=True, least=0)
     return (Schedule("banded_attention", (tokens,), (HOPPER,)),)
 
 
 def choose_schedule() -> Config:
-    """The choice for every architecture and the interpreter."""
-    return Config("banded_attention", ((HOPPER_TOKENS, _NEVER),))
+    """The choice for every architecture and the interpreter.
+
+    Hopper's kernel is asked for by `configs.override` and not chosen by itself yet: it computes a tile that a NaN has
+    spoilt again in another order, so rows before the NaN are right but may differ in their last bit from what they are
+    without it (the property `future`).
+    """
+    return Config("banded_attention", ((HOPPER_TOKENS, NEVER),))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from nsa_gen.spec import Spec
 
-#: The only architecture that it is compiled for.
+#: The only architecture that kernels in Gluon are compiled for.
 HOPPER = "sm_90"
+#: More query tokens than any call has: from so many on, a kernel serves none.
+NEVER = 2**31
 #: Head dims of q and k, and of v, of which tiles of 128 keys fit shared memory twice. 256 do not, and the columns of v
 #: are a power of two.
 _HEAD_DIMS = ((64, 64), (96, 128), (128, 128), (192, 128))

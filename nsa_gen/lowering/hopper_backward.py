@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from nsa_gen.spec import Spec
 
-#: The only architecture that it is compiled for.
-HOPPER = "sm_90"
 #: Keys of a tile, which selection blocks consist of, and rows, of which a group's heads take a power of two.
 _KEYS, _ROWS = 64, 64
 #: Head dims, of q and k and of v, whose accumulators fit the registers of one warpgroup together.

@@ -26,7 +26,8 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     token_tile,
 )
-from nsa_gen.lowering.hopper_backward import HOPPER, hopper_backward_fits
+from nsa_gen.lowering.hopper import HOPPER, NEVER
+from nsa_gen.lowering.hopper_backward import hopper_backward_fits
 from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
@@ -43,8 +44,8 @@ KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_
 LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
 HOPPER_BACKWARD_TOKENS = "HOPPER_BACKWARD_TOKENS"
 #: Query tokens of a call from which Hopper's kernel is the quicker; with fewer the host's part is longest, which is
-#: longer for it. And more tokens than any call has.
-_FROM_TOKENS, _NEVER = 2048, 2**31
+#: longer for it.
+_FROM_TOKENS = 2048
 #: Bound on what the key-major kernels of a chunk leave for a later sum.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
@@ -80,13 +81,13 @@ def schedules(spec: Spec) -> tuple[Schedule, ...]:
     attention = Schedule("selected_attention", (*choices, chunk))
     if not hopper_backward_fits(spec):
         return (attention,)
-    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 16)), _NEVER), size=True, least=0)
+    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 16)), NEVER), size=True, least=0)
     return attention, Schedule("selected_backward", (tokens,), (HOPPER,), ("backward",))
 
 
 def choose_hopper_backward(target: str) -> Config:
     """From how many query tokens on a call is served by Hopper's kernel, on an architecture or the interpreter."""
-    tokens = _FROM_TOKENS if target == HOPPER else _NEVER
+    tokens = _FROM_TOKENS if target == HOPPER else NEVER
     return Config("selected_backward", ((HOPPER_BACKWARD_TOKENS, tokens),))
 
 
