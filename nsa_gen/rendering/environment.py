@@ -9,7 +9,7 @@ import jinja2
 from jinja2.ext import Extension
 
 from nsa_gen._resources import templates_dir
-from nsa_gen.rendering.layout import fit, import_from, tuple_of
+from nsa_gen.rendering.layout import fit, tuple_of
 from nsa_gen.rendering.literals import number
 
 _STATEMENT = re.compile(r"^[ \t]*#% (.*)$", re.MULTILINE)
@@ -40,5 +40,5 @@ def environment() -> jinja2.Environment:
         optimized=False,  # to look for constants to fold takes a quarter of the time, and there are none
         extensions=["jinja2.ext.do", _LineStatements],
     )
-    strict.globals.update(fit=fit, import_from=import_from, number=number, tuple_of=tuple_of)
+    strict.globals.update(fit=fit, number=number, tuple_of=tuple_of)
     return strict

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
 
 from nsa_gen.lowering import Program
 
@@ -23,14 +24,15 @@ MEASUREMENT = "interleaved-1"
 
 ATTENTION, DECODE = "attention.py", "decode.py"
 """Modules that launch what is tuned: forward and backward, and decode. What they import counts with them."""
-_NOT_CODE = ("configs", "launch", "lookup")
+_NOT_CODE = ("configs.py", "runtime/launch.py", LOOKUP)
 _DIGITS = 12
 
 
 def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
     """Twelve hex digits of the code that runs: a root module and every module it imports, directly or not.
 
-    `configs.py` and `lookup.py` are left out, which only choose numbers, and `launch.py`, which runs on the host alone;
+    `configs.py` and `lookup.py` are left out, which only choose numbers, and `runtime/launch.py`, which runs on the
+    host alone;
     so is what the root does not need, such as the checks of arguments. Of each module, what counts is its text without
     comments, docstrings and blank lines.
 
@@ -45,7 +47,7 @@ def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
         if name in found or name not in files:
             continue
         found.add(name)
-        waiting += [f"{module}.py" for module in _imports(files[name]) if module not in _NOT_CODE]
+        waiting += [path for path in _imports(name, files[name]) if path not in _NOT_CODE]
     digest = hashlib.sha256()
     for name in sorted(found):
         digest.update(name.encode() + b"\0" + code_of(files[name]).encode() + b"\0")
@@ -89,12 +91,13 @@ _STRING_OR_COMMENT = re.compile(
 
 
 @functools.lru_cache(maxsize=256)
-def _imports(source: str) -> tuple[str, ...]:
-    """Modules of its own package that a module imports."""
+def _imports(path: str, source: str) -> tuple[str, ...]:
+    """Paths of what a module at `path` imports from its own package: modules, or names that are none."""
     found: list[str] = []
     for node in _statements(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found += [node.module] if node.module else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = PurePosixPath(path).parents[node.level - 1] / (node.module or "").replace(".", "/")
+            found += [f"{folder}.py", *(f"{folder / alias.name}.py" for alias in node.names)]
     return tuple(found)
 
 

@@ -41,6 +41,6 @@ def import_package(path: str | os.PathLike[str], module_name: str | None = None)
 
 def _digest(package: Path) -> str:
     digest = hashlib.sha256(str(package).encode())
-    for path in sorted((*package.glob("*.py"), *package.glob("*.json"))):
+    for path in sorted((*package.rglob("*.py"), *package.glob("*.json"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

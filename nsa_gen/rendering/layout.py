@@ -31,18 +31,3 @@ def tuple_of(head: str, names: Iterable[str], indent: int = 0) -> str:
     if len(names) == 1:
         return f"{' ' * indent}{head}({names[0]},),"
     return fit(f"{head}(", names, "),", indent, literal=True)
-
-
-def import_from(module: str, names: Iterable[str]) -> str:
-    """``from module import names``, sorted as ruff sorts them: constants, classes, functions."""
-    ordered = sorted(set(names), key=_import_order)
-    line = f"from {module} import {', '.join(ordered)}"
-    if len(line) <= LINE_LENGTH:
-        return line
-    rows = "".join(f"    {name},\n" for name in ordered)
-    return f"from {module} import (\n{rows})"
-
-
-def _import_order(name: str) -> tuple[int, str]:
-    kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2
-    return kind, name

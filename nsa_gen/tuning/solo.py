@@ -33,7 +33,7 @@ def noted_launches(package: ModuleType, module: str, kernel: str) -> Iterator[li
 
     The latest of several, as those of chunks are: keeping all would keep their buffers.
     """
-    launched = getattr(sys.modules[f"{package.__name__}.{module}"], f"{kernel}_kernel")
+    launched = getattr(sys.modules[f"{package.__name__}.kernels.{module}"], f"{kernel}_kernel")
     # The package's wrapper of it, where it is launched past Triton's dispatcher. Triton's own have None there.
     launched = getattr(launched, "kernel", None) or launched
     kind = type(launched)
@@ -65,7 +65,7 @@ def _call_of(frame: FrameType | None, package: str) -> Call:
 
 def _asks(module: str, package: str) -> bool:
     """Whether a module is one of the package's, and not the one through which all launches go."""
-    return module.startswith(f"{package}.") and module != f"{package}.launch"
+    return module.startswith(f"{package}.") and module != f"{package}.runtime.launch"
 
 
 class Solo(Operator):

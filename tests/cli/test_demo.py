@@ -17,7 +17,9 @@ def answers(tmp_path):
     package = tmp_path / "out" / "tiny"
     package.mkdir(parents=True)
     (package / "spec.yaml").write_text("# resolved\nname: tiny\n")
-    (package / "window_attention.py").write_text('"""Window."""\n\n\n@triton.jit\ndef window_forward():\n    pass\n')
+    (package / "kernels/window_attention.py").write_text(
+        '"""Window."""\n\n\n@triton.jit\ndef window_forward():\n    pass\n'
+    )
     kernel = {
         "kernel": "window_forward",
         "branch": "win",

@@ -121,7 +121,7 @@ def package_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Pac
             spec = case.spec()
             folder = generate(spec, tmp_path_factory.mktemp("packages"))
             package = import_package(folder)
-            names = ("compression", "sequences", "configs")
+            names = ("kernels.compression", "sequences", "configs")
             built[case] = Package(spec, *(importlib.import_module(f"{package.__name__}.{name}") for name in names))
         return built[case]
 
@@ -421,8 +421,8 @@ def test_an_empty_batch_gives_empty_rows_and_zero_parameter_gradients(package_of
 
 def test_external_compression_has_no_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = generate(Case("external", "external").spec(), tmp_path_factory.mktemp("external"))
-    assert not (folder / "compression.py").exists()
-    assert (folder / "compressed_attention.py").exists()
+    assert not (folder / "kernels/compression.py").exists()
+    assert (folder / "kernels/compressed_attention.py").exists()
 
 
 def test_a_forward_only_package_has_no_backward_kernels(package_of: Callable[[Case], Package]) -> None:

@@ -80,7 +80,7 @@ def test_the_description_fits_a_line_however_many_weights_there_are():
 @pytest.fixture(scope="module")
 def emitted_formula() -> ast.FunctionDef:
     """The function `overlap_weight` of a generated package, its decorator removed."""
-    source = render(load_spec("tiny"))["selection.py"]
+    source = render(load_spec("tiny"))["kernels/selection.py"]
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == "overlap_weight":
             node.decorator_list = []
@@ -93,7 +93,7 @@ def test_the_emitted_formula_gives_the_same_weights(emitted_formula, selection_b
     tl = SimpleNamespace(
         maximum=lambda a, b: torch.clamp(a, min=b), minimum=lambda a, b: torch.clamp(a, max=b), float32=torch.float32
     )
-    code = compile(ast.Module([emitted_formula], []), "selection.py", "exec")
+    code = compile(ast.Module([emitted_formula], []), "kernels/selection.py", "exec")
     for block, stride in geometries(selection_block):
         namespace = {
             "tl": tl, "COMPRESSION_BLOCK": block, "COMPRESSION_STRIDE": stride, "SELECTION_BLOCK": selection_block,
@@ -110,7 +110,7 @@ def test_the_constants_of_a_package_name_the_compressed_blocks_that_overlap():
     computed = [s for s in specs().values() if s.selection and s.selection.indices == "computed"]
     assert len(computed) > 6
     for spec in computed:
-        constants = render(spec)["constants.py"]
+        constants = render(spec)["spec.py"]
         expected = counted(spec.compression.block, spec.compression.stride, spec.selection.block)
         assert f"\nFIRST_OVERLAP = tl.constexpr({min(expected)})\n" in constants
         ratio = spec.selection.block // spec.compression.stride

@@ -38,7 +38,9 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_query_major.py", "return keys, valid & (keys <= position)", "return keys, valid & (keys >= 0)"
+                "kernels/selected_query_major.py",
+                "return keys, valid & (keys <= position)",
+                "return keys, valid & (keys >= 0)",
             ),
         ),
     ),
@@ -49,7 +51,7 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "return visible & (keys[None, :] < end_visible(positions)[:, None])",
                 "return visible & (keys[None, :] <= end_visible(positions)[:, None])",
             ),
@@ -60,21 +62,39 @@ MUTANTS = (
         "w + 1 keys in the window",
         WINDOW,
         ("o_win", "lse_win"),
-        (Edit("window_attention.py", "tl.maximum(position - WINDOW + 1, 0)", "tl.maximum(position - WINDOW, 0)"),),
+        (
+            Edit(
+                "kernels/window_attention.py",
+                "tl.maximum(position - WINDOW + 1, 0)",
+                "tl.maximum(position - WINDOW, 0)",
+            ),
+        ),
     ),
     Mutant(
         "window_one_too_narrow",
         "w - 1 keys in the window",
         WINDOW,
         ("o_win", "lse_win"),
-        (Edit("window_attention.py", "tl.maximum(position - WINDOW + 1, 0)", "tl.maximum(position - WINDOW + 2, 0)"),),
+        (
+            Edit(
+                "kernels/window_attention.py",
+                "tl.maximum(position - WINDOW + 1, 0)",
+                "tl.maximum(position - WINDOW + 2, 0)",
+            ),
+        ),
     ),
     Mutant(
         "compressed_block_seen_early",
         "a compressed block is visible one token before its last one",
         COMPRESSED,
         ("o_cmp", "lse_cmp"),
-        (Edit("compressed_attention.py", "position + 1 - COMPRESSION_BLOCK", "position + 2 - COMPRESSION_BLOCK"),),
+        (
+            Edit(
+                "kernels/compressed_attention.py",
+                "position + 1 - COMPRESSION_BLOCK",
+                "position + 2 - COMPRESSION_BLOCK",
+            ),
+        ),
     ),
     Mutant(
         "empty_slot_read_as_block_0",
@@ -83,7 +103,7 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_query_major.py",
+                "kernels/selected_query_major.py",
                 "    valid = (block >= 0) & (block <= position // SELECTION_BLOCK)\n",
                 "    block = tl.maximum(block, 0)\n    valid = block <= position // SELECTION_BLOCK\n",
             ),
@@ -96,7 +116,7 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_query_major.py",
+                "kernels/selected_query_major.py",
                 "count = tl.minimum(tl.load(counts_ptr + offset), SELECTION_COUNT)",
                 "count = SELECTION_COUNT",
             ),
@@ -109,7 +129,7 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "first_position = tile * QUERY_BLOCK + tokens_kv - tokens_q",
                 "first_position = tile * QUERY_BLOCK",
                 times=2,
@@ -117,15 +137,15 @@ MUTANTS = (
         ),
     ),
     # The scale
-    forgotten_scale("cmp", "compressed_attention.py", "products = dot_rows(q, k)\n", COMPRESSED),
-    forgotten_scale("slc", "selected_query_major.py", "dot_rows(q, k), float", SELECTED),
-    forgotten_scale("win", "window_attention.py", "products = dot_rows(q, k)\n", WINDOW),
+    forgotten_scale("cmp", "kernels/compressed_attention.py", "products = dot_rows(q, k)\n", COMPRESSED),
+    forgotten_scale("slc", "kernels/selected_query_major.py", "dot_rows(q, k), float", SELECTED),
+    forgotten_scale("win", "kernels/window_attention.py", "products = dot_rows(q, k)\n", WINDOW),
     Mutant(
         "poisoned_values_not_gone_through_again",
         "o keeps the NaN of a value that its query does not see",
         WINDOW_NAN,
         ("o_win",),
-        (Edit("window_attention.py", "if not all_finite(acc):", "if tl.num_programs(0) < 0:"),),
+        (Edit("kernels/window_attention.py", "if not all_finite(acc):", "if tl.num_programs(0) < 0:"),),
     ),
     # Softmax
     Mutant(
@@ -133,14 +153,14 @@ MUTANTS = (
         "the accumulator keeps its scale when the running maximum moves",
         WINDOW,
         ("o_win",),
-        (Edit("window_attention.py", "        acc = scale_rows(acc, rescale[:, None])\n", ""),),
+        (Edit("kernels/window_attention.py", "        acc = scale_rows(acc, rescale[:, None])\n", ""),),
     ),
     Mutant(
         "row_sum_not_rescaled",
         "the running sum keeps its scale when the running maximum moves",
         WINDOW,
         ("o_win", "lse_win"),
-        (Edit("primitives.py", "row_sum * rescale + tl.sum(p, 1)", "row_sum + tl.sum(p, 1)"),),
+        (Edit("kernels/primitives.py", "row_sum * rescale + tl.sum(p, 1)", "row_sum + tl.sum(p, 1)"),),
     ),
     Mutant(
         "probabilities_rounded_before_the_sum",
@@ -149,7 +169,7 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "primitives.py",
+                "kernels/primitives.py",
                 "SCALE_LOG2, -reference[:, None]))\n    rescale",
                 "SCALE_LOG2, -reference[:, None])).to(tl.bfloat16).to(tl.float32)\n    rescale",
             ),
@@ -160,28 +180,28 @@ MUTANTS = (
         "lse is a logarithm in base 2",
         WINDOW,
         ("lse_win",),
-        (Edit("primitives.py", "row_max * LN_2 + tl.log(divisor)", "row_max + tl.log2(divisor)"),),
+        (Edit("kernels/primitives.py", "row_max * LN_2 + tl.log(divisor)", "row_max + tl.log2(divisor)"),),
     ),
     Mutant(
         "lse_of_nothing_is_zero",
         "lse is 0, not -inf, where a query sees no key",
         COMPRESSED,
         ("lse_cmp",),
-        (Edit("primitives.py", 'tl.where(empty, float("-inf"), row_max', "tl.where(empty, 0.0, row_max"),),
+        (Edit("kernels/primitives.py", 'tl.where(empty, float("-inf"), row_max', "tl.where(empty, 0.0, row_max"),),
     ),
     Mutant(
         "nothing_over_nothing",
         "0 / 0 where a query sees no key",
         COMPRESSED,
         ("o_cmp",),
-        (Edit("primitives.py", "divisor = tl.where(empty, 1.0, row_sum)", "divisor = row_sum"),),
+        (Edit("kernels/primitives.py", "divisor = tl.where(empty, 1.0, row_sum)", "divisor = row_sum"),),
     ),
     Mutant(
         "minus_infinity_less_itself",
         "a tile without a visible key subtracts a maximum of -inf from -inf",
         COMPRESSED,
         ("o_cmp",),
-        (Edit("primitives.py", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),),
+        (Edit("kernels/primitives.py", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),),
     ),
     # NaN
     Mutant(
@@ -189,7 +209,7 @@ MUTANTS = (
         "0 * NaN: a plain product with values that some rows of the tile do not see",
         WINDOW_NAN,
         ("o_win",),
-        (Edit("window_attention.py", "add_visible_values(p, visible, v, acc)", "add_product(p, v, acc)"),),
+        (Edit("kernels/window_attention.py", "add_visible_values(p, visible, v, acc)", "add_product(p, v, acc)"),),
     ),
     Mutant(
         "nan_leaks_in_the_selection",
@@ -198,7 +218,7 @@ MUTANTS = (
         ("o_slc",),
         (
             Edit(
-                "selected_query_major.py",
+                "kernels/selected_query_major.py",
                 "v = load_v_rows(v_base, keys, stride_vt, visible)",
                 "v = load_v_rows(v_base, keys, stride_vt, keys >= 0)",
                 times=2,
@@ -211,6 +231,6 @@ MUTANTS = (
         "row numbers are multiplied by the stride in 32 bits",
         WINDOW_FAR,
         ("o_win", "lse_win"),
-        (Edit("primitives.py", "rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride", times=2),),
+        (Edit("kernels/primitives.py", "rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride", times=2),),
     ),
 )

@@ -20,7 +20,7 @@ MUTANTS = (
         ("dk",),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "        head = first_head + step // head_steps\n",
                 "        head = first_head + step // head_steps\n        dk = scale_rows(dk, step % head_steps != 0)\n",
             ),
@@ -33,7 +33,7 @@ MUTANTS = (
         ("dv",),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "        head = first_head + step // head_steps\n",
                 "        head = first_head + step // head_steps\n        dv = scale_rows(dv, step % head_steps != 0)\n",
             ),
@@ -46,7 +46,7 @@ MUTANTS = (
         ("dq",),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "ds = p * (dot_rows(do, v) - delta[:, None])\n        dq",
                 "ds = p * dot_rows(do, v)\n        dq",
             ),
@@ -59,7 +59,7 @@ MUTANTS = (
         ("dk",),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "ds = p * (dot_rows(do, v) - delta[:, None])\n        p =",
                 "ds = p * dot_rows(do, v)\n        p =",
             ),
@@ -70,14 +70,14 @@ MUTANTS = (
         "dQ is scaled twice",
         WINDOW,
         ("dq",),
-        (Edit("window_attention.py", "scale_rows(dq, SCALE)", "scale_rows(dq, SCALE * SCALE)"),),
+        (Edit("kernels/window_attention.py", "scale_rows(dq, SCALE)", "scale_rows(dq, SCALE * SCALE)"),),
     ),
     Mutant(
         "scale_folded_twice_in_probabilities",
         "the scores of the backward are scaled twice",
         WINDOW,
         ("dq", "dk", "dv"),
-        (Edit("primitives.py", "tl.fma(scores, SCALE_LOG2, -lse", "tl.fma(scores, 0.37 * SCALE_LOG2, -lse"),),
+        (Edit("kernels/primitives.py", "tl.fma(scores, SCALE_LOG2, -lse", "tl.fma(scores, 0.37 * SCALE_LOG2, -lse"),),
     ),
     Mutant(
         "window_of_the_backward_one_too_narrow",
@@ -86,7 +86,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "p = tl.where(is_visible(queries + offset, keys), p, 0.0)",
                 "p = tl.where(is_visible(queries + offset + 1, keys), p, 0.0)",
             ),
@@ -97,7 +97,7 @@ MUTANTS = (
         "ds = p dp, without delta, in dQ of the selected branch, token by token",
         SELECTED,
         ("dq",),
-        (Edit("selected_query_major.py", "ds = p * (dp - delta[:, None])", "ds = p * dp"),),
+        (Edit("kernels/selected_query_major.py", "ds = p * (dp - delta[:, None])", "ds = p * dp"),),
     ),
     Mutant(
         "dq_of_the_first_selected_block",
@@ -106,7 +106,7 @@ MUTANTS = (
         ("dq",),
         (
             Edit(
-                "selected_query_major.py",
+                "kernels/selected_query_major.py",
                 "k, dq)\n        block = load_block(indices_base, (step + 1) // TILES_PER_BLOCK, blocks)",
                 "k, dq)\n        block = load_block(indices_base, 0, blocks)",
             ),
@@ -117,7 +117,7 @@ MUTANTS = (
         "a token's gradient comes from one of the compressed blocks it is in",
         COMPRESSED,
         ("dk", "dv"),
-        (Edit("compression_pool.py", "range(0, COMPRESSION_BLOCK // COMPRESSION_STRIDE)", "range(0, 1)"),),
+        (Edit("kernels/compression_pool.py", "range(0, COMPRESSION_BLOCK // COMPRESSION_STRIDE)", "range(0, 1)"),),
     ),
     # Branches and gates
     Mutant(
@@ -127,10 +127,14 @@ MUTANTS = (
         ("o",),
         (
             Edit(
-                "combine.py", "gate_offsets + 1, valid)[:, None] * o_slc", "gate_offsets + 2, valid)[:, None] * o_slc"
+                "kernels/combine.py",
+                "gate_offsets + 1, valid)[:, None] * o_slc",
+                "gate_offsets + 2, valid)[:, None] * o_slc",
             ),
             Edit(
-                "combine.py", "gate_offsets + 2, valid)[:, None] * o_win", "gate_offsets + 1, valid)[:, None] * o_win"
+                "kernels/combine.py",
+                "gate_offsets + 2, valid)[:, None] * o_win",
+                "gate_offsets + 1, valid)[:, None] * o_win",
             ),
         ),
     ),
@@ -139,7 +143,7 @@ MUTANTS = (
         "the gradient of the selected branch's gate is that of the gate's value, not of its logit",
         FULL,
         ("dgates",),
-        (Edit("combine.py", "dgate_slc = delta_slc * gate_slc * (1.0 - gate_slc)", "dgate_slc = delta_slc"),),
+        (Edit("kernels/combine.py", "dgate_slc = delta_slc * gate_slc * (1.0 - gate_slc)", "dgate_slc = delta_slc"),),
     ),
     Mutant(
         "gate_omitted_in_dv",
@@ -148,7 +152,7 @@ MUTANTS = (
         ("dv",),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "        dv = add_product(tl.trans(p), do, dv)\n",
                 "        ungated = gated_probabilities(\n"
                 "            dot_rows(q, k), lse[:, None], 1.0, is_visible(queries + offset, keys)\n"

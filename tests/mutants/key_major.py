@@ -6,8 +6,12 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Mutant
 
-INDEX, LISTS, MERGE = "inverted_index.py", "selected_key_major_lists.py", "selected_key_major_merge.py"
-FORWARDS, BACKWARDS = "selected_key_major_forward.py", "selected_key_major_backward.py"
+INDEX, LISTS, MERGE = (
+    "kernels/inverted_index.py",
+    "kernels/selected_key_major_lists.py",
+    "kernels/selected_key_major_merge.py",
+)
+FORWARDS, BACKWARDS = "kernels/selected_key_major_forward.py", "kernels/selected_key_major_backward.py"
 
 # Chunks of 6 and 5 tokens.
 FORWARD = Check("selected", 11, tokens_kv=41, chunk_tokens=6)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Mutant
 
-WINDOW = "window_attention.py"
-QUERY_MAJOR = "selected_query_major.py"
-MERGE = "selected_key_major_merge.py"
+WINDOW = "kernels/window_attention.py"
+QUERY_MAJOR = "kernels/selected_query_major.py"
+MERGE = "kernels/selected_key_major_merge.py"
 ATTENTION = "attention.py"
 
 # Two local blocks end a selection of four; the queries are at the end of one block and the beginning of the next.
@@ -23,7 +23,7 @@ MUTANTS = (
         "the inverted index keeps the local blocks that the window's kernel has done",
         FORWARD,
         ("o_slc", "lse_slc"),
-        (Edit("inverted_index.py", "last_block -= LOCAL_BLOCKS", "last_block -= 0"),),
+        (Edit("kernels/inverted_index.py", "last_block -= LOCAL_BLOCKS", "last_block -= 0"),),
     ),
     Mutant(
         "local_blocks_done_twice_token_by_token",

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Equivalent, Mutant
 
-ATTENTION, COMPRESSED, POOL = "attention.py", "compressed_attention.py", "compression_pool.py"
-SELECTION, WINDOW = "selection.py", "window_attention.py"
+ATTENTION, COMPRESSED, POOL = "attention.py", "kernels/compressed_attention.py", "kernels/compression_pool.py"
+SELECTION, WINDOW = "kernels/selection.py", "kernels/window_attention.py"
 
 RECOMPUTED = Check("full", 4, tokens_kv=20, gradients=True, recompute=("cmp", "slc", "win"))
 LOCAL_RECOMPUTED = Check("local", 5, tokens_kv=67, gradients=True, local_in_window=True, recompute=("slc",))

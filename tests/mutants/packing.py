@@ -23,7 +23,7 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "window_attention.py",
+                "kernels/window_attention.py",
                 "    in_range = queries < tokens_q\n    first_position",
                 "    in_range = queries >= 0\n    first_position",
                 times=2,
@@ -37,7 +37,7 @@ MUTANTS = (
         ("o_slc", "lse_slc"),
         (
             Edit(
-                "selected_query_major.py",
+                "kernels/selected_query_major.py",
                 "        k = load_qk_rows(k_base, keys, stride_kt, visible)\n",
                 "        visible |= (block >= 0) & (keys >= tokens_kv)\n"
                 "        k = load_qk_rows(k_base, keys, stride_kt, visible)\n",
@@ -52,7 +52,7 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "primitives.py",
+                "kernels/primitives.py",
                 "tokens_q = tl.load(cu_seqlens + sequence + 1) - first_row",
                 "next_row = tl.load(cu_seqlens + sequence + 1)\n"
                 "        tokens_q = tl.load(cu_seqlens + tl.minimum(sequence + 2, num_sequences)) - next_row",
@@ -66,7 +66,7 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "primitives.py",
+                "kernels/primitives.py",
                 "first_row = tl.load(cu_seqlens + sequence)\n",
                 "first_row = tl.load(cu_seqlens + tl.maximum(sequence - 1, 0))\n",
             ),
@@ -79,7 +79,7 @@ MUTANTS = (
         ("o_cmp", "lse_cmp"),
         (
             Edit(
-                "compressed_attention.py",
+                "kernels/compressed_attention.py",
                 "row_base(k_ptr, batch, first_row // COMPRESSION_STRIDE, head // GROUP",
                 "row_base(k_ptr, batch, 0, head // GROUP",
                 times=2,
@@ -93,7 +93,7 @@ MUTANTS = (
         ("k_cmp", "v_cmp"),
         (
             Edit(
-                "compression_pool.py",
+                "kernels/compression_pool.py",
                 "row_offsets = (rows_before + first_token // COMPRESSION_STRIDE + blocks)",
                 "row_offsets = (rows_before + tl.cdiv(first_token, COMPRESSION_STRIDE) + blocks)",
             ),
@@ -118,7 +118,7 @@ MUTANTS = (
         "nothing is written to the rows behind the last packed sequence",
         PADDED,
         ("o", "o_cmp", "lse_cmp", "o_win", "selection", "dq", "dk", "dv", "dgates"),
-        (Edit("padding.py", "tl.load(cu_seqlens + num_sequences)", "rows", times=2),),
+        (Edit("kernels/padding.py", "tl.load(cu_seqlens + num_sequences)", "rows", times=2),),
     ),
     Mutant(
         "first_row_of_padding_left_as_it_is",
@@ -127,7 +127,7 @@ MUTANTS = (
         ("o", "lse_win", "dq", "dgates"),
         (
             Edit(
-                "padding.py",
+                "kernels/padding.py",
                 "tl.load(cu_seqlens + num_sequences)",
                 "tl.load(cu_seqlens + num_sequences) + 1",
                 times=2,
@@ -141,7 +141,7 @@ MUTANTS = (
         ("o", "dk"),
         (
             Edit(
-                "padding.py",
+                "kernels/padding.py",
                 "end = tl.cast(rows, tl.int64) * WIDTH",
                 "end = tl.cast((first_row + 7) // 8 * 8, tl.int64) * WIDTH",
             ),
@@ -155,7 +155,7 @@ MUTANTS = (
         ("k_cmp", "v_cmp"),
         (
             Edit(
-                "compression_pool.py",
+                "kernels/compression_pool.py",
                 "element_tokens = blocks * COMPRESSION_STRIDE + element",
                 "element_tokens = blocks * COMPRESSION_STRIDE + element + 1",
             ),
@@ -168,7 +168,7 @@ MUTANTS = (
         ("k_cmp", "v_cmp"),
         (
             Edit(
-                "compression_pool.py",
+                "kernels/compression_pool.py",
                 "x += tl.load(embedding + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :]",
                 "x += tl.zeros((1, COLUMNS), dtype=tl.float32) * columns[None, :]",
             ),
@@ -181,7 +181,7 @@ MUTANTS = (
         ("dcompression.key_weight", "dcompression.value_weight"),
         (
             Edit(
-                "compression_pool.py",
+                "kernels/compression_pool.py",
                 "        partial = partial_ptr +",
                 "        x = load_element(\n"
                 "            x_base, position_ptr, kv_head, blocks, element ^ 1, stride_xt, in_range,"
@@ -198,7 +198,7 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                "compression_pool.py",
+                "kernels/compression_pool.py",
                 "elements = step * COMPRESSION_STRIDE + positions % COMPRESSION_STRIDE",
                 "elements = positions % COMPRESSION_STRIDE",
             ),
@@ -211,7 +211,7 @@ MUTANTS = (
         ("k_cmp",),
         (
             Edit(
-                "compression_linear.py",
+                "kernels/compression_linear.py",
                 "return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))",
                 "return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))",
             ),
@@ -222,6 +222,6 @@ MUTANTS = (
         "the derivative of the mlp's GELU lacks the term with the density",
         MLP,
         ("dk", "dcompression.key_weight_in"),
-        (Edit("compression_linear.py", " + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)", ""),),
+        (Edit("kernels/compression_linear.py", " + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)", ""),),
     ),
 )

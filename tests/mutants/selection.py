@@ -19,8 +19,8 @@ MUTANTS = (
         FREE,
         ("selection",),
         (
-            Edit("selection.py", "overlap_weight(member) * p", "overlap_weight(member + 1) * p"),
-            Edit("selection.py", "overlap_weight(reaching) * p", "overlap_weight(reaching + 1) * p"),
+            Edit("kernels/selection.py", "overlap_weight(member) * p", "overlap_weight(member + 1) * p"),
+            Edit("kernels/selection.py", "overlap_weight(reaching) * p", "overlap_weight(reaching + 1) * p"),
         ),
     ),
     Mutant(
@@ -30,7 +30,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "return tl.maximum(last - first, 0).to(tl.float32) / COMPRESSION_STRIDE",
                 "return tl.where(last > first, 1.0, 0.0)",
             ),
@@ -41,21 +41,21 @@ MUTANTS = (
         "a compressed block that reaches into the next selection block counts for the one it begins in alone",
         FREE,
         ("selection",),
-        (Edit("selection.py", "        importance += carried\n", ""),),
+        (Edit("kernels/selection.py", "        importance += carried\n", ""),),
     ),
     Mutant(
         "first_step_without_what_reaches_into_it",
         "nothing reaches into the blocks of the first step",
         FREE,
         ("selection",),
-        (Edit("selection.py", "for step in range(-1, steps):", "for step in range(0, steps):"),),
+        (Edit("kernels/selection.py", "for step in range(-1, steps):", "for step in range(0, steps):"),),
     ),
     Mutant(
         "scale_forgotten_in_importance",
         "1/sqrt(Dk) in the importance where the spec gives another scale",
         FREE,
         ("selection",),
-        (Edit("selection.py", "* SCALE_LOG2 - lse", "* 0.36067376022224085 - lse"),),
+        (Edit("kernels/selection.py", "* SCALE_LOG2 - lse", "* 0.36067376022224085 - lse"),),
     ),
     Mutant(
         "importance_of_one_head",
@@ -64,7 +64,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "p = tl.sum(tl.reshape(p,",
                 "p = tl.sum(tl.reshape(tl.where((group_heads == 0)[None, :], p, 0.0),",
             ),
@@ -78,12 +78,16 @@ MUTANTS = (
         (
             # All candidates are loaded at once here: they are gone through from the last to the first.
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "slot = tl.full((TOKEN_BLOCK,), INITIAL_BLOCKS, dtype=tl.int32)",
                 "slot = tl.full((TOKEN_BLOCK,), INITIAL_BLOCKS + FREE_BLOCKS - 1, dtype=tl.int32)",
             ),
-            Edit("selection.py", "            # Ties go to the lower block.\n", "            i = LIST.value - 1 - i\n"),
-            Edit("selection.py", "slot += chosen.to(tl.int32)", "slot -= chosen.to(tl.int32)"),
+            Edit(
+                "kernels/selection.py",
+                "            # Ties go to the lower block.\n",
+                "            i = LIST.value - 1 - i\n",
+            ),
+            Edit("kernels/selection.py", "slot += chosen.to(tl.int32)", "slot -= chosen.to(tl.int32)"),
         ),
     ),
     Mutant(
@@ -93,7 +97,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "tl.where(importance >= 0.0, importance, -1.0)",
                 "tl.where(importance == importance, importance, 1e30)",
             ),
@@ -104,7 +108,13 @@ MUTANTS = (
         "the block after the query's own is a candidate",
         EARLY,
         ("selection",),
-        (Edit("selection.py", "tl.where(slots <= own_block[:, None],", "tl.where(slots <= own_block[:, None] + 1,"),),
+        (
+            Edit(
+                "kernels/selection.py",
+                "tl.where(slots <= own_block[:, None],",
+                "tl.where(slots <= own_block[:, None] + 1,",
+            ),
+        ),
     ),
     Mutant(
         "future_block_competes",
@@ -112,8 +122,8 @@ MUTANTS = (
         FREE,
         ("selection",),
         (
-            Edit("selection.py", "own_block + 1 - LOCAL_BLOCKS, 0)", "own_block + 2 - LOCAL_BLOCKS, 0)"),
-            Edit("selection.py", "tl.where(visible, p, 0.0)", "p"),
+            Edit("kernels/selection.py", "own_block + 1 - LOCAL_BLOCKS, 0)", "own_block + 2 - LOCAL_BLOCKS, 0)"),
+            Edit("kernels/selection.py", "tl.where(visible, p, 0.0)", "p"),
         ),
     ),
     Mutant(
@@ -123,7 +133,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "FREE_BLOCKS = tl.constexpr(1)",
                 "INITIAL_BLOCKS, FREE_BLOCKS = tl.constexpr(0), tl.constexpr(2)",
             ),
@@ -136,7 +146,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "FREE_BLOCKS = tl.constexpr(1)",
                 "LOCAL_BLOCKS, FREE_BLOCKS = tl.constexpr(0), tl.constexpr(3)",
             ),
@@ -149,7 +159,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "FREE_BLOCKS = tl.constexpr(1)",
                 "LOCAL_BLOCKS, FREE_BLOCKS = tl.constexpr(1), tl.constexpr(2)",
             ),
@@ -162,7 +172,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "tl.store(lists + slot, first_block + i, mask=chosen)",
                 "tl.store(lists + slot, tl.where(importance[i] > 0.0, first_block + i, -1), mask=chosen)",
             ),
@@ -175,7 +185,7 @@ MUTANTS = (
         ("selection",),
         (
             Edit(
-                "selection.py",
+                "kernels/selection.py",
                 "tl.where(slots <= own_block[:, None],",
                 "tl.where(slots * SELECTION_BLOCK + COMPRESSION_BLOCK <= (tokens + tokens_kv - tokens_q)[:, None],",
             ),

@@ -85,8 +85,8 @@ def test_there_are_enough_mutants_and_each_has_a_name_and_a_reason_of_its_own() 
 @pytest.mark.parametrize(
     "edit",
     [
-        Edit("selected_attention.py", "text of a template long gone", ""),
-        Edit("selected_attention.py", "tl.load(", "tl.load("),
+        Edit("kernels/selected_attention.py", "text of a template long gone", ""),
+        Edit("kernels/selected_attention.py", "tl.load(", "tl.load("),
         Edit("a_file_long_gone.py", "x", "y"),
     ],
     ids=["text gone", "text more often", "file gone"],
@@ -99,7 +99,7 @@ def test_a_mutant_whose_text_is_no_longer_in_the_package_is_an_error(edit: Edit)
 
 def test_a_mutant_that_changes_no_result_is_found_to_survive() -> None:
     (first, *_) = (mutant for mutant in MUTANTS if mutant.check.spec == "window" and not mutant.check.gradients)
-    harmless = Edit("window_attention.py", "return position + 1", "return 1 + position")
+    harmless = Edit("kernels/window_attention.py", "return position + 1", "return 1 + position")
     mutant = replace(first, name="nothing_changed", edits=(harmless,))
     assert failures(mutant.check, build(mutant)) == {}
     with pytest.raises(AssertionError, match="nothing_changed"):

@@ -16,7 +16,7 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
 
-FILES = {"hopper.py", "hopper_banded_forward.py", "hopper_launch.py", "hopper_rows.py"}
+FILES = {"kernels/hopper.py", "kernels/hopper_banded_forward.py", "kernels/hopper_launch.py", "kernels/hopper_rows.py"}
 CALL = {"dims": (64, 64), "dtype": "float16"}
 
 TRACED = """
@@ -93,14 +93,16 @@ def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], h
     ],
 )
 def test_boxes_are_loaded_of_rows_at_multiples_of_16_bytes(x: torch.Tensor, fits: bool) -> None:
-    assert importlib.import_module(f"{operator().module.__name__}.hopper").fits(x) is fits
+    assert importlib.import_module(f"{operator().module.__name__}.kernels.hopper").fits(x) is fits
 
 
 def test_the_ordinary_kernels_serve_a_device_that_is_no_hopper_gpu_whatever_is_asked_for() -> None:
     op = operator()
     with op.configs.override("banded_attention", HOPPER_TOKENS=0):
         if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
-            hopper, sequences = (importlib.import_module(f"{op.module.__name__}.{x}") for x in ("hopper", "sequences"))
+            hopper, sequences = (
+                importlib.import_module(f"{op.module.__name__}.{x}") for x in ("kernels.hopper", "sequences")
+            )
             q, k = torch.zeros(1, 64, 4, 64, dtype=torch.float16), torch.zeros(1, 64, 2, 64, dtype=torch.float16)
             assert hopper.forward_for(q, k, k, sequences.Sequences(1, 64, 64)) is None
         assert_matches_oracle(op, 37, gradients=False)

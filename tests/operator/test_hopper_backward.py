@@ -17,7 +17,7 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
 
-FILES = {"hopper_backward.py", "hopper_selected_backward.py"}
+FILES = {"kernels/hopper_backward.py", "kernels/hopper_selected_backward.py"}
 CALL = {"dims": (64, 64), "dtype": "float16", "block": 64, "count": 2}
 NEVER = 2**31
 
@@ -95,7 +95,7 @@ def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], h
     ],
 )
 def test_rows_are_gathered_from_multiples_of_16_bytes(x: torch.Tensor, fits: bool) -> None:
-    assert importlib.import_module(f"{operator().module.__name__}.hopper_device").has_aligned_rows(x) is fits
+    assert importlib.import_module(f"{operator().module.__name__}.kernels.hopper_device").has_aligned_rows(x) is fits
 
 
 def test_the_ordinary_kernel_serves_a_device_that_is_no_hopper_gpu_whatever_is_asked_for() -> None:
@@ -103,7 +103,9 @@ def test_the_ordinary_kernel_serves_a_device_that_is_no_hopper_gpu_whatever_is_a
     with op.configs.override("selected_backward", HOPPER_BACKWARD_TOKENS=0):
         if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
             name = op.module.__name__
-            hopper, sequences = (importlib.import_module(f"{name}.{each}") for each in ("hopper_backward", "sequences"))
+            hopper, sequences = (
+                importlib.import_module(f"{name}.{each}") for each in ("kernels.hopper_backward", "sequences")
+            )
             q, k = torch.zeros(1, 64, 2, 64, dtype=torch.float16), torch.zeros(1, 64, 1, 64, dtype=torch.float16)
             assert hopper.module_for(q, k, k, q, sequences.Sequences(1, 64, 64)) is None
         assert_matches_oracle(op, 70)

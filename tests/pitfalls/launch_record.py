@@ -73,8 +73,8 @@ def record(package: Any, tokens: int, packed: bool) -> dict[str, Any]:
 
 def most_shares(package: Any, rows: int) -> int:
     """Most shares of tokens in which blocks are scored, where each but the last fills half its workspace or more."""
-    needed = 4 * package.constants.KV_HEADS.value * triton.cdiv(rows, package.constants.SELECTION_BLOCK.value) * rows
-    return 1 + 2 * needed // package.selection.SCORE_BYTES if hasattr(package, "selection") else 0
+    needed = 4 * package.spec.KV_HEADS.value * triton.cdiv(rows, package.spec.SELECTION_BLOCK.value) * rows
+    return 1 + 2 * needed // package.kernels.selection.SCORE_BYTES if hasattr(package.kernels, "selection") else 0
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ def test_tokens_whose_scores_are_held_a_share_at_a_time_get_the_same_blocks(
     op = operator_of("cmp slc", gate="none", count=3, passes=("forward",))
     inputs = inputs_of(op, tokens, tokens_kv=tokens_kv)
     at_once = call(op, inputs, return_aux=True)[1]
-    selection = importlib.import_module(f"{op.module.__name__}.selection")
+    selection = importlib.import_module(f"{op.module.__name__}.kernels.selection")
     shares: list[int] = []
     tiles_at_once = selection.tiles_at_once
 

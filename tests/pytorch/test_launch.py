@@ -42,7 +42,7 @@ def machine() -> Iterator[FakeMachine]:
 
 @functools.cache
 def launches() -> ModuleType:
-    return operator_of().module.launch
+    return operator_of().module.runtime.launch
 
 
 def fresh() -> tuple[Any, JITFunction]:

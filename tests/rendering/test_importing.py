@@ -144,7 +144,7 @@ def test_a_package_imported_again_runs_what_was_generated_last(tmp_path, monkeyp
 def test_a_later_process_runs_what_was_generated_last(tmp_path, monkeypatch):
     stopped = time.time()
     monkeypatch.setattr(time, "time", lambda: stopped)
-    code = "import later; print(later.SPEC['window']['size'], later.constants.WINDOW.value)"
+    code = "import later; print(later.SPEC['window']['size'], later.spec.WINDOW.value)"
     for size in (24, 32):
         generate(window_spec("later", size), tmp_path)
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

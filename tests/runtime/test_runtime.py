@@ -20,8 +20,8 @@ MODULES = sorted(path.name for path in runtime_dir().glob("*.py") if path.name !
 def test_a_package_carries_a_runtime_module_to_the_letter(name: str) -> None:
     files = render(load_spec("llama3_8b"))
     header, source = files["spec.yaml"].splitlines()[:4], (runtime_dir() / name).read_text(encoding="utf-8")
-    assert files[name].splitlines()[:4] == header
-    assert files[name].endswith(f"\n{source}")
+    assert files[f"runtime/{name}"].splitlines()[:4] == header
+    assert files[f"runtime/{name}"].endswith(f"\n{source}")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -254,7 +254,7 @@ def test_a_compiled_call_takes_the_chunks_of_its_bucket(cache: Path, monkeypatch
     schedule = program.defaults["interpreter"]["selected_attention"].mapping()
     Store(cache).save(Entry(identity, {"selected_attention": {**schedule, "CHUNK_TOKENS": 128}}))
     op.configs.forget()
-    steps = importlib.import_module(f"{op.module.__name__}.selected_attention")
+    steps = importlib.import_module(f"{op.module.__name__}.kernels.selected_attention")
     seen: list[int] = []
 
     def chunk(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

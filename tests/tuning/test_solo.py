@@ -33,7 +33,7 @@ with host_time.no_device(module):
                 function(**arguments)
             found[kernel.name] = [function.__module__.rpartition(".")[2], function.__name__]
     # A version of Triton that is not known launches by itself.
-    combine = sys.modules[module.__name__ + ".combine"]
+    combine = sys.modules[module.__name__ + ".kernels.combine"]
     combine.combine_forward_kernel = combine.combine_forward_kernel.kernel
     with noted_launches(module, "combine", "combine_forward") as noted:
         call()

@@ -170,7 +170,7 @@ def test_a_report_ends_with_the_smallest_example_and_the_command_that_repeats_it
 def test_a_broken_generated_package_shrinks_to_a_minimal_spec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(spec: Spec) -> Any:
         folder = generate(spec, tmp_path / spec.digest())
-        path = folder / "window_attention.py"
+        path = folder / "kernels/window_attention.py"
         if path.exists():
             text = path.read_text()
             assert "return position + 1" in text

@@ -59,7 +59,7 @@ def faults(
     module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str, device: str
 ) -> Iterator[str]:
     """What is wrong with o and lse of a branch by Hopper's kernel, for inputs with NaN in what `poison` names."""
-    attention = importlib.import_module(f"{module.__name__}.{branch}_attention")
+    attention = importlib.import_module(f"{module.__name__}.kernels.{branch}_attention")
     forward = getattr(attention, f"{branch}_forward")
     inputs, sequences = _inputs(module, branch, tokens, tokens_kv, form, poison, device)
     found = {}
@@ -82,7 +82,7 @@ def faults(
 def _inputs(
     module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str, device: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
-    p = importlib.import_module(f"{module.__name__}.constants")
+    p = importlib.import_module(f"{module.__name__}.spec")
     sequences_of = importlib.import_module(f"{module.__name__}.sequences").Sequences
     packed = not isinstance(tokens, int)
     rows, batch = (sum(tokens), 1) if packed else (tokens, 2)

@@ -37,7 +37,9 @@ class Package:
     def __init__(self, folder: Path) -> None:
         sys.path.insert(0, str(folder.resolve().parent))
         self.top = importlib.import_module(folder.name)
-        names = ("configs", "constants", "inverted_index", "sequences", "selected_key_major_backward")
+        names = (
+            "configs", "spec", "kernels.inverted_index", "sequences", "kernels.selected_key_major_backward"
+        )  # fmt: skip
         self.configs, constants, self.index, self.sequences, self.kernels = (
             importlib.import_module(f"{folder.name}.{name}") for name in names
         )

@@ -41,7 +41,7 @@ SPECS = ("llama3_8b", "mha_16", "tiny")
 @contextmanager
 def by_triton(module: ModuleType) -> Iterator[None]:
     """Within the block, a package's kernels are launched by Triton's own dispatcher."""
-    with mock.patch.object(module.launch.Lean, "__getitem__", lambda self, grid: self.kernel[grid]):
+    with mock.patch.object(module.runtime.launch.Lean, "__getitem__", lambda self, grid: self.kernel[grid]):
         yield
 
 
@@ -49,13 +49,13 @@ def by_triton(module: ModuleType) -> Iterator[None]:
 def counted(module: ModuleType) -> Iterator[list[str]]:
     """Within the block, the names of kernels as they are launched."""
     names: list[str] = []
-    original = module.launch.Lean.__getitem__
+    original = module.runtime.launch.Lean.__getitem__
 
     def launch(self: Any, grid: tuple[int, ...]) -> Any:
         names.append(self.__name__)
         return original(self, grid)
 
-    with mock.patch.object(module.launch.Lean, "__getitem__", launch):
+    with mock.patch.object(module.runtime.launch.Lean, "__getitem__", launch):
         yield names
 
 

@@ -36,7 +36,7 @@ window: {size: 512}
 combine: {gate: none}
 passes: [forward, backward]
 """
-KERNEL, MODULE = "window_forward", "window_attention.py"
+KERNEL, MODULE = "window_forward", "kernels/window_attention.py"
 TOKENS = 2048
 HANG_SECONDS = 25.0
 """What a candidate may be silent for: more than a first launch takes when the GPU is shared with other jobs."""
