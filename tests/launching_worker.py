@@ -20,7 +20,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from generated.tiny.launch import lean  # noqa: E402
+from generated.tiny.runtime.launch import lean  # noqa: E402
 
 launched: list[int] = []
 

@@ -114,7 +114,9 @@ def doctored(package: Path, folder: Path) -> Path:
     start = text.index(f"def {KERNEL}(")
     end = text.index("    return o, lse\n", start)
     text = text[:end] + "    misbehave(config, q, o)\n" + text[end:]
-    path.write_text(text.replace("from .launch import", "from .faults import misbehave\nfrom .launch import", 1))
+    path.write_text(
+        text.replace("from ..runtime.launch import", "from ..faults import misbehave\nfrom ..runtime.launch import", 1)
+    )
     return copy
 
 
