@@ -26,24 +26,23 @@ from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunabl
 from nsa_gen.spec import Spec
 
 HOPPER_TOKENS = "HOPPER_TOKENS"
+#: Query rows, tokens times heads, of a call from which Hopper's kernel is the quicker for both branches: with 64, 32
+#: and 16 heads it was at 8192, 16384 and 32768 tokens, and a few percent slower at half of that.
+_FROM_ROWS = 2**19
 
 
 def schedules(spec: Spec) -> tuple[Schedule, ...]:
     """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
     if not hopper_fits(spec):
         return ()
-    tokens = Tunable(HOPPER_TOKENS, (NEVER,), size=True, least=0)
+    tokens = Tunable(HOPPER_TOKENS, (*(2**power for power in range(11, 20)), NEVER), size=True, least=0)
     return (Schedule("banded_attention", (tokens,), (HOPPER,)),)
 
 
-def choose_schedule() -> Config:
-    """The choice for every architecture and the interpreter.
-
-    Hopper's kernel is asked for by `configs.override` and not chosen by itself yet: it computes a tile that a NaN has
-    spoilt again in another order, so rows before the NaN are right but may differ in their last bit from what they are
-    without it (the property `future`).
-    """
-    return Config("banded_attention", ((HOPPER_TOKENS, NEVER),))
+def choose_schedule(spec: Spec, target: str) -> Config:
+    """From how many query tokens on a call is served by Hopper's kernel, on an architecture or the interpreter."""
+    tokens = 2 ** max((_FROM_ROWS // spec.heads.query).bit_length() - 1, 11)
+    return Config("banded_attention", ((HOPPER_TOKENS, tokens if target == HOPPER else NEVER),))
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
     for target in TABLES:
         gpu = gpu_for_target(target)
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
-    for configs in table.values() if banded.schedules(spec) else ():
-        configs["banded_attention"] = banded.choose_schedule()
+    for target, configs in table.items() if banded.schedules(spec) else ():
+        configs["banded_attention"] = banded.choose_schedule(spec, target)
     if spec.selection:
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)

@@ -169,7 +169,7 @@ def _modules(program: Program) -> list[str]:
     kernels = {"__init__", "primitives"} | {kernel.module for kernel in program.kernels}
     runtime = {"__init__", "launch", "sizes"}
     if program.hopper:
-        kernels |= {"hopper", "hopper_banded_forward", "hopper_launch", "hopper_rows"}
+        kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_backward:
         kernels |= {"hopper_backward", "hopper_selected_backward"}
     if program.hopper or program.hopper_backward:

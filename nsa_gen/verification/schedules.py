@@ -161,16 +161,11 @@ def varied(module: Any, variation: Variation | None) -> Iterator[None]:
 
 @contextmanager
 def drawn_schedules(module: Any, device: torch.device, seed: int) -> Iterator[None]:
-    """Within the block, schedules and sizes of chunks are drawn from a seed, or for half the seeds left alone.
-
-    Hopper's kernel of banded attention, which nothing chooses by itself, does not keep `future` beside a NaN.
-    """
+    """Within the block, schedules and sizes of chunks are drawn from a seed, or for half the seeds left alone."""
     pick = random.Random(f"schedules {seed}").choice
     with ExitStack() as stack:
         if pick((True, False)):
             for name, values in _schedules(module, device).items():
-                if name == "banded_attention":
-                    continue
                 changed = {key: pick((0, 1)) if _is_choice(key) else pick(SMALL_CHUNKS) for key in values}
                 stack.enter_context(module.configs.override(name, **changed))
         yield

@@ -16,7 +16,10 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
 
-FILES = {"kernels/hopper.py", "kernels/hopper_banded_forward.py", "kernels/hopper_launch.py", "kernels/hopper_rows.py"}
+FILES = {
+    f"kernels/{name}.py"
+    for name in ("hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows")
+}
 CALL = {"dims": (64, 64), "dtype": "float16"}
 
 TRACED = """
@@ -77,6 +80,7 @@ def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], h
     assert all((config is not None) is has for config in tables.values())
     if has:
         least = {target: config.mapping()["HOPPER_TOKENS"] for target, config in tables.items()}
+        assert least.pop("sm_90") == 2 ** ((2**19 // spec.heads.query).bit_length() - 1)
         assert set(least.values()) == {2**31}
 
 
@@ -113,7 +117,8 @@ def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinar
     found = {target: names for target, *names in map(str.split, done.stdout.splitlines())}
     assert set(found) == set(TARGETS)
     for target, names in found.items():
-        assert ("hopper_banded_forward_kernel" in names) is (target == "sm_90")
+        for kernel in ("hopper_banded_forward_kernel", "hopper_banded_repair_kernel"):
+            assert (kernel in names) is (target == "sm_90")
         assert {"compressed_forward_kernel", "window_forward_kernel"} <= set(names)
 
 

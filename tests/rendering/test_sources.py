@@ -131,7 +131,8 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     assert set(tables) == {"interpreter", *TABLES}
     program = lower(spec)
     if program.hopper:  # it has one configuration, by its design
-        assert kernels.pop("hopper_banded_forward") == "hopper_banded_forward"
+        for name in ("hopper_banded_forward", "hopper_banded_repair"):
+            assert kernels.pop(name) == name
     if program.hopper_backward:  # it has one configuration, by its design
         assert kernels.pop("hopper_selected_backward") == "hopper_selected_backward"
     for target, table in tables.items():
