@@ -1,4 +1,4 @@
-"""Run by test_trace: launches kernels on a GPU that is none, by Triton and past it, says so, and hangs.
+"""Run by test_workers: launches kernels on a GPU that is none, by Triton and past it, says so, and hangs.
 
 Triton compiles them in earnest; only its driver, which loads and launches machine code, is replaced.
 """
@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from nsa_gen._trace import note_launches, watched
+from nsa_gen.workers import note_launches, watched
 
 watched()
 note_launches()

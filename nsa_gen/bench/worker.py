@@ -1,27 +1,20 @@
-"""The process that measures: `python -m nsa_gen.bench.worker PLAN`, one task after the other, on the GPU.
+"""The process that measures on the GPU, `python -m nsa_gen.bench.worker`: a task a request.
 
-A contender may exhaust memory, read where it must not, or hang; so measuring happens in a process that its parent may
-lose. What is found goes to the plan's records file line by line, at once; what runs at the moment stands in its
-current file, for the parent to know whom to blame.
+It is a worker (`nsa_gen.workers`), because a contender may exhaust memory, read where it must not, or hang. It says
+{"at": contender} when it turns to one, and {"record": line} as soon as something is found.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
 import torch
 
 import nsa_gen
-from nsa_gen._trace import note_launches, watched
 from nsa_gen.bench.breakdown import breakdown, estimates
 from nsa_gen.bench.contenders import OURS, Contender, Operator, Prepared
 from nsa_gen.bench.correct import faults
@@ -34,8 +27,6 @@ from nsa_gen.bench.records import (
     Record,
     Row,
     SelectionRow,
-    TaskRow,
-    read_lines,
     to_line,
 )
 from nsa_gen.bench.registry import CONTENDERS
@@ -43,87 +34,41 @@ from nsa_gen.bench.workloads import Task
 from nsa_gen.hardware import gpu_for_device
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.verification.inputs import Inputs
-
-DEVICE_LOST = 3
-"""Exit status after a contender that left the device unusable."""
+from nsa_gen.workers import Handle, Lost, Say, note_launches, serve
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a worker is to do.
+class TaskRunner:
+    """Does tasks with inputs of a seed, and says what it finds."""
 
-    Attributes:
-        tasks: by number, the number being what `current` names.
-        banned: by task, the contenders not to be tried again, with the reason.
-        records: file that records are appended to.
-        current: file that says which task and contender run.
-        seed: of the inputs.
-        deadline: time.time() from which on no task is started.
-    """
-
-    tasks: Mapping[int, Task]
-    banned: Mapping[int, Mapping[str, str]]
-    records: Path
-    current: Path
-    seed: int
-    deadline: float
-
-    def to_json(self) -> str:
-        tasks = {number: {**_fields(task), "spec": task.spec.resolved_yaml()} for number, task in self.tasks.items()}
-        rest = {"records": str(self.records), "current": str(self.current), "seed": self.seed}
-        return json.dumps({"tasks": tasks, "banned": self.banned, **rest, "deadline": self.deadline})
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        found = json.loads(text)
-        tasks = {}
-        for number, fields in found["tasks"].items():
-            lists = {name: tuple(fields[name]) for name in ("contenders", "passes")}
-            tasks[int(number)] = Task(**{**fields, **lists, "spec": parse_spec(fields["spec"])})
-        banned = {int(number): reasons for number, reasons in found["banned"].items()}
-        return cls(tasks, banned, Path(found["records"]), Path(found["current"]), found["seed"], found["deadline"])
-
-
-def _fields(task: Task) -> dict[str, Any]:
-    return {name: value for name, value in vars(task).items() if name != "spec"}
-
-
-class Worker:
-    """Does the tasks of a plan."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
         self._packages: dict[str, ModuleType] = {}
+        self._say: Say = lambda said: None
 
-    def run(self) -> int:
-        """Do every task before the deadline; return the exit status."""
-        for number, task in self._plan.tasks.items():
-            if time.time() >= self._plan.deadline:
-                self._emit(TaskRow(task.workload, task.inputs, task.tokens, "not run", "the budget was spent"))
-                continue
-            started = time.perf_counter()
-            self._announce(number, "")
-            status, reason = "ok", ""
-            try:
-                self._check(number, task) if task.check else self._time(number, task)
-            except DeviceLost as lost:
-                self._announce(number, lost.contender, "; ".join(_errors(lost)))
-                return DEVICE_LOST
-            except Exception as error:
-                status, reason = "failed", first_line(error)
-            seconds = time.perf_counter() - started
-            self._emit(TaskRow(task.workload, task.inputs, task.tokens, status, reason, seconds))
-            gc.collect()
-            torch.cuda.empty_cache()
-        return 0
+    def handle(self, request: dict[str, Any], say: Say) -> None:
+        """Do a task: `banned` contenders are not tried, `known` ones were checked by a worker that was lost since.
+
+        Raises:
+            Lost: a contender has left the device unusable.
+        """
+        self._say = say
+        task, banned = task_of(request["task"]), request["banned"]
+        try:
+            if task.check:
+                self._check(task, banned, set(request["known"]))
+            else:
+                self._time(task, banned)
+        except DeviceLost as lost:
+            self._announce(lost.contender)
+            raise Lost("; ".join(_errors(lost))) from lost
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _emit(self, record: Record) -> None:
-        with self._plan.records.open("a", encoding="utf-8") as file:
-            file.write(to_line(record) + "\n")
+        self._say({"record": to_line(record)})
 
-    def _announce(self, number: int, contender: str, reason: str = "") -> None:
-        said = {"task": number, "contender": contender, "reason": reason, "time": time.time()}
-        self._plan.current.write_text(json.dumps(said), encoding="utf-8")
+    def _announce(self, contender: str) -> None:
+        self._say({"at": contender})
 
     def _package(self, spec: Spec) -> ModuleType:
         """The package of a spec, rendered and imported once."""
@@ -132,25 +77,24 @@ class Worker:
             self._packages[digest] = nsa_gen.load(spec)
         return self._packages[digest]
 
-    def _contenders(self, number: int, task: Task) -> tuple[list[Contender], dict[str, str]]:
-        """Ours and those the task names, without the banned; and why these are."""
-        banned = dict(self._plan.banned.get(number, {}))
+    def _contenders(self, task: Task, banned: Mapping[str, str]) -> list[Contender]:
+        """Ours and those the task names, without the banned."""
         everyone: list[Contender] = [
             Operator(self._package(task.spec)),
             *(CONTENDERS[name] for name in task.contenders),
         ]
-        return [each for each in everyone if each.name not in banned], banned
+        return [each for each in everyone if each.name not in banned]
 
-    def _time(self, number: int, task: Task) -> None:
-        contenders, banned = self._contenders(number, task)
-        inputs = draw_inputs(task.spec, task.tokens, device="cuda", seed=self._plan.seed, kind=task.inputs)  # type: ignore[arg-type]
+    def _time(self, task: Task, banned: Mapping[str, str]) -> None:
+        contenders = self._contenders(task, banned)
+        inputs = draw_inputs(task.spec, task.tokens, device="cuda", seed=self._seed, kind=task.inputs)  # type: ignore[arg-type]
         found = race(
             contenders,
             task.spec,
             inputs,
             passes=task.passes,
             seconds=task.seconds,
-            announce=lambda name: self._announce(number, name),
+            announce=self._announce,
         )
         found += [Measurement(name, errors=dict.fromkeys(task.passes, why)) for name, why in banned.items()]
         for row in rows_of(task, found, _gpu_key()):
@@ -158,7 +102,7 @@ class Worker:
         ours = next((each for each in contenders if each.name == OURS), None)
         if ours is None or found[0].problem:
             return
-        self._announce(number, OURS)
+        self._announce(OURS)
         place = (task.workload, task.inputs, task.tokens)
         indices = _selected(self._package(task.spec), inputs)
         if indices is not None and (overlap := selection_overlap(indices)) is not None:
@@ -169,29 +113,23 @@ class Worker:
             for one in breakdown(ours.prepare(task.spec, inputs), task.spec, task.tokens, _gpu_key()):
                 self._emit(KernelRow(task.workload, task.inputs, task.tokens, **asdict(one)))
 
-    def _check(self, number: int, task: Task) -> None:
+    def _check(self, task: Task, banned: Mapping[str, str], known: set[str]) -> None:
         """Verify our operator, then run every contender once: its kernels are compiled, and its output is compared."""
-        contenders, banned = self._contenders(number, task)
-        # A worker before this one may have been lost halfway.
-        known = {
-            record.contender
-            for record in read_lines(self._plan.records)
-            if isinstance(record, CheckRow) and record.workload == task.workload
-        }
+        contenders = self._contenders(task, banned)
         for name in banned.keys() - known:
             self._emit(CheckRow(task.workload, task.tokens, name, error=banned[name]))
         expected = None
-        inputs = draw_inputs(task.spec, task.tokens, device="cuda", seed=self._plan.seed)
+        inputs = draw_inputs(task.spec, task.tokens, device="cuda", seed=self._seed)
         for each in contenders:
             done = each.name in known and each.name != OURS
             if done or each.missing() or each.refuses(task.spec, task.tokens):
                 continue
-            self._announce(number, each.name)
+            self._announce(each.name)
             wrong: tuple[str, ...] = ()
             difference, error = None, ""
             try:
                 if each.name == OURS:
-                    wrong = tuple(faults(self._package(task.spec), task.spec, seed=self._plan.seed))
+                    wrong = tuple(faults(self._package(task.spec), task.spec, seed=self._seed))
                 o = _run_once(each.prepare(task.spec, inputs), task.passes)
                 if each.name == OURS:
                     expected = o.float()
@@ -283,13 +221,25 @@ def _gpu_key() -> str | None:
     return None if gpu is None else gpu.key
 
 
-def main() -> int:
-    """Do the plan in the file that the command line names; end at once, without what a lost device would hold up."""
-    watched()
-    note_launches()
-    status = Worker(Plan.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))).run()
-    sys.stdout.flush()
-    os._exit(status)
+def task_fields(task: Task) -> dict[str, Any]:
+    """A task as a request has it."""
+    return {**vars(task), "spec": task.spec.resolved_yaml()}
+
+
+def task_of(fields: Mapping[str, Any]) -> Task:
+    """The inverse of `task_fields`, through JSON."""
+    lists = {name: tuple(fields[name]) for name in ("contenders", "passes")}
+    return Task(**{**fields, **lists, "spec": parse_spec(fields["spec"])})
+
+
+def main() -> None:
+    """Serve with the GPU of this machine."""
+
+    def build(opening: dict[str, Any]) -> Handle:
+        note_launches()
+        return TaskRunner(opening["seed"]).handle
+
+    serve(build)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import queue
+import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_gen._resources import cache_dir as user_cache_dir
 from nsa_gen.hardware import TABLES, TARGETS, gpu_for_target
-from nsa_gen.targets.pool import Worker, WorkerFailure, worker_environment
 from nsa_gen.targets.resources import Resources, excess
+from nsa_gen.workers import Worker, WorkerFailure, share, worker_environment
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 HEAVY_SPILL_BYTES = 128
 """Local memory of a thread from which a kernel is flagged: 32 registers written out and read back."""
+
+COMPILER = (sys.executable, "-m", "nsa_gen.targets.worker")
+TRITON_TOOLS = {"TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_CUOBJDUMP_PATH", "TRITON_LIBDEVICE_PATH"}
+"""Variables of Triton that a compiling process keeps."""
 
 ALL_PASSES = ("forward", "backward", "decode")
 VARIANTS = ("batched", "packed")
@@ -179,7 +182,7 @@ def compile_spec(
         }
         cache = Path(cache_dir) if cache_dir is not None else _user_cache(Path(scratch))
         other_triton = Path(triton_path).resolve() if triton_path is not None else None
-        environment = worker_environment(cache.resolve(), other_triton)
+        environment = compiler_environment(cache.resolve(), other_triton)
         rows, versions = _compile_all(opening, environment, wanted, calls, jobs, progress, kernel_timeout)
     return CompileReport(package.name, rows, time.monotonic() - started, versions)
 
@@ -194,6 +197,17 @@ def _user_cache(scratch: Path) -> Path:
     except OSError as error:
         warnings.warn(f"the cache cannot be written ({error}); nothing compiled is kept", stacklevel=3)
         return scratch / "triton"
+
+
+def compiler_environment(cache_dir: Path, triton_path: Path | None = None) -> dict[str, str]:
+    """The environment of a process that compiles or measures: Triton of `triton_path`, kernels cached in `cache_dir`.
+
+    Variables that change what Triton compiles are left out: the result is about the package, not the caller's shell.
+    """
+    environment = worker_environment(*([triton_path] if triton_path else []))
+    for name in [each for each in environment if each.startswith("TRITON_") and each not in TRITON_TOOLS]:
+        del environment[name]
+    return {**environment, "TRITON_CACHE_DIR": str(cache_dir), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _package_of(spec: Spec | str | os.PathLike[str], scratch: Path) -> tuple[Path, tuple[str, ...]]:
@@ -220,55 +234,23 @@ def _compile_all(
     progress: Progress | None,
     timeout: float,
 ) -> tuple[tuple[Compilation, ...], dict[str, str]]:
-    tracer = Worker(opening, environment)
+    tracer = Worker(COMPILER, environment, opening)
     try:
         todo, failed, versions = _trace_all(tracer, targets, variants, timeout)
-        rows: list[Compilation | None] = [None] * len(todo)
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(todo)):
-            waiting.put(index)
-        lock = threading.Lock()
-        stop = threading.Event()
-        troubles: list[BaseException] = []
         done = 0
 
-        def serve(worker: Worker) -> None:
+        def count(job: _Job, row: Compilation) -> None:
             nonlocal done
-            try:
-                while not stop.is_set():
-                    try:
-                        index = waiting.get_nowait()
-                    except queue.Empty:
-                        return
-                    row = _compile_one(worker, todo[index], timeout)
-                    with lock:
-                        rows[index] = row
-                        done += 1
-                        if progress is not None:
-                            progress(done, len(todo), f"{row.kernel} {row.target}")
-            except BaseException as error:
-                troubles.append(error)
-                stop.set()
-            finally:
-                worker.close()
+            done += 1
+            if progress is not None:
+                progress(done, len(todo), f"{row.kernel} {row.target}")
 
         # The tracer has imported the package already, so it is the first of the workers.
-        workers = [tracer, *(Worker(opening, environment) for _ in range(min(jobs, len(todo)) - 1))]
-        threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            stop.set()
-            for worker in workers:
-                worker.close()
-        if troubles:
-            raise troubles[0]
+        workers = [tracer, *(Worker(COMPILER, environment, opening) for _ in range(min(jobs, len(todo)) - 1))]
+        rows = share(workers, todo, lambda worker, job: _compile_one(worker, job, timeout), count)
     finally:
         tracer.close()
-    return (*failed, *(row for row in rows if row is not None)), versions
+    return (*failed, *rows), versions
 
 
 def _trace_all(

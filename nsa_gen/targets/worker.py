@@ -1,45 +1,36 @@
 """The process that imports a package, records its launches and compiles them: `python -m nsa_gen.targets.worker`.
 
 A compiler may crash or hang, and Triton decides at import whether it is the interpreter; so all of it happens here,
-in a process the caller may end. One request a line on standard input, one answer a line on what was standard output,
-both JSON (Triton prints to standard output, so that is turned to standard error first).
+in a worker (`nsa_gen.workers`), which the caller may end.
 
     {"do": "trace", "target": "sm_90", "packed": false}   -> {"launches": [{"key": ...}, ...], "refused": [...], ...}
     {"do": "compile", ..., "key": of a launch}            -> {"registers": ..., "seconds": ..., ...}
     {"do": "candidate", "kernel": ..., "config": ..., "calls": [{"tokens": ..., ...}, ...], ...}
                                                           -> {"binaries": [{"registers": ..., ...}], "digest": ...}
-    anything that went wrong                              -> {"error": one line, "detail": the whole story}
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
-import json
-import os
 import platform
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nsa_gen._trace import watched
 from nsa_gen.hardware import gpu_for_target
+from nsa_gen.workers import Handle, describe, serve
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
     from nsa_gen.targets.launches import Specialization
-
-DETAIL_LIMIT = 6000
 
 
 @dataclasses.dataclass
@@ -205,49 +196,19 @@ def _do_compile(state: _State, target: str, packed: bool, key: str) -> dict[str,
     return {"seconds": seconds, "cached": any(cached), **dataclasses.asdict(used)}
 
 
-def describe(error: BaseException) -> dict[str, str]:
-    """An exception as an answer: the innermost message on one line, and the whole story cut to a page."""
-    innermost = error
-    while innermost.__cause__ is not None:
-        innermost = innermost.__cause__
-    lines = [line.strip() for line in str(innermost).splitlines() if line.strip().strip("^")]
-    where = next((line.strip(" :") for line in str(error).splitlines() if line.startswith("at ")), "")
-    # A compiler's first line says only that it failed; the line with the word says why.
-    said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
-    text = f"{type(innermost).__name__}: {said}" + (f" ({where})" if where and where not in said else "")
-    detail = "".join(traceback.format_exception(error))
-    return {"error": text[:400], "detail": detail[-DETAIL_LIMIT:]}
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however that happens; Linux only, elsewhere a no-op."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
 def main() -> None:
-    """Answer requests until standard input ends; the first line gives the package and what to trace."""
-    end_with_parent()
-    watched()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    opening = json.loads(sys.stdin.readline())
-    state = _State(Path(opening["package"]), opening["tokens"], opening["batch"], tuple(opening["passes"]))
+    """Answer requests; the opening gives the package and what to trace."""
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "trace": _do_trace,
         "compile": _do_compile,
         "candidate": _do_candidate,
     }
-    for line in sys.stdin:
-        request = json.loads(line)
-        handler = handlers[request.pop("do")]
-        try:
-            answer = handler(state, **request)
-        except Exception as error:
-            answer = describe(error)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+
+    def build(opening: dict[str, Any]) -> Handle:
+        state = _State(Path(opening["package"]), opening["tokens"], opening["batch"], tuple(opening["passes"]))
+        return lambda request, say: handlers[request.pop("do")](state, **request)
+
+    serve(build)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nsa_gen.tuning.identity import Device
-from nsa_gen.tuning.process import WorkerDied, WorkerProcess
 from nsa_gen.tuning.shapes import Bucket
 from nsa_gen.tuning.store import Configs
+from nsa_gen.workers import Handle, Say, Worker, WorkerDied, WorkerFailure
 
 CANDIDATE_SECONDS = 60.0
 """A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
@@ -165,25 +165,22 @@ class ProcessBackend:
         start_seconds: float = START_LIMIT_SECONDS,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._worker = WorkerProcess(command, opening, environment)
+        self._worker = Worker(command, environment, opening)
         self._candidate_seconds, self._start_seconds = candidate_seconds, start_seconds
         self._tell = tell
         self._quarantine: dict[tuple[str, str], str] = {}
         self._second_chance: set[tuple[str, str]] = set()
-        self._closed = False
         self._settled = False
 
     def device(self) -> Device:
         for left in reversed(range(MOST_STARTS)):
             try:
-                answer = self._worker.ask({"do": "device"}, self._start_seconds, self._candidate_seconds)
+                return Device(**self._worker.ask({"do": "device"}, self._start_seconds))
             except WorkerDied as died:
                 if not left:
                     raise BackendLost(f"the measuring process does not start: {died}") from died
-            else:
-                if "error" in answer:
-                    raise BackendLost(answer["error"])
-                return Device(**answer["device"])
+            except WorkerFailure as failure:
+                raise BackendLost(str(failure)) from failure
         raise AssertionError("unreachable")
 
     def check(self, candidate: Candidate, bucket: Bucket) -> str:
@@ -196,7 +193,6 @@ class ProcessBackend:
         return [Reading.from_json({"times": {}, **answer}) for answer in answers]
 
     def close(self) -> None:
-        self._closed = True
         self._worker.close()
 
     def _survive(
@@ -217,25 +213,28 @@ class ProcessBackend:
         rounds = list(earlier)
         blameless = 0
 
-        def heard(said: dict[str, Any]) -> None:
-            times: Round = [None] * len(candidates)
-            for number, one in zip(left, said["round"], strict=True):
-                times[number] = one
-            rounds.append(times)
-            hear(times)
-
         while left:
+            patience = self._candidate_seconds * (1 if self._settled else FIRST_PATIENCE)
+            culprit: int | None = None
+
+            def heard(said: dict[str, Any], left: list[int] = left, patience: float = patience) -> float:
+                nonlocal culprit
+                if "round" not in said:
+                    culprit = left[said["now"]]
+                    return patience
+                times: Round = [None] * len(candidates)
+                for number, one in zip(left, said["round"], strict=True):
+                    times[number] = one
+                rounds.append(times)
+                hear(times)
+                return patience
+
             asked = {"do": do, **request, "candidates": [candidates[number].configs for number in left]}
             if do == "race":
                 asked["earlier"] = [[times[number] for number in left] for times in rounds]
-            patience = self._candidate_seconds * (1 if self._settled else FIRST_PATIENCE)
             try:
-                answer = self._worker.ask(asked, self._start_seconds, patience, heard)
-                self._settled = True
+                found = self._worker.ask(asked, self._start_seconds, heard)
             except WorkerDied as died:
-                if self._closed:
-                    raise BackendLost("the measuring process was closed") from died
-                culprit = left[died.candidate] if died.candidate is not None and died.candidate < len(left) else None
                 if culprit is None:
                     blameless += 1
                     if blameless >= MOST_STARTS:
@@ -249,9 +248,10 @@ class ProcessBackend:
                     left.remove(culprit)
                     self._put_away(places[culprit], str(died), candidates[culprit])
                 continue
-            if "answers" not in answer:
-                raise BackendLost(answer.get("error", f"the measuring process answered {answer}"))
-            for number, one in zip(left, answer["answers"], strict=True):
+            except WorkerFailure as failure:
+                raise BackendLost(str(failure)) from failure
+            self._settled = True
+            for number, one in zip(left, found, strict=True):
                 answers[number] = one
                 if one.get("error"):
                     self._put_away(places[number], one["error"], candidates[number])
@@ -261,3 +261,33 @@ class ProcessBackend:
     def _put_away(self, place: tuple[str, str], reason: str, candidate: Candidate) -> None:
         self._quarantine[place] = reason
         self._tell(f"{reason}: {candidate.label}")
+
+
+# In the process that measures
+
+
+class Engine(Protocol):
+    """What answers requests. `announce` is called with a candidate's number each time work on it begins."""
+
+    def device(self) -> dict[str, Any]: ...
+
+    def check(self, candidates: list[Any], announce: Callable[[int], None], **request: Any) -> list[dict[str, Any]]: ...
+
+    def race(self, candidates: list[Any], announce: Callable[[int], None], **request: Any) -> list[dict[str, Any]]: ...
+
+
+def handler(engine: Engine) -> Handle:
+    """Answers a worker's requests with an engine."""
+
+    def handle(request: dict[str, Any], say: Say) -> Any:
+        def announce(number: int) -> None:
+            say({"now": number})
+
+        do = request.pop("do")
+        if do == "device":
+            return engine.device()
+        if do == "check":
+            return engine.check(announce=announce, **request)
+        return engine.race(announce=announce, hear=lambda times: say({"round": times}), **request)
+
+    return handle

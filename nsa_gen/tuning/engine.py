@@ -1,4 +1,8 @@
-"""What runs inside the measuring process: a package under candidates, held against the oracle, then timed."""
+"""The measuring process, `python -m nsa_gen.tuning.engine`: a package under candidates, against the oracle, then timed.
+
+It is a worker (`nsa_gen.workers`) that answers {"do": "device" | "check" | "race", ...}. It says {"now": number} when
+it turns to a candidate and {"round": times} after each round of a race. It ends when a candidate made the GPU unusable.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ from nsa_gen.bench.measure import GRAPH_BELOW_MS, Clock, CudaClock, DeviceLost, 
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
+from nsa_gen.tuning.backend import handler
 from nsa_gen.tuning.decoding import DecodeInputs, DecodeStep, check_scenario, decode_inputs
 from nsa_gen.tuning.inputs import bucket_inputs
 from nsa_gen.tuning.lengths import check_tokens
-from nsa_gen.tuning.process import Lost
 from nsa_gen.tuning.shapes import Bucket
 from nsa_gen.tuning.solo import Call, NoLaunch, Solo, noted_launches
 from nsa_gen.tuning.store import Configs
@@ -31,6 +35,7 @@ from nsa_gen.verification.gradients import References
 from nsa_gen.verification.inference import run_scenario
 from nsa_gen.verification.inputs import make_inputs
 from nsa_gen.verification.report import environment
+from nsa_gen.workers import Handle, Lost, note_launches, serve
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -306,3 +311,17 @@ def reading_of(found: Measurement, alone: str = "", shares: int = 1) -> dict[str
         for name, each in found.timings.items()
     }
     return {"times": {} if found.problem else times, "error": found.problem}
+
+
+def main() -> None:
+    """Serve with the GPU of this machine."""
+
+    def build(opening: dict[str, Any]) -> Handle:
+        note_launches()
+        return handler(GpuEngine(opening))
+
+    serve(build)
+
+
+if __name__ == "__main__":
+    main()

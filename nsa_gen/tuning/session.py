@@ -19,7 +19,7 @@ import nsa_gen
 from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering import render
-from nsa_gen.targets.pool import worker_environment
+from nsa_gen.targets.compile import compiler_environment
 from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
 from nsa_gen.tuning.crew import Crew
 from nsa_gen.tuning.estimate import estimate
@@ -46,7 +46,7 @@ PASSES = (
     (FORWARD, BACKWARD, DECODE),
     (DECODE,),
 )
-WORKER = (sys.executable, "-m", "nsa_gen.tuning.worker")
+WORKER = (sys.executable, "-m", "nsa_gen.tuning.engine")
 NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -345,7 +345,7 @@ def gpu_backend(
     command: Sequence[str] = WORKER,
 ) -> Backend:
     """What measures on one GPU of this machine, with the machine code that stage 0 has left beside the package."""
-    environment = worker_environment((package.parent.parent / "triton").resolve(), None)
+    environment = compiler_environment((package.parent.parent / "triton").resolve())
     visible = [each for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
     if number:  # to the first all are visible, so that it can count them; it uses the first of them
         environment[VISIBLE] = visible[number] if visible else str(number)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -21,10 +19,11 @@ from typing import Any
 from nsa_gen._files import read_text
 from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import Program
-from nsa_gen.targets.pool import Worker, WorkerFailure, worker_environment
+from nsa_gen.targets.compile import COMPILER, compiler_environment
 from nsa_gen.targets.resources import Resources, excess
 from nsa_gen.tuning.candidates import KernelSpace, kernel_space
 from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.workers import Worker, WorkerFailure, share
 
 MOST_SPILL_BYTES = 256
 """Local memory of a thread beyond which a candidate is dropped, unless the default spills more: 64 registers."""
@@ -113,7 +112,7 @@ class Compiler:
         jobs: int | None = None,
     ) -> None:
         self._opening = {"package": str(package), "tokens": 4096, "batch": 1, "passes": list(passes)}
-        self._environment = worker_environment(triton_cache.resolve(), None)
+        self._environment = compiler_environment(triton_cache.resolve())
         self._target, self._jobs = target, jobs or os.cpu_count() or 1
         self._kept = triton_cache.parent / f"stage0-{target}-{version('triton')}.jsonl"
         self._known: dict[str, Compiled] = dict(_lines(self._kept)) if triton_cache.is_dir() else {}
@@ -125,37 +124,15 @@ class Compiler:
     ) -> dict[str, Compiled]:
         """Compile (kernel, configuration, calls) by key; `done` is called with each new answer, one at a time."""
         found = {key: self._known[key] for key in wanted if key in self._known}
-        waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
         todo = [key for key in wanted if key not in found]
-        for key in todo:
-            waiting.put(key)
-        lock, troubles = threading.Lock(), []
 
-        def serve() -> None:
-            worker = Worker(self._opening, self._environment)
-            try:
-                while not troubles:
-                    try:
-                        key = waiting.get_nowait()
-                    except queue.Empty:
-                        return
-                    answer = self._one(worker, *wanted[key])
-                    with lock:
-                        found[key] = self._known[key] = answer
-                        self._keep(key, answer)
-                        done(key, answer)
-            except BaseException as error:
-                troubles.append(error)
-            finally:
-                worker.close()
+        def keep(key: str, answer: Compiled) -> None:
+            found[key] = self._known[key] = answer
+            self._keep(key, answer)
+            done(key, answer)
 
-        threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(self._jobs, len(todo)))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if troubles:
-            raise troubles[0]
+        workers = [Worker(COMPILER, self._environment, self._opening) for _ in range(self._jobs)]
+        share(workers, todo, lambda worker, key: self._one(worker, *wanted[key]), keep)
         return found
 
     def _keep(self, key: str, answer: Compiled) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import faulthandler
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-import nsa_gen
-from nsa_gen._process import LineProcess, ending
 from nsa_gen.verification.cases import FORWARD_ONLY, Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
@@ -23,6 +20,7 @@ from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.inputs import make_inputs
 from nsa_gen.verification.report import Row, raised
 from nsa_gen.verification.schedules import Variation, varied
+from nsa_gen.workers import Handle, Say, Worker, WorkerDied, WorkerFailure, serve, worker_environment
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -99,14 +97,15 @@ class Isolated:
 
     def __init__(self, spec: Spec, folder: Path, workplace: Path, device: torch.device) -> None:
         self._spec = spec
-        self._opening = {
+        opening = {
             "spec": spec.resolved_yaml(),
             "package": str(folder),
             "workplace": str(workplace),
             "device": str(device),
         }
-        self._environment = _environment(device)
-        self._process: LineProcess | None = None
+        command = (sys.executable, "-m", __name__)
+        self._worker = Worker(command, worker_environment(interpreted=device.type == "cpu"), opening)
+        self._started = False
 
     def case(self, case: Case, seed: int, gradients: bool) -> list[Row]:
         """As `InProcess.case`; a row that says how the process ended, if it did."""
@@ -127,55 +126,28 @@ class Isolated:
 
     def close(self) -> None:
         """End the process."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.close()
+        self._worker.close()
 
     def _ask(self, request: Mapping[str, Any], label: str) -> list[Row]:
-        process = self._process or self._start()
         try:
-            process.tell(request)
-            answer = json.loads(process.read_line(SILENCE_SECONDS))
-        except TimeoutError:
-            self.close()
-            return [_died(label, f"did not answer within {SILENCE_SECONDS:g} s")]
-        except (EOFError, BrokenPipeError):
-            how = ending(process.wait() or 0)
-            self.close()
-            return [_died(label, how)]
+            if not self._started:
+                self._start()
+            answer = self._worker.ask(request, SILENCE_SECONDS)
+        except WorkerDied as died:
+            problem = f"{died}, as after a read or write out of bounds"
+            return [Row(label, "process", "raised", math.inf, 0.0, False, problem)]
         if answer["lost"]:
-            self.close()
+            self._worker.end()
         return [Row(**row) for row in answer["rows"]]
 
-    def _start(self) -> LineProcess:
-        process = LineProcess([sys.executable, "-m", "nsa_gen.verification.worker"], self._environment)
+    def _start(self) -> None:
         try:
-            process.tell(self._opening)
-            process.read_line(SILENCE_SECONDS)
-        except (EOFError, BrokenPipeError):
-            how, said = ending(process.wait() or 0), process.errors()
-            process.close()
-            raise RuntimeError(f"the process that verifies {how} before its first case:\n{said}") from None
-        except BaseException:
-            process.close()
-            raise
-        self._process = process
-        return process
-
-
-def _died(label: str, how: str) -> Row:
-    problem = f"the process that ran it {how}, as after a read or write out of bounds"
-    return Row(label, "process", "raised", math.inf, 0.0, False, problem)
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    """The environment of the process: Triton's interpreter for the CPU alone, and this nsa_gen importable."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if device.type == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    roots = [str(Path(nsa_gen.__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
-    return environment
+            self._worker.ask({"do": "begin"}, SILENCE_SECONDS)
+        except WorkerFailure as failure:
+            raise RuntimeError(
+                f"the process that verifies failed before its first case: {failure}\n{failure.detail}"
+            ) from None
+        self._started = True
 
 
 def case_from(fields: Mapping[str, Any]) -> Case:
@@ -200,6 +172,8 @@ def scenario_from(fields: Mapping[str, Any]) -> Scenario:
 
 def answer(runner: InProcess, request: Mapping[str, Any]) -> list[Row]:
     """What the process says to a request of `Isolated`."""
+    if request["do"] == "begin":
+        return []
     if request["do"] == "case":
         return runner.case(case_from(request["case"]), request["seed"], request["gradients"])
     if request["do"] == "scenario":
@@ -210,3 +184,46 @@ def answer(runner: InProcess, request: Mapping[str, Any]) -> list[Row]:
 
         spec = parse_spec(request["spec"])
     return list(runner.example(spec, parse_example(request["example"], request["seed"])).rows)
+
+
+def main() -> None:
+    """Run a package's cases in a worker: `python -m nsa_gen.verification.running`.
+
+    Answers are {"rows": [...], "lost": whether the device is of no more use to this process}.
+    """
+    from nsa_gen.rendering import import_package
+    from nsa_gen.spec import parse_spec
+    from nsa_gen.verification.calls import quick_device_functions
+    from nsa_gen.verification.verify import builder
+
+    faulthandler.enable()
+
+    def build(opening: dict[str, Any]) -> Handle:
+        device = torch.device(opening["device"])
+        if device.type == "cpu":
+            quick_device_functions()
+        module = import_package(Path(opening["package"]))
+        runner = InProcess(parse_spec(opening["spec"]), module, device, builder(Path(opening["workplace"])))
+
+        def handle(request: dict[str, Any], say: Say) -> dict[str, Any]:
+            rows = answer(runner, request)
+            return {"rows": [asdict(row) for row in rows], "lost": _lost(device)}
+
+        return handle
+
+    serve(build)
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether every further call on the device would fail, as after a fault of a kernel."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,42 +1,38 @@
-"""A worker that needs no GPU: `python fake_worker.py PLAN`. A contender's name says what becomes of the process."""
+"""A worker that needs no GPU. A contender's name says what becomes of the process."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
-from nsa_gen._trace import watched
 from nsa_gen.bench.contenders import OURS
-from nsa_gen.bench.records import CheckRow, Row, TaskRow, read_lines, to_line
-from nsa_gen.bench.worker import DEVICE_LOST, Plan, Worker
+from nsa_gen.bench.measure import DeviceLost, Measurement
+from nsa_gen.bench.records import CheckRow, Row
+from nsa_gen.bench.worker import TaskRunner
+from nsa_gen.workers import serve
 
 
-class FakeWorker(Worker):
-    def _check(self, number, task):
+class FakeRunner(TaskRunner):
+    def _check(self, task, banned, known):
         if task.workload == "unchecked":
             raise ValueError("no check today")
         faults = ("o 3 of 1",) if task.workload == "wrong" else ()
         self._emit(CheckRow(task.workload, task.tokens, OURS, faults))
 
-    def _time(self, number, task):
-        banned = dict(self._plan.banned.get(number, {}))
+    def _time(self, task, banned):
         for name in (OURS, *task.contenders):
-            self._announce(number, name)
+            self._announce(name)
             if name in banned:
                 continue
             if name == "dies":
                 os.kill(os.getpid(), signal.SIGSEGV)
             elif name == "dies mid-line":
-                with self._plan.records.open("a") as file:
-                    file.write('{"record": "row", "workl')
+                os.write(answers, b'{"says": {"record": "row')
                 os.kill(os.getpid(), signal.SIGKILL)
             elif name == "loses the device":
-                self._announce(number, name, "RuntimeError: illegal access")
-                sys.stdout.flush()
-                os._exit(DEVICE_LOST)
+                failed = Measurement(name, errors={"forward": "RuntimeError: illegal access"})
+                raise DeviceLost(name, "gone", [failed])
             elif name == "hangs":
                 time.sleep(60)
             elif name == "takes a second":
@@ -54,8 +50,5 @@ class FakeWorker(Worker):
 
 
 if __name__ == "__main__":
-    watched()
-    plan = Plan.from_json(Path(sys.argv[1]).read_text())
-    assert all(isinstance(record, TaskRow | Row | CheckRow) for record in read_lines(plan.records))
-    assert to_line(TaskRow("", "", 1, "ok"))
-    os._exit(FakeWorker(plan).run())
+    answers = os.dup(1)
+    serve(lambda opening: FakeRunner(opening["seed"]).handle)

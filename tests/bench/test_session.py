@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.measure import Measurement, Timing
 from nsa_gen.bench.records import CheckRow, Row, TaskRow, read_results
 from nsa_gen.bench.session import Session, machine, run_session
-from nsa_gen.bench.worker import Plan, rows_of
+from nsa_gen.bench.worker import rows_of, task_fields, task_of
 from nsa_gen.bench.workloads import Task, nsa_spec, spec_tasks
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -48,8 +49,8 @@ def test_tasks_are_done_in_order_by_one_worker(tmp_path):
 @pytest.mark.parametrize(
     ("culprit", "reason"),
     [
-        ("dies", "ended its process: SIGSEGV"),
-        ("dies mid-line", "ended its process: SIGKILL"),
+        ("dies", "crashed: the process was ended by SIGSEGV"),
+        ("dies mid-line", "crashed: the process was ended by SIGKILL"),
         ("loses the device", "left the GPU unusable: RuntimeError: illegal access"),
     ],
 )
@@ -76,7 +77,7 @@ def test_a_contender_that_died_is_not_tried_again_at_that_length_or_a_longer_one
     tasks = [task(name, tokens, ["dies"]) for name, tokens in (("A", 200), ("B", 300), ("C", 200))]
     said = []
     found = times(session(tmp_path, progress=said.append).run(tasks))
-    assert {found[(name, "dies")] for name in "ABC"} == {"ended its process: SIGSEGV"}
+    assert {found[(name, "dies")] for name in "ABC"} == {"crashed: the process was ended by SIGSEGV"}
     assert sum("SIGSEGV" in line for line in said) == 1
     again = [task("A", 200, ["dies"]), task("B", 100, ["dies"])]
     said.clear()
@@ -86,7 +87,10 @@ def test_a_contender_that_died_is_not_tried_again_at_that_length_or_a_longer_one
 
 def test_a_contender_that_hangs_is_ended_after_its_silence(tmp_path):
     found = times(session(tmp_path, silence=25).run([task("A", contenders=["hangs", "x"])]))
-    assert "silent for 25 s (in _time (bench/fake_worker.py:" in found[("A", "hangs")] and found[("A", "x")] == 1.0
+    assert (
+        "hung: no sign of life for 25 s (in _time (bench/fake_worker.py:" in found[("A", "hangs")]
+        and found[("A", "x")] == 1.0
+    )
 
 
 def test_a_task_that_fails_outside_of_any_contender_is_given_up_and_the_next_is_done(tmp_path):
@@ -98,7 +102,7 @@ def test_a_task_that_fails_outside_of_any_contender_is_given_up_and_the_next_is_
 def test_times_that_were_taken_before_a_worker_died_are_kept_once(tmp_path):
     records = session(tmp_path).run([task("A", contenders=["dies after all is done"]), task("B")])
     assert len([record for record in records if isinstance(record, Row)]) == 3
-    assert ends(records)["A"] == ("failed", "after its times were taken: SIGSEGV")
+    assert ends(records)["A"] == ("failed", "after its times were taken: crashed: the process was ended by SIGSEGV")
     assert ends(records)["B"] == ("ok", "")
 
 
@@ -152,25 +156,23 @@ def test_a_session_that_is_interrupted_leaves_no_worker_behind(tmp_path):
 
 
 def workers_of(folder):
-    """Processes that run with a plan of a folder, those that have ended and wait to be collected left out."""
+    """Processes whose environment names a session's folder, those that have ended and wait to be collected left out."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            told = (process / "environ").read_bytes().decode(errors="replace")
             state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if str(folder) in command and state != "Z":
-            found.append(command)
+        if str(folder) in told and state != "Z":
+            found.append(process.name)
     return found
 
 
-def test_a_plan_is_read_as_it_was_written(tmp_path):
-    tasks = {3: task("A", contenders=["x", "y"], profile=True), 5: task("B", check=True, passes=("forward",))}
-    plan = Plan(tasks, {3: {"x": "why"}}, tmp_path / "r", tmp_path / "c", 7, 12.5)
-    again = Plan.from_json(plan.to_json())
-    assert again == plan
-    assert again.tasks[3].spec.digest() == SPEC.digest()
+def test_a_task_is_read_as_it_was_written():
+    for one in (task("A", contenders=["x", "y"], profile=True), task("B", check=True, passes=("forward",))):
+        again = task_of(json.loads(json.dumps(task_fields(one))))
+        assert again == one and again.spec.digest() == SPEC.digest()
 
 
 def test_rows_carry_the_shape_and_our_own_what_it_must_do():

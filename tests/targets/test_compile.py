@@ -15,8 +15,9 @@ from rich.console import Console
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, UnknownGpuError, gpu_for_target
 from nsa_gen.targets import Compilation, CompileReport, Resources, compile_spec, print_report
-from nsa_gen.targets.pool import Worker, WorkerFailure, worker_environment
+from nsa_gen.targets.compile import COMPILER, compiler_environment
 from nsa_gen.targets.resources import excess, parse_amdgcn, parse_res_usage
+from nsa_gen.workers import Worker, WorkerFailure
 
 HERE = Path(__file__).parent
 SAMPLE = HERE / "sample_package"
@@ -50,7 +51,7 @@ def troubled(cache: Path) -> CompileReport:
 @pytest.fixture
 def worker(cache: Path) -> Iterator[Worker]:
     opening = {"package": str(TROUBLED), "tokens": 4096, "batch": 2, "passes": ["endless", "sound"]}
-    one = Worker(opening, worker_environment(cache, None))
+    one = Worker(COMPILER, compiler_environment(cache), opening)
     yield one
     one.close()
 
@@ -174,7 +175,7 @@ def test_a_kernel_that_ends_the_compiler_fails_and_the_next_one_compiles(trouble
 def test_a_kernel_that_never_finishes_is_given_up_and_the_next_one_compiles(worker: Worker) -> None:
     call = {"target": "sm_90", "packed": False}
     endless, sound = worker.ask({"do": "trace", **call}, 120)["launches"]
-    with pytest.raises(WorkerFailure, match=r"no answer within 0\.5 s; the compiler was stopped \(in "):
+    with pytest.raises(WorkerFailure, match=r"hung: no sign of life for 0\.5 s \(in "):
         worker.ask({"do": "compile", **call, "key": endless["key"]}, 0.5)
     assert worker.ask({"do": "compile", **call, "key": sound["key"]}, 120)["registers"] > 0
 

@@ -85,7 +85,7 @@ def test_a_silent_job_is_killed_with_what_it_started_and_a_talking_one_is_not(tm
     hung = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
         f"open({str(child)!r}, 'w').write(str(p.pid)); print('begun', flush=True); "
-        f"from nsa_gen._trace import watched; watched(); p.wait()"
+        f"from nsa_gen.workers import watched; watched(); p.wait()"
     )
     talking = f"import time\nfor i in range(40): print(i, flush=True); time.sleep(0.2)\n{OK}"
     found = run(tmp_path, job("hung", hung), job("talking", talking), silence=6.0)

@@ -1,6 +1,6 @@
 """A measuring process without a GPU: times from a formula, and faults from a script.
 
-It speaks the protocol of `nsa_gen.tuning.worker`. The variable FAKE_GPU holds JSON:
+It speaks the protocol of `nsa_gen.tuning.engine`. The variable FAKE_GPU holds JSON:
 
     times      milliseconds of a forward by "kernel NAME=VALUE", subtracted (or added, if negative) where it applies
     faults     "kernel NAME=VALUE" -> crash | hang | lost | wrong | oom | kill | stop
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.tuning.process import Lost
-from nsa_gen.tuning.worker import serve
+from nsa_gen.tuning.backend import handler
+from nsa_gen.workers import Lost, serve
 
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("FAKE_GPU", "{}"))
 BASE = {"forward": 10.0, "backward": 20.0, "decode": 0.05}
@@ -113,4 +113,4 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
-    serve(FakeEngine)
+    serve(lambda opening: handler(FakeEngine(opening)))

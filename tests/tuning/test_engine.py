@@ -20,7 +20,7 @@ from nsa_gen.rendering import generate  # noqa: E402
 from nsa_gen.tuning import Bucket  # noqa: E402
 from nsa_gen.tuning import engine as engine_module  # noqa: E402
 from nsa_gen.tuning.engine import GpuEngine  # noqa: E402
-from nsa_gen.tuning.process import Lost  # noqa: E402
+from nsa_gen.workers import Lost  # noqa: E402
 from tests.bench.fakes import FakeClock  # noqa: E402
 from tests.support import small_spec  # noqa: E402
 from tools.gpu.tuner_faults import doctored  # noqa: E402

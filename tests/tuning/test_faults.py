@@ -15,7 +15,6 @@ import pytest
 
 from nsa_gen.tuning import EFFORTS, TuneReport, tune
 from nsa_gen.tuning.backend import Reading
-from nsa_gen.tuning.process import LOST_STATUS
 from tests.machine import alive
 from tests.tuning.fakes import fake_tools, spec
 from tests.tuning.test_search import began, other_tile
@@ -33,12 +32,12 @@ def tuned(cache: Path, fault: str, *, seconds: float = 60.0, **settings: Any) ->
 
 
 REASONS = {
-    "crash": "crashed: the measuring process exited with 11",
+    "crash": "crashed: the process exited with 11",
     "hang": "hung: no sign of life for 1 s (in _timed (tuning/fake_worker.py:",
     "lost": "left the GPU unusable: CUDA error: an illegal memory access was encountered",
     "wrong": "wrong: dq 3 of 1",
     "oom": "OutOfMemoryError: CUDA out of memory",
-    "kill": "crashed: the measuring process was ended by SIGKILL",
+    "kill": "crashed: the process was ended by SIGKILL",
 }
 
 
@@ -233,26 +232,3 @@ def test_a_disk_that_is_full_costs_the_journal_and_the_saving_and_not_the_result
 
     tools = fake_tools(cache, {"times": QUICKER})
     assert tune(spec(), tools=tools, shapes=(8192,), effort="quick", resume=True).ok
-
-
-AS_A_SCRIPT = """
-import runpy
-from nsa_gen.tuning import engine
-
-class Engine:
-    def __init__(self, opening):
-        pass
-
-    def check(self, candidates, announce, **request):
-        raise engine.Lost("gone")
-
-engine.GpuEngine = Engine
-runpy.run_module("nsa_gen.tuning.worker", run_name="__main__")
-"""
-
-
-def test_the_worker_knows_a_lost_gpu_by_the_engines_own_error() -> None:
-    request = '{}\n{"do": "check", "candidates": [{}]}\n'
-    command = [sys.executable, "-W", "ignore", "-c", AS_A_SCRIPT]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout, done.returncode) == ('{"lost": "gone"}\n', LOST_STATUS), done.stderr[-2000:]

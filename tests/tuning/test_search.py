@@ -275,7 +275,7 @@ def test_wrong_settings_are_refused(cache: Path) -> None:
 
 
 def test_a_worker_that_never_starts_ends_the_run_with_its_reason(cache: Path) -> None:
-    with pytest.raises(BackendLost, match="does not start: crashed: the measuring process exited with 9"):
+    with pytest.raises(BackendLost, match="does not start: crashed: the process exited with 9"):
         tuned(cache, {"start": "crash"})
 
 

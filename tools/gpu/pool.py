@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nsa_gen._trace import Trace
+from nsa_gen.workers import Trace
 
 RESULT_VARIABLE = "NSA_GEN_JOB_RESULT"
 DEADLINE_VARIABLE = "NSA_GEN_JOB_DEADLINE"

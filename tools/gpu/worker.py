@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import Any
 
-from nsa_gen._trace import note_launches, watched
+from nsa_gen.workers import note_launches, watched
 from tools.gpu.progress import save
 
 KINDS = {

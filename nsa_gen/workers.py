@@ -1,0 +1,501 @@
+"""Processes that may die, hang or be killed: compilers, measurements, verifications and GPU tests run in them.
+
+A worker is a subprocess that answers requests, JSON lines in and out, and may report progress before an answer. One
+that says nothing for too long is killed, after it was asked for its Python stacks and the kernel it launched last. The
+caller gets an answer or a `WorkerFailure`; the next request starts a fresh process. The two sides:
+
+    worker = Worker([sys.executable, "-m", "some.module"], worker_environment(), opening)
+    worker.ask({"do": ...}, seconds)                        # in the parent
+    serve(lambda opening: handle)                           # in some.module: handle(request, say) -> answer
+
+The stacks are written by faulthandler in a signal handler, which needs no cooperation of the thread that hangs. The
+last kernel's name is in memory that both processes map, so nothing is sent or asked for until the worker hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import mmap
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+Answer = dict[str, Any]
+
+# The parent's side
+
+
+class WorkerFailure(RuntimeError):
+    """A request without a good answer; the message is one line, `detail` the traceback or the end of stderr."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+class WorkerDied(WorkerFailure):
+    """The process ended before it answered, or was killed because it hung: "crashed: ...", "hung: ...".
+
+    Attributes:
+        status: its exit status, negative for a signal; None if it hung.
+    """
+
+    def __init__(self, reason: str, detail: str = "", status: int | None = None) -> None:
+        super().__init__(reason, detail)
+        self.status = status
+
+    @property
+    def hung(self) -> bool:
+        """It was killed after its silence."""
+        return self.status is None
+
+    @property
+    def from_outside(self) -> bool:
+        """A signal ended it that the process does not bring upon itself."""
+        return self.status in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+
+
+def worker_environment(*paths: Path, interpreted: bool = False, **more: str) -> dict[str, str]:
+    """This process's environment with `paths` and this nsa_gen importable, and Triton's interpreter on or off."""
+    environment = {**os.environ, **more}
+    environment.pop("TRITON_INTERPRET", None)
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    roots = [*map(str, paths), str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
+    return environment
+
+
+class Worker:
+    """A subprocess that `serve`s, started when first asked and again after it died. Its stderr is kept until it ends.
+
+    Args:
+        command: starts it.
+        environment: all of its variables.
+        opening: what it is told first.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], opening: Mapping[str, Any] | None = None
+    ) -> None:
+        self._command, self._environment, self._opening = list(command), dict(environment), dict(opening or {})
+        self._process: _Process | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number while there is one."""
+        return None if self._process is None else self._process.pid
+
+    def ask(
+        self,
+        request: Mapping[str, Any],
+        seconds: float,
+        hear: Callable[[dict[str, Any]], float | None] = lambda said: None,
+    ) -> Any:
+        """Send a request and return its answer.
+
+        Args:
+            request: anything that JSON takes.
+            seconds: silence after which the process is killed.
+            hear: is called with what the process says before it answers; may return how long to wait from then on.
+
+        Raises:
+            WorkerDied: the process died, or was silent for too long and was killed with all it had started.
+            WorkerFailure: the request raised an exception in the process.
+        """
+        with self._lock:
+            if self._closed:
+                raise WorkerDied("crashed: the worker was closed", status=-signal.SIGKILL)
+            process = self._process = self._process or _Process(self._command, self._environment, self._opening)
+        lost = ""
+        try:
+            process.tell(request)
+            while True:
+                said = json.loads(process.read_line(seconds))
+                if "answer" in said:
+                    return said["answer"]
+                if "error" in said:
+                    raise WorkerFailure(said["error"], said.get("detail", ""))
+                lost = said.get("lost", "")
+                if "says" in said:
+                    seconds = hear(said["says"]) or seconds
+        except TimeoutError:
+            reason = f"hung: no sign of life for {seconds:.4g} s{process.whereabouts()}"
+            raise WorkerDied(reason, self._buried(process)) from None
+        except (EOFError, BrokenPipeError, json.JSONDecodeError):
+            status = process.wait(10) or 0
+            detail = self._buried(process)
+            last = (detail.strip().splitlines() or [""])[-1].strip()
+            more = f" ({last[-300:]})" if last and status >= 0 else ""
+            reason = f"left the GPU unusable: {lost}" if lost else f"crashed: the process {ending(status)}{more}"
+            raise WorkerDied(reason, detail, status) from None
+
+    def end(self) -> None:
+        """Kill the process and everything it started; a later `ask` starts a fresh one."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.close()
+
+    def close(self) -> None:
+        """As `end`, for good: an `ask` in another thread does not start a fresh one."""
+        self._closed = True
+        self.end()
+
+    def _buried(self, process: _Process) -> str:
+        """End a process that is of no more use; the end of what it wrote to stderr."""
+        detail = process.errors()
+        self.end()
+        return detail
+
+
+def share(
+    workers: Sequence[Worker],
+    items: Sequence[T],
+    do: Callable[[Worker, T], R],
+    done: Callable[[T, R], None] = lambda item, result: None,
+) -> list[R]:
+    """The results of `do(worker, item)`, each item given to whichever worker is free, in the order of the items.
+
+    `done` is called as each ends, one call at a time. The workers are closed when this returns or raises, and after the
+    first exception no further item is begun.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(items)):
+        waiting.put(number)
+    results: dict[int, R] = {}
+    lock, stop, troubles = threading.Lock(), threading.Event(), list[BaseException]()
+
+    def run(worker: Worker) -> None:
+        try:
+            while not stop.is_set():
+                number = waiting.get_nowait()
+                result = do(worker, items[number])
+                with lock:
+                    results[number] = result
+                    done(items[number], result)
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            troubles.append(error)
+            stop.set()
+        finally:
+            worker.close()  # by the thread that started it, at whose end the kernel would kill it
+
+    threads = [threading.Thread(target=run, args=(worker,), daemon=True) for worker in workers[: len(items)]]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.close()
+    if troubles:
+        raise troubles[0]
+    return [results[number] for number in range(len(items))]
+
+
+class _Process:
+    """A subprocess from its start to its end, in a session of its own."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], opening: Mapping[str, Any]) -> None:
+        self._log = tempfile.TemporaryFile(prefix="nsa_gen_worker_")  # noqa: SIM115 (closed with the process)
+        self._trace = Trace()
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**environment, **self._trace.environment},
+                pass_fds=self._trace.descriptors,
+                start_new_session=True,
+            )
+        except BaseException:
+            self._log.close()
+            self._trace.close()
+            raise
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
+        self._unread = b""
+        with contextlib.suppress(BrokenPipeError):  # reading an answer will tell
+            self.tell(opening)
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a line. BrokenPipeError if the process has ended."""
+        self._input.write(json.dumps(dict(message)).encode() + b"\n")
+        self._input.flush()
+
+    def read_line(self, seconds: float) -> bytes:
+        """The next line. TimeoutError after so many seconds without a whole one, EOFError if the process ended."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            chunk = os.read(self._output.fileno(), 65536)
+            if not chunk:
+                raise EOFError
+            self._unread += chunk
+        line, self._unread = self._unread.split(b"\n", 1)
+        return line
+
+    def errors(self, limit: int = 4000) -> str:
+        """The last `limit` bytes of stderr."""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - limit))
+        return self._log.read().decode(errors="replace")
+
+    def whereabouts(self) -> str:
+        """Where the process hangs, in brackets after a blank; "" where it leaves no trace."""
+        return self._trace.remark(self.pid)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status, negative for a signal; None if the process runs on after so many seconds."""
+        try:
+            return self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """Kill the process and everything that it has started, such as an assembler."""
+        with contextlib.suppress(ProcessLookupError):  # all of its session had ended
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._input, self._output, self._log):
+            with contextlib.suppress(BrokenPipeError):  # it holds a line that nobody will read
+                pipe.close()
+        self._trace.close()
+
+
+def ending(status: int) -> str:
+    """How a process ended, by its exit status: "exited with 1" or "was ended by SIGKILL"."""
+    if status >= 0:
+        return f"exited with {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
+
+# The worker's side
+
+LOST_STATUS = 3
+"""Exit status of a process whose GPU became unusable."""
+DETAIL_LIMIT = 6000
+
+Say = Callable[[dict[str, Any]], None]
+"""Reports progress to the parent, as a sign of life."""
+Handle = Callable[[dict[str, Any], Say], Any]
+
+
+class Lost(RuntimeError):
+    """Raised by a request that left the GPU of no more use to its process, which then ends."""
+
+
+def serve(build: Callable[[dict[str, Any]], Handle]) -> NoReturn:
+    """Build what handles requests from the first line of standard input, and answer the others until it ends."""
+    end_with_parent()
+    watched()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # compilers and kernels print to standard output
+
+    def send(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    handle = build(json.loads(sys.stdin.readline()))
+    for line in sys.stdin:
+        try:
+            send({"answer": handle(json.loads(line), lambda says: send({"says": says}))})
+        except Lost as lost:
+            send({"lost": str(lost)})
+            os._exit(LOST_STATUS)  # an orderly end would wait for the GPU
+        except Exception as error:
+            send(describe(error))
+    os._exit(0)
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """An exception as an answer: the innermost message on one line, and its traceback cut to a page."""
+    innermost = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip().strip("^")]
+    where = next((line.strip(" :") for line in str(error).splitlines() if line.startswith("at ")), "")
+    # A compiler's first line says only that it failed; the line with the word says why.
+    said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
+    text = f"{type(innermost).__name__}: {said}" + (f" ({where})" if where and where not in said else "")
+    detail = "".join(traceback.format_exception(error))
+    return {"error": text[:400], "detail": detail[-DETAIL_LIMIT:]}
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that happens; Linux only, elsewhere a no-op."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+# Stacks and the last kernel of a process that hangs
+
+VARIABLE = "NSA_GEN_TRACE"
+"""Names the file that a process shares with its parent, by its descriptor and inode."""
+_SIGNAL = signal.SIGURG
+"""Not SIGUSR1 or SIGUSR2, whose handlers LLVM replaces when it compiles. A process without a handler outlives it."""
+_NAME, _HEADER = 112, 128
+"""The file begins with the last kernel's name, padded, and the process's number; the stacks follow."""
+_ANSWER_SECONDS, _SETTLED_SECONDS = 5.0, 0.3
+"""How long stacks are waited for, and after which pause they are complete."""
+_FRAMES, _THREADS, _LIMIT = 6, 3, 600
+"""Most innermost frames of a thread, threads, and letters that are reported."""
+
+_shared: mmap.mmap | None = None
+
+
+class Trace:
+    """The parent's side of the file in which a process leaves what it is at."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="nsa_gen_trace_")  # noqa: SIM115 (closed by `close`)
+        self._file.truncate(_HEADER)
+        self.descriptors = (self._file.fileno(),)
+        number = self._file.fileno()
+        self.environment = {VARIABLE: f"{number}:{os.fstat(number).st_ino}"}
+
+    def story(self, group: int) -> str:
+        """What the process, of a process group, is at: a line of at most some 600 letters; "" where it says nothing."""
+        header = os.pread(self._file.fileno(), _HEADER, 0)
+        kernel = header[:_NAME].rstrip(b"\0").decode(errors="replace")
+        said = [f"launched {kernel} last"] if kernel else []
+        pid = int(header[_NAME:].rstrip(b"\0") or 0)
+        if pid:
+            said.append(told(self._stacks(pid, group)) or "its stacks could not be had")
+        return _cut("; ".join(said))
+
+    def remark(self, group: int) -> str:
+        """The story in brackets after a blank, as the end of a sentence; "" where there is none."""
+        story = self.story(group)
+        return f" ({story})" if story else ""
+
+    def _stacks(self, pid: int, group: int) -> str:
+        """The stacks of all threads as faulthandler writes them; as far as they come in time."""
+        start = size = self._size()
+        try:
+            if os.getpgid(pid) != group:  # the number is another process's by now
+                return ""
+            os.kill(pid, _SIGNAL)
+        except ProcessLookupError:
+            return ""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        changed = time.monotonic()
+        while (now := time.monotonic()) < deadline and (size == start or now - changed < _SETTLED_SECONDS):
+            time.sleep(0.01)
+            if size != (size := self._size()):
+                changed = time.monotonic()
+        return os.pread(self._file.fileno(), size - start, start).decode(errors="replace")
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Forget the file, which nothing else has."""
+        self._file.close()
+
+
+def told(stacks: str) -> str:
+    """What faulthandler has written, as a line: the innermost frames of threads, the main one first."""
+    threads = [
+        re.findall(r'^  File "(.*)", line (\d+) in (.*)$', thread, re.MULTILINE)
+        for thread in re.split(r"^(?:Current thread|Thread) ", stacks, flags=re.MULTILINE)
+    ]
+    # Threads are listed from the newest to the oldest. The one that only serves to be told of signals is left out.
+    seen = [frames for frames in reversed(threads) if frames and not any(_stand_by.__name__ == f[2] for f in frames)]
+    lines = []
+    for frames in seen[:_THREADS]:
+        places = [f"{name} ({'/'.join(PurePath(path).parts[-2:])}:{line})" for path, line, name in frames[:_FRAMES]]
+        lines.append(" < ".join(places) + (" < ..." if len(frames) > _FRAMES else ""))
+    more = f"; {len(seen) - _THREADS} more threads" if len(seen) > _THREADS else ""
+    return ("in " + "; another thread in ".join(lines) + more) if lines else ""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LIMIT else f"{text[:_LIMIT]} ..."
+
+
+def watched() -> None:
+    """Leave for the parent what this process is at when it asks. Nothing where the parent has not made ready for it."""
+    global _shared
+    # Children of this process do not have the file; nor has this one if what is between it and its parent closed it.
+    file, _, inode = os.environ.pop(VARIABLE, "-1:").partition(":")
+    file = int(file)
+    try:
+        if str(os.fstat(file).st_ino) != inode:
+            return
+        _shared = mmap.mmap(file, _HEADER)
+    except OSError:
+        return
+    os.lseek(file, 0, os.SEEK_END)
+    faulthandler.register(_SIGNAL, file=file, all_threads=True)
+    # A signal that the main thread blocks goes to a thread that does not.
+    threading.Thread(target=_stand_by, daemon=True, name="nsa_gen_trace").start()
+    _shared[_NAME:] = str(os.getpid()).encode().ljust(_HEADER - _NAME, b"\0")
+
+
+def _stand_by() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {_SIGNAL})
+    threading.Event().wait()
+
+
+def note_launches() -> None:
+    """Have every launch of a Triton kernel note the kernel's name from now on, by whichever way it is launched.
+
+    Triton's dispatcher, and packages, which launch past it, both call what `CompiledKernel.run` gives. Triton's own
+    hooks are not for this: while there are any, packages launch by the dispatcher, which takes some 30 us longer. This
+    takes 0.3 us.
+    """
+    shared = _shared
+    if shared is None:
+        return
+    from triton.compiler import CompiledKernel
+
+    make_launcher = CompiledKernel._init_handles
+
+    def make_noting_launcher(self: Any) -> None:
+        make_launcher(self)
+        if getattr(self._run, "noting", None) is None:
+            self._run = _noting(shared, self._run, self.name)
+
+    CompiledKernel._init_handles = make_noting_launcher
+
+
+def _noting(shared: mmap.mmap, run: Callable[..., Any], name: str) -> Callable[..., Any]:
+    padded = name.encode()[:_NAME].ljust(_NAME, b"\0")
+
+    def launch(*arguments: Any) -> Any:
+        shared[:_NAME] = padded
+        return run(*arguments)
+
+    launch.noting = run  # type: ignore[attr-defined]
+    return launch
