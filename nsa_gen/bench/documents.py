@@ -1,4 +1,4 @@
-"""Result files as a report takes them: of benchmarks, `verify --json`, the tuner, and tools/gpu_suite.py."""
+"""Result files as a report takes them: of benchmarks, `verify --json`, the tuner, and of GPU tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa_gen._files import read_json
+from nsa_gen._files import parse_json, read_json, read_text
 from nsa_gen.bench.breakdown import OTHER, estimates
 from nsa_gen.bench.records import KernelRow, Results, Row, read_results
 from nsa_gen.bench.registry import CONTENDERS
@@ -16,7 +16,7 @@ from nsa_gen.spec import Spec, SpecError, load_spec
 
 _FORMS = (
     "the JSON of nsa-gen bench, nsa-gen verify --json, nsa-gen cache export or an entry of the tuner's cache, "
-    "tools/compare_peers.py or tools/gpu_suite.py"
+    "tools/compare_peers.py or the report of pytest --gpu-report"
 )
 _NUMBER = float | int | None
 _COMPARISON = {
@@ -67,7 +67,7 @@ def read_document(path: Path) -> Document:
     """
     try:
         if path.suffix == ".jsonl":
-            return Document(path, results=read_results(path))
+            return _gpu_report(path) or Document(path, results=read_results(path))
         return _document(path, read_json(path))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -119,6 +119,33 @@ def _suite(path: Path, found: Mapping[str, Any]) -> Document:
         rows, kernels = (tuple(item for pair in pairs for item in pair[part]) for part in (0, 1))
         results = Results(machine, {"seed": found.get("seed", 0)}, rows, kernels)
     return Document(path, results=results, machine=machine, jobs=checks)
+
+
+def _gpu_report(path: Path) -> Document | None:
+    """The tests of a report of `pytest --gpu-report`, each with what it found last; None if the file is none.
+
+    A test that was cut short has no outcome. The last line may be cut short itself.
+    """
+    lines = [parse_json(line) for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
+    machines = [line["machine"] for line in lines if "machine" in line and "device" in line]
+    if not machines:
+        return None
+    found: dict[str, Any] = {}
+    ended: dict[str, Any] = {}
+    for line in lines:
+        if "test" in line:
+            found.setdefault(line["test"], {}).update(line.get("found", {}))
+        if "outcome" in line:
+            ended[line["test"]] = line
+    statuses = {"passed": "ok", None: "not ended"}
+    jobs = []
+    for name, result in found.items():
+        line = ended.get(name, {})
+        status = line.get("outcome")
+        if status != "skipped":
+            rest = {"seconds": line.get("seconds", 0), "detail": line.get("detail", ""), "result": result}
+            jobs.append(_job({"name": name.rpartition("::")[2], "status": statuses.get(status, status), **rest}))
+    return Document(path, machine=machines[0], jobs=tuple(jobs))
 
 
 def _job(job: Mapping[str, Any]) -> Job:

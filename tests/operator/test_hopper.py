@@ -1,6 +1,6 @@
 """Hopper's kernel of banded attention: which packages have it, and which calls it serves.
 
-Its values are checked on a GPU, by tools/gpu/hopper.py: the interpreter does not know the language it is written in.
+Its values are checked on a GPU, by tests/gpu/hopper.py: the interpreter does not know the language it is written in.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hopper's kernel of selected attention's gradients: which packages have it, and which calls it serves.
 
-Its values are checked on a GPU, by tools/gpu/hopper_backward.py: the interpreter does not know the language it is
+Its values are checked on a GPU, by tests/gpu/hopper_backward.py: the interpreter does not know the language it is
 written in.
 """
 

@@ -22,8 +22,8 @@ from nsa_gen.tuning import engine as engine_module  # noqa: E402
 from nsa_gen.tuning.engine import GpuEngine  # noqa: E402
 from nsa_gen.workers import Lost  # noqa: E402
 from tests.bench.fakes import FakeClock  # noqa: E402
+from tests.gpu.tuner_faults import doctored  # noqa: E402
 from tests.support import small_spec  # noqa: E402
-from tools.gpu.tuner_faults import doctored  # noqa: E402
 
 SPEC = small_spec("win", gate="none", window=20, dims=(16, 16))
 OTHER = {"window_forward": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}}

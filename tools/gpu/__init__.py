@@ -1,1 +1,1 @@
-"""The pieces of `tools/gpu_suite.py`: a pool of processes, the jobs they run, and the report."""
+"""Measurements that need a GPU. Checks that need one are tests: `pytest -m gpu`."""

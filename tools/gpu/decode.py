@@ -1,12 +1,15 @@
 """Times of decode and of prefill in chunks, beside dense attention and the bytes that must be read.
 
+    python -m tools.gpu.decode nsa_64x4 llama3_8b --json decode.json [--shapes 65536:1 65536:32]
+
 Decode is timed as a captured graph of several layers, whose keys together exceed the L2 cache, over the number of
-layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run. What is found
-is in the result as numbers, `decode` and `prefill`, and as lines, `table`.
+layers. The floor is the bytes that a step must read over the bandwidth of a plain copy in the same run.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,61 +23,56 @@ from nsa_gen.spec import Spec
 from nsa_gen.tuning.decoding import step_bytes
 from nsa_gen.verification.oracle import OracleParameters
 from nsa_gen.verification.report import environment
-from tools.gpu.inference import CHUNK, new_tokens, queries
-from tools.gpu.packages import package_of, variant
-from tools.gpu.progress import save, say, seconds_left
+from tests.gpu.common import say
+from tests.gpu.inference import CHUNK, new_tokens, queries
+from tests.gpu.support import package_of, variant
 
 MOST_CACHE_BYTES = 30e9
 COLD_BYTES = 150e6
 """Bytes that the layers decoded in turn read together: three times the L2 cache of an H100."""
+SHAPES = [(tokens, batch) for tokens in (65536, 4096, 16384, 262144) for batch in (1, 4, 16, 32, 64)]
+"""(Tokens, sequences), the most telling first."""
 PROMPT = 131072
 ROOM = 64
 """Tokens that a cache is larger than what it holds; part of what kernels are compiled for."""
 
 
-def decode_job(
-    result: dict[str, Any],
-    *,
-    spec: str,
-    shapes: Sequence[Sequence[int]],
-    timed: bool,
-    seed: int,
-    root: str,
-    prefill: bool = True,
-) -> None:
-    """Time the decode of a shipped spec at (tokens, sequences), and its prefill; not `timed`, run each shape once."""
+def measure(spec: str, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Times of a shipped spec's prefill, and of its decode at (tokens, sequences)."""
     meaning = variant(spec, "bfloat16")
-    module = import_package(package_of(meaning, Path(root)))
-    result.update(environment=asdict(environment(torch.device("cuda"))), table=[], decode=[], seed=seed)
-    bandwidth = copy_bandwidth() if timed else 1.0
-    result["copy_tbs"] = bandwidth / 1e12
-    if prefill and not timed:
-        touch_prefill(meaning, module)
-    if prefill and timed and seconds_left() > 20:
-        say(f"{spec}: prefill of {PROMPT} in chunks of {CHUNK}")
-        result["prefill"] = found = prefill_times(meaning, module)
-        result["table"].append(
-            f"{spec} prefill of {PROMPT}: at once {found['whole_ms']:.1f} ms, in chunks of {CHUNK} "
-            f"{found['chunks_ms']:.1f} ms ({found['ratio']:.3f} x)"
-        )
-        torch.cuda.empty_cache()
+    module = import_package(package_of(meaning))
+    bandwidth = copy_bandwidth()
+    touch_prefill(meaning, module)
+    prefill = prefill_times(meaning, module)
+    say(
+        f"{spec} prefill of {PROMPT}: at once {prefill['whole_ms']:.1f} ms, in chunks of {CHUNK} "
+        f"{prefill['chunks_ms']:.1f} ms ({prefill['ratio']:.3f} x)"
+    )
+    found = []
     for tokens, batch in shapes:
-        if seconds_left() < 10:
-            result["table"].append(f"{spec}: the budget was spent before {tokens} tokens, batch {batch}")
-            break
-        if not timed:
-            touch(meaning, module, tokens, batch)
-            continue
-        try:
-            found = decode_times(meaning, module, tokens, batch, bandwidth)
-        except torch.cuda.OutOfMemoryError:
-            found = {"tokens": tokens, "batch": batch, "skipped": "out of memory"}
-        result["decode"].append(found)
-        result["table"].append(f"{spec} {decode_line(found)}")
-        say(result["table"][-1])
         torch.cuda.empty_cache()
-        save(result)
-    result["ok"] = True
+        try:
+            found.append(decode_times(meaning, module, tokens, batch, bandwidth))
+        except torch.cuda.OutOfMemoryError:
+            found.append({"tokens": tokens, "batch": batch, "skipped": "out of memory"})
+        say(f"{spec} {decode_line(found[-1])}")
+    return {"spec": spec, "copy_tbs": bandwidth / 1e12, "prefill": prefill, "decode": found}
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", nargs="+")
+    parser.add_argument("--shapes", nargs="+", metavar="TOKENS:BATCH", default=[])
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    named = [(int(tokens), int(batch)) for tokens, batch in (each.split(":") for each in given.shapes)]
+    documents = []
+    for spec in given.specs:
+        documents.append(measure(spec, named or SHAPES))
+        if given.json is not None:
+            found_on = asdict(environment(torch.device("cuda")))
+            given.json.write_text(json.dumps({"environment": found_on, "specs": documents}, indent=1) + "\n")
 
 
 def decode_line(found: dict[str, Any]) -> str:
@@ -87,19 +85,6 @@ def decode_line(found: dict[str, Any]) -> str:
         f"{shape}: decode {found['decode_us']:7.1f} us, {100 * found['floor_fraction']:3.0f}% of the floor "
         f"{found['floor_us']:.1f}; write {found['write_us']:.1f}{dense}"
     )
-
-
-def touch(spec: Spec, module: Any, tokens: int, batch: int) -> None:
-    """Compile what timing a shape needs, on a cache of that capacity that holds little."""
-    cache = module.NSACache(batch, tokens + ROOM, device="cuda")
-    new = new_tokens(spec, module, batch, 100, torch.Generator("cuda"))
-    cache.extend(100)
-    cache.write(**new)
-    q, gates, out = queries(spec, batch, 1)
-    cache.extend(1)
-    cache.write(**new_tokens(spec, module, batch, 1, torch.Generator("cuda")))
-    module.nsa_decode(q, cache, **gates, out=out)
-    torch.cuda.synchronize()
 
 
 def touch_prefill(spec: Spec, module: Any) -> None:
@@ -235,3 +220,7 @@ def prefill_times(spec: Spec, module: Any) -> dict[str, float]:
             times.append(run(chunk))
     whole, chunks = (sorted(times[1:])[1] for times in both.values())
     return {"tokens": PROMPT, "chunk": CHUNK, "whole_ms": whole, "chunks_ms": chunks, "ratio": chunks / whole}
+
+
+if __name__ == "__main__":
+    main()

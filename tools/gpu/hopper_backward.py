@@ -1,217 +1,25 @@
-"""Hopper's kernel of selected attention's gradients beside the ordinary one: right first, then how long each takes.
+"""How long Hopper's kernel of selected attention's gradients takes beside the ordinary one.
 
     python -m tools.gpu.hopper_backward generated/llama3_8b --tokens 65536 8192 --save build/hopper_backward.json
 
-Needs a GPU of capability 9.0, and of Python torch and triton alone. Each package is checked and timed in a process of
-its own, which is ended after `--seconds`: a kernel that hangs takes its process with it.
+Needs a GPU of capability 9.0, and of Python torch and triton alone. `pytest tests/gpu -k hopper` checks the values.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-KERNELS = {"hopper": 0, "ordinary": 2**31}
-"""By name, from how many query tokens on Hopper's kernel serves a call."""
-FACTOR, FLOOR = 1.3, 1e-4
-"""The error of Hopper's kernel, relative to float64, may be this much of the ordinary one's, and this much more."""
+from tests.gpu.hopper_backward import KERNELS, Package
+
 REPEATS = 12
-
-Call = dict[str, Any]
-
-
-class Package:
-    """The modules of a generated package that take part in the backward of selected attention."""
-
-    def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(folder.resolve().parent))
-        self.top = importlib.import_module(folder.name)
-        names = (
-            "configs", "spec", "kernels.inverted_index", "sequences", "kernels.selected_key_major_backward"
-        )  # fmt: skip
-        self.configs, constants, self.index, self.sequences, self.kernels = (
-            importlib.import_module(f"{folder.name}.{name}") for name in names
-        )
-        self.hq, self.hkv = constants.QUERY_HEADS.value, constants.KV_HEADS.value
-        self.group, self.count = constants.GROUP.value, constants.SELECTION_COUNT.value
-        self.dk, self.dv = constants.HEAD_DIM_QK.value, constants.HEAD_DIM_V.value
-        self.block, self.scale = constants.SELECTION_BLOCK.value, constants.SCALE.value
-        self.dtype = getattr(torch, self.top.SPEC["dtype"])
-        self.gated = self.top.SPEC["combine"]["gate"] != "none"
-
-
-# Correctness
-
-
-def make_call(
-    package: Package,
-    rows: int,
-    tokens: int,
-    *,
-    batch: int = 1,
-    lengths: tuple[int, ...] = (),
-    same: bool = False,
-    gated: bool = True,
-    strided: bool = False,
-) -> Call:
-    """A call, its gradients in float64; `same`: all queries choose alike; `strided`: inputs are views of one tensor."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").to(package.dtype)
-
-    hq, hkv, dk, dv = package.hq, package.hkv, package.dk, package.dv
-    if strided:
-        fused = normal(batch, max(rows, tokens), hq + 2 * hkv + 1, max(dk, dv))
-        q, k = fused[:, :rows, :hq, :dk], fused[:, :tokens, hq : hq + hkv, :dk]
-        v = fused[:, :tokens, hq + hkv : hq + 2 * hkv, :dv]
-    else:
-        q, k, v = normal(batch, rows, hq, dk), normal(batch, tokens, hkv, dk), normal(batch, tokens, hkv, dv)
-    do = normal(batch, rows, hq, dv)
-    gate = normal(batch, rows, hq, 3)[..., 1] if gated and package.gated else None
-    position, first = (
-        torch.arange(rows, device="cuda") + tokens - rows,
-        torch.zeros(rows, dtype=torch.long, device="cuda"),
-    )
-    bounds = None
-    if lengths:
-        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
-        first = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths, device="cuda"))
-        position = torch.arange(rows, device="cuda") - first
-    indices = _choose(package, position, batch, tokens, same, generator)
-    call = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "do": do,
-        "gate": gate,
-        "indices": indices,
-        "counts": (indices >= 0).sum(-1).int(),
-        "sequences": package.sequences.Sequences(batch, rows, tokens, bounds),
-    }
-    return call | _differentiate(package, call, position, first)
-
-
-def _choose(
-    package: Package, position: Tensor, batch: int, tokens: int, same: bool, generator: torch.Generator
-) -> Tensor:
-    """The own block, the first, and others at random or always the same, ascending; -1 where there are no more."""
-    blocks = -(-tokens // package.block)
-    number = torch.arange(blocks, device="cuda")
-    score = torch.rand(batch, len(position), package.hkv, blocks, generator=generator, device="cuda")
-    if same:
-        score = -number.float().expand_as(score)
-    own = (position // package.block)[:, None, None]
-    score = torch.where((number == own) | (number == 0), 2.0, score).where(number <= own, -torch.inf)
-    best, chosen = torch.topk(score, min(package.count, blocks), dim=-1)
-    chosen = torch.sort(chosen.where(best > -torch.inf, blocks), dim=-1)[0]
-    indices = torch.full((*score.shape[:3], package.count), -1, dtype=torch.int32, device="cuda")
-    indices[..., : chosen.shape[-1]] = chosen.where(chosen < blocks, -1)
-    return indices
-
-
-def _differentiate(package: Package, call: Call, position: Tensor, first: Tensor) -> dict[str, Tensor]:
-    """lse, delta and gradients in float64, from the definition."""
-    q, k, v, do, gate, indices = (call[name] for name in ("q", "k", "v", "do", "gate", "indices"))
-    batch, rows, tokens = q.shape[0], q.shape[1], k.shape[1]
-    found = {name: torch.empty(q.shape[:3], device="cuda") for name in ("lse", "delta")}
-    for name, x in (("dq", q), ("dk", k), ("dv", v)):
-        found[name] = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
-    blocks = -(-tokens // package.block)
-    local = torch.arange(tokens, device="cuda")[None] - first[:, None]
-    for b in range(batch):
-        for head in range(package.hq):
-            h = head // package.group
-            chosen = torch.zeros(rows, blocks + 1, dtype=torch.bool, device="cuda")
-            chosen.scatter_(1, indices[b, :, h].long().where(indices[b, :, h] >= 0, blocks), True)
-            seen = (local >= 0) & (local <= position[:, None])
-            seen &= chosen.gather(1, (local // package.block).clamp(0, blocks))
-            keys, values = k[b, :, h].double(), v[b, :, h].double()
-            scores = (q[b, :, head].double() @ keys.T * package.scale).masked_fill(~seen, -torch.inf)
-            lse = torch.logsumexp(scores, 1)
-            p, dp = torch.exp(scores - lse[:, None]), do[b, :, head].double() @ values.T
-            delta = (p * dp).sum(1)
-            found["lse"][b, :, head], found["delta"][b, :, head] = lse.float(), delta.float()
-            if gate is not None:
-                p = p * torch.sigmoid(gate[b, :, head].double())[:, None]
-            ds = p * (dp - delta[:, None])
-            found["dq"][b, :, head] = ds @ keys * package.scale
-            found["dk"][b, :, h] += ds.T @ q[b, :, head].double() * package.scale
-            found["dv"][b, :, h] += p.T @ do[b, :, head].double()
-    return found
-
-
-def differentiate(
-    package: Package, call: Call, kernel: str, chunk_tokens: int, with_dq: bool = True
-) -> dict[str, Tensor]:
-    """dk, dv and dq of a call by one of the kernels, where memory held NaN before; dk and dv are added to."""
-    layout = package.index.Layout.of(call["sequences"], chunk_tokens)
-    keys = package.index.slot_keys(call["indices"], call["counts"], call["sequences"], layout, False)
-    ordered = package.index.sort_slots(keys, layout)
-    junk = [torch.full((size,), torch.nan, device="cuda") for size in (2**28, 2**26, 2**22, 2**18)]
-    del junk
-    dk, dv = (torch.full(call[name].shape, before, device="cuda") for name, before in (("k", 0.25), ("v", -0.5)))
-    dq = torch.full_like(call["q"], torch.nan).contiguous() if with_dq else None
-    tensors = (*(call[name] for name in ("q", "k", "v")), keys, *ordered, layout)
-    given = (*(call[name] for name in ("do", "lse", "delta", "gate")), dq, dk, dv, call["sequences"])
-    with package.configs.override("selected_backward", HOPPER_BACKWARD_TOKENS=KERNELS[kernel]):
-        package.kernels.backward(*tensors, *given)
-    torch.cuda.synchronize()
-    found = {"dk": dk - 0.25, "dv": dv + 0.5}
-    return found if dq is None else found | {"dq": dq}
-
-
-CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "ragged": ({"rows": 1000, "tokens": 1000}, 128),
-    "batch": ({"rows": 333, "tokens": 333, "batch": 3}, 4096),
-    "fewer queries, strided": ({"rows": 300, "tokens": 777, "batch": 2, "strided": True}, 64),
-    "same blocks": ({"rows": 1500, "tokens": 1500, "same": True}, 4096),
-    "packed": ({"rows": 1000, "tokens": 1000, "lengths": (1, 300, 0, 64, 63, 572)}, 256),
-    "no gate": ({"rows": 700, "tokens": 700, "gated": False}, 512),
-}
-"""By name, what `make_call` takes, and tokens of a chunk."""
-
-
-def check(package: Package) -> list[dict[str, Any]]:
-    """Errors of both kernels in every case, whether bits repeat, and where a NaN goes; `ok` where that is right."""
-    rows = []
-    for name, (arguments, chunk_tokens) in CASES.items():
-        call = make_call(package, **arguments)
-        for with_dq in (True, False):
-            print(f"{name}, {'with' if with_dq else 'without'} dq", flush=True)
-            mine, again = (differentiate(package, call, "hopper", chunk_tokens, with_dq) for _ in range(2))
-            theirs = differentiate(package, call, "ordinary", chunk_tokens, with_dq)
-            errors = {key: (_error(mine[key], call[key]), _error(theirs[key], call[key])) for key in mine}
-            same_bits = all(torch.equal(mine[key], again[key]) for key in mine)
-            ok = same_bits and all(x <= FACTOR * y + FLOOR for x, y in errors.values())
-            rows.append({"case": name, "dq": with_dq, "errors": errors, "same_bits": same_bits, "ok": ok})
-    call = make_call(package, 500, 500)
-    for name, place in (("k", 200), ("v", 499), ("q", 150), ("do", 300)):
-        broken = call | {name: call[name].clone()}
-        broken[name][0, place, 0, 5] = torch.nan
-        mine, theirs = (differentiate(package, broken, kernel, 128) for kernel in KERNELS)
-        ok = all(torch.equal(mine[key].isnan(), theirs[key].isnan()) for key in mine)
-        rows.append({"case": f"a NaN in {name}", "ok": ok})
-    return rows
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over that of what is expected; NaN if anything is NaN."""
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-# Times
 
 
 def prepare(package: Package, tokens: int) -> dict[str, Callable[[], None]]:
@@ -269,37 +77,21 @@ def measure(package: Package, tokens: int) -> dict[str, float]:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", nargs="+", type=Path)
-    parser.add_argument("--tokens", nargs="*", type=int, default=[])
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--save", type=Path, default=Path("hopper_backward.json"))
-    parser.add_argument("--here", action="store_true", help="in this process; one package")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 65536])
+    parser.add_argument("--save", type=Path)
     given = parser.parse_args()
-    if given.here:
-        package = Package(given.packages[0])
-        rows = check(package)
-        times = {str(tokens): measure(package, tokens) for tokens in given.tokens}
-        given.save.write_text(json.dumps({"checks": rows, "milliseconds": times}))
-        sys.exit(not all(row["ok"] for row in rows))
-    found: dict[str, Any] = {
+    package = Package(given.package)
+    found = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "packages": {},
+        "milliseconds": {str(tokens): measure(package, tokens) for tokens in given.tokens},
     }
-    for folder in given.packages:
-        part = given.save.with_suffix(f".{folder.name}.json")
-        command = [sys.executable, __file__, str(folder), "--here", "--save", str(part)]
-        command += ["--tokens", *map(str, given.tokens)]
-        try:
-            code = subprocess.run(command, timeout=given.seconds, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-        found["packages"][folder.name] = json.loads(part.read_text()) if part.is_file() else {"exit code": code}
-        part.unlink(missing_ok=True)
-        print(f"{folder.name}: {'right' if code == 0 else f'WRONG, exit code {code}'}", flush=True)
-    given.save.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({name: each.get("milliseconds") for name, each in found["packages"].items()}, indent=1))
+    text = json.dumps(found, indent=1)
+    print(text)
+    if given.save is not None:
+        given.save.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from nsa_gen.verification.inputs import parameter_shapes
 from nsa_gen.verification.oracle import OracleParameters
 from nsa_gen.verification.report import environment
 from nsa_gen.verification.verify import adapt
-from tools.gpu.packages import package_of, spec_of_request
-from tools.gpu.progress import say
+from tests.gpu.common import say
+from tests.gpu.support import package_of, spec_of_request
 
 REPLAYS = 1000
 COMPARED_EVERY = 100
@@ -24,11 +23,11 @@ CHUNK = 8192
 
 
 def inference_job(
-    result: dict[str, Any], *, spec: str, device: str, first: int, count: int, graphs: bool, seed: int, root: str
+    result: dict[str, Any], *, spec: str, device: str, first: int, count: int, graphs: bool, seed: int
 ) -> None:
     """Go through `count` scenarios of a shipped spec, from seed `first` on; with `graphs`, replay a graph as well."""
     meaning, _ = adapt(spec_of_request(spec), interpreted=device == "cpu", dtype=None, fixed=False)
-    module = import_package(package_of(meaning, Path(root)))
+    module = import_package(package_of(meaning))
     rows = run_scenarios(meaning, module, count, seed + first, device, say)
     result.update(environment=asdict(environment(torch.device(device))), rows=[asdict(row) for row in rows])
     bad = sum(not row.ok for row in rows)

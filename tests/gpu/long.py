@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.report import Row, environment
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
 from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
-from tools.gpu.correctness import not_finite
-from tools.gpu.packages import memory_slot, package_of, variant
-from tools.gpu.progress import release, save, say
+from tests.gpu.common import release, save, say
+from tests.gpu.correctness import not_finite
+from tests.gpu.support import memory_slot, package_of, variant
 
 ROWWISE = ("q", "do", "gates", "indices", "counts")
 """Arguments with a row a query; the others have a row a key."""
@@ -36,8 +35,6 @@ def long_job(
     rows: int,
     device: str,
     seed: int,
-    root: str,
-    slots: int,
 ) -> None:
     """Forward and backward over `tokens` tokens; `rows` rows at the end, in the middle and early on are checked.
 
@@ -47,8 +44,8 @@ def long_job(
     meaning = variant(spec, dtype)
     if meaning.compression is not None and meaning.compression.phi.key == "external":
         raise ValueError(f"spec: expected one that compresses its keys itself, got {spec}")
-    module = import_package(package_of(meaning, Path(root)))
-    with memory_slot(Path(root) / "memory", slots):
+    module = import_package(package_of(meaning))
+    with memory_slot():
         _run_and_check(result, meaning, module, tokens, rows, device, seed)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.report import environment
 from tools.gpu import host_time
-from tools.gpu.packages import package_of, spec_of_request
-from tools.gpu.progress import save, say
 
+SPECS = ("llama3_8b", "mha_16", "tiny")
+"""Specs that PyTorch's tools are tried on."""
 # A length outside the first bucket of tile sizes, and others of the same bucket.
 LENGTHS = {"cuda": (600, 777, 1000), "cpu": (12, 14, 16)}
 
@@ -45,31 +41,6 @@ class Subject:
         """The output and every gradient."""
         o = attend(*leaves)
         return [o.detach(), *torch.autograd.grad(o, leaves, do)]
-
-
-def pytorch_job(result: dict[str, Any], *, spec: str, device: str, seed: int, root: str) -> None:
-    """Every check of a spec, each in a row of its own: an exception costs its check alone."""
-    meaning = spec_of_request(spec)
-    subject = Subject(meaning, import_package(package_of(meaning, Path(root))), device)
-    result.update(environment=asdict(environment(torch.device(device))), rows=[], table=[], seed=seed)
-    for name, check in CHECKS.items():
-        if device == "cpu" and name in ONLY_ON_A_GPU:
-            continue
-        say(f"{spec}: {name}")
-        torch._dynamo.reset()
-        started = time.perf_counter()
-        try:
-            detail, ok = check(subject), True
-        except Exception as error:
-            detail, ok = f"{type(error).__name__}: {error}"[:500], False
-        seconds = round(time.perf_counter() - started, 2)
-        result["rows"].append({"check": name, "ok": ok, "detail": detail, "seconds": seconds})
-        if not ok or name == "host time":
-            result["table"].append(f"{spec}: {name} {'' if ok else 'FAILED '}{detail}"[:200])
-        save(result)
-    good = sum(row["ok"] for row in result["rows"])
-    result["table"].append(f"{spec}: {good} of {len(result['rows'])} checks with PyTorch's tools ok")
-    result["ok"] = good == len(result["rows"])
 
 
 def expect(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:

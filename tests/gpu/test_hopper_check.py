@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.gpu import hopper
 from tests.support import DEVICE, Operator, operator_of
-from tools.gpu import hopper
 
 SHAPES = ((37, None, "fused"), (5, 30, "heads first"), ((20, 0, 9), None, "plain"))
 

@@ -8,19 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_gen.lowering import lower
-from nsa_gen.rendering import import_package
-from nsa_gen.verification.report import environment
-from tools.gpu.packages import package_of, spec_of_request
-from tools.gpu.progress import say
-from tools.gpu.repeats import other_bits
+from tests.gpu.common import other_bits, say
 
 NEVER = 2**31
 SHAPES: tuple[tuple[Any, int | None, str], ...] = (
@@ -34,25 +28,16 @@ TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 """Of o in the Frobenius norm: both round probabilities and o, at other places."""
 
 
-def hopper_job(result: dict[str, Any], *, spec: str, dtype: str, device: str, seed: int, root: str) -> None:
-    """Compare the kernels of a shipped spec's package in a dtype, branch by branch."""
-    meaning = spec_of_request(spec, dtype)
-    module = import_package(package_of(meaning, Path(root)))
-    result["environment"] = asdict(environment(torch.device(device)))
-    if not lower(meaning).hopper or torch.cuda.get_device_capability() != (9, 0):
-        result.update(ok=True, skipped="the kernel is not for this spec or GPU")
-        return
+def hopper_job(result: dict[str, Any], module: ModuleType, branch: str, seed: int = 0) -> None:
+    """Compare the kernels of a branch of a package, for every shape and poison."""
     torch.manual_seed(seed)
     broken: list[str] = []
-    for branch in ("compressed", "window"):
-        for shape in SHAPES:
-            for poison in POISONS:
-                label = f"{branch} {shape} poison {poison}"
-                say(label)
-                broken += [f"{label}: {fault}" for fault in faults(module, branch, *shape, poison, device)]
-    result["ok"] = not broken
-    if broken:
-        result["error"] = "; ".join(broken)
+    for shape in SHAPES:
+        for poison in POISONS:
+            label = f"{branch} {shape} poison {poison}"
+            say(label)
+            broken += [f"{label}: {fault}" for fault in faults(module, branch, *shape, poison, "cuda")]
+    result.update(ok=not broken, error="; ".join(broken), compared=len(SHAPES) * len(POISONS))
 
 
 def faults(

@@ -1,19 +1,14 @@
 """A small language model trained with a generated operator, eagerly and compiled, and with dense attention.
 
 The model is Llama-like (rotary positions, RMS norms, SwiGLU), reads bytes, and learns the project's own documents and
-sources. The figure is drawn from the suite's JSON, on a machine that has matplotlib:
-
-    python tools/gpu/training.py DIR/training.json docs/results/training.png
+sources. `python tools/gpu/plot_training.py REPORT FILE` draws the losses.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_gen.rendering import import_package
+from nsa_gen.spec import parse_spec
+from nsa_gen.verification.report import environment
+from tests.gpu.common import save, say
+from tests.gpu.support import package_of
+
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
-
-from nsa_gen.rendering import import_package  # noqa: E402
-from nsa_gen.spec import parse_spec  # noqa: E402
-from nsa_gen.verification.report import environment  # noqa: E402
-from tools.gpu.packages import package_of  # noqa: E402
-from tools.gpu.progress import save, say  # noqa: E402
-
 SPEC = """
 version: 1
 name: byte_model
@@ -67,11 +60,11 @@ class Size:
 SIZES = {"cuda": Size(512, 4, 1376, 1024, 16, 300), "cpu": Size(512, 1, 64, 24, 1, 3)}
 
 
-def training_job(result: dict[str, Any], *, device: str, seed: int, root: str) -> None:
+def training_job(result: dict[str, Any], *, device: str, seed: int) -> None:
     """Train the three models alike and compare their losses."""
     size = SIZES[device]
     dtype = "bfloat16" if device == "cuda" else "float32"
-    module = import_package(package_of(parse_spec(SPEC.replace("DTYPE", dtype), "<byte model>"), Path(root)))
+    module = import_package(package_of(parse_spec(SPEC.replace("DTYPE", dtype), "<byte model>")))
     text = corpus()
     compiler = "inductor" if device == "cuda" else "aot_eager"
     result.update(environment=asdict(environment(torch.device(device))), size=asdict(size), seed=seed, losses={})
@@ -224,31 +217,3 @@ def _table(result: dict[str, Any]) -> list[str]:
         f"  compiled beside eager: first steps {found['first_steps']:.1e} (at most {FIRST_TOLERANCE:.0e}), curve "
         f"{found['curve']:.1e} (at most {CURVE_TOLERANCE:.0e})",
     ]
-
-
-def plot(document: Path, picture: Path) -> None:
-    """Draw the losses of a suite's training.json, smoothed over ten steps."""
-    from nsa_gen.bench.drawing import pyplot
-
-    result = json.loads(document.read_text(encoding="utf-8"))["jobs"][0]["result"]
-    figure, ax = pyplot().subplots(figsize=(7, 4), layout="constrained")
-    styles = itertools.cycle(({"linewidth": 2.2}, {"linewidth": 1.2, "linestyle": "--"}, {"linewidth": 1.2}))
-    for (name, losses), style in zip(result["losses"].items(), styles, strict=False):
-        ax.plot(range(len(losses)), _smoothed(losses), label=name, **style)
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss, nats a byte (mean of 10 steps)")
-    size = result["size"]
-    ax.set_title(f"{result['parameters'] / 1e6:.1f}M parameters, {size['batch']} x {size['tokens']} bytes a step")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=150)
-    pyplot().close(figure)
-
-
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    return [sum(losses[max(0, at - 9) : at + 1]) / len(losses[max(0, at - 9) : at + 1]) for at in range(len(losses))]
-
-
-if __name__ == "__main__":
-    plot(Path(sys.argv[1]), Path(sys.argv[2]))

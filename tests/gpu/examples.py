@@ -6,7 +6,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from nsa_gen.verification.examples import Example, ExampleResult, drawn_example,
 from nsa_gen.verification.report import Row, environment
 from nsa_gen.verification.shrinking import shrink
 from nsa_gen.verification.verify import adapt
-from tools.gpu.packages import builder, memory_slot, spec_of_request
-from tools.gpu.progress import release, save, say, seconds_left
+from tests.gpu.common import release, save, say
+from tests.gpu.support import builder, memory_slot, spec_of_request
 
 SHRINK_SECONDS = 40.0
 """How long a job looks for a smaller example of its first failure."""
@@ -107,9 +106,8 @@ class _Clock:
 class _Checker:
     """One package and the examples run on it, with care for the memory of a GPU that others use too."""
 
-    def __init__(self, spec: Spec, device: str, root: Path, slots: int) -> None:
-        self.spec, self.device, self.root, self.slots = spec, device, root, slots
-        self.build = builder(root)
+    def __init__(self, spec: Spec, device: str) -> None:
+        self.spec, self.device, self.build = spec, device, builder()
         self.module = self.build(spec)
 
     def run(self, example: Example) -> ExampleResult:
@@ -117,7 +115,7 @@ class _Checker:
         found = run_example(self.spec, self.module, example, self.device, self.build)
         if "OutOfMemoryError" in found.failing:
             release(self.device)
-            with memory_slot(self.root / "memory", self.slots):
+            with memory_slot():
                 found = run_example(self.spec, self.module, example, self.device, self.build)
                 release(self.device)
         elif self.device == "cuda" and not self.lost() and torch.cuda.memory_reserved() > CACHE_BYTES:
@@ -126,8 +124,7 @@ class _Checker:
 
     def smallest(self, failed: ExampleResult) -> dict[str, Any] | None:
         """The smallest example that fails in the same way, where there is time to look for it."""
-        seconds = min(SHRINK_SECONDS, seconds_left() - 20.0)
-        if seconds <= 0 or self.lost():
+        if self.lost():
             return None
         found = shrink(
             self.spec,
@@ -136,7 +133,7 @@ class _Checker:
             self.device,
             build=self.build,
             vary_spec=False,
-            seconds=seconds,
+            seconds=SHRINK_SECONDS,
             progress=say,
         )
         return {**_failure(found.spec, found.result, self.device), "tries": found.tries}
@@ -161,8 +158,6 @@ def examples_job(
     count: int,
     device: str,
     seed: int,
-    root: str,
-    slots: int,
 ) -> None:
     """Check `count` examples, of seeds `seed`, `seed + 1`, ..., of a shipped spec in a dtype or of a drawn spec."""
     if spec_seed is None:
@@ -176,14 +171,11 @@ def examples_job(
     result["environment"] = asdict(environment(torch.device(device)))
     tally = Tally(result)
     save(result)
-    checker = _Checker(meaning, device, Path(root), slots)
+    checker = _Checker(meaning, device)
     missing = ""
     for number in range(seed, seed + count):
         example = drawn_example(meaning, number, device)
         say(f"{meaning.name} {meaning.dtype}: {number - seed + 1} of {count}, seed {number}: {example.text}")
-        if seconds_left() <= 0:
-            missing = f"the budget was spent after {number - seed} of {count} examples"
-            break
         found = checker.run(example)
         tally.add(meaning, found, device)
         save(result)
@@ -204,8 +196,6 @@ def soak_job(
     per_spec: int,
     device: str,
     seed: int,
-    root: str,
-    slots: int,
 ) -> None:
     """Draw spec after spec from this worker's own seeds for `seconds`, and check `per_spec` examples of each.
 
@@ -216,7 +206,7 @@ def soak_job(
     result.update(worker=worker, seconds_wanted=seconds, first_spec_seed=first, per_spec=per_spec, specs=[])
     result["environment"] = asdict(environment(torch.device(device)))
     tally = Tally(result)
-    clock = _Clock(started + min(seconds, seconds_left()))
+    clock = _Clock(started + seconds)
     dtypes = GPU_DTYPES if device == "cuda" else CPU_DTYPES
     lost = ""
     for spec_seed in range(first, first + SPEC_SEEDS):
@@ -234,7 +224,7 @@ def soak_job(
         say(f"spec {spec_seed}")
         before = time.monotonic()
         try:
-            checker = _Checker(meaning, device, Path(root), slots)
+            checker = _Checker(meaning, device)
         except Exception as error:
             tally.add(meaning, _not_generated(meaning, spec_seed, error), device)
             record["failed"] += 1
@@ -246,8 +236,7 @@ def soak_job(
         if not lost:
             lost = _check(checker, example_seeds[1:], tally, record, clock)
     result["seconds_run"] = round(time.monotonic() - started, 1)
-    cut = result["seconds_wanted"] - clock.until + started
-    tally.judge(lost or (f"the budget cut it short by {cut:.0f} s" if cut > 1.0 else ""))
+    tally.judge(lost)
 
 
 def _check(checker: _Checker, seeds: list[int], tally: Tally, record: dict[str, Any], clock: _Clock | None) -> str:

@@ -1,4 +1,4 @@
-"""The GPU suite's parts on PyTorch's tools, on training and on flash-linear-attention, as far as a CPU shows them."""
+"""Checks with PyTorch's tools, on training and on flash-linear-attention, as far as a CPU shows them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from nsa_gen.spec import load_spec
-from tools.gpu import host_time, plan, pytorch, reference_fla, sizes, training
-
-
-def test_a_check_that_raises_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(subject: pytorch.Subject) -> str:
-        pytorch.expect([torch.zeros(1), torch.ones(1)], [torch.zeros(1), torch.zeros(1)], "something")
-        return "never"
-
-    monkeypatch.setattr(pytorch, "CHECKS", {"broken": broken, "checkpointing": pytorch._checkpointed})
-    result: dict = {}
-    pytorch.pytorch_job(result, spec="tiny", device="cpu", seed=0, root=str(tmp_path))
-    assert [row["ok"] for row in result["rows"]] == [False, True] and not result["ok"]
-    assert "something: tensors [1] of (o, gradients) differ" in result["rows"][0]["detail"]
-    assert result["table"][-1] == "tiny: 1 of 2 checks with PyTorch's tools ok"
+from tests.gpu import pytorch, reference_fla, training
+from tools.gpu import host_time, plot_training
 
 
 def test_every_check_named_for_gpus_alone_is_a_check() -> None:
@@ -54,16 +41,22 @@ def test_the_model_is_of_ten_million_parameters_and_the_corpus_is_text(monkeypat
     assert len(text) > 500_000 and (text < 128).float().mean() > 0.99
 
 
-def test_the_loss_curve_is_drawn_from_the_suite_s_json(tmp_path: Path) -> None:
+def test_the_loss_curve_is_drawn_from_the_last_report_of_losses(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = {
         "losses": {"sparse": [3.0, 2.0], "dense": [3.0, 1.0]},
         "parameters": 10_000_000,
         "size": {"batch": 1, "tokens": 2},
     }
-    document = tmp_path / "training.json"
-    document.write_text(json.dumps({"jobs": [{"result": result}]}))
-    training.plot(document, tmp_path / "loss.png")
+    document = tmp_path / "report.jsonl"
+    lines = [
+        {"machine": {}},
+        {"test": "a", "found": {"losses": {}}},
+        {"test": "b", "found": result},
+        {"outcome": "passed"},
+    ]
+    document.write_text("\n".join(map(json.dumps, lines)))
+    plot_training.plot(document, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -129,10 +122,3 @@ def test_what_calls_cost_the_host_is_measured_without_a_gpu(
     for row in rows:
         assert row["microseconds"] > 0 and "not compared" in host_time.line(row)
     assert "expected a machine with a GPU" in done.stderr
-
-
-def test_parts_for_pytorch_are_planned_on_shipped_specs() -> None:
-    everything = plan.Plan(sizes.PYTORCH, sizes.PARTS, sizes.DTYPES, sizes.LENGTHS, "cuda", 0, Path("packages"))
-    assert [job.name for job in everything.jobs("pytorch")] == [f"pytorch {spec}" for spec in sizes.PYTORCH]
-    assert [job.name for job in everything.jobs("training")] == ["training"]
-    assert bool(everything.jobs("fla")) == (plan.missing_for_fla() == "")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.report import Row, environment
 from nsa_gen.verification.verify import verify
-from tools.gpu.packages import memory_slot, package_of, spec_of_request, variant
-from tools.gpu.progress import release, save, say
+from tests.gpu.common import release, save, say
+from tests.gpu.support import memory_slot, package_of, spec_of_request, variant
 
 CACHED = Scenario(2, 200, 16, (Step("fill", (100, 61)), Step("prefill", (3, 0)), Step("decode", (1, 1))))
 LONG_FROM = 1024
@@ -34,45 +34,32 @@ def verify_job(
     dtype: str,
     lengths: Sequence[int],
     packed: Sequence[Sequence[int]],
-    lengths_only: bool,
     device: str,
     seed: int,
-    root: str,
-    slots: int,
 ) -> None:
     """Verify a shipped spec in a dtype: `verify` at the short lengths and with its own packed batch and input kinds,
-    then the long lengths and the packed batches named here, forward and backward. `lengths_only` leaves out `verify`
-    and takes every length by itself."""
+    then the long lengths and the packed batches named here, forward and backward."""
     meaning = variant(spec, dtype)
-    module = import_package(package_of(meaning, Path(root)))
-    rows: list[Row] = []
-    labels: list[str] = []
-    alone = [length for length in lengths if lengths_only or length >= LONG_FROM]
-    if lengths_only:
-        result.update(dtype=dtype, name=spec, seed=seed, environment=asdict(environment(torch.device(device))))
-    else:
-        short = [length for length in lengths if length not in alone]
-        report = verify(meaning, package=module, lengths=short, device=device, seed=seed, progress=say)
-        result.update(json.loads(report.to_json()), ok=False)
-        rows, labels = list(report.rows), list(report.cases)
-    cases = [Case(length, batch=1) for length in alone]
+    module = import_package(package_of(meaning))
+    short = [length for length in lengths if length < LONG_FROM]
+    report = verify(meaning, package=module, lengths=short, device=device, seed=seed, progress=say)
+    result.update(json.loads(report.to_json()), ok=False)
+    rows, labels = list(report.rows), list(report.cases)
+    cases = [Case(length, batch=1) for length in lengths if length >= LONG_FROM]
     cases += [Case(tuple(each)) for each in packed]
     release(device)
-    if cases:
-        with memory_slot(Path(root) / "memory", slots):
-            parameters = OracleParameters.from_spec(meaning)
-            for number, case in enumerate(cases, 1):
-                say(f"{spec}: {case.label}")
-                labels.append(case.label)
-                result["cases"] = labels
-                rows += _rows_of(module, meaning, parameters, case, device, seed + 1000 + number)
-                result["rows"] = [asdict(row) for row in rows]
-                save(result)
-                release(device)
-    result["ok"] = bool(rows) and all(row.ok for row in rows)
-    if not result["ok"]:
-        bad = [row for row in rows if not row.ok]
-        result["error"] = f"{len(bad)} of {len(rows)} comparisons failed"
+    with memory_slot():
+        parameters = OracleParameters.from_spec(meaning)
+        for number, case in enumerate(cases, 1):
+            say(f"{spec}: {case.label}")
+            labels.append(case.label)
+            rows += _rows_of(module, meaning, parameters, case, device, seed + 1000 + number)
+            result.update(cases=labels, rows=[asdict(row) for row in rows])
+            save(result)
+            release(device)
+    bad = [row for row in rows if not row.ok]
+    result["ok"] = bool(rows) and not bad
+    result["error"] = f"{len(bad)} of {len(rows)} comparisons failed" if bad else ""
     if device == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
 
@@ -94,7 +81,6 @@ def touch_job(
     shapes: Sequence[int | Sequence[int]],
     device: str,
     seed: int,
-    root: str,
     steps: bool = False,
 ) -> None:
     """Run forward and backward at each shape (a length, or packed lengths), without an oracle; all must be finite.
@@ -103,7 +89,7 @@ def touch_job(
     the spec has decode, a cache, held against the oracle.
     """
     meaning = spec_of_request(spec, dtype, heads)
-    module = import_package(package_of(meaning, Path(root)))
+    module = import_package(package_of(meaning))
     broken: list[str] = []
     for number, shape in enumerate(shapes):
         say(f"{meaning.name}: tokens {shape}")
@@ -148,3 +134,15 @@ def not_finite(call: Any) -> list[str]:
         if bad.any():
             broken.append(name)
     return broken
+
+
+def main() -> int:
+    """Touch what the command line asks for, as a process that compute-sanitizer watches."""
+    result: dict[str, Any] = {}
+    touch_job(result, **json.loads(sys.argv[1]))
+    print(result.get("error", ""))
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

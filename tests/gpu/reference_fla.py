@@ -7,10 +7,9 @@ blocks, lists may differ by ties of rounding; tokens whose lists agree are compa
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor
 from nsa_gen.compat import parallel_nsa_of
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec, parse_spec
-from tools.gpu.packages import package_of
-from tools.gpu.progress import save, say
+from tests.gpu.support import package_of
 
 LIMIT = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 2e-2}
 """Most that o or a gradient may differ, of its root mean square."""
@@ -83,34 +81,15 @@ CONFIGURATIONS = (
 )
 
 
-def fla_job(result: dict[str, Any], *, device: str, seed: int, root: str) -> None:
-    """Compare every configuration; one that raises costs itself alone."""
-    package: Any = importlib.import_module("fla.ops.nsa")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    result.update(rows=[], table=[], seed=seed)
-    for each in CONFIGURATIONS:
-        say(each.name)
-        try:
-            row = compare(each, getattr(package, each.against), Path(root), device, seed)
-        except Exception as error:
-            row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
-        result["rows"].append({"case": each.name, **row})
-        result["table"].append(f"fla {each.name}: {shown(row)}")
-        save(result)
-    result["ok"] = all(row["ok"] for row in result["rows"])
+def missing() -> str:
+    """Packages that cannot be imported here, of those that the comparison needs; empty where all can."""
+    return ", ".join(name for name in ("fla", "einops") if importlib.util.find_spec(name) is None)
 
 
-def shown(row: dict[str, Any]) -> str:
-    """A row of the table, after its name."""
-    if "error" in row:
-        return f"FAILED {row['error']}"
-    errors = ", ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
-    return f"{'ok' if row['ok'] else 'FAILED'} {errors}, lists equal {100 * row['equal_lists']:.2f}%"
-
-
-def compare(each: Configuration, theirs: Callable[..., Any], root: Path, device: str, seed: int) -> dict[str, Any]:
+def compare(each: Configuration, theirs: Callable[..., Any], device: str, seed: int) -> dict[str, Any]:
     """Outputs and gradients of one configuration by both packages."""
-    module = import_package(package_of(each.spec, root))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    module = import_package(package_of(each.spec))
     inputs, do = drawn(each, device, seed)
     lists = None if each.chosen else some_lists(each, device, seed)
     bounds = None if each.batch else torch.tensor(each.bounds, dtype=torch.int32, device=device)

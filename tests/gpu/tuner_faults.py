@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from nsa_gen.tuning import EFFORTS, Bucket, Settings, Store, Tools, TuneReport, 
 from nsa_gen.tuning.backend import Backend
 from nsa_gen.tuning.candidates import kernel_space
 from nsa_gen.tuning.session import WORKER, gpu_backend
-from tools.gpu.progress import say
+from tests.gpu.common import say
 
 SPEC = """\
 version: 1
@@ -162,17 +163,9 @@ def judge(fault: str, report: TuneReport) -> list[str]:
     return problems
 
 
-def tuner_run_job(result: dict[str, Any], *, fault: str, cache: str, resume: bool = False, **rest: Any) -> None:
-    """One tuning, as a process that may be killed."""
-    report = tuned(fault, Path(cache), resume=resume)
-    problems = judge(fault, report)
-    result.update(ok=not problems, error="; ".join(problems), report=report.to_json())
-
-
-def tuner_fault_job(result: dict[str, Any], *, fault: str, root: str, **rest: Any) -> None:
+def tuner_fault_job(result: dict[str, Any], *, fault: str, **rest: Any) -> None:
     """A fault, and what the tuner makes of it."""
-    cache = Path(root) / "tuner" / fault.replace(" ", "_") / "cache"
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache = Path(tempfile.mkdtemp(prefix="nsa_gen_tuner_")) / "cache"
     result["fault"] = fault
     problems: list[str] = []
     if fault == "run killed":
@@ -219,6 +212,15 @@ def _no_space(path: Path, text: str) -> None:
 
 def _run(fault: str, cache: Path) -> subprocess.Popen[bytes]:
     """A tuning in a process of its own."""
-    request = json.dumps({"kind": "tuner run", "fault": fault, "cache": str(cache)})
-    environment = {name: value for name, value in os.environ.items() if name != "NSA_GEN_JOB_RESULT"}
-    return subprocess.Popen([sys.executable, "-m", "tools.gpu.worker", request], env=environment)
+    return subprocess.Popen([sys.executable, "-m", __name__, fault, str(cache)])
+
+
+def main() -> int:
+    """One tuning, as a process that may be killed."""
+    problems = judge(sys.argv[1], tuned(sys.argv[1], Path(sys.argv[2])))
+    print("\n".join(problems))
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tools.gpu.pool import Outcome
+from nsa_gen.workers import worker_environment
 
 PLACES = ("/usr/local/cuda/bin",)
 ERROR_STATUS = 86
@@ -104,34 +107,49 @@ def hazards(log: str) -> list[Hazard]:
     return [Hazard(*places, count) for places, count in found.most_common()]
 
 
-def judge(outcome: Outcome, log: str) -> Outcome:
-    """An outcome of a watched job, judged by what the tool says in `log` too.
+def judge(tool: str, log: str) -> dict[str, Any]:
+    """What a tool found, by its output: counts, races, and the problem, which is "" if all is well.
 
-    It is ok if the job is, the tool ends with a summary, the last one it printed counts nothing (hazards of any
-    severity count), no race is reported and the tool had no trouble itself.
+    All is well if the last summary that the tool printed counts nothing (hazards of any severity count), no race is
+    reported and the tool had no trouble itself.
     """
-    race = outcome.name.startswith("racecheck")
+    race = tool == "racecheck"
     summaries = _HAZARDS.findall(log) if race else _ERRORS.findall(log)
     counted = None if not summaries else int(summaries[-1][0] if race else summaries[-1])
     found = hazards(log) if race else []
     trouble = _ITSELF.search(log)
-    result: dict[str, Any] = {**(outcome.result or {}), "sanitizer_errors": counted}
+    result: dict[str, Any] = {"sanitizer_errors": counted, "problem": ""}
     if race:
         result["hazards"] = [vars(hazard) for hazard in found]
         if summaries:
             result["hazard_errors"], result["hazard_warnings"] = int(summaries[-1][1]), int(summaries[-1][2])
     if counted == 0 and not found and trouble is None:
-        return Outcome(outcome.name, outcome.status, outcome.seconds, outcome.detail, result)
-    if outcome.status in ("timed out", "not run") and not counted and not found:
-        return Outcome(outcome.name, outcome.status, outcome.seconds, outcome.detail, result)
-    what = "hazards" if race else "errors"
+        return result
     if trouble is not None:
         reason = f"compute-sanitizer had trouble itself: {trouble[0]}"
     elif counted or found:
-        reason = f"compute-sanitizer counted {counted if counted else len(found)} {what}"
+        reason = f"compute-sanitizer counted {counted or len(found)} {'hazards' if race else 'errors'}"
     else:
         reason = "compute-sanitizer gave no error summary"
     if found:
         reason += f"; {found[0].count} times {found[0].first} and {found[0].second}"
     first = "\n".join(line for line in log.splitlines() if line.startswith("========="))[:4000]
-    return Outcome(outcome.name, "failed", outcome.seconds, f"{reason}\n{first or outcome.detail}", result)
+    return {**result, "problem": f"{reason}\n{first}"}
+
+
+def watched_touch(result: dict[str, Any], *, tool: str, spec: str, seconds: float) -> None:
+    """Run every kernel of a spec under a tool, in a process of its own."""
+    path = program()
+    assert path is not None, "compute-sanitizer is not installed"
+    # Every allocation its own, so that a read past one tensor does not land in the next.
+    environment = worker_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", PYTORCH_CUDA_ALLOC_CONF="")
+    request = {"spec": SPECS[spec], "dtype": None, "heads": None, "batch": 2, "shapes": SHAPES[tool], "steps": True}
+    inside = [sys.executable, "-m", "tests.gpu.correctness", json.dumps({**request, "device": "cuda", "seed": 0})]
+    done = subprocess.run(
+        [*command(path, tool), *inside], env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    result.update(judge(tool, done.stdout + done.stderr), status=done.returncode)
+    result["error"] = result["problem"] or (
+        f"exit status {done.returncode}: {done.stderr[-2000:]}" if done.returncode else ""
+    )
+    result["ok"] = not result["error"]
