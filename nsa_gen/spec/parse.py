@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nsa_gen.spec.constraints import field_names, violations
+from nsa_gen.spec.constraints import violations
 from nsa_gen.spec.errors import SpecError
 from nsa_gen.spec.fields import REJECTED, describe, did_you_mean, join
 from nsa_gen.spec.model import BROKEN_CONSTRAINTS, Record, Spec, expectation, flatten, record_type
@@ -89,8 +89,7 @@ def _report_constraints(document: Document, unknown: set[str]) -> None:
         if not any(name == path or name.startswith(path + ".") for path in refused)
     }
     for constraint in violations(known):
-        names = (constraint.at, *field_names(constraint.expression))
-        paths: list[FieldPath] = [tuple(name.split(".")) for name in names]
+        paths: list[FieldPath] = [tuple(name.split(".")) for name in constraint.fields]
         written, place = document.locate(next((path for path in paths if path in document.values), paths[0]))
         document.report(place, written, constraint.explain(known), constraint.hint)
 

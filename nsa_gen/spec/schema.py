@@ -102,7 +102,7 @@ def reference() -> str:
     ]
     for path, record in _sections():
         parts += [f"### {f'`{path}`' if path else 'Top level'}", record.__doc__ or "", _field_table(record)]
-    parts += ["## Rules between fields", "Each rule is checked by the expression shown.", _constraint_table()]
+    parts += ["## Rules between fields", _constraint_table()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -130,10 +130,9 @@ def _inline(record: Record) -> str:
 def _constraint_table() -> str:
     rows = []
     for constraint in CONSTRAINTS:
-        applies = "always" if constraint.when == "True" else f"`{constraint.when}`"
         hint = f" ({constraint.hint})" if constraint.hint else ""
-        rows.append((f"`{constraint.id}`", f"`{constraint.expression}`", applies, constraint.summary + hint))
-    return _table(("rule", "must hold", "where", "error"), rows)
+        rows.append((f"`{constraint.id}`", constraint.summary + hint, constraint.when.__doc__ or ""))
+    return _table(("rule", "error where it is broken", "applies where"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
