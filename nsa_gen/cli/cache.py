@@ -102,7 +102,7 @@ def why(
     if decode and "decode" not in loaded.passes:
         raise typer.BadParameter(f"--decode: the spec has no decode pass; it has {', '.join(loaded.passes)}")
     from nsa_gen.tuning.cache import why as explain
-    from nsa_gen.tuning.shapes import Bucket
+    from nsa_gen.tuning.space import Bucket
 
     try:
         bucket = Bucket.of(tokens, batch, packed, decode)

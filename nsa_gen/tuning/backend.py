@@ -6,15 +6,17 @@ fails in it (out of memory, wrong numbers) is quarantined with its reason; the p
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 from nsa_gen.tuning.identity import Device
-from nsa_gen.tuning.shapes import Bucket
-from nsa_gen.tuning.store import Configs
+from nsa_gen.tuning.journal import Journal
+from nsa_gen.tuning.race import Candidate, Hear, Race, Reading, Round
+from nsa_gen.tuning.space import Bucket
 from nsa_gen.workers import Handle, Say, Worker, WorkerDied, WorkerFailure
 
 CANDIDATE_SECONDS = 60.0
@@ -29,104 +31,6 @@ MOST_STARTS = 3
 
 class BackendLost(RuntimeError):
     """Nothing can be measured any more: the worker dies before it gets to a candidate."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Configurations in place of the cost model's, by kernel or schedule; empty for the default itself."""
-
-    configs: Configs = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Equal exactly for equal configurations."""
-        return json.dumps(self.configs, sort_keys=True)
-
-    @property
-    def label(self) -> str:
-        """The configurations in a line."""
-        each = (f"{name} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in self.configs.items())
-        return "; ".join(each) or "default"
-
-    def with_configs(self, more: Mapping[str, Mapping[str, int]]) -> Candidate:
-        """The same with further values, which win over those there are."""
-        merged = {name: dict(values) for name, values in self.configs.items()}
-        for name, values in more.items():
-            merged[name] = {**merged.get(name, {}), **values}
-        return Candidate(merged)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of a pass: median and quartiles of interleaved repeats."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-    @property
-    def noise(self) -> float:
-        """Half-width of the interval that the true median is likely in, ms; never below what any clock jitters by."""
-        return max(1.57 * (self.high - self.low) / max(self.repeats, 1) ** 0.5, LEAST_NOISE * self.median)
-
-
-LEAST_NOISE = 0.003
-"""Differences below this share of a time are noise, however steady the repeats are."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What became of a candidate in a race: times by pass, or why there are none."""
-
-    times: dict[str, Times] = field(default_factory=dict)
-    error: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"times": {name: vars(each) for name, each in self.times.items()}, "error": self.error}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Reading:
-        """What `to_json` wrote."""
-        return cls({name: Times(**each) for name, each in document["times"].items()}, document.get("error", ""))
-
-
-@dataclass(frozen=True)
-class Race:
-    """Candidates to be timed in turn on the same inputs: a bucket, a kind of input, passes, seconds for the rounds.
-
-    With a `kernel`, what is timed is the call that launches it alone, on what the first candidate hands it within the
-    pass named, in place of whole passes.
-    """
-
-    candidates: tuple[Candidate, ...]
-    bucket: Bucket
-    inputs: str
-    passes: tuple[str, ...]
-    seconds: float
-    kernel: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "candidates": [each.configs for each in self.candidates],
-            "bucket": self.bucket.to_json(),
-            "inputs": self.inputs,
-            "passes": list(self.passes),
-            "seconds": self.seconds,
-            "kernel": self.kernel,
-        }
-
-    @property
-    def key(self) -> str:
-        """Sixteen hex digits, equal exactly for equal races."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-Round = list[dict[str, float] | None]
-"""Milliseconds by pass of each candidate of a race in one round; None of one that is out."""
-Hear = Callable[[Round], None]
 
 
 class Backend(Protocol):
@@ -261,6 +165,110 @@ class ProcessBackend:
     def _put_away(self, place: tuple[str, str], reason: str, candidate: Candidate) -> None:
         self._quarantine[place] = reason
         self._tell(f"{reason}: {candidate.label}")
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Crew:
+    """Answers questions with whichever GPU is free; a race is run on one GPU, so that its times compare.
+
+    Args:
+        backends: one a GPU. One that is lost is left out from then on; the last one's loss ends the run.
+        journal: answers of an earlier run, and where new ones go.
+    """
+
+    def __init__(self, backends: Sequence[Backend], journal: Journal) -> None:
+        self._free: SimpleQueue[Backend] = SimpleQueue()
+        for backend in backends:
+            self._free.put(backend)
+        self._backends = list(backends)
+        self._pool: ThreadPoolExecutor | None = None
+        self._journal = journal
+        self._lock = threading.Lock()
+        self.quarantined: dict[str, str] = {}
+        self.measured = 0
+
+    @property
+    def size(self) -> int:
+        """How many GPUs are left."""
+        return len(self._backends)
+
+    def check(self, candidate: Candidate, bucket: Bucket, *, several: bool = False) -> str:
+        """What is wrong with a candidate, or ""; asked once for each kind of call, whatever its length.
+
+        `several` are configurations of several kernels checked at once: what is wrong is nobody's in particular.
+        """
+        calls = "decode" if bucket.decode else "packed" if bucket.packed else "batched"
+        kind = f"check {calls} {min(bucket.batch, 2)} {candidate.key}"
+        known = self._journal.get(kind)
+        if known is None:
+            known = self._with_one(lambda backend: backend.check(candidate, bucket))
+            self._journal.put(kind, "check", known)
+        if known and not several:
+            self._put_away(bucket, candidate, known)
+        return known
+
+    def race(self, race: Race) -> list[Reading]:
+        """Times of candidates, in their order; each is a line of the journal, and so is each round until then."""
+        keys = [f"race {race.key} {number}" for number in range(len(race.candidates))]
+        known = [self._journal.get(key) for key in keys]
+        if all(answer is not None for answer in known):
+            readings = [Reading.from_json(answer) for answer in known]
+        else:
+            rounds = f"rounds {race.key}"
+            earlier = self._journal.rounds(rounds)
+            keep = functools.partial(self._journal.add_round, rounds)
+            readings = self._with_one(lambda backend: backend.race(race, earlier, keep))
+            for key, candidate, reading in zip(keys, race.candidates, readings, strict=True):
+                where = {"bucket": race.bucket.name, "inputs": race.inputs, "configs": candidate.configs}
+                self._journal.put(key, "time", reading.to_json(), **where)
+        for candidate, reading in zip(race.candidates, readings, strict=True):
+            if reading.error:
+                self._put_away(race.bucket, candidate, reading.error)
+        with self._lock:
+            self.measured += len(readings)
+        return readings
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """A function of each item, as many at a time as there are GPUs; results in the order of the items."""
+        if self.size == 1:
+            return [function(item) for item in items]
+        if self._pool is None:
+            # Kept until the end: a worker ends with the thread that has started it.
+            self._pool = ThreadPoolExecutor(self.size)
+        return list(self._pool.map(function, items))
+
+    def close(self) -> None:
+        """End every worker, whatever it is at."""
+        for backend in self._backends:
+            backend.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _with_one(self, ask: Callable[[Backend], R]) -> R:
+        while True:
+            backend = self._free.get()
+            try:
+                answer = ask(backend)
+            except BackendLost:
+                backend.close()
+                with self._lock:
+                    if self.size > 1:
+                        self._backends.remove(backend)
+                        continue
+                self._free.put(backend)  # others that wait for it learn the same
+                raise
+            except BaseException:
+                self._free.put(backend)
+                raise
+            self._free.put(backend)
+            return answer
+
+    def _put_away(self, bucket: Bucket, candidate: Candidate, reason: str) -> None:
+        with self._lock:
+            self.quarantined[f"{bucket.name}: {candidate.label}"] = reason
 
 
 # In the process that measures

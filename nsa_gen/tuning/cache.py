@@ -12,13 +12,13 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from nsa_gen.rendering.identity import ATTENTION, DECODE, space_digest
 from nsa_gen.rendering.legality import Check, check_of, problems
-from nsa_gen.tuning.candidates import is_legal
 from nsa_gen.tuning.identity import MEANING, Device, Difference, Identity, differences, drifted, kernels_of
+from nsa_gen.tuning.space import is_legal
 from nsa_gen.tuning.store import Entry, Store, Unreadable, read_each, write_entries
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
-    from nsa_gen.tuning.shapes import Bucket
+    from nsa_gen.tuning.space import Bucket
 
 LEVELS = ("NSA_GEN_TUNED", "user's cache", "shipped")
 """Where entries come from, in the order in which they are looked for."""

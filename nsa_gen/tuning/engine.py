@@ -22,11 +22,9 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning.backend import handler
-from nsa_gen.tuning.decoding import DecodeInputs, DecodeStep, check_scenario, decode_inputs
-from nsa_gen.tuning.inputs import bucket_inputs
-from nsa_gen.tuning.lengths import check_tokens
-from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.inputs import DecodeInputs, DecodeStep, bucket_inputs, check_scenario, decode_inputs
 from nsa_gen.tuning.solo import Call, NoLaunch, Solo, noted_launches
+from nsa_gen.tuning.space import Bucket, check_tokens
 from nsa_gen.tuning.store import Configs
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case

@@ -12,7 +12,7 @@ from typing import Any
 from nsa_gen.hardware import GPUS, Gpu, gpu_for_device
 from nsa_gen.lowering import Program
 from nsa_gen.rendering.identity import ATTENTION, DECODE, LOOKUP, MEASUREMENT, space_digest
-from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.space import Bucket
 
 
 def slug(name: str) -> str:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsa_gen.lowering import Program
-from nsa_gen.tuning.backend import Candidate, Race, Reading
-from nsa_gen.tuning.crew import Crew
-from nsa_gen.tuning.scoring import BACKWARD, FORWARD, Score, pick, scores, spread
-from nsa_gen.tuning.shapes import KINDS, Bucket
+from nsa_gen.tuning.backend import Crew
+from nsa_gen.tuning.race import BACKWARD, FORWARD, Candidate, Race, Reading, Score, pick, scores, spread
+from nsa_gen.tuning.space import KINDS, Bucket
 from nsa_gen.tuning.stage0 import Selection, Survivor
 from nsa_gen.tuning.store import Configs
 

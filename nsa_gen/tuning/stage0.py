@@ -21,8 +21,7 @@ from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import Program
 from nsa_gen.targets.compile import COMPILER, compiler_environment
 from nsa_gen.targets.resources import Resources, excess
-from nsa_gen.tuning.candidates import KernelSpace, kernel_space
-from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.space import Bucket, KernelSpace, kernel_space
 from nsa_gen.workers import Worker, WorkerFailure, share
 
 MOST_SPILL_BYTES = 256

@@ -23,8 +23,8 @@ from nsa_gen.lowering import lower
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.tuning import EFFORTS, Bucket, Settings, Store, Tools, TuneReport, tune
 from nsa_gen.tuning.backend import Backend
-from nsa_gen.tuning.candidates import kernel_space
-from nsa_gen.tuning.session import WORKER, gpu_backend
+from nsa_gen.tuning.run import WORKER, gpu_backend
+from nsa_gen.tuning.space import kernel_space
 from tests.gpu.common import say
 
 SPEC = """\

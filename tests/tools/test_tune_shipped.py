@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nsa_gen.tuning import Bucket, BucketResult, TuneReport
-from nsa_gen.tuning.estimate import Estimate
 from nsa_gen.tuning.identity import Device
+from nsa_gen.tuning.report import Estimate
 from tools.tune_shipped import main
 
 

@@ -11,7 +11,7 @@ from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering import package, render
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.tuning import cache as cache_module
-from nsa_gen.tuning import session
+from nsa_gen.tuning import run
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("NSA_GEN_CACHE_DIR", str(folder))
     monkeypatch.delenv("NSA_GEN_TUNED", raising=False)
-    for module in (session, cache_module):
+    for module in (run, cache_module):
         monkeypatch.setattr(module, "lower", _lower_once)
         monkeypatch.setattr(module, "render", _render_once)
     monkeypatch.setattr(package, "render", _render_once)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nsa_gen.tuning import EFFORTS, TuneReport, tune
-from nsa_gen.tuning.backend import Reading
+from nsa_gen.tuning.race import Reading
 from tests.machine import alive
 from tests.tuning.fakes import fake_tools, spec
 from tests.tuning.test_search import began, other_tile
@@ -214,7 +214,7 @@ def test_a_cache_that_is_read_only_costs_the_saving_and_not_the_result(
 
 def test_a_disk_that_is_full_costs_the_journal_and_the_saving_and_not_the_result(cache: Path) -> None:
     """The journal is a device that is always full, and the store's disk fills up when it is written."""
-    from nsa_gen.tuning import session
+    from nsa_gen.tuning import run as module
     from nsa_gen.tuning.journal import Journal
 
     class Full(Journal):
@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_costs_the_journal_and_the_saving_and_not_the_result
     tools = fake_tools(cache, {"times": QUICKER})
     tools.store.save = lambda *entries: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="cannot be resumed.*No space left"):
-        patch.setattr(session, "Journal", Full)
+        patch.setattr(module, "Journal", Full)
         report = tune(spec(), tools=tools, shapes=(8192,), effort="quick")
     assert report.results[0].gain > 1 and "No space left on device" in report.results[0].problem and not report.ok
 

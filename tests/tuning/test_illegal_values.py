@@ -20,8 +20,7 @@ from nsa_gen.spec import load_spec, shipped_specs
 from nsa_gen.tuning import Bucket, Store
 from nsa_gen.tuning.cache import import_entries, why
 from nsa_gen.tuning.identity import Device, Identity, kernels_of
-from nsa_gen.tuning.merging import merged
-from nsa_gen.tuning.store import CacheWarning, Entry, merge_into_bundle, read_entries
+from nsa_gen.tuning.store import CacheWarning, Entry, merge_into_bundle, merged, read_entries
 from tests.support import Operator, assert_matches_oracle, operator_of_spec
 
 SPEC = load_spec("tiny")

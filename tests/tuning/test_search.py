@@ -12,9 +12,8 @@ from nsa_gen.hardware import gpu_for_target
 from nsa_gen.lowering import lower
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning import EFFORTS, BackendLost, Bucket, TuneReport, tune
-from nsa_gen.tuning.backend import Candidate, Reading, Times
-from nsa_gen.tuning.candidates import is_legal, kernel_space
-from nsa_gen.tuning.scoring import pick, scores, spread
+from nsa_gen.tuning.race import Candidate, Reading, Times, pick, scores, spread
+from nsa_gen.tuning.space import is_legal, kernel_space
 from tests.tuning.fakes import SPEC, fake_tools, spec
 
 H100 = gpu_for_target("sm_90")

@@ -14,7 +14,7 @@ import pytest
 from nsa_gen._files import json_text
 from nsa_gen._resources import cache_dir
 from nsa_gen.tuning.identity import Device, Identity, Provenance, differences, drifted
-from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.space import Bucket
 from nsa_gen.tuning.store import (
     CacheWarning,
     Entry,
@@ -116,7 +116,7 @@ from dataclasses import replace
 from pathlib import Path
 from tests.tuning.test_store import ENTRY
 from nsa_gen.tuning.store import Store, merge_into_bundle
-from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.space import Bucket
 store, number = Store(Path(sys.argv[1])), int(sys.argv[2])
 for turn in range(15):
     entry = replace(ENTRY, configs={"window_forward": {"num_warps": number}})

@@ -20,7 +20,7 @@ import torch
 from nsa_gen.bench.graphs import captured
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
-from nsa_gen.tuning.decoding import step_bytes
+from nsa_gen.tuning.inputs import step_bytes
 from nsa_gen.verification.oracle import OracleParameters
 from nsa_gen.verification.report import environment
 from tests.gpu.common import say

@@ -1,4 +1,4 @@
-"""A tuning from its spec to its report: stage 0, a worker for each GPU, a search for each bucket, and what is saved."""
+"""A tuning from its settings to its report: compiled, searched on every GPU, saved; a run that is cut short resumes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,73 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nsa_gen
+from nsa_gen._resources import cache_dir
 from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
 from nsa_gen.lowering import Program, lower
-from nsa_gen.rendering import render
+from nsa_gen.rendering import generate, render
 from nsa_gen.targets.compile import compiler_environment
-from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Candidate, ProcessBackend, Reading
-from nsa_gen.tuning.crew import Crew
-from nsa_gen.tuning.estimate import estimate
-from nsa_gen.tuning.folders import Say, own_file, work_folder
+from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Crew, ProcessBackend
 from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
 from nsa_gen.tuning.journal import Journal
-from nsa_gen.tuning.lengths import check_tokens
-from nsa_gen.tuning.merging import merged
-from nsa_gen.tuning.report import BucketResult, TuneReport
-from nsa_gen.tuning.scoring import BACKWARD, DECODE, FORWARD
+from nsa_gen.tuning.race import BACKWARD, DECODE, FORWARD, Candidate, Reading
+from nsa_gen.tuning.report import BucketResult, TuneReport, estimate
 from nsa_gen.tuning.search import EFFORTS, Outcome, Progress, Search
-from nsa_gen.tuning.shapes import Bucket
+from nsa_gen.tuning.space import Bucket, check_tokens
 from nsa_gen.tuning.stage0 import Compiler, Selection, select, spaces_of
-from nsa_gen.tuning.store import Configs, Entry, Store, merge_into_bundle
+from nsa_gen.tuning.store import Configs, Entry, Store, merge_into_bundle, merged
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
+    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
+    folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # which a read-only folder refuses
+            package = generate(spec, folder / "package")
+    except OSError as error:
+        say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
+        with tempfile.TemporaryDirectory(prefix="nsa_gen_tune_") as temporary:
+            yield Path(temporary), generate(spec, Path(temporary) / "package")
+        return
+    yield folder, package
+
+
+@contextmanager
+def own_file(path: Path, say: Say) -> Iterator[Path]:
+    """A file that no other tuner writes: this one, or, while another has it, one named after this process."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another tuner writes {path.name}; this one keeps a journal of its own")
+        yield path.with_name(path.name.replace(".journal", f".{os.getpid()}.journal"))
+        return
+    except OSError:  # a folder that has become read-only: the journal will say so
+        yield path
+        return
+    try:
+        yield path
+    finally:
+        lock.release()
+
 
 DEFAULT_SHAPES = (8192, 65536)
 PASSES = (
