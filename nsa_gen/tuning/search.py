@@ -11,11 +11,10 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from nsa_gen.lowering import Program
 from nsa_gen.tuning.backend import Crew
-from nsa_gen.tuning.race import BACKWARD, FORWARD, Candidate, Race, Reading, Score, pick, scores, spread
+from nsa_gen.tuning.race import BACKWARD, FORWARD, WORST, Candidate, Race, Reading, Score, pick, scores, spread
 from nsa_gen.tuning.space import KINDS, Bucket
 from nsa_gen.tuning.stage0 import Selection, Survivor
 from nsa_gen.tuning.store import Configs
@@ -175,7 +174,7 @@ class Search:
         if len(combos) == 1:
             return combos
         candidates = [Candidate(), *(Candidate(combo) for combo in combos[1:])]
-        found = self._measure(candidates, self._passes, self._passes, self._effort.seconds, "schedules")
+        found = self._measure(candidates, self._passes, "schedules")
         best = min(score.ratio for score in found)
         return [combo for combo, score in zip(combos, found, strict=True) if score.ratio <= HOPELESS * best] or combos[
             :1
@@ -193,10 +192,8 @@ class Search:
                 at = tunable.values.index(self._defaults[schedule.name][tunable.name])
                 near = [tunable.values[at + i] for i in reach if 0 <= at + i < len(tunable.values)]
                 tried = [base, *(base.with_configs({schedule.name: {tunable.name: value}}) for value in near)]
-                winner = self._contest(
-                    tried, self._passes, self._passes, [(0.0,), *((float(value),) for value in near)], tunable.name
-                )[0]
-                base = tried[winner]
+                costs = [(0.0,), *((float(value),) for value in near)]
+                base = tried[self._contest(tried, self._passes, costs, tunable.name)[0]]
         return base
 
     # Kernels
@@ -249,10 +246,9 @@ class Search:
             return []
         survivors = selection.survivors
         tried = [around, *(around.with_configs({selection.kernel: each.config}) for each in survivors[1:])]
-        objective = (selection.direction,)
         alone = "" if self._bucket.decode else selection.kernel
         costs = [each.cost for each in survivors]
-        winner, found = self._contest(tried, objective, objective, costs, selection.kernel, alone)
+        winner, found = self._contest(tried, (selection.direction,), costs, selection.kernel, alone)
         if winner == 0:
             return []
         others = sorted(
@@ -267,9 +263,7 @@ class Search:
         distinct = list({each.key: each for each in candidates}.values())
         if len(distinct) == 1:
             return distinct[0]
-        found = self._measure(
-            distinct, self._passes, self._passes, self._effort.seconds, "schedules with their winners"
-        )
+        found = self._measure(distinct, self._passes, "schedules with their winners")
         return distinct[pick(found, [(float(len(each.configs)),) for each in distinct])]
 
     def _with_winners(
@@ -291,7 +285,6 @@ class Search:
         self,
         candidates: Sequence[Candidate],
         passes: tuple[str, ...],
-        objective: tuple[str, ...],
         costs: Sequence[tuple[float, ...]],
         what: str,
         kernel: str = "",
@@ -300,11 +293,11 @@ class Search:
         right = [0, *(n for n in range(1, len(candidates)) if not self._check(candidates[n]))]
         if len(right) > 4:
             short = [candidates[number] for number in right]
-            found = scores([self._race(short, KINDS[0], passes, self._effort.seconds / 2, kernel)], objective)
+            found = scores([self._race(short, KINDS[0], passes, self._effort.seconds / 2, kernel)], passes)
             right = [right[number] for number in spread(found, max(3, 1 + len(short) // KEPT_SHARE))]
         finalists = [candidates[number] for number in right]
-        found = self._measure(finalists, passes, objective, self._effort.seconds, what, kernel, checked=True)
-        result = [Score(float("inf"), 0.0)] * len(candidates)
+        found = self._measure(finalists, passes, what, kernel, checked=True)
+        result = [WORST] * len(candidates)
         for number, score in zip(right, found, strict=True):
             result[number] = score
         return right[pick(found, [costs[number] for number in right])], result
@@ -313,8 +306,6 @@ class Search:
         self,
         candidates: Sequence[Candidate],
         passes: tuple[str, ...],
-        objective: tuple[str, ...],
-        seconds: float,
         what: str,
         kernel: str = "",
         *,
@@ -322,11 +313,12 @@ class Search:
     ) -> list[Score]:
         """Scores against the first of the candidates, over every kind of input."""
         right = [n for n in range(len(candidates)) if n == 0 or checked or not self._check(candidates[n])]
-        readings = [self._race([candidates[n] for n in right], kind, passes, seconds, kernel) for kind in self._kinds]
-        result = [Score(float("inf"), 0.0)] * len(candidates)
-        for number, score in zip(right, scores(readings, objective), strict=True):
+        tried, seconds = [candidates[n] for n in right], self._effort.seconds
+        readings = [self._race(tried, kind, passes, seconds, kernel) for kind in self._kinds]
+        result = [WORST] * len(candidates)
+        for number, score in zip(right, scores(readings, passes), strict=True):
             result[number] = score
-        self._report(result, objective, what)
+        self._report(result, passes, what)
         return result
 
     def _check(self, candidate: Candidate) -> str:
@@ -345,13 +337,8 @@ class Search:
         """The best eight and the default, interleaved, on every kind of input, for longer."""
         finalists = self._finalists(best, combos, ranked)
         if len(finalists) == 1:
-            return Outcome(
-                self._bucket,
-                finalists[0],
-                Score(1.0, 0.0),
-                default_fault=self._fault,
-                cut_short=self._cut_short,
-            )
+            even = Score(1.0, 0.0)
+            return Outcome(self._bucket, finalists[0], even, default_fault=self._fault, cut_short=self._cut_short)
         right = [each for n, each in enumerate(finalists) if n == 0 or not self._check(each)]
         kinds, seconds = self._bucket.kinds, self._effort.final_seconds
         readings = {kind: self._race(right, kind, self._passes, seconds) for kind in kinds}
@@ -362,7 +349,7 @@ class Search:
         for name in self._passes:
             for number, score in enumerate(scores(list(readings.values()), (name,))):
                 if score.ratio - score.noise > 1.0:
-                    found[number] = Score(float("inf"), 0.0)
+                    found[number] = WORST
         winner = pick(found, [(float(len(each.configs)),) for each in right])
         self._total = self._done
         self._report(found, self._passes, "final")
@@ -394,7 +381,7 @@ class Search:
         kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self._effort.sweeps
         return kernels + 4 * len(self._combos()) + 10 * len(self._program.schedules) + 2 * (1 + self._effort.finalists)
 
-    def _report(self, found: Sequence[Score], objective: Sequence[Any], what: str) -> None:
-        if tuple(objective) == self._passes:
+    def _report(self, found: Sequence[Score], passes: tuple[str, ...], what: str) -> None:
+        if passes == self._passes:
             self._best = min(self._best, *(score.ratio for score in found))
         self._tell(Progress(self._done, max(self._total, self._done), self._best, f"{self._bucket.label}: {what}"))
