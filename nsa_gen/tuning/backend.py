@@ -1,6 +1,6 @@
 """What the search asks of a GPU: is a candidate right, and how quick is it beside others?
 
-`ProcessBackend` asks a process that may die at any time. A candidate that takes it along (an illegal access, a hang) or
+A `Backend` asks a process that may die at any time. A candidate that takes it along (an illegal access, a hang) or
 fails in it (out of memory, wrong numbers) is quarantined with its reason; the process is replaced and the others go on.
 """
 
@@ -33,30 +33,7 @@ class BackendLost(RuntimeError):
     """Nothing can be measured any more: the worker dies before it gets to a candidate."""
 
 
-class Backend(Protocol):
-    """Measures on one GPU."""
-
-    def device(self) -> Device:
-        """The GPU. Raises BackendLost if there is none."""
-        ...
-
-    def check(self, candidate: Candidate, bucket: Bucket) -> str:
-        """What is wrong with a candidate's outputs and gradients at a ragged length, or ""."""
-        ...
-
-    def race(self, race: Race, earlier: Sequence[Round] = (), hear: Hear = lambda times: None) -> list[Reading]:
-        """Times of the candidates, in their order.
-
-        `earlier` rounds, of the same race interrupted, count; each further one is told to `hear` as it ends.
-        """
-        ...
-
-    def close(self) -> None:
-        """End what was started."""
-        ...
-
-
-class ProcessBackend:
+class Backend:
     """A GPU behind a worker process, which is started when first needed and after each death."""
 
     def __init__(
@@ -77,6 +54,7 @@ class ProcessBackend:
         self._settled = False
 
     def device(self) -> Device:
+        """The GPU. Raises BackendLost if there is none."""
         for left in reversed(range(MOST_STARTS)):
             try:
                 return Device(**self._worker.ask({"do": "device"}, self._start_seconds))
@@ -88,15 +66,21 @@ class ProcessBackend:
         raise AssertionError("unreachable")
 
     def check(self, candidate: Candidate, bucket: Bucket) -> str:
+        """What is wrong with a candidate's outputs and gradients at a ragged length, or ""."""
         (answer,) = self._survive("check", (candidate,), bucket, {"bucket": bucket.to_json()})
         return answer.get("error", "")
 
     def race(self, race: Race, earlier: Sequence[Round] = (), hear: Hear = lambda times: None) -> list[Reading]:
+        """Times of the candidates, in their order.
+
+        `earlier` rounds, of the same race interrupted, count; each further one is told to `hear` as it ends.
+        """
         rest = {name: value for name, value in race.to_json().items() if name != "candidates"}
         answers = self._survive("race", race.candidates, race.bucket, rest, earlier, hear)
         return [Reading.from_json({"times": {}, **answer}) for answer in answers]
 
     def close(self) -> None:
+        """End the process."""
         self._worker.close()
 
     def _survive(

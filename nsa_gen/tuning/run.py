@@ -22,7 +22,7 @@ from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
 from nsa_gen.lowering import Program, lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.targets.compile import compiler_environment
-from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Crew, ProcessBackend
+from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Crew
 from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
 from nsa_gen.tuning.journal import Journal
 from nsa_gen.tuning.race import BACKWARD, DECODE, FORWARD, Candidate, Reading
@@ -388,4 +388,4 @@ def gpu_backend(
         environment[VISIBLE] = visible[number] if visible else str(number)
     environment["NSA_GEN_TUNED"] = "off"
     opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
-    return ProcessBackend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)
+    return Backend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)

@@ -12,7 +12,7 @@ from typing import Any
 
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.tuning import Settings, Store, Tools
-from nsa_gen.tuning.backend import Backend, ProcessBackend
+from nsa_gen.tuning.backend import Backend
 
 SPEC = """\
 version: 1
@@ -64,7 +64,7 @@ def fake_backend(script: dict[str, Any], **limits: float) -> Callable[..., Backe
 
     def make(package: Path, of: Spec, settings: Settings, number: int, say: Callable[[str], None]) -> Backend:
         environment = {**os.environ, "FAKE_GPU": json.dumps(script), "CUDA_VISIBLE_DEVICES": str(number)}
-        return ProcessBackend(COMMAND, {}, environment, tell=say, **limits)
+        return Backend(COMMAND, {}, environment, tell=say, **limits)
 
     return make
 
