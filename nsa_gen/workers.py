@@ -140,7 +140,7 @@ class Worker:
         except TimeoutError:
             reason = f"hung: no sign of life for {seconds:.4g} s{process.whereabouts()}"
             raise WorkerDied(reason, self._buried(process)) from None
-        except (EOFError, BrokenPipeError, json.JSONDecodeError):
+        except (EOFError, BrokenPipeError, ValueError):  # of a line that is no JSON, or a pipe that `close` closed
             status = process.wait(10) or 0
             detail = self._buried(process)
             last = (detail.strip().splitlines() or [""])[-1].strip()
@@ -262,7 +262,9 @@ class _Process:
         return line
 
     def errors(self, limit: int = 4000) -> str:
-        """The last `limit` bytes of stderr."""
+        """The last `limit` bytes of stderr; "" once it is closed."""
+        if self._log.closed:
+            return ""
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - limit))
         return self._log.read().decode(errors="replace")

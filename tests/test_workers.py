@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -171,6 +172,14 @@ def test_a_closed_worker_is_not_started_again(worker) -> None:
     worker.close()
     with pytest.raises(WorkerDied, match="was closed"):
         worker.ask({"do": 1}, 60)
+
+
+def test_a_worker_that_another_thread_closes_while_it_is_asked_has_died(worker) -> None:
+    worker.ask({"do": 1}, 60)
+    threading.Timer(0.5, worker.close).start()
+    with pytest.raises(WorkerDied):
+        worker.ask({"do": "hang"}, 60)
+    assert worker.pid is None
 
 
 def test_workers_share_items_and_results_keep_their_order() -> None:

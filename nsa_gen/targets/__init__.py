@@ -1,18 +1,15 @@
 """Ahead-of-time compilation for every supported architecture, without a GPU: registers, shared memory, spills.
 
-    hardware    the table of GPU facts (re-exported from `nsa_gen.hardware`)
     launches    record what a package launches, and what Triton would compile for it
     resources   read registers, local memory and shared memory from a binary, and compare with the device
     worker      the process that imports, records and compiles
-    pool        that process as its caller sees it: requests, time limits, deaths
     compile     all kernels for all architectures -> CompileReport
     report      the CompileReport as text
 
 Importing this package imports neither torch nor triton: both stay in the worker processes.
 """
 
-from nsa_gen.targets.compile import HEAVY_SPILL_BYTES, VARIANTS, Compilation, CompileReport, compile_spec
-from nsa_gen.targets.hardware import (
+from nsa_gen.hardware import (
     GPUS,
     TABLES,
     TARGETS,
@@ -23,6 +20,7 @@ from nsa_gen.targets.hardware import (
     gpu_for_device,
     gpu_for_target,
 )
+from nsa_gen.targets.compile import HEAVY_SPILL_BYTES, VARIANTS, Compilation, CompileReport, compile_spec
 from nsa_gen.targets.report import print_report
 from nsa_gen.targets.resources import Resources
 

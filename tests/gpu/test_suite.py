@@ -34,6 +34,7 @@ from tests.gpu import (
 from tests.gpu.common import expect_ok, save
 from tests.gpu.device import DEVICE, SEED
 from tests.gpu.support import package_of, variant
+from tests.gpu.test_hopper import having
 
 CPU = DEVICE == "cpu"
 ON_A_GPU = pytest.mark.skipif(CPU, reason="the interpreter cannot do this")
@@ -183,8 +184,8 @@ def test_the_front_end_agrees_with_flash_linear_attention(number: int) -> None:
     assert row["ok"], row
 
 
-def test_every_dtype_of_a_spec_that_has_hoppers_kernels_is_one_that_is_compared() -> None:
-    has = {
-        dtype for spec in SPECS for dtype in ("bfloat16", "float16", "float32") if lower(variant(spec, dtype)).hopper
-    }
-    assert has == {"bfloat16", "float16"}
+def test_hoppers_kernels_are_compared_for_every_spec_and_dtype_that_has_them() -> None:
+    dtypes = ("bfloat16", "float16", "float32")
+    has = {(spec, dtype) for spec in SPECS for dtype in dtypes if lower(variant(spec, dtype)).hopper}
+    names = having("hopper_banded_forward")
+    assert has == {(name, dtype) for name in names for dtype in ("bfloat16", "float16")} and "llama3_8b" in names
