@@ -210,14 +210,6 @@ def from_line(line: str) -> Record:
     return _from_json(_KINDS[found.pop("record")], found)
 
 
-def read_lines(path: Path) -> list[Record]:
-    """The records of a file; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    lines = read_text(path).splitlines(keepends=True)
-    return [from_line(line) for line in lines if line.endswith("\n")]
-
-
 def write_json(path: Path, results: Results) -> None:
     """Write results whole or not at all, a record a line."""
     parts = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -164,27 +164,6 @@ def run_example(
     except Exception as error:
         rows = [raised(example.case.label, error)]
     return ExampleResult(example, tuple(rows))
-
-
-def run_examples(
-    spec: Spec,
-    module: Any,
-    count: int,
-    seed: int,
-    device: str,
-    *,
-    build: Callable[[Spec], Any] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Iterator[ExampleResult]:
-    """Run the examples of `seed`, `seed + 1`, ..., one as each is asked for.
-
-    The example of a seed is the same whatever the run it is part of, so that it can be repeated by itself.
-    """
-    for number in range(seed, seed + count):
-        example = drawn_example(spec, number, device)
-        if progress is not None:
-            progress(f"{spec.name}: example {number - seed + 1} of {count}, seed {number}: {example.text}")
-        yield run_example(spec, module, example, device, build)
 
 
 def reproduction(spec: Spec, example: Example, device: str, dtype: str | None, source: str | None) -> str:

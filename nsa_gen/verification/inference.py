@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
 from nsa_gen.verification.oracle import argument_suffixes, reference_attention
-from nsa_gen.verification.report import Row, raised
+from nsa_gen.verification.report import Row
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -349,24 +348,3 @@ def _compare(
     )
     case = Case(inputs.q.shape[1], batch=1, twice=False, gradients=False)
     return [replace(row, case=label) for row in check_case(made, p, case, inputs, with_gradients=False)]
-
-
-def run_scenarios(
-    spec: Spec,
-    module: Any,
-    count: int,
-    seed: int,
-    device: str,
-    progress: Callable[[str], None] | None = None,
-) -> list[Row]:
-    """The scenarios of `seed`, `seed + 1`, ...; an exception, of the package or of the device, is a row too."""
-    rows: list[Row] = []
-    for number in range(seed, seed + count):
-        scenario = scenario_of_seed(spec, number, device)
-        if progress is not None:
-            progress(f"{spec.name}: cache {number - seed + 1} of {count}, seed {number}: {scenario.text}")
-        try:
-            rows += run_scenario(spec, module, scenario, device)
-        except Exception as error:
-            rows.append(raised(f"{scenario.text} seed {number}", error))
-    return rows

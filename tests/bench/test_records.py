@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nsa_gen.bench.records import Results, merge, read_lines, read_results, to_line, write_json
+from nsa_gen.bench.records import Results, merge, read_results, to_line, write_json
 from tests.bench.fakes import pair, row, sample_results
 
 
@@ -31,10 +31,6 @@ def test_a_journal_is_read_without_the_line_that_was_cut_short(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(lines) + "\n" + lines[-1][:20])
     assert read_results(path) == results
-
-
-def test_a_file_of_records_that_is_not_there_holds_none(tmp_path):
-    assert read_lines(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize("text", ["{}", '{"machine": {}, "settings": {}, "rows": [{"nonsense": 1}]}', "[]", "x"])

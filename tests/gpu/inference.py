@@ -9,10 +9,10 @@ import torch
 
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
-from nsa_gen.verification.inference import run_scenarios
+from nsa_gen.verification.inference import run_scenario, scenario_of_seed
 from nsa_gen.verification.inputs import parameter_shapes
 from nsa_gen.verification.oracle import OracleParameters
-from nsa_gen.verification.report import environment
+from nsa_gen.verification.report import Row, environment, raised
 from nsa_gen.verification.verify import adapt
 from tests.gpu.common import say
 from tests.gpu.support import package_of, spec_of_request
@@ -28,7 +28,14 @@ def inference_job(
     """Go through `count` scenarios of a shipped spec, from seed `first` on; with `graphs`, replay a graph as well."""
     meaning, _ = adapt(spec_of_request(spec), interpreted=device == "cpu", dtype=None, fixed=False)
     module = import_package(package_of(meaning))
-    rows = run_scenarios(meaning, module, count, seed + first, device, say)
+    rows: list[Row] = []
+    for number in range(seed + first, seed + first + count):
+        scenario = scenario_of_seed(meaning, number, device)
+        say(f"{spec}: seed {number}: {scenario.text}")
+        try:
+            rows += run_scenario(meaning, module, scenario, device)
+        except Exception as error:  # of the package or of the device
+            rows.append(raised(f"{scenario.text} seed {number}", error))
     result.update(environment=asdict(environment(torch.device(device))), rows=[asdict(row) for row in rows])
     bad = sum(not row.ok for row in rows)
     problems = [f"{bad} of {len(rows)} comparisons failed"] if bad or not rows else []
