@@ -1,7 +1,8 @@
 """Tests marked `gpu` here run in a process that may hang, crash or lose its GPU, each with a limit of seconds.
 
-`@pytest.mark.gpu(seconds=..., alone=True)`: how long a test may take (600 s; and 240 s without a sign of life), and
-whether it has a process of its own. Others share one until a test fails in it. Parameters are what `repr` can write.
+`@pytest.mark.gpu(seconds=..., alone=True)`: how long a test may take (600 s, interpreted 2 h; 240 s of them without a
+sign of life), and whether it has a process of its own. Others share one until a test fails in it. Parameters are what
+`repr` can write.
 With `--gpu-report FILE` what tests find is appended to a file as JSON lines, as soon as it is known.
 """
 
@@ -21,7 +22,7 @@ from nsa_gen.workers import Worker, WorkerFailure, worker_environment
 from tests.gpu.device import DEVICE
 
 PROJECT = Path(__file__).resolve().parents[2]
-SECONDS, SILENCE_SECONDS = 600.0, 240.0
+SECONDS, SILENCE_SECONDS = 7200.0 if DEVICE == "cpu" else 600.0, 240.0
 
 # A GPU machine with torch, triton, pytest and hypothesis alone still runs the tests of generated packages.
 if importlib.util.find_spec("pydantic") is None:
