@@ -97,7 +97,7 @@ def freeze_kernels(name: str, target: str, known: Mapping[str, list[Any]] | None
             if resources and used[0] is None:
                 read = read_resources(triton.compile(one.source, target=one.target, options=one.options), gpu)
                 used = [read.registers, read.spill_bytes, read.shared_memory]
-            label = f"{one.kernel.__name__} {'+'.join(sorted(calls))}"
+            label = f"{one.name} {'+'.join(sorted(calls))}"
             same = sum(key.startswith(f"{label} ") for key in record)
             record[f"{label} {same}"] = [digest, *used]
     return record

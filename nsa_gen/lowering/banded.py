@@ -50,7 +50,6 @@ class Band:
     """A branch whose visible keys are one moving range: pairs of (query, key) it must and does compute."""
 
     op: str
-    module: str
     branch: str
     keys: str
     pairs: sympy.Expr
@@ -66,11 +65,11 @@ def bands(spec: Spec) -> list[Band]:
         pairs = s.B * s.Hq * s.T**2 / (2 * s.CMP_STRIDE)
         # A query tile computes whole key tiles up to the staircase's highest step.
         edge = s.B * s.Hq * s.T * (s.QUERY_BLOCK / s.CMP_STRIDE + s.KEY_BLOCK) / 2
-        found.append(Band("compressed", "compressed_attention", "cmp", "compressed blocks", pairs, pairs + edge, rows))
+        found.append(Band("compressed", "cmp", "compressed blocks", pairs, pairs + edge, rows))
     if spec.window:
         pairs = s.B * s.Hq * s.T * s.WINDOW
         computed = s.B * s.Hq * s.T * (s.WINDOW + s.QUERY_BLOCK + s.KEY_BLOCK)
-        found.append(Band("window", "window_attention", "win", "raw keys", pairs, computed, s.B * s.T))
+        found.append(Band("window", "win", "raw keys", pairs, computed, s.B * s.T))
     return found
 
 
@@ -81,7 +80,8 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
     written = O_BYTES * (1 + s.LOCAL_IN_WINDOW) if band.branch == "win" else O_BYTES
     return Kernel(
         name=f"{band.op}_forward",
-        module=band.module,
+        module="banded",
+        function="banded_forward",
         branch=band.branch,
         direction="forward",
         purpose=f"attention of query tiles to {band.keys}",
@@ -114,7 +114,8 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
     kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
     return Kernel(
         name=f"{band.op}_backward_dq",
-        module=band.module,
+        module="banded_backward",
+        function="banded_backward_dq",
         branch=band.branch,
         direction="backward",
         purpose=f"dq of attention to {band.keys}",
@@ -153,7 +154,8 @@ def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
         programs = band.key_rows / s.KEY_BLOCK * s.Hkv * s.HEAD_SPLITS
     return Kernel(
         name=f"{band.op}_backward_dkdv",
-        module=band.module,
+        module="banded_backward",
+        function="banded_backward_dkdv",
         branch=band.branch,
         direction="backward",
         purpose=f"dk and dv of {band.keys}",

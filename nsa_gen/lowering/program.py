@@ -105,7 +105,8 @@ class Kernel:
 
     ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor. A kernel that is
     not ``whole`` runs only when a step of the operator is called alone, or in packed calls; one with a ``choice``
-    (name, value) only where that choice of schedule is in force.
+    (name, value) only where that choice of schedule is in force. ``function`` names, without its "_kernel",
+    the function that it is a specialisation of: compilers and profilers know each specialisation by ``name``.
     """
 
     name: str
@@ -121,6 +122,11 @@ class Kernel:
     compulsory_bytes: sympy.Expr
     whole: bool = True
     choice: tuple[str, int] | None = None
+    function: str = ""
+
+    def __post_init__(self) -> None:
+        """A kernel is a function of its own unless it says otherwise."""
+        object.__setattr__(self, "function", self.function or self.name)
 
 
 @dataclass(frozen=True)

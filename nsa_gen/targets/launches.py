@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -43,6 +44,11 @@ class Launch:
     keywords: Mapping[str, Any]
     grid: Grid
 
+    @property
+    def name(self) -> str:
+        """What compilers and profilers call the kernel with these constants."""
+        return name_with(self.kernel, self.keywords)
+
 
 @dataclass(frozen=True)
 class Specialization:
@@ -61,6 +67,11 @@ class Specialization:
     target: GPUTarget
     options: Mapping[str, Any]
     key: str
+
+    @property
+    def name(self) -> str:
+        """What compilers and profilers call the kernel with these constants."""
+        return name_with(self.kernel, self.constants)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -102,6 +113,15 @@ def _resolve_grid(grid: Grid | int | Callable[[dict[str, Any]], Any], named: dic
     if callable(grid):
         grid = grid(named)
     return tuple(grid) if isinstance(grid, tuple | list) else (grid,)
+
+
+def name_with(kernel: Any, constants: Mapping[str, Any]) -> str:
+    """The name that a kernel, also the interpreter's, gives its specialisation by constants: its `repr`, if it has one.
+
+    A function that several steps share names each, so that a step is known by its name wherever kernels are listed.
+    """
+    named = kernel.kwargs.get("repr") if hasattr(kernel, "kwargs") else kernel._repr
+    return kernel.__name__ if named is None else named(SimpleNamespace(constants=constants))
 
 
 def compiler_target(gpu: Gpu) -> GPUTarget:

@@ -145,7 +145,7 @@ def _do_candidate(
         for call in calls:
             with record_launches() as launches:
                 _trace_call(state, name, call)
-            mine = [launch for launch in launches if launch.kernel.__name__ == f"{kernel}_kernel"]
+            mine = [launch for launch in launches if launch.name == f"{kernel}_kernel"]
             grids.append([launch.grid for launch in mine])
             for one in (specialize(launch, gpu) for launch in mine):
                 wanted[one.key] = one

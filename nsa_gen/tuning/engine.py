@@ -256,8 +256,7 @@ class GpuEngine:
             return self._noted[1]
         self._noted = None
         prepared = Tuned(self._package, 0, configs).prepare(self._spec, drawn)
-        module = lower(self._spec).kernel(kernel).module
-        with prepared.within(), noted_launches(self._package, module, kernel) as noted:
+        with prepared.within(), noted_launches(self._package, lower(self._spec).kernel(kernel)) as noted:
             with torch.set_grad_enabled(backward):
                 o = prepared.call()
             if backward:

@@ -14,8 +14,10 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nsa_gen.bench.contenders import Operator, Prepared
+from nsa_gen.targets.launches import name_with
 
 if TYPE_CHECKING:
+    from nsa_gen.lowering import Kernel
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
 
@@ -28,12 +30,12 @@ class NoLaunch(RuntimeError):
 
 
 @contextmanager
-def noted_launches(package: ModuleType, module: str, kernel: str) -> Iterator[list[Call]]:
+def noted_launches(package: ModuleType, kernel: Kernel) -> Iterator[list[Call]]:
     """Within the block, the list it gives holds the latest call of the function that launches a kernel.
 
     The latest of several, as those of chunks are: keeping all would keep their buffers.
     """
-    launched = getattr(sys.modules[f"{package.__name__}.kernels.{module}"], f"{kernel}_kernel")
+    launched = getattr(sys.modules[f"{package.__name__}.kernels.{kernel.module}"], f"{kernel.function}_kernel")
     # The package's wrapper of it, where it is launched past Triton's dispatcher. Triton's own have None there.
     launched = getattr(launched, "kernel", None) or launched
     kind = type(launched)
@@ -41,7 +43,7 @@ def noted_launches(package: ModuleType, module: str, kernel: str) -> Iterator[li
     found: list[Call] = []
 
     def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self is launched:
+        if self is launched and name_with(self, keywords) == f"{kernel.name}_kernel":
             found[:] = [_call_of(sys._getframe(1), package.__name__)]
         return original(self, *arguments, **keywords)
 

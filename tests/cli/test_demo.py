@@ -17,9 +17,7 @@ def answers(tmp_path):
     package = tmp_path / "out" / "tiny"
     (package / "kernels").mkdir(parents=True)
     (package / "spec.yaml").write_text("# resolved\nname: tiny\n")
-    (package / "kernels/window_attention.py").write_text(
-        '"""Window."""\n\n\n@triton.jit\ndef window_forward():\n    pass\n'
-    )
+    (package / "kernels/banded.py").write_text('"""Window."""\n\n\n@triton.jit\ndef window_forward():\n    pass\n')
     kernel = {
         "kernel": "window_forward",
         "branch": "win",
@@ -89,7 +87,7 @@ def test_it_runs_the_commands_in_order_and_writes_a_report_of_what_they_said(cal
     assert [command[0] for command in commands] == ["env", "check", "generate", "explain", "verify", "compile"]
     report = (tmp_path / "out" / "report.md").read_text()
     for text in (
-        "| kernels/window_attention.py | 6 | 1 | Window. |",
+        "| kernels/banded.py | 6 | 1 | Window. |",
         "| window | 1 | 4.00 TFLOP | 2.00 GB | 4.00 ms | 0 s |",
         "| window_forward | 168 / 64 KiB |",
         "| o | row | 1.0e-06 | 1.0e-05 | 10% | T=65 | ok |",

@@ -44,7 +44,7 @@ def faults(
     module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str, device: str
 ) -> Iterator[str]:
     """What is wrong with o and lse of a branch by Hopper's kernel, for inputs with NaN in what `poison` names."""
-    attention = importlib.import_module(f"{module.__name__}.kernels.{branch}_attention")
+    attention = importlib.import_module(f"{module.__name__}.kernels.banded")
     forward = getattr(attention, f"{branch}_forward")
     clean, sequences = _inputs(module, branch, tokens, tokens_kv, form, device)
     inputs = _poisoned(clean, poison)

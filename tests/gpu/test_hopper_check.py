@@ -23,7 +23,7 @@ def operator() -> Operator:
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> list[str]:
     """Faults found where the window's forward, as Hopper's kernel, gives another o."""
     module = operator().module
-    attention = importlib.import_module(f"{module.__name__}.kernels.window_attention")
+    attention = importlib.import_module(f"{module.__name__}.kernels.banded")
     right = attention.window_forward
 
     def forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

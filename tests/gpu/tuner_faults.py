@@ -37,7 +37,7 @@ window: {size: 512}
 combine: {gate: none}
 passes: [forward, backward]
 """
-KERNEL, MODULE = "window_forward", "kernels/window_attention.py"
+KERNEL, MODULE = "window_forward", "kernels/banded.py"
 TOKENS = 2048
 HANG_SECONDS = 25.0
 """What a candidate may be silent for: more than a first launch takes when the GPU is shared with other jobs."""
@@ -112,7 +112,7 @@ def doctored(package: Path, folder: Path) -> Path:
     (copy / "faults.py").write_text(FAULTS, encoding="utf-8")
     path = copy / MODULE
     text = path.read_text(encoding="utf-8")
-    start = text.index(f"def {KERNEL}(")
+    start = text.index("def forward(")
     end = text.index("    return o, lse\n", start)
     text = text[:end] + "    misbehave(config, q, o)\n" + text[end:]
     path.write_text(

@@ -422,7 +422,7 @@ def test_an_empty_batch_gives_empty_rows_and_zero_parameter_gradients(package_of
 def test_external_compression_has_no_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = generate(Case("external", "external").spec(), tmp_path_factory.mktemp("external"))
     assert not (folder / "kernels/compression.py").exists()
-    assert (folder / "kernels/compressed_attention.py").exists()
+    assert (folder / "kernels/banded.py").exists()
 
 
 def test_a_forward_only_package_has_no_backward_kernels(package_of: Callable[[Case], Package]) -> None:

@@ -51,9 +51,9 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "kernels/window_attention.py",
-                "return visible & (keys[None, :] < end_visible(positions)[:, None])",
-                "return visible & (keys[None, :] <= end_visible(positions)[:, None])",
+                "kernels/banded.py",
+                "return visible & (keys[None, :] < end_visible(positions, band)[:, None])",
+                "return visible & (keys[None, :] <= end_visible(positions, band)[:, None])",
             ),
         ),
     ),
@@ -64,9 +64,9 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "kernels/window_attention.py",
-                "tl.maximum(position - WINDOW + 1, 0)",
-                "tl.maximum(position - WINDOW, 0)",
+                "kernels/banded.py",
+                "position - band.WINDOW + 1",
+                "position - band.WINDOW",
             ),
         ),
     ),
@@ -77,9 +77,9 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "kernels/window_attention.py",
-                "tl.maximum(position - WINDOW + 1, 0)",
-                "tl.maximum(position - WINDOW + 2, 0)",
+                "kernels/banded.py",
+                "position - band.WINDOW + 1",
+                "position - band.WINDOW + 2",
             ),
         ),
     ),
@@ -90,9 +90,9 @@ MUTANTS = (
         ("o_cmp", "lse_cmp"),
         (
             Edit(
-                "kernels/compressed_attention.py",
-                "position + 1 - COMPRESSION_BLOCK",
-                "position + 2 - COMPRESSION_BLOCK",
+                "kernels/banded.py",
+                "visible_blocks(position, band.BLOCK",
+                "visible_blocks(position + 1, band.BLOCK",
             ),
         ),
     ),
@@ -129,23 +129,22 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "kernels/window_attention.py",
+                "kernels/banded.py",
                 "first_position = tile * QUERY_BLOCK + tokens_kv - tokens_q",
                 "first_position = tile * QUERY_BLOCK",
-                times=2,
             ),
         ),
     ),
     # The scale
-    forgotten_scale("cmp", "kernels/compressed_attention.py", "products = dot_rows(q, k)\n", COMPRESSED),
+    forgotten_scale("cmp", "kernels/banded.py", "products = dot_rows(q, k)\n", COMPRESSED),
     forgotten_scale("slc", "kernels/selected_query_major.py", "dot_rows(q, k), float", SELECTED),
-    forgotten_scale("win", "kernels/window_attention.py", "products = dot_rows(q, k)\n", WINDOW),
+    forgotten_scale("win", "kernels/banded.py", "products = dot_rows(q, k)\n", WINDOW),
     Mutant(
         "poisoned_values_not_gone_through_again",
         "o keeps the NaN of a value that its query does not see",
         WINDOW_NAN,
         ("o_win",),
-        (Edit("kernels/window_attention.py", "if not all_finite(acc):", "if tl.num_programs(0) < 0:"),),
+        (Edit("kernels/banded.py", "if not all_finite(state.acc):", "if tl.num_programs(0) < 0:"),),
     ),
     # Softmax
     Mutant(
@@ -153,7 +152,7 @@ MUTANTS = (
         "the accumulator keeps its scale when the running maximum moves",
         WINDOW,
         ("o_win",),
-        (Edit("kernels/window_attention.py", "        acc = scale_rows(acc, rescale[:, None])\n", ""),),
+        (Edit("kernels/banded.py", "acc = scale_rows(state.acc, rescale[:, None])", "acc = state.acc"),),
     ),
     Mutant(
         "row_sum_not_rescaled",
@@ -209,7 +208,10 @@ MUTANTS = (
         "0 * NaN: a plain product with values that some rows of the tile do not see",
         WINDOW_NAN,
         ("o_win",),
-        (Edit("kernels/window_attention.py", "add_visible_values(p, visible, v, acc)", "add_product(p, v, acc)"),),
+        (
+            Edit("kernels/banded.py", "    add_visible_values,\n", "    add_product,\n"),
+            Edit("kernels/banded.py", "add_visible_values(p, visible, v, acc)", "add_product(p, v, acc)"),
+        ),
     ),
     Mutant(
         "nan_leaks_in_the_selection",

@@ -20,7 +20,7 @@ MUTANTS = (
         ("dk",),
         (
             Edit(
-                "kernels/window_attention.py",
+                "kernels/banded_backward.py",
                 "        head = first_head + step // head_steps\n",
                 "        head = first_head + step // head_steps\n        dk = scale_rows(dk, step % head_steps != 0)\n",
             ),
@@ -33,7 +33,7 @@ MUTANTS = (
         ("dv",),
         (
             Edit(
-                "kernels/window_attention.py",
+                "kernels/banded_backward.py",
                 "        head = first_head + step // head_steps\n",
                 "        head = first_head + step // head_steps\n        dv = scale_rows(dv, step % head_steps != 0)\n",
             ),
@@ -46,9 +46,9 @@ MUTANTS = (
         ("dq",),
         (
             Edit(
-                "kernels/window_attention.py",
-                "ds = p * (dot_rows(do, v) - delta[:, None])\n        dq",
-                "ds = p * dot_rows(do, v)\n        dq",
+                "kernels/banded_backward.py",
+                "ds = p * (dp - stats.delta[:, None])\n        dq",
+                "ds = p * dp\n        dq",
             ),
         ),
     ),
@@ -59,9 +59,9 @@ MUTANTS = (
         ("dk",),
         (
             Edit(
-                "kernels/window_attention.py",
-                "ds = p * (dot_rows(do, v) - delta[:, None])\n        p =",
-                "ds = p * dot_rows(do, v)\n        p =",
+                "kernels/banded_backward.py",
+                "ds = p * (dp - stats.delta[:, None])\n        p =",
+                "ds = p * dp\n        p =",
             ),
         ),
     ),
@@ -70,7 +70,7 @@ MUTANTS = (
         "dQ is scaled twice",
         WINDOW,
         ("dq",),
-        (Edit("kernels/window_attention.py", "scale_rows(dq, SCALE)", "scale_rows(dq, SCALE * SCALE)"),),
+        (Edit("kernels/banded_backward.py", "scale_rows(dq, SCALE)", "scale_rows(dq, SCALE * SCALE)"),),
     ),
     Mutant(
         "scale_folded_twice_in_probabilities",
@@ -86,9 +86,9 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                "kernels/window_attention.py",
-                "p = tl.where(is_visible(queries + offset, keys), p, 0.0)",
-                "p = tl.where(is_visible(queries + offset + 1, keys), p, 0.0)",
+                "kernels/banded_backward.py",
+                "p = tl.where(is_visible(rows + queries.offset, tile.keys, band), p, 0.0)",
+                "p = tl.where(is_visible(rows + queries.offset + 1, tile.keys, band), p, 0.0)",
             ),
         ),
     ),
@@ -152,10 +152,10 @@ MUTANTS = (
         ("dv",),
         (
             Edit(
-                "kernels/window_attention.py",
+                "kernels/banded_backward.py",
                 "        dv = add_product(tl.trans(p), do, dv)\n",
                 "        ungated = gated_probabilities(\n"
-                "            dot_rows(q, k), lse[:, None], 1.0, is_visible(queries + offset, keys)\n"
+                "            products, stats.lse[:, None], 1.0, is_visible(rows + queries.offset, tile.keys, band)\n"
                 "        )\n"
                 "        dv = add_product(tl.trans(ungated), do, dv)\n",
             ),

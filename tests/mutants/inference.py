@@ -96,8 +96,8 @@ MUTANTS: tuple[Mutant, ...] = (
         REJECTED,
         ("o_cmp",),
         "kernels/decode_compressed.py",
-        "end_visible(first_position + ",
-        "end_visible(4 + first_position + ",
+        "end_compressed(first_position + ",
+        "end_compressed(4 + first_position + ",
         times=3,
     ),
     _mutant(
@@ -115,8 +115,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ONE_TOKEN,
         ("o_cmp",),
         "kernels/append.py",
-        "range(end_visible(start + first_token - 1), ",
-        "range(end_visible(start + first_token), ",
+        "range(end_compressed(start + first_token - 1), ",
+        "range(end_compressed(start + first_token), ",
     ),
     _mutant(
         "compressed_block_in_the_page_of_its_first_token",

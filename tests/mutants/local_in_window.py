@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Mutant
 
-WINDOW = "kernels/window_attention.py"
+WINDOW, WINDOW_BACKWARD = "kernels/banded.py", "kernels/banded_backward.py"
 QUERY_MAJOR = "kernels/selected_query_major.py"
 MERGE = "kernels/selected_key_major_merge.py"
 ATTENTION = "attention.py"
@@ -48,8 +48,7 @@ MUTANTS = (
             Edit(
                 WINDOW,
                 "range(first, end):\n        keys",
-                "range(first, end if KEYS == LOCAL else first):\n        keys",
-                2,
+                "range(first, end if band.KEYS == LOCAL else first):\n        keys",
             ),
         ),
     ),
@@ -60,7 +59,9 @@ MUTANTS = (
         ("o_slc",),
         (
             Edit(
-                WINDOW, "normaliser = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)", "normaliser = 1.0 + 0.0 * row_sum"
+                WINDOW,
+                "normaliser = 1.0 / tl.where(state.row_sum == 0.0, 1.0, state.row_sum)",
+                "normaliser = 1.0 + 0.0 * state.row_sum",
             ),
         ),
     ),
@@ -85,9 +86,9 @@ MUTANTS = (
         ("dq",),
         (
             Edit(
-                WINDOW,
-                "ds += slc_p * (dp - slc_delta[:, None])\n        dq",
-                "ds += slc_p * (dp - delta[:, None])\n        dq",
+                WINDOW_BACKWARD,
+                "ds += slc_p * (dp - slc.delta[:, None])\n        dq",
+                "ds += slc_p * (dp - stats.delta[:, None])\n        dq",
             ),
         ),
     ),
@@ -96,14 +97,26 @@ MUTANTS = (
         "dK and dV of the local blocks count queries whose local blocks do not have the key",
         BACKWARD,
         ("dk", "dv"),
-        (Edit(WINDOW, "is_visible(queries + offset, keys, LOCAL)", "is_visible(queries + offset, keys)"),),
+        (
+            Edit(
+                WINDOW_BACKWARD,
+                "is_visible(rows + queries.offset, tile.keys, part_of(band, LOCAL))",
+                "is_visible(rows + queries.offset, tile.keys, band)",
+            ),
+        ),
     ),
     Mutant(
         "last_viewers_of_a_local_block_forgotten",
         "dK and dV of a local block lack the queries of the block after it",
         BACKWARD,
         ("dk", "dv"),
-        (Edit(WINDOW, "(key // SELECTION_BLOCK + LOCAL_BLOCKS) *", "(key // SELECTION_BLOCK + LOCAL_BLOCKS - 1) *"),),
+        (
+            Edit(
+                WINDOW_BACKWARD,
+                "(key // SELECTION_BLOCK + LOCAL_BLOCKS) *",
+                "(key // SELECTION_BLOCK + LOCAL_BLOCKS - 1) *",
+            ),
+        ),
     ),
     Mutant(
         "local_gradients_twice",

@@ -208,8 +208,8 @@ def edited(mutant: Mutant | Equivalent, texts: dict[str, str]) -> dict[str, str]
 
 
 def source_of(folder: Path) -> dict[str, str]:
-    """The modules of a package, by file name."""
-    return {path.name: path.read_text() for path in folder.glob("*.py")}
+    """The modules of a package, by path within it."""
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
 
 
 @functools.cache

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Equivalent, Mutant
 
-ATTENTION, COMPRESSED, POOL = "attention.py", "kernels/compressed_attention.py", "kernels/compression_pool.py"
-SELECTION, WINDOW = "kernels/selection.py", "kernels/window_attention.py"
+ATTENTION, POOL, SELECTION = "attention.py", "kernels/compression_pool.py", "kernels/selection.py"
+BANDED, BANDED_BACKWARD = "kernels/banded.py", "kernels/banded_backward.py"
 
 RECOMPUTED = Check("full", 4, tokens_kv=20, gradients=True, recompute=("cmp", "slc", "win"))
 LOCAL_RECOMPUTED = Check("local", 5, tokens_kv=67, gradients=True, local_in_window=True, recompute=("slc",))
@@ -25,13 +25,16 @@ CONTESTED_PACKED = Check("free", (5, 66))
 COMPRESSED_FORWARD = Check("compressed", 22)
 WINDOW_FORWARD = Check("window", 23)
 
-ROUNDED_UP = ("first_row // COMPRESSION_STRIDE", "(first_row + COMPRESSION_STRIDE - 1) // COMPRESSION_STRIDE")
+ROUNDED_UP = ("first_key", "(first_row + STRIDE - 1) // STRIDE")
 
 
-def rounded_up(name: str, what: str, line: str, killed_by: tuple[str, ...], times: int = 1) -> Mutant:
+def rounded_up(
+    name: str, what: str, line: str, killed_by: tuple[str, ...], files: tuple[str, ...] = (BANDED_BACKWARD,)
+) -> Mutant:
     """Packed compressed rows begin at the sequence's start divided by the stride, rounded up."""
     mistake = f"{what} of packed sequences begin at the start divided by the stride, rounded up"
-    return Mutant(name, mistake, PACKED, killed_by, (Edit(COMPRESSED, line, line.replace(*ROUNDED_UP), times),))
+    edits = tuple(Edit(file, line, line.replace(*ROUNDED_UP)) for file in files)
+    return Mutant(name, mistake, PACKED, killed_by, edits)
 
 
 MUTANTS = (
@@ -90,9 +93,9 @@ MUTANTS = (
         ("dk_cmp", "dv_cmp"),
         (
             Edit(
-                COMPRESSED,
-                "heads = tl.minimum((kv_head + 1) * GROUP - first_head, HEADS)",
-                "heads = tl.minimum((kv_head + 1) * GROUP - first_head + 1 - kv_head, HEADS)",
+                BANDED_BACKWARD,
+                "tl.minimum((kv_head + 1) * GROUP - first_head, HEADS)",
+                "tl.minimum((kv_head + 1) * GROUP - first_head + 1 - kv_head, HEADS)",
             ),
         ),
     ),
@@ -101,7 +104,7 @@ MUTANTS = (
         "dK and dV of the compressed branch are those of the first share of heads",
         SHARES,
         ("dk_cmp", "dv_cmp"),
-        (Edit(COMPRESSED, "torch.sum(shares, 0, out=total)", "total.copy_(shares[0])"),),
+        (Edit(BANDED_BACKWARD, "torch.sum(shares, 0, out=total)", "total.copy_(shares[0])"),),
     ),
     Mutant(
         "shares_of_heads_in_one_place",
@@ -110,7 +113,7 @@ MUTANTS = (
         ("dk_cmp", "dv_cmp"),
         (
             Edit(
-                COMPRESSED,
+                BANDED_BACKWARD,
                 "entry = tl.cast(split, tl.int64) * tl.num_programs(2) + batch",
                 "entry = tl.cast(split, tl.int64) * 0 + batch",
             ),
@@ -121,26 +124,26 @@ MUTANTS = (
         "rows of packed compressed keys that belong to no block get whatever the shares' memory held",
         SHARES,
         ("dk_cmp", "dv_cmp"),
-        (Edit(COMPRESSED, "q.new_zeros if sequences.packed else q.new_empty", "q.new_empty"),),
+        (Edit(BANDED_BACKWARD, "q.new_zeros if sequences.packed else q.new_empty", "q.new_empty"),),
     ),
     # Where a packed sequence's compressed rows begin
     rounded_up(
         "compressed_keys_rounded_up_in_the_attention",
         "the compressed keys that queries attend to",
-        "row_base(k_ptr, batch, first_row // COMPRESSION_STRIDE, head // GROUP",
+        "row_base(k_ptr, batch, first_key, head // GROUP",
         ("o_cmp", "lse_cmp", "dq"),
-        times=2,
+        files=(BANDED, BANDED_BACKWARD),
     ),
     rounded_up(
         "compressed_values_rounded_up_in_the_backward",
         "the compressed values that dK and dV are made of",
-        "row_base(v_ptr, batch, first_row // COMPRESSION_STRIDE, kv_head",
+        "row_base(v_ptr, batch, first_key, kv_head",
         ("dk",),
     ),
     rounded_up(
         "compressed_gradients_rounded_up",
         "rows of the gradients of compressed keys and values",
-        "(entry * key_rows + first_row // COMPRESSION_STRIDE + keys)",
+        "(entry * key_rows + first_key + keys)",
         ("dk", "dv"),
     ),
     Mutant(
@@ -175,7 +178,7 @@ MUTANTS = (
         "the last query that sees a tile's last key is left out of dK and dV where it begins a tile of queries",
         FAR_END,
         ("dk", "dv"),
-        (Edit(WINDOW, "return key + WINDOW", "return key + WINDOW - 1"),),
+        (Edit(BANDED_BACKWARD, "return key + band.WINDOW", "return key + band.WINDOW - 1"),),
     ),
     Mutant(
         "far_edge_of_the_viewers_unmasked",
@@ -184,9 +187,9 @@ MUTANTS = (
         ("dk", "dv"),
         (
             Edit(
-                WINDOW,
-                "end_full = (tl.minimum(end_viewer(tile * KEY_BLOCK), tokens_kv) - offset) // QUERY_BLOCK",
-                "end_full = tl.cdiv(tl.minimum(end_viewer(tile * KEY_BLOCK), tokens_kv) - offset, QUERY_BLOCK)",
+                BANDED_BACKWARD,
+                "end_full = (tl.minimum(end_viewer(tile * KEY_BLOCK, band), tokens_kv) - offset) // QUERY_BLOCK",
+                "end_full = tl.cdiv(tl.minimum(end_viewer(tile * KEY_BLOCK, band), tokens_kv) - offset, QUERY_BLOCK)",
             ),
         ),
     ),
@@ -205,10 +208,9 @@ MUTANTS = (
         ("o_cmp", "lse_cmp"),
         (
             Edit(
-                COMPRESSED,
-                "end_full = end_visible(first_position) // KEY_BLOCK",
-                "end_full = tl.cdiv(end_visible(first_position), KEY_BLOCK)",
-                2,
+                BANDED,
+                "end_full = end_visible(queries.first, band) // KEY_BLOCK",
+                "end_full = tl.cdiv(end_visible(queries.first, band), KEY_BLOCK)",
             ),
         ),
     ),
@@ -219,10 +221,9 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                WINDOW,
-                "end_full = end_visible(first_position) // KEY_BLOCK",
-                "end_full = tl.cdiv(end_visible(first_position), KEY_BLOCK)",
-                2,
+                BANDED,
+                "end_full = end_visible(queries.first, band) // KEY_BLOCK",
+                "end_full = tl.cdiv(end_visible(queries.first, band), KEY_BLOCK)",
             ),
         ),
     ),
@@ -235,7 +236,7 @@ EQUIVALENT = (
         "with tiles of 16 the last query that sees a tile's last key begins a tile only if w is 2 more than a multiple "
         "of 16; otherwise the tile that it lies in is visited for the queries before it. A mutant has such a window",
         FAR_END_INSIDE_A_TILE,
-        (Edit(WINDOW, "return key + WINDOW", "return key + WINDOW - 1"),),
+        (Edit(BANDED_BACKWARD, "return key + band.WINDOW", "return key + band.WINDOW - 1"),),
     ),
     Equivalent(
         "viewers_beyond_the_end_visited",
@@ -244,9 +245,9 @@ EQUIVALENT = (
         FAR_END,
         (
             Edit(
-                WINDOW,
-                "end = tl.cdiv(tl.minimum(end_viewer(last_key), tokens_kv) - offset, QUERY_BLOCK)",
-                "end = tl.cdiv(end_viewer(last_key) - offset, QUERY_BLOCK)",
+                BANDED_BACKWARD,
+                "end = tl.cdiv(tl.minimum(end_viewer(last_key, band), tokens_kv) - offset, QUERY_BLOCK)",
+                "end = tl.cdiv(end_viewer(last_key, band) - offset, QUERY_BLOCK)",
             ),
         ),
     ),

@@ -23,10 +23,9 @@ MUTANTS = (
         ("o_win", "lse_win"),
         (
             Edit(
-                "kernels/window_attention.py",
-                "    in_range = queries < tokens_q\n    first_position",
-                "    in_range = queries >= 0\n    first_position",
-                times=2,
+                "kernels/banded.py",
+                "    in_range = rows < tokens_q\n    queries",
+                "    in_range = rows >= 0\n    queries",
             ),
         ),
     ),
@@ -79,10 +78,9 @@ MUTANTS = (
         ("o_cmp", "lse_cmp"),
         (
             Edit(
-                "kernels/compressed_attention.py",
-                "row_base(k_ptr, batch, first_row // COMPRESSION_STRIDE, head // GROUP",
+                "kernels/banded.py",
+                "row_base(k_ptr, batch, first_key, head // GROUP",
                 "row_base(k_ptr, batch, 0, head // GROUP",
-                times=2,
             ),
         ),
     ),

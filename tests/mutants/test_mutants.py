@@ -99,7 +99,7 @@ def test_a_mutant_whose_text_is_no_longer_in_the_package_is_an_error(edit: Edit)
 
 def test_a_mutant_that_changes_no_result_is_found_to_survive() -> None:
     (first, *_) = (mutant for mutant in MUTANTS if mutant.check.spec == "window" and not mutant.check.gradients)
-    harmless = Edit("kernels/window_attention.py", "return position + 1", "return 1 + position")
+    harmless = Edit("kernels/banded.py", "end = position + 1 if", "end = 1 + position if")
     mutant = replace(first, name="nothing_changed", edits=(harmless,))
     assert failures(mutant.check, build(mutant)) == {}
     with pytest.raises(AssertionError, match="nothing_changed"):

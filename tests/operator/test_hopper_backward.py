@@ -32,7 +32,7 @@ configs, ops = (importlib.import_module(f"{package.__name__}.{name}") for name i
 for target in sys.argv[2].split(","):
     with configs.use_target(target), record_launches() as launches:
         ops.trace(tokens=64, batch=2, device="meta", packed=False, passes=("forward", "backward"))
-    print(target, *sorted({launch.kernel.__name__ for launch in launches}))
+    print(target, *sorted({launch.name for launch in launches}))
     if len(sys.argv) > 3:
         import triton
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nsa_gen.lowering import lower
 from nsa_gen.spec import parse_spec
 from tests.support import operator_of
 
@@ -49,11 +50,13 @@ def test_explain_names_every_kernel_the_package_has() -> None:
     text = op.explain()
     kernels = {
         line.split("(")[0].removeprefix("def ").removesuffix("_kernel")
-        for path in op.folder.glob("*.py")
+        for path in op.folder.rglob("*.py")
         for line in path.read_text().splitlines()
         if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
     }
-    assert kernels and all(kernel in text for kernel in kernels)
+    named = lower(op.spec).kernels
+    assert kernels == {kernel.function for kernel in named}
+    assert all(f"{kernel.name} " in text for kernel in named)
 
 
 def run(code: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

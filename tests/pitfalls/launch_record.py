@@ -61,7 +61,7 @@ def record(package: Any, tokens: int, packed: bool) -> dict[str, Any]:
     ):
         package.ops.trace(tokens, SEQUENCES if packed else 1, "meta", packed, ("forward", "backward"))
     return {
-        "kernels": [launch.kernel.__name__ for launch in launches],
+        "kernels": [launch.name for launch in launches],
         "constants": [constants_of(launch) for launch in launches],
         "specialized": sorted({f"{x.kernel.__name__}.{name}" for x in launches for name in specialized_integers(x)}),
         "grids": [launch.grid for launch in launches],

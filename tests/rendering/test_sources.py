@@ -136,15 +136,18 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     if program.hopper_backward:  # it has one configuration, by its design
         assert kernels.pop("hopper_selected_backward") == "hopper_selected_backward"
     for target, table in tables.items():
-        assert set(table) == {*kernels, *(schedule.name for schedule in program.schedules)}, target
+        assert set(table) == {
+            *(kernel.name for kernel in program.kernels),
+            *(schedule.name for schedule in program.schedules),
+        }, target
         assert table == {name: config.mapping() for name, config in program.defaults[target].items()}
-    assert kernels == {kernel.name: kernel.module for kernel in program.kernels}
+    assert kernels == {kernel.function: kernel.module for kernel in program.kernels}
 
 
 def test_every_kernel_is_launched_with_its_own_configuration(spec, texts):
     source = "".join(text for name, text in texts.items() if name.endswith(".py") and name != "configs.py")
     for kernel in lower(spec).kernels:
-        assert re.search(rf"\b{kernel.name}_kernel\[", source), kernel.name
+        assert re.search(rf"\b{kernel.function}_kernel\[", source), kernel.name
         assert f'"{kernel.name}"' in source, kernel.name
 
 
@@ -158,7 +161,7 @@ def test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch(spec, m
         (function,) = (
             node
             for node in modules[f"kernels/{kernel.module}.py"].body
-            if isinstance(node, ast.FunctionDef) and node.name == f"{kernel.name}_kernel"
+            if isinstance(node, ast.FunctionDef) and node.name == f"{kernel.function}_kernel"
         )
         taken = {
             argument.arg

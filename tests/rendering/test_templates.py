@@ -13,8 +13,6 @@ from nsa_gen.rendering.environment import environment
 # Those that still assemble names or lists of arguments. None may be added; one that becomes Python is taken off.
 NOT_YET = {
     "kernels/append.py.jinja",
-    "kernels/banded_backward.py.jinja",
-    "kernels/banded_forward.py.jinja",
     "kernels/combine.py.jinja",
     "kernels/compression.py.jinja",
     "kernels/compression_pool.py.jinja",

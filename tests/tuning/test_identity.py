@@ -22,11 +22,11 @@ def test_a_package_carries_the_digest_of_its_kernels() -> None:
 
 
 def test_comments_docstrings_and_blank_lines_do_not_void_a_tuning() -> None:
-    text = FILES["kernels/window_attention.py"]
+    text = FILES["kernels/banded.py"]
     start = text.index('"""')
     other = text[:start] + '"""Another docstring,\n\nof other lines."""' + text[text.index('"""', start + 3) + 3 :]
     other = other.replace("import torch\n", "import torch  # a comment\n\n\n", 1)
-    assert kernels_digest({**FILES, "kernels/window_attention.py": other}) == kernels_digest(FILES)
+    assert kernels_digest({**FILES, "kernels/banded.py": other}) == kernels_digest(FILES)
 
 
 def test_modules_that_launch_nothing_do_not_void_a_tuning() -> None:
@@ -40,7 +40,7 @@ def test_code_that_runs_voids_a_tuning() -> None:
     assert kernels_digest(changed("spec.py", "GROUP = tl.constexpr(2)", "GROUP = tl.constexpr(4)")) != before
     for name in (
         "attention.py",
-        "kernels/window_attention.py",
+        "kernels/banded.py",
         "kernels/primitives.py",
         "kernels/selected_key_major_lists.py",
         "sequences.py",

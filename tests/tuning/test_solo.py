@@ -25,7 +25,7 @@ found = {}
 with host_time.no_device(module):
     call = host_time.calls(module, spec, 64, "cpu")["forward and backward"]
     for kernel in lower(spec).kernels:
-        with noted_launches(module, kernel.module, kernel.name) as noted:
+        with noted_launches(module, kernel) as noted:
             call()
         if noted:
             function, arguments = noted[0]
@@ -35,7 +35,7 @@ with host_time.no_device(module):
     # A version of Triton that is not known launches by itself.
     combine = sys.modules[module.__name__ + ".kernels.combine"]
     combine.combine_forward_kernel = combine.combine_forward_kernel.kernel
-    with noted_launches(module, "combine", "combine_forward") as noted:
+    with noted_launches(module, lower(spec).kernel("combine_forward")) as noted:
         call()
     found["by Triton"] = noted[0][0].__name__
 print(json.dumps(found))
@@ -53,6 +53,6 @@ def test_each_kernel_of_training_is_found_with_the_function_that_launches_it(
     trained = {name for name, kernel in kernels.items() if kernel.direction in ("forward", "backward")}
     assert trained - alternatives <= set(found)
     assert not [name for name, (module, _) in found.items() if module == "launch"]
-    assert found["window_forward"] == ["window_attention", "window_forward"]
+    assert found["window_forward"] == ["banded", "forward"]
     # One call launches both, and shares their buffers.
     assert found["selected_forward_key_major"] == found["merge_outputs"] == ["selected_key_major_forward", "forward"]
