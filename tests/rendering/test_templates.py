@@ -19,7 +19,6 @@ NOT_YET = {
     "kernels/decode_attend.py.jinja",
     "kernels/decode_select.py.jinja",
     "kernels/padding.py.jinja",
-    "kernels/selected_attention.py.jinja",
     "package/api.py.jinja",
     "package/arguments.py.jinja",
     "package/attention.py.jinja",
