@@ -48,7 +48,9 @@ def compression_outputs(spec: Spec) -> tuple[Output, ...]:
 
 
 def _rows(spec: Spec, size: int) -> str:
-    return f"(q.shape[0], sequences.compressed_rows, {spec.heads.kv}, {size})"
+    assert spec.compression is not None
+    rows = f"sequences.compressed_rows({spec.compression.block}, {spec.compression.stride})"
+    return f"(q.shape[0], {rows}, {spec.heads.kv}, {size})"
 
 
 #: Keys and values, and the rows that phi makes of them.

@@ -69,11 +69,6 @@ class Legal:
     values: Mapping[str, tuple[int, ...] | range]
     rules: tuple[str, ...] = ()
 
-    @property
-    def literals(self) -> tuple[str, ...]:
-        """Entries of a Python dict literal."""
-        return tuple(f'"{name}": {legal}' for name, legal in self.values.items())
-
 
 def legal_space(program: Program) -> dict[str, Legal]:
     """What a package accepts, by kernel and schedule: the tunables' values, and the kernels' own constraints."""

@@ -15,8 +15,6 @@ from pathlib import PurePosixPath
 
 from nsa_gen.lowering import Program
 
-LOOKUP = "lookup.py"
-"""The module of a package that finds tuned configurations, and names these digests."""
 TUNED_SCHEMA = 1
 """Version of the form of tuned files."""
 MEASUREMENT = "interleaved-1"
@@ -24,17 +22,16 @@ MEASUREMENT = "interleaved-1"
 
 ATTENTION, DECODE = "attention.py", "decode.py"
 """Modules that launch what is tuned: forward and backward, and decode. What they import counts with them."""
-_NOT_CODE = ("configs.py", "runtime/launch.py", LOOKUP)
+_NOT_CODE = ("configs.py", "runtime/launch.py", "runtime/lookup.py")
 _DIGITS = 12
 
 
 def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
     """Twelve hex digits of the code that runs: a root module and every module it imports, directly or not.
 
-    `configs.py` and `lookup.py` are left out, which only choose numbers, and `runtime/launch.py`, which runs on the
-    host alone;
-    so is what the root does not need, such as the checks of arguments. Of each module, what counts is its text without
-    comments, docstrings and blank lines.
+    `configs.py` and `runtime/lookup.py` are left out, which only choose numbers, and `runtime/launch.py`, which runs
+    on the host alone; so is what the root does not need, such as the checks of arguments. Of each module, what counts
+    is its text without comments, docstrings and blank lines.
 
     Args:
         files: modules of a package by file name; those that are not Python are ignored.

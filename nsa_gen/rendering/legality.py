@@ -7,21 +7,17 @@ from typing import Any
 
 from nsa_gen.lowering import Program
 from nsa_gen.lowering.space import legal_space
-from nsa_gen.rendering.environment import environment
-
-TUNABLES = "tunables.py"
-"""The module of a package that states legal values; it imports nothing but Python's own."""
+from nsa_gen.runtime.space import Space
 
 Check = Callable[[str, Mapping[str, Any]], str]
 """What is wrong with values of a kernel's tunables, "" where nothing is."""
 
 
 def check_of(program: Program) -> Check:
-    """The check of a program's package, from the very text that the package has."""
-    text = environment().get_template(f"package/{TUNABLES}.jinja").render(header="", legal=legal_space(program))
-    module: dict[str, Any] = {}
-    exec(text, module)
-    return module["problem"]
+    """The check of a program's package."""
+    legal = legal_space(program)
+    values = {kernel: each.values for kernel, each in legal.items()}
+    return Space(values, {kernel: each.rules for kernel, each in legal.items()}).problem
 
 
 def problems(check: Check, configs: Mapping[str, Mapping[str, Any]]) -> str:

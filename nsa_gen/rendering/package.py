@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import Program, lower
 from nsa_gen.lowering.space import legal_space
 from nsa_gen.rendering.environment import environment
-from nsa_gen.rendering.identity import DECODE, LOOKUP, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
+from nsa_gen.rendering.identity import DECODE, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
 from nsa_gen.rendering.imports import used_imports
 from nsa_gen.rendering.literals import docstring_text, python_literal
 from nsa_gen.spec import Spec, load_spec
@@ -61,42 +61,70 @@ def _render(spec: Spec) -> dict[str, str]:
         "spec": spec,
         "program": program,
         "header": _header(spec),
-        "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TABLES},
-        "shared_tables": SHARED_TABLES,
         "exports": _exports(program),
-        "tuned_schema": TUNED_SCHEMA,
-        "measurement": MEASUREMENT,
-        "legal": legal_space(program),
-        "space_digest": space_digest(program),
-        "decode_space_digest": space_digest(program, DECODE),
-        "multiprocessors": {target: gpu_for_target(target).sm_count for target in TABLES},
         "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
         "explanation": _explanation(program),
         "summary": docstring_text(f"{spec.name}: {spec.description or 'native sparse attention'}"),
     }
-    files = {}
-    for name in _modules(program):
-        if name == LOOKUP:  # it names the digest of the others, so it comes last
-            context["kernels_digest"] = kernels_digest(files)
-            context["decode_kernels_digest"] = kernels_digest(files, DECODE)
-        files[name] = _text(name, context)
-    files[TILES] = _tiles(spec, program)
+    files = {name: _text(name, context) for name in _modules(program)}
+    files[TILES] = _tiles(spec, program, files)
     files["spec.yaml"] = f"{_header(spec)}\n{spec.resolved_yaml()}"
     return dict(sorted(files.items()))
 
 
-def _tiles(spec: Spec, program: Program) -> str:
-    """The cost model's choice by architecture and kernel, as JSON with a line a kernel."""
-    tables = []
-    for target, table in program.defaults.items():
-        if target not in SHARED_TABLES:
-            rows = ",\n".join(
-                f"   {json.dumps(name)}: {json.dumps(config.mapping())}" for name, config in table.items()
-            )
-            tables.append(f"  {json.dumps(target)}: {{\n{rows}\n  }}")
-    by = f"{SIGNATURE[2:]} {__version__} from the spec {spec.name}; edits are lost when it is generated again."
-    body = ",\n".join(tables)
-    return f'{{"by": {json.dumps(by)},\n "tiles": {{\n{body}\n }}\n}}\n'
+def _tiles(spec: Spec, program: Program, files: Mapping[str, str]) -> str:
+    """What `runtime.tiles` reads: the cost model's choice and what may stand in its place. JSON, a line a kernel."""
+    legal = legal_space(program)
+    document: dict[str, Any] = {
+        "by": f"{SIGNATURE[2:]} {__version__} from the spec {spec.name}; edits are lost when it is generated again.",
+        "identity": _identity(spec, program, files),
+        "schedules": [schedule.name for schedule in program.schedules],
+        "shared_tables": SHARED_TABLES,
+        "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TABLES},
+        "multiprocessors": {target: gpu_for_target(target).sm_count for target in TABLES},
+        "values": {
+            kernel: {name: _listed(values) for name, values in each.values.items()} for kernel, each in legal.items()
+        },
+        "rules": {kernel: each.rules for kernel, each in legal.items() if each.rules},
+        "tiles": {
+            target: {name: config.mapping() for name, config in table.items()}
+            for target, table in program.defaults.items()
+            if target not in SHARED_TABLES
+        },
+    }
+    depths = {"values": 1, "rules": 1, "tiles": 2}
+    entries = [f"{json.dumps(name)}: {_json(value, depths.get(name, 0))}" for name, value in document.items()]
+    return "{" + ",\n ".join(entries) + "\n}\n"
+
+
+def _identity(spec: Spec, program: Program, files: Mapping[str, str]) -> dict[str, str | int]:
+    """What tuned entries of a package must have been made for."""
+    found: dict[str, str | int] = {
+        "name": spec.name,
+        "dtype": spec.dtype,
+        "schema": TUNED_SCHEMA,
+        "measurement": MEASUREMENT,
+        "kernels": kernels_digest(files),
+        "space": space_digest(program),
+    }
+    if program.decodes:
+        found |= {
+            "decode_kernels": kernels_digest(files, DECODE),
+            "decode_space": space_digest(program, DECODE),
+        }
+    return found
+
+
+def _listed(values: tuple[int, ...] | range) -> Sequence[int] | dict[str, int]:
+    return {"from": values.start, "to": values.stop - 1} if isinstance(values, range) else values
+
+
+def _json(value: Any, depth: int, indent: str = "  ") -> str:
+    """JSON text; of `depth` levels of objects, each entry has a line."""
+    if not depth or not value:
+        return json.dumps(value)
+    lines = [f"{indent}{json.dumps(name)}: {_json(each, depth - 1, indent + ' ')}" for name, each in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent[:-1]}}}"
 
 
 def _text(name: str, context: dict[str, Any]) -> str:
@@ -163,11 +191,10 @@ def _package_dir(spec: Spec, out_dir: str | os.PathLike[str] | None) -> Path:
 def _modules(program: Program) -> list[str]:
     """Python modules of the package, each from the runtime's module or the template of the same name."""
     modules = {
-        "__init__", "api", "arguments", "attention", "configs", "module", "ops", "registration", "sequences", "spec",
-        "tunables",
+        "__init__", "api", "arguments", "attention", "configs", "module", "ops", "registration", "spec",
     }  # fmt: skip
     kernels = {"__init__", "primitives"} | {kernel.module for kernel in program.kernels}
-    runtime = {"__init__", "launch", "sizes"}
+    runtime = {"__init__", "launch", "lookup", "sequences", "sizes", "space", "tiles"}
     if program.hopper:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_backward:
@@ -183,7 +210,7 @@ def _modules(program: Program) -> list[str]:
         modules |= {"cache", "decode", "inference", "inference_ops", "storage"}
         runtime.add("pages")
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
-    return [*(f"{path}.py" for path in sorted(paths)), LOOKUP]
+    return [f"{path}.py" for path in sorted(paths)]
 
 
 def _exports(program: Program) -> list[str]:

@@ -5,13 +5,14 @@ Identity must match for an entry to be used; provenance is worth a warning where
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nsa_gen.hardware import GPUS, Gpu, gpu_for_device
 from nsa_gen.lowering import Program
-from nsa_gen.rendering.identity import ATTENTION, DECODE, LOOKUP, MEASUREMENT, space_digest
+from nsa_gen.rendering.identity import ATTENTION, DECODE, MEASUREMENT, space_digest
 from nsa_gen.tuning.space import Bucket
 
 
@@ -200,8 +201,7 @@ def kernels_of(files: dict[str, str], *, decode: bool = False) -> str:
     Raises:
         ValueError: it has none, as a package without decode has none of decode.
     """
-    name = "DECODE_KERNELS" if decode else "KERNELS"
-    found = re.search(rf'^{name} = "(\w+)"$', files[LOOKUP], flags=re.MULTILINE)
+    found = json.loads(files["tiles.json"])["identity"].get("decode_kernels" if decode else "kernels")
     if found is None:
-        raise ValueError(f"{LOOKUP}: expected a line {name} = ..., found none")
-    return found[1]
+        raise ValueError("files: expected a package that decodes, got one without")
+    return found

@@ -1,6 +1,6 @@
 """Buckets of calls that share their configurations, and which configurations of a kernel are worth compiling.
 
-A generated package has the rule of buckets too, in its `lookup.py`, which imports nothing of nsa_gen.
+A generated package has the rule of buckets too, in its `runtime/lookup.py`, which imports nothing of nsa_gen.
 """
 
 from __future__ import annotations

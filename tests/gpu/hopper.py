@@ -73,12 +73,12 @@ def _inputs(
     module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, device: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
     p = importlib.import_module(f"{module.__name__}.spec")
-    sequences_of = importlib.import_module(f"{module.__name__}.sequences").Sequences
+    sequences_of = importlib.import_module(f"{module.__name__}.runtime.sequences").Sequences
     packed = not isinstance(tokens, int)
     rows, batch = (sum(tokens), 1) if packed else (tokens, 2)
     ends = torch.tensor([0, *tokens], device=device).cumsum(0).int() if packed else None
     sequences = sequences_of(batch, rows, tokens_kv or rows, ends)
-    keys = sequences.compressed_rows if branch == "compressed" else sequences.tokens_kv
+    keys = sequences.compressed_rows(p.COMPRESSION_BLOCK.value, p.COMPRESSION_STRIDE.value) if branch == "compressed" else sequences.tokens_kv
     dtype = getattr(torch, module.SPEC["dtype"])
 
     def random(length: int, heads: int, width: int) -> Tensor:

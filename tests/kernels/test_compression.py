@@ -121,7 +121,7 @@ def package_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Pac
             spec = case.spec()
             folder = generate(spec, tmp_path_factory.mktemp("packages"))
             package = import_package(folder)
-            names = ("kernels.compression", "sequences", "configs")
+            names = ("kernels.compression", "runtime.sequences", "configs")
             built[case] = Package(spec, *(importlib.import_module(f"{package.__name__}.{name}") for name in names))
         return built[case]
 

@@ -102,14 +102,14 @@ MUTANTS = (
         "the grid has no program for the ragged last tile",
         WINDOW,
         ("o_win", "lse_win"),
-        (Edit("sequences.py", "else sizes.cdiv(tokens, size)", "else tokens // size"),),
+        (Edit("runtime/sequences.py", "else cdiv(tokens, size)", "else tokens // size"),),
     ),
     Mutant(
         "last_packed_tile_not_launched",
         "the grid of packed sequences is one program too small",
         WINDOW_PACKED_FULL,
         ("o_win", "lse_win"),
-        (Edit("sequences.py", "tokens // size + self.count if", "tokens // size + self.count - 1 if"),),
+        (Edit("runtime/sequences.py", "tokens // size + self.count if", "tokens // size + self.count - 1 if"),),
     ),
     Mutant(
         "padding_left_as_it_is",

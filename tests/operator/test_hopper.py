@@ -105,7 +105,7 @@ def test_the_ordinary_kernels_serve_a_device_that_is_no_hopper_gpu_whatever_is_a
     with op.configs.override("banded_attention", HOPPER_TOKENS=0):
         if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
             hopper, sequences = (
-                importlib.import_module(f"{op.module.__name__}.{x}") for x in ("kernels.hopper", "sequences")
+                importlib.import_module(f"{op.module.__name__}.{x}") for x in ("kernels.hopper", "runtime.sequences")
             )
             q, k = torch.zeros(1, 64, 4, 64, dtype=torch.float16), torch.zeros(1, 64, 2, 64, dtype=torch.float16)
             assert hopper.forward_for(q, k, k, sequences.Sequences(1, 64, 64)) is None

@@ -104,7 +104,7 @@ def test_the_ordinary_kernel_serves_a_device_that_is_no_hopper_gpu_whatever_is_a
         if not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
             name = op.module.__name__
             hopper, sequences = (
-                importlib.import_module(f"{name}.{each}") for each in ("kernels.hopper_backward", "sequences")
+                importlib.import_module(f"{name}.{each}") for each in ("kernels.hopper_backward", "runtime.sequences")
             )
             q, k = torch.zeros(1, 64, 2, 64, dtype=torch.float16), torch.zeros(1, 64, 1, 64, dtype=torch.float16)
             assert hopper.module_for(q, k, k, q, sequences.Sequences(1, 64, 64)) is None

@@ -102,7 +102,7 @@ class Attention(torch.nn.Module):
 
 def test_the_exported_forward_is_one_operator_and_serves_every_length_of_its_bucket() -> None:
     op = operator_of()
-    tokens = torch.export.Dim("tokens", min=16, max=op.lookup.FEWEST_TOKENS)
+    tokens = torch.export.Dim("tokens", min=16, max=op.configs.lookup.FEWEST_TOKENS)
     example = tuple(x.detach() for x in leaves(op, 20))
     program = torch.export.export(Attention(), example, dynamic_shapes=({1: tokens},) * 4)
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]

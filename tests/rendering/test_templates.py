@@ -26,11 +26,9 @@ NOT_YET = {
     "package/decode.py.jinja",
     "package/inference.py.jinja",
     "package/inference_ops.py.jinja",
-    "package/lookup.py.jinja",
     "package/module.py.jinja",
     "package/ops.py.jinja",
     "package/storage.py.jinja",
-    "package/tunables.py.jinja",
 }
 
 

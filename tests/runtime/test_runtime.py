@@ -33,7 +33,7 @@ def test_a_runtime_module_imports_torch_triton_and_its_neighbours_alone(name: st
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             roots = {str(node.module).partition(".")[0]}
         elif isinstance(node, ast.ImportFrom):
-            assert f"{node.module}.py" in MODULES
+            assert f"{node.module}.py" in MODULES, ast.unparse(node)
             continue
         else:
             continue

@@ -143,7 +143,7 @@ def test_what_is_said_is_what_a_package_does(cache: Path, monkeypatch: pytest.Mo
         values = {"QUERY_BLOCK": rows, "KEY_BLOCK": keys, "num_stages": stages}
         Store(cache).save(entry(tokens, device, {"window_forward": {**TABLE, **values}}))
     for gpu in others[:2]:
-        monkeypatch.setattr(op.configs, "gpu_of", lambda _, gpu=gpu: op.configs.lookup.Gpu(*vars_of(gpu)))
+        monkeypatch.setattr(op.configs.TILES, "gpu_of", lambda _, gpu=gpu: op.configs.lookup.Gpu(*vars_of(gpu)))
         op.configs.forget()
         for tokens in (300, 2048, 4096, 16384, 100_000, 300_000, 10**6):
             chosen = explained(cache, tokens, device=gpu).chosen
@@ -152,7 +152,7 @@ def test_what_is_said_is_what_a_package_does(cache: Path, monkeypatch: pytest.Mo
             expected = TABLE if chosen is None else chosen.entry.configs["window_forward"]
             assert found == expected, (gpu, tokens)
     op.configs.forget()
-    op.configs.architecture.cache_clear()
+    op.configs.forget()
 
 
 def vars_of(device: Device) -> tuple[str, int, str]:

@@ -42,8 +42,8 @@ def op(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Operator]:
     """The package of `tiny`, which takes the CPU for an H100 and has the interpreter's tiles."""
     found = operator_of_spec(SPEC)
     configs = found.configs
-    monkeypatch.setattr(configs, "gpu_of", lambda device: configs.lookup.Gpu(H100.name, 132, "sm_90"))
-    monkeypatch.setattr(configs, "architecture", lambda device: "interpreter")
+    monkeypatch.setattr(configs.TILES, "gpu_of", lambda device: configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(configs.TILES, "architecture", lambda device: "interpreter")
     for once in (configs.lookup._say_once, configs.lookup._warn_once):
         once.cache_clear()
     configs.forget()
@@ -80,7 +80,7 @@ def test_a_package_refuses_the_entry_with_one_warning_and_takes_the_one_beside_i
     (warning,) = caught
     assert str(path) in str(warning.message) and said in str(warning.message)
     assert table == op.configs.DEFAULTS["interpreter"]
-    (kept,) = (entry for _, entry in lookup.entries(str(path)))
+    (kept,) = (entry for _, entry in op.configs.TILES._tuned.entries(str(path)))
     assert kept["result"] == {"gain": 1.5}
 
 

@@ -34,12 +34,12 @@ def op(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
     """A package that takes the CPU for an H100, and has looked nowhere yet."""
     found = operator_of("win", gate="none", dtype="float16")
     configs = found.configs
-    monkeypatch.setattr(configs, "gpu_of", lambda device: configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(configs.TILES, "gpu_of", lambda device: configs.lookup.Gpu(H100.name, 132, "sm_90"))
     configs.lookup._say_once.cache_clear()
     configs.forget()
     yield found
     configs.forget()
-    configs.architecture.cache_clear()
+    configs.forget()
 
 
 MARKS = {
@@ -59,7 +59,7 @@ def entry(op: Operator, mark: int, device: Device = H100, tokens: int = 8192, **
 def served(op: Operator, tokens: int = 8192, batch: int = 1, packed: bool = False) -> int | None:
     """The mark that a call is served with, None for the cost model's choice."""
     op.configs.forget()
-    op.configs.architecture.cache_clear()
+    op.configs.forget()
     found = op.configs.get("window_forward", CPU, op.configs.lookup.bucket_of(tokens, batch, packed))
     marks = [mark for mark, values in MARKS.items() if values.items() <= found.items()]
     assert marks or found == op.configs.DEFAULTS["sm_90"]["window_forward"]
@@ -92,8 +92,8 @@ def test_a_device_has_the_table_of_its_architecture_or_the_one_that_this_shares(
     op: Operator, monkeypatch: pytest.MonkeyPatch, target: str, table: str
 ) -> None:
     configs = op.configs
-    monkeypatch.setattr(configs, "gpu_of", lambda device: configs.lookup.Gpu("one", 4, target))
-    configs.architecture.cache_clear()
+    monkeypatch.setattr(configs.TILES, "gpu_of", lambda device: configs.lookup.Gpu("one", 4, target))
+    configs.forget()
     assert configs.architecture(CPU) == table
     with configs.use_target(target):
         assert configs.table_for(CPU, configs.lookup.bucket_of(8192, 1, False)) is configs.DEFAULTS[table]
@@ -221,7 +221,7 @@ def test_operators_run_with_their_buckets_table_forward_and_backward(op: Operato
         patch.setattr(op.configs, "get", watched)
         assert_matches_oracle(op, 37)
     assert {kernel: seen[kernel] for kernel in kernels} == {kernel: {32} for kernel in kernels}
-    assert op.configs._call.table is None, "outside of operators nothing is in force"
+    assert op.configs.TILES._call.table is None, "outside of operators nothing is in force"
 
 
 def test_a_package_starts_no_process_and_says_what_would_tune(op: Operator, cache: Path, caplog: Any) -> None:
@@ -239,7 +239,7 @@ def test_a_launch_costs_a_dictionary_lookup_after_the_first(op: Operator, cache:
     bucket = op.configs.lookup.bucket_of(8192, 1, False)
     first = op.configs.table_for(CPU, bucket)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op.configs, "_resolve", lambda *arguments: pytest.fail("files are read once"))
+        patch.setattr(op.configs.TILES, "_resolve", lambda *arguments: pytest.fail("files are read once"))
         assert op.configs.table_for(CPU, bucket) is first
 
 
@@ -247,8 +247,8 @@ def test_a_compiled_call_takes_the_chunks_of_its_bucket(cache: Path, monkeypatch
     """In one graph, without a recompilation for a second length of the same bucket."""
     op = operator_of("slc", indices="input", gate="none", dtype="float16")
     assert op.configs.gpu_of(CPU) is None
-    monkeypatch.setattr(op.configs, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
-    monkeypatch.setattr(op.configs, "architecture", lambda device: "interpreter")
+    monkeypatch.setattr(op.configs.TILES, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(op.configs.TILES, "architecture", lambda device: "interpreter")
     program = lower(op.spec)
     identity = Identity.of(program, kernels_of(render(op.spec)), H100, Bucket(512))
     schedule = program.defaults["interpreter"]["selected_attention"].mapping()
@@ -287,8 +287,8 @@ def test_what_is_chosen_is_marked_as_the_public_decorator_marks_it() -> None:
 
 def test_decode_is_looked_up_by_the_capacity_of_its_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     op = operator_of("cmp slc win", dtype="float16", passes=("forward", "decode"))
-    monkeypatch.setattr(op.configs, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
-    monkeypatch.setattr(op.configs, "architecture", lambda device: "interpreter")
+    monkeypatch.setattr(op.configs.TILES, "gpu_of", lambda device: op.configs.lookup.Gpu(H100.name, 132, "sm_90"))
+    monkeypatch.setattr(op.configs.TILES, "architecture", lambda device: "interpreter")
     program = lower(op.spec)
     bucket = Bucket.of(1000, 3, decode=True)
     assert bucket == Bucket(1024, 4, decode=True)

@@ -62,12 +62,12 @@ def _sort(x: Tensor, *, stable: bool) -> tuple[Tensor, Tensor]:
 @contextmanager
 def no_device(module: ModuleType) -> Iterator[None]:
     """Within the block, a package takes tensors on the CPU for those of a GPU. Needs TRITON_INTERPRET to be unset."""
-    gpu = module.lookup.Gpu(*STANDS_FOR)
+    gpu = module.configs.lookup.Gpu(*STANDS_FOR)
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),
         mock.patch.object(JITFunction, "_do_compile", _compile),
         mock.patch.object(module.configs, "INTERPRETED", True),
-        mock.patch.object(module.configs, "gpu_of", lambda device: gpu),
+        mock.patch.object(module.configs.TILES, "gpu_of", lambda device: gpu),
         mock.patch.object(torch, "sort", _sort),
     ):
         yield

@@ -1,13 +1,11 @@
-{{ header }}
 """How the tokens of a call are laid out, and the sizes of grids and buffers that follow."""
 
 from typing import NamedTuple
 
 import torch
 
-from .runtime import sizes
-from .spec import COMPRESSION_BLOCK, COMPRESSION_STRIDE
 from .lookup import Bucket, bucket_of
+from .sizes import cdiv
 
 
 class Sequences(NamedTuple):
@@ -38,17 +36,11 @@ class Sequences(NamedTuple):
 
     def tiles(self, tokens: int, size: int) -> int:
         """Grid extent for tiles of `size` tokens; see `find_sequence` for the packed bound."""
-        return tokens // size + self.count if self.packed else sizes.cdiv(tokens, size)
-#% if spec.compression
+        return tokens // size + self.count if self.packed else cdiv(tokens, size)
 
-    @property
-    def compressed_rows(self) -> int:
+    def compressed_rows(self, block: int, stride: int) -> int:
         """Rows of k_cmp and v_cmp a batch entry: complete blocks, or a packed bound that leaves gaps.
 
-        Packed, block j of sequence s is row cu_seqlens[s] // COMPRESSION_STRIDE + j.
+        Packed, block j of sequence s is row cu_seqlens[s] // stride + j.
         """
-        block, stride = COMPRESSION_BLOCK.value, COMPRESSION_STRIDE.value
-        if self.packed:
-            return self.tokens_kv // stride
-        return max(0, (self.tokens_kv - block) // stride + 1)
-#% endif
+        return self.tokens_kv // stride if self.packed else max(0, (self.tokens_kv - block) // stride + 1)
