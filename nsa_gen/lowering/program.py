@@ -356,11 +356,15 @@ class Program(InferenceProgram):
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
-        return (*names, "cu_seqlens?", *(f"{name}:int" for name in self.schema_constants))
+        return (
+            *names,
+            "cu_seqlens?",
+            *(f"{name}:{'str' if name == 'recompute' else 'int'}" for name in self.schema_constants),
+        )
 
     @property
     def schema_constants(self) -> tuple[str, ...]:
-        """Integers that the whole operator is called with: what forward and backward of one call must agree on."""
+        """What else the whole operator is called with: what forward and backward of one call must agree on."""
         chunk = ("chunk_tokens",) if self.spec.selection else ()
         local = ("local_in_window",) if self.local_in_window else ()
         return (*chunk, *local, *(("recompute",) if self.backward else ()))

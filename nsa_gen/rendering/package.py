@@ -194,7 +194,7 @@ def _modules(program: Program) -> list[str]:
         "__init__", "api", "arguments", "attention", "configs", "module", "ops", "registration", "spec",
     }  # fmt: skip
     kernels = {"__init__", "primitives"} | {kernel.module for kernel in program.kernels}
-    runtime = {"__init__", "launch", "lookup", "sequences", "sizes", "space", "tiles"}
+    runtime = {"__init__", "arguments", "launch", "lookup", "registration", "sequences", "sizes", "space", "tiles"}
     if program.hopper:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_backward:

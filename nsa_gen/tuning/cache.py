@@ -151,7 +151,7 @@ def refusals(entries: Sequence[Entry], specs: Mapping[str, Spec]) -> list[str]:
 
 
 def _rank(verdict: Verdict, wanted: Identity) -> tuple[int, int, int]:
-    """As in a package's `runtime/lookup.py`: explicit, this GPU, this architecture; the nearest of each; then by level."""
+    """As in a package's `lookup`: explicit, this GPU, this architecture; the nearest of each; then by level."""
     assert verdict.entry is not None
     other = any(each.field in ("gpu", "multiprocessors") for each in verdict.differences)
     origin = 0 if verdict.level == 0 else 2 if other else 1

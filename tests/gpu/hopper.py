@@ -78,7 +78,9 @@ def _inputs(
     rows, batch = (sum(tokens), 1) if packed else (tokens, 2)
     ends = torch.tensor([0, *tokens], device=device).cumsum(0).int() if packed else None
     sequences = sequences_of(batch, rows, tokens_kv or rows, ends)
-    keys = sequences.compressed_rows(p.COMPRESSION_BLOCK.value, p.COMPRESSION_STRIDE.value) if branch == "compressed" else sequences.tokens_kv
+    keys = sequences.tokens_kv
+    if branch == "compressed":
+        keys = sequences.compressed_rows(p.COMPRESSION_BLOCK.value, p.COMPRESSION_STRIDE.value)
     dtype = getattr(torch, module.SPEC["dtype"])
 
     def random(length: int, heads: int, width: int) -> Tensor:

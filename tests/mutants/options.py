@@ -47,8 +47,8 @@ MUTANTS = (
         (
             Edit(
                 ATTENTION,
-                "if recompute & 1:\n        k_cmp, v_cmp, _ = compress_forward(k, v,",
-                "if recompute & 1:\n        k_cmp, v_cmp, _ = compress_forward(k, k,",
+                'if "cmp" in recompute:\n        k_cmp, v_cmp, _ = compress_forward(k, v,',
+                'if "cmp" in recompute:\n        k_cmp, v_cmp, _ = compress_forward(k, k,',
             ),
         ),
     ),
@@ -60,8 +60,8 @@ MUTANTS = (
         (
             Edit(
                 ATTENTION,
-                "if recompute & 4:\n        o_win, lse_win = window_forward(q, k, v,",
-                "if recompute & 4:\n        o_win, lse_win = window_forward(q, k, k,",
+                'if "win" in recompute:\n        o_win, lse_win = window_forward(q, k, v,',
+                'if "win" in recompute:\n        o_win, lse_win = window_forward(q, k, k,',
             ),
         ),
     ),
@@ -83,7 +83,7 @@ MUTANTS = (
         "the selected branch is computed again without the part for its local blocks, which the window leaves",
         LOCAL_RECOMPUTED,
         ("dk", "dv"),
-        (Edit(ATTENTION, "if local_in_window and recompute & 6", "if local_in_window and recompute & 4"),),
+        (Edit(ATTENTION, 'and ("slc" in recompute or "win" in recompute)', 'and "win" in recompute'),),
     ),
     # Shares of a group's heads
     Mutant(
@@ -269,6 +269,6 @@ EQUIVALENT = (
         "the window's kernel computes the local blocks again although the compressed branch alone is recomputed",
         "nothing reads the part: the condition saves a launch",
         replace(LOCAL_RECOMPUTED, recompute=("cmp",)),
-        (Edit(ATTENTION, "if local_in_window and recompute & 6", "if local_in_window and recompute & 7"),),
+        (Edit(ATTENTION, 'and ("slc" in recompute or "win" in recompute)', "and recompute"),),
     ),
 )

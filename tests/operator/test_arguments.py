@@ -78,7 +78,7 @@ def unlaunched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Operator]:
     def operator(**changes: Any) -> Operator:
         op = operator_of(**changes)
         monkeypatch.setattr(op.module.api, "call", lambda name, q, *_: (q,))
-        monkeypatch.setattr(op.module.arguments, "_accepted", set())
+        monkeypatch.setattr(op.module.arguments.CHECKS, "_accepted", set())
         return op
 
     return operator
@@ -137,10 +137,10 @@ def test_accepted_calls_are_forgotten_when_they_are_many(
     unlaunched: Callable[..., Operator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = unlaunched(**WHOLE)
-    monkeypatch.setattr(op.module.arguments, "_MOST_ACCEPTED", 3)
+    monkeypatch.setattr(op.module.runtime.arguments, "_MOST_ACCEPTED", 3)
     for tokens in range(1, 9):
         op.nsa_attention(**arguments_of(op, tokens=tokens))
-        assert 1 <= len(op.module.arguments._accepted) <= 3
+        assert 1 <= len(op.module.arguments.CHECKS._accepted) <= 3
 
 
 @pytest.mark.parametrize("name", ["k", "v", "k_win", "v_win", "k_cmp", "v_cmp", "gates", "indices"])

@@ -105,7 +105,7 @@ def test_tensors_that_no_kernel_can_read_are_named_before_and_after_right_calls(
 ) -> None:
     op = operator_of(**GIVEN)
     monkeypatch.setattr(op.module.api, "call", lambda name, q, *_: (q,))
-    monkeypatch.setattr(op.module.arguments, "_accepted", set())
+    monkeypatch.setattr(op.module.arguments.CHECKS, "_accepted", set())
     arguments = arguments_of(op)
     change, shown = KINDS[kind]
     for _ in range(2):
@@ -150,7 +150,7 @@ def test_wrong_bounds_are_refused_whatever_class_they_are_of(
 
 def test_a_tensor_of_an_ended_transformation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     op = operator_of("win", gate="none")
-    monkeypatch.setattr(op.module.arguments, "_accepted", set())
+    monkeypatch.setattr(op.module.arguments.CHECKS, "_accepted", set())
     arguments = arguments_of(op)
     kept: list[Tensor] = []
     torch.func.vmap(lambda x: kept.append(x) or x)(arguments["k"][None])

@@ -66,7 +66,7 @@ def no_device(module: ModuleType) -> Iterator[None]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),
         mock.patch.object(JITFunction, "_do_compile", _compile),
-        mock.patch.object(module.configs, "INTERPRETED", True),
+        mock.patch.object(module.runtime.arguments, "INTERPRETED", True),
         mock.patch.object(module.configs.TILES, "gpu_of", lambda device: gpu),
         mock.patch.object(torch, "sort", _sort),
     ):

@@ -1,0 +1,317 @@
+"""Checks of what callers pass, each error naming the argument, what was expected and what came."""
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+import torch
+
+from .tiles import INTERPRETED
+
+# Extents of a grid's second and third dimension, and of an int32 row number.
+LARGEST_BATCH = 65535
+LARGEST_TOKENS = 2**31 - 1
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+# Signatures that passed the checks, so many at most: lengths that never come again are forgotten.
+_MOST_ACCEPTED = 4096
+
+
+class Arguments:
+    """The checks of a package's arguments.
+
+    Args:
+        dtype: of tensors with no other.
+        branches: names of the branches, in order.
+        sizes: what a tensor's dims named Hq, Hkv, Dk and Dv must be.
+        compression: block and stride of compressed keys; zeros without compression.
+        selected: blocks that a query selects; 0 without selection.
+        gate: what gates are called: "logits" or "gate values".
+        parameters: dims of phi's parameters, the first of which is "Hkv".
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        branches: tuple[str, ...],
+        sizes: Mapping[str, int],
+        *,
+        compression: tuple[int, int] = (0, 0),
+        selected: int = 0,
+        gate: str = "logits",
+        parameters: Mapping[str, tuple[str | int, ...]] = MappingProxyType({}),
+    ) -> None:
+        self.dtype, self.branches, self.sizes = dtype, branches, sizes
+        self._compression, self._selected, self._gate, self._parameters = compression, selected, gate, parameters
+        self._accepted: set[tuple] = set()
+
+    def signature(self, *tensors: torch.Tensor | None) -> tuple | None:
+        """What checks look at in the tensors of a call, but their values; None where they must look for themselves.
+
+        That is while a compiler traces, where autocast may have a say, for what is no plain tensor, and for packed
+        calls, which have an int32 tensor: they get their batch dim from the checks.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        seen: list[object] = []
+        try:
+            for tensor in tensors:
+                if tensor is None:
+                    seen.append(None)
+                elif type(tensor) in _PLAIN and tensor.dtype is self.dtype and not tensor._is_zerotensor():
+                    seen += (tensor.shape, tensor.stride(), tensor.device)
+                else:
+                    return None
+        except RuntimeError:  # nested tensors have no shape
+            return None
+        return tuple(seen)
+
+    def is_accepted(self, seen: tuple | None) -> bool:
+        """Whether a call of this signature passed the checks before."""
+        return seen is not None and seen in self._accepted
+
+    def accept(self, seen: tuple | None) -> None:
+        """Remember the signature of a call that passed the checks."""
+        if seen is not None:
+            if len(self._accepted) >= _MOST_ACCEPTED:
+                self._accepted.clear()
+            self._accepted.add(seen)
+
+    def check_tensor(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        dims: tuple[str, ...],
+        sizes: tuple[int, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Raise unless `tensor` has these sizes, dtype, device and a contiguous last dim; `dims` name the sizes.
+
+        `dtype` is the package's if None. Returns the tensor, or a copy where it is a view that changes the sign.
+        """
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor of shape {_shape(dims, sizes)}, got {_describe(tensor)}")
+        check_kind(name, tensor)
+        wanted = self.dtype if dtype is None else dtype
+        if tensor.dtype != wanted:
+            reason = ", which this package is generated for" if wanted == self.dtype else ""
+            raise TypeError(f"{name}: expected dtype {wanted}{reason}, got {tensor.dtype}")
+        if tuple(tensor.shape) != sizes:
+            raise ValueError(f"{name}: expected shape {_shape(dims, sizes)}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, as the others, got {tensor.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name}: expected a contiguous last dim, got strides {tensor.stride()}; call {name}.contiguous() first"
+            )
+        return tensor.resolve_neg()
+
+    def check_query(self, name: str, tensor: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """Check the tensor that fixes the layout, and return it as (B, T, H, D); packed ones get a batch dim of 1."""
+        check_kind(name, tensor)
+        layout = "(T_total, H, D), since cu_seqlens is given" if cu_seqlens is not None else "(B, T, H, D)"
+        if tensor.dim() != (3 if cu_seqlens is not None else 4):
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.device.type not in ("cuda", "cpu", "meta"):
+            raise ValueError(f"{name}: expected a tensor on a GPU, got device {tensor.device}")
+        if tensor.device.type == "cpu" and not INTERPRETED and not is_fake(tensor):
+            raise ValueError(
+                f"{name}: expected a tensor on a GPU, got device cpu; on the CPU the kernels run only in Triton's "
+                "interpreter: set TRITON_INTERPRET=1 before triton is imported"
+            )
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, tensor.shape[0], tensor.device)
+            tensor = tensor.unsqueeze(0)
+        tensor = self.autocasted(tensor)
+        if tensor.shape[0] > LARGEST_BATCH:
+            raise ValueError(f"{name}: expected a batch of at most {LARGEST_BATCH}, got {tensor.shape[0]}")
+        if tensor.shape[1] > LARGEST_TOKENS:
+            raise ValueError(f"{name}: expected at most {LARGEST_TOKENS} tokens, got {tensor.shape[1]}")
+        return tensor
+
+    def with_batch(
+        self, name: str, tensor: torch.Tensor, cu_seqlens: torch.Tensor | None, *, cast: bool = True
+    ) -> torch.Tensor:
+        """A packed tensor with a batch dim of 1 in front, a batched one as it is; autocast's `cast` applied."""
+        check_kind(name, tensor)
+        tensor = self.autocasted(tensor) if cast else tensor
+        return tensor if cu_seqlens is None else tensor.unsqueeze(0)
+
+    def autocasted(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A floating tensor in this package's dtype where autocast is on and has that dtype; any other as it is."""
+        kind = tensor.device.type
+        if kind == "meta" or tensor.dtype == self.dtype or not tensor.is_floating_point():
+            return tensor
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.dtype:
+            return tensor.to(self.dtype)
+        return tensor
+
+    def check_heads(
+        self, name: str, tensor: torch.Tensor, rows: int, heads: str, dim: str, like: torch.Tensor, rows_name: str = "T"
+    ) -> torch.Tensor:
+        """Check a (B, rows, H, D) tensor against the package's heads and dims, and the batch and device of `like`."""
+        shape = (like.shape[0], rows, self.sizes[heads], self.sizes[dim])
+        return self.check_tensor(name, tensor, ("B", rows_name, heads, dim), shape, device=like.device)
+
+    def check_keys(
+        self,
+        k_name: str,
+        k: torch.Tensor,
+        v_name: str,
+        v: torch.Tensor,
+        q: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        expected_tokens: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Check raw keys (B, Tkv, Hkv, Dk) and values (B, Tkv, Hkv, Dv); Tq <= Tkv, and Tq == Tkv when packed.
+
+        `expected_tokens` is the Tkv of an earlier branch, which all branches share.
+        """
+        k, v = self.with_batch(k_name, k, cu_seqlens), self.with_batch(v_name, v, cu_seqlens)
+        if k.dim() != 4:
+            raise ValueError(f"{k_name}: expected as many dims as q, got shape {tuple(k.shape)}")
+        tokens = k.shape[1]
+        if cu_seqlens is not None and tokens != q.shape[1]:
+            raise ValueError(f"{k_name}: expected T_total={q.shape[1]} tokens, as q, got {tokens}")
+        if expected_tokens is not None and tokens != expected_tokens:
+            raise ValueError(f"{k_name}: expected Tkv={expected_tokens} tokens, as k, got {tokens}")
+        if tokens < q.shape[1]:
+            raise ValueError(f"{k_name}: expected at least as many tokens as q's {q.shape[1]}, got {tokens}")
+        if tokens > LARGEST_TOKENS:
+            raise ValueError(f"{k_name}: expected at most {LARGEST_TOKENS} tokens, got {tokens}")
+        return self.check_heads(k_name, k, tokens, "Hkv", "Dk", q), self.check_heads(v_name, v, tokens, "Hkv", "Dv", q)
+
+    def check_compressed(
+        self, name: str, tensor: torch.Tensor, dim: str, tokens: int, q: torch.Tensor, cu_seqlens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Check compressed keys or values: (B, Nc(Tkv), Hkv, D), packed (T_total // stride, Hkv, D)."""
+        block, stride = self._compression
+        rows = max(0, (tokens - block) // stride + 1) if cu_seqlens is None else tokens // stride
+        return self.check_heads(name, self.with_batch(name, tensor, cu_seqlens), rows, "Hkv", dim, q, "Nc")
+
+    def check_selection(
+        self, indices: torch.Tensor, counts: torch.Tensor | None, q: torch.Tensor, cu_seqlens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Check indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), both int32, and return them contiguous."""
+        shape = (*q.shape[:2], self.sizes["Hkv"], self._selected)
+        dims = ("B", "Tq", "Hkv", "n")
+        indices = self.with_batch("indices", indices, cu_seqlens)
+        indices = self.check_tensor("indices", indices, dims, shape, device=q.device, dtype=torch.int32)
+        if counts is None:
+            return indices.contiguous(), None
+        counts = self.with_batch("counts", counts, cu_seqlens)
+        if isinstance(counts, torch.Tensor):
+            counts = counts.contiguous()
+        counts = self.check_tensor("counts", counts, dims[:-1], shape[:-1], device=q.device, dtype=torch.int32)
+        return indices.contiguous(), counts
+
+    def check_gates(self, gates: torch.Tensor | None, q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """Check gates (B, Tq, Hq, branches), in the order of `branches`."""
+        if gates is None:
+            order = ", ".join(self.branches)
+            shape = f"(B, Tq, Hq, {len(self.branches)})"
+            raise TypeError(f"gates: expected {self._gate} of shape {shape} in the order {order}, got None")
+        gates = self.with_batch("gates", gates, cu_seqlens)
+        shape = (*q.shape[:3], len(self.branches))
+        return self.check_tensor("gates", gates, ("B", "Tq", "Hq", "branches"), shape, device=q.device)
+
+    def check_parameters(
+        self, parameters: tuple[torch.Tensor, ...] | None, like: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Check phi's parameters against those of the package, and return them contiguous."""
+        if parameters is None:
+            raise TypeError(f"compression: expected CompressionParameters({', '.join(self._parameters)}), got None")
+        if not isinstance(parameters, tuple) or len(parameters) != len(self._parameters):
+            fields = ", ".join(self._parameters)
+            raise TypeError(f"compression: expected CompressionParameters({fields}), got {_describe(parameters)}")
+        checked = []
+        for (name, dims), tensor in zip(self._parameters.items(), parameters, strict=True):
+            sizes = (self.sizes["Hkv"], *(dim for dim in dims if isinstance(dim, int)))
+            labels = tuple(str(dim) for dim in dims)
+            if isinstance(tensor, torch.Tensor):
+                tensor = self.autocasted(tensor)
+            checked.append(
+                self.check_tensor(f"compression.{name}", tensor, labels, sizes, device=like.device).contiguous()
+            )
+        return tuple(checked)
+
+    def check_recompute(self, names: Collection[str]) -> str:
+        """The branches named, in the order of `branches`, as the operator takes them: in one string."""
+        if names == ():
+            return ""
+        if (
+            not isinstance(names, Collection)
+            or isinstance(names, str)
+            or not all(name in self.branches for name in names)
+        ):
+            raise ValueError(f"recompute: expected some of {', '.join(self.branches)} in a tuple, got {names!r}")
+        return " ".join(branch for branch in self.branches if branch in names)
+
+
+def check_kind(name: str, tensor: object, expected: str = "a torch.Tensor") -> None:
+    """Raise unless it is a tensor whose numbers lie in strided memory of one device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {_describe(tensor)}")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one; pack its sequences and give cu_seqlens")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; call {name}.to_dense() first")
+    if type(tensor) not in _PLAIN and hasattr(tensor, "placements") and hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name}: expected a tensor of one device, got a {type(tensor).__name__} of placements "
+            f"{tensor.placements}; call {name}.to_local(), whole KV heads with their query heads a device, in a "
+            "package generated for that many heads"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if tensor._is_zerotensor():
+        raise TypeError(f"{name}: expected a tensor with memory, got zeros without; use torch.zeros_like({name})")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) and not torch._C._are_functorch_transforms_active():
+        raise TypeError(f"{name}: expected a torch.Tensor, got one of a transformation of torch.func that has ended")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> None:
+    """Check shape, dtype and device of cu_seqlens, and its values on the CPU: tokens behind the last bound are padding.
+
+    On a GPU they stay on the device and are the caller's to get right.
+    """
+    check_kind("cu_seqlens", cu_seqlens, "an int32 tensor of shape (N + 1,)")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: expected dtype torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected shape (N + 1,), beginning with 0, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and tokens > 0:
+        raise ValueError(f"cu_seqlens: expected the bounds of a sequence at least for {tokens} tokens, got shape (1,)")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: expected device {device}, as q, got {cu_seqlens.device}")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError("cu_seqlens: expected a contiguous tensor, got a strided one; call .contiguous() on it first")
+    if device.type == "cpu" and not (is_fake(cu_seqlens) or torch.compiler.is_compiling()):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] > tokens or bounds != sorted(bounds):
+            shown = bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-1]}"
+            raise ValueError(f"cu_seqlens: expected bounds rising from 0 to at most T_total={tokens}, got {shown}")
+
+
+def refuse(**arguments: object) -> None:
+    """Raise for an argument that this package's spec has no use for."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise TypeError(f"{name}: expected None, as this package's spec has no such input, got {_describe(value)}")
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """True for a tensor without data, as torch.compile traces with."""
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _shape(dims: tuple[str, ...], sizes: tuple[int, ...]) -> str:
+    shown = (str(size) if dim == str(size) else f"{dim}={size}" for dim, size in zip(dims, sizes, strict=True))
+    return f"({', '.join(shown)})"
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"{type(value).__name__} {value!r}"

@@ -1,0 +1,290 @@
+"""How the operators of a package are made known to PyTorch: one library, one convention for gradients."""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from .lookup import Bucket, bucket_of
+
+# The context that configures the kernels of a call, which has a device and a bucket.
+Serving = Callable[[torch.device, Bucket], AbstractContextManager[None]]
+
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((int, str, type(None)))
+# Types of inputs that are no tensors, as they are declared and in PyTorch's notation.
+_CONSTANTS = {"int": "SymInt", "str": "str"}
+
+
+class Operator(NamedTuple):
+    """An operator whose backward is the operator `<name>_backward(*gradients of outputs, *inputs, *saved outputs)`.
+
+    inputs and outputs are names in order; an input named with a trailing "?" may be None, one with ":int" or ":str" is
+    an int or a string. The first `differentiable_outputs` outputs have gradients. `gradients` are the inputs that get
+    one, and `saved` the outputs that the backward takes. `recomputed` has, by branch, those of them that are None where
+    the last input, a string, names the branch: the backward computes them again.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    gradients: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    differentiable_outputs: int = 1
+    recomputed: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+    @property
+    def schema(self) -> str:
+        """Types of inputs and outputs in PyTorch's notation."""
+        return f"({', '.join(map(_declare, self.inputs))}) -> {_declare_outputs(len(self.outputs))}"
+
+    @property
+    def backward_schema(self) -> str:
+        """The same of the backward operator."""
+        incoming = [f"Tensor grad_{name}" for name in self.outputs[: self.differentiable_outputs]]
+        optional = {name for names in self.recomputed.values() for name in names}
+        saved = [f"Tensor{'?' if name in optional else ''} saved_{name}" for name in self.saved]
+        arguments = ", ".join([*incoming, *map(_declare, self.inputs), *saved])
+        return f"({arguments}) -> {_declare_outputs(len(self.gradients))}"
+
+
+def _declare(declared: str) -> str:
+    name, _, kind = declared.partition(":")
+    if kind:
+        return f"{_CONSTANTS[kind]} {name}"
+    return f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}"
+
+
+def _name(declared: str) -> str:
+    return declared.partition(":")[0].rstrip("?")
+
+
+def _declare_outputs(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+class Library:
+    """The operators of a package, in a namespace of their own."""
+
+    def __init__(self, package: str, serving: Serving) -> None:
+        self._again = (
+            f"{package}: a package's operators are registered once; to import it again, importlib.reload({package})"
+        )
+        if hasattr(sys.modules.get(f"{package}.ops"), "ATTENTION"):
+            raise ImportError(self._again)
+        self._serving = serving
+        self._library = _own_library(package)
+        self.namespace = self._library.ns
+        # What the dispatcher would end up calling for tensors with data, the same as a torch.autograd.Function, and the
+        # operator as one, which is what torch.func can transform.
+        self._launches: dict[str, Callable] = {}
+        self._eager: dict[str, type[torch.autograd.Function]] = {}
+        self._functions: dict[str, type[torch.autograd.Function]] = {}
+        self._no_gradient = _refusal(
+            f"{self.namespace}: no gradient; either it has none (a selection), or the spec's passes are [forward] alone"
+        )
+        self._no_second_derivative = _refusal(
+            f"{self.namespace}: second derivatives are not offered; call backward without create_graph"
+        )
+        self._no_forward_mode = _refusal(
+            f"{self.namespace}: forward-mode derivatives are not offered; use torch.func.grad or vjp"
+        )
+
+    def register(self, operator: Operator, forward: Callable, fake: Callable, backward: Callable | None = None) -> None:
+        """Register an operator and its backward, if any, with shapes for tracing and gradients for autograd.
+
+        `forward` and `backward` launch kernels; `fake` allocates forward's outputs and launches nothing.
+        """
+        self._define(operator.name, operator.schema, forward, fake, _bucket_reader(operator.inputs, 0))
+        if backward is None:
+            torch.library.register_autograd(f"{self.namespace}::{operator.name}", self._no_gradient, lib=self._library)
+            self._transformable(operator.name, self._no_gradient, _save_nothing)
+            return
+
+        name = f"{operator.name}_backward"
+        count, offset = len(operator.inputs), operator.differentiable_outputs
+        positions = [
+            position for position, declared in enumerate(operator.inputs) if _name(declared) in operator.gradients
+        ]
+
+        def backward_fake(*arguments: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            inputs = arguments[offset : offset + count]
+            gradients = tuple(inputs[position].new_empty(inputs[position].shape) for position in positions)
+            return gradients[0] if len(gradients) == 1 else gradients
+
+        self._define(name, operator.backward_schema, backward, backward_fake, _bucket_reader(operator.inputs, offset))
+        saved_positions = [operator.outputs.index(output) for output in operator.saved]
+        dropped_positions = {
+            branch: {operator.outputs.index(output) for output in names}
+            for branch, names in operator.recomputed.items()
+        }
+
+        def setup_context(ctx, inputs: tuple, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+            tensors = [value if isinstance(value, torch.Tensor) else None for value in inputs]
+            again = inputs[-1] if dropped_positions else ""
+            dropped = {at for branch, positions in dropped_positions.items() if branch in again for at in positions}
+            ctx.save_for_backward(*tensors, *(None if at in dropped else outputs[at] for at in saved_positions))
+            ctx.mark_non_differentiable(*outputs[offset:])
+            ctx.set_materialize_grads(False)
+            ctx.incoming = [(value.shape, value.dtype, value.device) for value in outputs[:offset]]
+
+        def run_backward(ctx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            result: list[torch.Tensor | None] = [None] * count
+            if all(gradient is None for gradient in gradients[:offset]):
+                return tuple(result)
+            incoming = [
+                torch.zeros(shape, dtype=dtype, device=device) if _is_nothing(gradient) else gradient
+                for gradient, (shape, dtype, device) in zip(gradients, ctx.incoming, strict=False)
+            ]
+            tensors = ctx.saved_tensors
+            inputs = [
+                constant if tensor is None else tensor
+                for tensor, constant in zip(tensors[:count], ctx.constants, strict=True)
+            ]
+            computed = self.call(name, *incoming, *inputs, *tensors[count:])
+            computed = computed if isinstance(computed, tuple) else (computed,)
+            for position, gradient in zip(positions, computed, strict=True):
+                result[position] = gradient
+            return tuple(result)
+
+        torch.library.register_autograd(
+            f"{self.namespace}::{operator.name}", run_backward, setup_context=setup_context, lib=self._library
+        )
+        torch.library.register_autograd(f"{self.namespace}::{name}", self._no_second_derivative, lib=self._library)
+        self._transformable(operator.name, run_backward, setup_context)
+        self._transformable(name, self._no_second_derivative, _save_nothing)
+
+    def _transformable(self, name: str, run_backward: Callable, setup: Callable) -> None:
+        """Keep the operator for calls past the dispatcher, and for torch.func, which cannot see into it."""
+
+        class Transformed(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*arguments: Any) -> Any:
+                return self.operator(name)(*arguments)
+
+            setup_context = staticmethod(setup)
+            backward = staticmethod(run_backward)
+            jvp = staticmethod(self._no_forward_mode)
+
+        launch = self._launches[name]
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *arguments: Any) -> Any:
+                output = launch(*arguments)
+                setup(ctx, arguments, output)
+                return output
+
+            backward = staticmethod(run_backward)
+
+        self._functions[name], self._eager[name] = Transformed, Eager
+
+    def _define(
+        self, name: str, schema: str, implementation: Callable, fake: Callable, bucket: Callable[[tuple], Bucket]
+    ) -> None:
+        def launch(*arguments):
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch.cuda.device_of(arguments[0]), self._serving(arguments[0].device, bucket(arguments)):
+                return implementation(*arguments)
+
+        self._install(name, schema, launch, fake)
+
+    def _install(self, name: str, schema: str, launch: Callable, fake: Callable) -> None:
+        if name in self._launches:
+            raise ImportError(self._again)
+        self._launches[name] = launch
+        self._library.define(name + schema)
+        self._library.impl(name, launch, "CUDA")
+        self._library.impl(name, launch, "CPU")
+        torch.library.register_fake(f"{self.namespace}::{name}", fake, lib=self._library)
+
+    def register_in_place(self, name: str, schema: str, implementation: Callable, fake: Callable | None = None) -> None:
+        """Register an operator without gradients that writes what its schema says; `fake` if it returns anything."""
+
+        def launch(*arguments):
+            tensors = (x[0] if isinstance(x, list) else x for x in arguments)
+            with torch.cuda.device_of(next(tensors)):
+                return implementation(*arguments)
+
+        self._install(name, schema, launch, fake or (lambda *_: None))
+
+    def operator(self, name: str) -> Callable:
+        """The registered operator of this package called `name`."""
+        return getattr(getattr(torch.ops, self.namespace), name).default
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call an operator that is differentiable, or refuses to be; inside transformations of torch.func too.
+
+        The dispatcher, slower than the launches, is passed by where it would find nothing to do but to launch.
+        """
+        if torch.compiler.is_compiling():
+            return self.operator(name)(*arguments)
+        # Dual tensors can be met only inside of a level.
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return self._functions[name].apply(*arguments)
+        if torch._C._len_torch_dispatch_stack():
+            return self.operator(name)(*arguments)
+        requires_grad = False
+        for x in arguments:
+            kind = type(x)
+            if kind in _TENSORS:
+                # A tensor without data, or one whose sign is still to be changed, which the dispatcher does.
+                if not (x.is_cuda or x.is_cpu) or x.is_neg():
+                    return self.operator(name)(*arguments)
+                requires_grad = requires_grad or x.requires_grad
+            elif kind not in _NO_TENSORS and isinstance(x, torch.Tensor):  # of a class that wants to see operators
+                return self.operator(name)(*arguments)
+        if requires_grad and torch.is_grad_enabled():
+            return self._eager[name].apply(*arguments)
+        return self._launches[name](*arguments)
+
+
+def _own_library(package: str) -> torch.library.Library:
+    """A library whose namespace nobody else has: a package may be imported again while that of before is in use."""
+    name = namespace = package.replace(".", "__")
+    for times in range(2, 1000):
+        try:
+            return torch.library.Library(namespace, "DEF")
+        except RuntimeError as error:
+            if "Only a single TORCH_LIBRARY" not in str(error):
+                raise
+            namespace = f"{name}_{times}"
+    raise ImportError(f"{package}: imported 1000 times in this process; start another")
+
+
+def _is_nothing(gradient: torch.Tensor | None) -> bool:
+    """Whether it stands for zeros without having memory for them."""
+    return gradient is None or (not torch.compiler.is_compiling() and gradient._is_zerotensor())
+
+
+def _save_nothing(ctx, inputs: tuple, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    pass
+
+
+def _refusal(reason: str) -> Callable:
+    """A backward, or a forward-mode derivative, that says why there is none."""
+
+    def refuse(ctx, *gradients: torch.Tensor | None) -> None:
+        raise NotImplementedError(reason)
+
+    return refuse
+
+
+def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[tuple], Bucket]:
+    """How the bucket of a call is read off an operator's arguments, of which `offset` come before its inputs."""
+    places = {_name(name): offset + place for place, name in enumerate(inputs)}
+    keys, packed = places.get("tokens", places.get("k", offset)), places.get("cu_seqlens")
+
+    def bucket(arguments: tuple) -> Bucket:
+        rows = arguments[keys] if "tokens" in places else arguments[keys].shape[1]
+        return bucket_of(rows, arguments[offset].shape[0], packed is not None and arguments[packed] is not None)
+
+    return bucket
