@@ -208,7 +208,7 @@ def _modules(program: Program) -> list[str]:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
         modules |= {"cache", "decode", "inference", "inference_ops", "storage"}
-        runtime.add("pages")
+        runtime |= {"cache", "pages"}
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
     return [f"{path}.py" for path in sorted(paths)]
 

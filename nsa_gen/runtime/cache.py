@@ -1,0 +1,302 @@
+"""What a cache of keys and values knows of its sequences: lengths, pages, room for more."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .arguments import Arguments
+from .pages import CapacityError, Pages
+from .sizes import cdiv
+
+# Tokens of a page.
+PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+class Cache:
+    """The host's books of a cache, and the lengths on the device. A package's cache adds the tensors and `write`."""
+
+    # A package's own: checks, operators, most tokens that one call decodes, and what addresses rows.
+    _checks: Arguments
+    _operator: Callable[[str], Callable]
+    _most_tokens: int
+    _layout: Callable[..., Any]
+
+    layers: tuple[tuple[torch.Tensor, ...], ...]
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        layers: int = 1,
+        page_size: int | None = None,
+        pages: int | None = None,
+        max_new_tokens: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_whole("batch", batch, 1, 65535)
+        check_whole("capacity", capacity, 1, 2**31 - 1)
+        check_whole("layers", layers, 1, 2**20)
+        check_whole("max_new_tokens", max_new_tokens, 1, self._most_tokens)
+        if page_size is not None and (not isinstance(page_size, int) or page_size not in PAGE_SIZES):
+            raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))} or None, got {page_size!r}")
+        if pages is not None and page_size is None:
+            raise ValueError("pages: expected None for a contiguous cache; set page_size too")
+        device = torch.empty(0, device=device).device
+        self._check_capacity(capacity)
+        table = None
+        self._pages: Pages | None = None
+        if page_size is not None:
+            width = cdiv(capacity, page_size)
+            if pages is not None:
+                check_whole("pages", pages, 1, 2**31 - 1)
+            self._pages = Pages(batch, page_size, batch * width if pages is None else pages, width)
+            table = torch.full((batch, width), -1, dtype=torch.int32, device=device)
+        self.layout = self._layout(batch, capacity, page_size or 0, table)
+        self.max_new_tokens = max_new_tokens
+        self.device = device
+        self._allocate(layers, None if self._pages is None else self._pages.free)
+        # Tokens [starts, lengths) of each sequence are those that the last `extend` made room for.
+        self.starts, self.lengths, self.overflow = (
+            torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
+        )
+        self._tokens = [0] * batch
+        self._new: list[int] = [0] * batch
+        self._exact = True
+        # Whether a captured graph has a `truncate` with a tensor, so that each replay may shorten sequences.
+        self._graph_truncates = False
+
+    def _check_capacity(self, capacity: int) -> None:
+        """Raise where a package cannot decode sequences of so many tokens."""
+
+    def _allocate(self, layers: int, pages: int | None) -> None:
+        """Make the tensors of the layers, and what decode works in; `pages` is None for a contiguous cache."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of each sequence, as the host knows them; an upper bound after `truncate` with a tensor."""
+        return tuple(self._tokens)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the host knows the lengths; not after `truncate` with a tensor."""
+        return self._exact
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Tokens of each sequence that the last `extend` made room for, as the host knows them."""
+        return tuple(self._new)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence uses; 0 for a contiguous cache."""
+        return 0 if self._pages is None else self._pages.free
+
+    # Growing
+
+    def reserve(self, new_tokens: int | Sequence[int]) -> None:
+        """The host's part of `extend`: to be called before each replay of a graph that has the device's.
+
+        Where the host does not know the lengths it goes by upper bounds, and reads them where these leave no room, or
+        where pages are shared: a page is copied in time.
+
+        Raises:
+            CapacityError: there is no room; the cache is as it was.
+        """
+        new = self._counts("new_tokens", new_tokens)
+        shortage = self._shortage(new)
+        if not self._exact and (shortage or (self._pages is not None and self._pages.sharing)):
+            self.synchronize()
+            shortage = self._shortage(new)
+        if shortage:
+            raise CapacityError(f"new_tokens: {shortage}")
+        if self._pages is not None:
+            self._reserve_pages(new)
+        self._new = list(new)
+        self._tokens = [held + more for held, more in zip(self._tokens, new, strict=True)]
+        self._exact = self._exact and not self._graph_truncates
+
+    def extend(self, new_tokens: int | Sequence[int]) -> None:
+        """Make room for new tokens, a number for all sequences or one for each; 0 leaves a sequence alone.
+
+        Their keys and values must be written (`write`) in every layer. Under capture of a graph an int is expected.
+
+        Raises:
+            CapacityError: there is no room; the cache is as it was.
+        """
+        if self._capturing():
+            if not isinstance(new_tokens, int):
+                raise TypeError("new_tokens: expected an int while a CUDA graph is captured, got one number a sequence")
+            self._new = self._counts("new_tokens", new_tokens)
+        else:
+            self.reserve(new_tokens)
+        counts, number = None, 0
+        if isinstance(new_tokens, int):
+            number = new_tokens
+        else:
+            counts = torch.tensor(self._new, dtype=torch.int32).to(self.device)
+        self._operator("cache_extend")(self.starts, self.lengths, self.overflow, counts, number, *self._place())
+
+    # Shrinking, copying
+
+    def truncate(self, tokens: int | Sequence[int] | torch.Tensor) -> None:
+        """Keep at most so many tokens of each sequence, as when drafted tokens are rejected; one number, or one each.
+
+        A tensor (B,) int32 on the cache's device is not read on the host: `tokens` is an upper bound afterwards, and
+        pages are kept, until `synchronize`, or until `extend` finds no room. No token is new until the next `extend`.
+        """
+        if isinstance(tokens, torch.Tensor):
+            self._checks.check_tensor(
+                "tokens", tokens, ("B",), (self.layout.batch,), device=self.device, dtype=torch.int32
+            )
+            self.lengths.copy_(torch.minimum(self.lengths, tokens.clamp(min=0)))
+            self._exact = False
+            self._graph_truncates = self._graph_truncates or self._capturing()
+        else:
+            kept = self._counts("tokens", tokens)
+            self._tokens = [min(held, most) for held, most in zip(self._tokens, kept, strict=True)]
+            self.lengths.copy_(torch.minimum(self.lengths, torch.tensor(kept, dtype=torch.int32).to(self.device)))
+            self._shrink_pages(range(self.layout.batch))
+        self.starts.copy_(self.lengths)
+        self._new = [0] * self.layout.batch
+
+    def reset(self, sequence: int | None = None) -> None:
+        """Forget one sequence, or all of them, and whether a replayed graph found no room for it."""
+        if sequence is not None:
+            self._check_sequence("sequence", sequence)
+        forgotten = range(self.layout.batch) if sequence is None else range(sequence, sequence + 1)
+        for counts in (self.lengths, self.starts, self.overflow):
+            counts[forgotten.start : forgotten.stop].zero_()
+        for number in forgotten:
+            self._tokens[number] = self._new[number] = 0
+        self._exact = self._exact or sequence is None
+        self._shrink_pages(forgotten)
+
+    def fork(self, source: int, target: int, tokens: int | None = None) -> None:
+        """Let sequence `target` begin with the first `tokens` tokens of `source`, with all of them if None.
+
+        Paged, the pages are shared, and copied once one of the two writes to them; what `target` held is given back.
+        """
+        self._check_sequence("source", source)
+        self._check_sequence("target", target)
+        if not self._exact:
+            self.synchronize()
+        held = self._tokens[source]
+        tokens = held if tokens is None else tokens
+        check_whole("tokens", tokens, 0, held)
+        if source == target:
+            raise ValueError(f"target: expected another sequence than source, got {target} for both")
+        if self._pages is not None:
+            self._pages.shrink(target, 0)
+            self._pages.share(source, target, tokens)
+            self._write_table([target])
+        else:
+            for tensor in (tensor for layer in self.layers for tensor in layer):
+                tensor[target, :tokens].copy_(tensor[source, :tokens])
+        self._tokens[target] = tokens
+        self._new[target] = 0
+        self.lengths[target : target + 1].fill_(tokens)
+        self.starts[target : target + 1].fill_(tokens)
+
+    def synchronize(self) -> None:
+        """Read the lengths from the device, which waits for it, and give back pages beyond them.
+
+        Raises:
+            CapacityError: a replayed graph went on without `reserve` and found no room; names the sequences.
+            RuntimeError: a CUDA graph is being captured, in which nothing can be read.
+        """
+        if self._capturing():
+            raise RuntimeError(
+                "cache: no length can be read from the device while a CUDA graph is captured; call synchronize() before"
+            )
+        lengths, overflow = self.lengths.tolist(), self.overflow.tolist()
+        self._tokens, self._exact = lengths, True
+        self._new = (self.lengths - self.starts).tolist()
+        self._shrink_pages(range(self.layout.batch))
+        if any(overflow):
+            self.overflow.zero_()
+            full = ", ".join(str(sequence) for sequence, flag in enumerate(overflow) if flag)
+            raise CapacityError(f"sequences {full}: no room was found on the device; call reserve before each replay")
+
+    # The host's books
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _shortage(self, new: Sequence[int]) -> str:
+        """Why there is no room for new tokens, as far as the host knows; "" if there is."""
+        capacity = self.layout.capacity
+        for sequence, (held, more) in enumerate(zip(self._tokens, new, strict=True)):
+            if held + more > capacity:
+                return f"sequence {sequence} holds {held} of at most {capacity} tokens; no room for {more} more"
+        if self._pages is not None:
+            needed = self._pages.needed(self._growing(new))
+            if needed > self._pages.free:
+                return f"{needed} pages of {self._pages.page_size} tokens needed, {self._pages.free} are free"
+        return ""
+
+    def _growing(self, new: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(sequence, tokens held, tokens wanted) of the sequences that get new tokens."""
+        return [(b, held, held + more) for b, (held, more) in enumerate(zip(self._tokens, new, strict=True)) if more]
+
+    def _layer(self, layer: int) -> tuple[torch.Tensor, ...]:
+        check_whole("layer", layer, 0, len(self.layers) - 1)
+        return self.layers[layer]
+
+    def _place(self) -> tuple[torch.Tensor | None, int, int]:
+        """What operators are told of the layout."""
+        return self.layout.table, self.layout.capacity, self.layout.page_size
+
+    def _counts(self, name: str, counts: int | Sequence[int]) -> list[int]:
+        """One number a sequence."""
+        if not isinstance(counts, (int, Iterable)):
+            raise TypeError(f"{name}: expected whole numbers, got {type(counts).__name__} {counts!r}")
+        each = [counts] * self.layout.batch if isinstance(counts, int) else list(counts)
+        if len(each) != self.layout.batch:
+            batch = self.layout.batch
+            raise ValueError(f"{name}: expected a number, or one for each of {batch} sequences, got {len(each)}")
+        for count in each:
+            check_whole(name, count, 0, 2**31 - 1)
+        return each
+
+    def _check_sequence(self, name: str, sequence: int) -> None:
+        check_whole(name, sequence, 0, self.layout.batch - 1)
+
+    def _reserve_pages(self, new: Sequence[int]) -> None:
+        pages = self._pages
+        assert pages is not None
+        changed = []
+        for sequence, held, wanted in self._growing(new):
+            before = len(pages.owned[sequence])
+            copied = pages.grow(sequence, held, wanted)
+            if copied is not None:
+                for tensor in (tensor for layer in self.layers for tensor in layer):
+                    tensor[copied[1]].copy_(tensor[copied[0]])
+            if copied is not None or len(pages.owned[sequence]) > before:
+                changed.append(sequence)
+        self._write_table(changed)
+
+    def _shrink_pages(self, sequences: Sequence[int]) -> None:
+        if self._pages is None:
+            return
+        changed = []
+        for sequence in sequences:
+            before = len(self._pages.owned[sequence])
+            self._pages.shrink(sequence, self._tokens[sequence])
+            if len(self._pages.owned[sequence]) < before:
+                changed.append(sequence)
+        self._write_table(changed)
+
+    def _write_table(self, sequences: Sequence[int]) -> None:
+        assert self._pages is not None and self.layout.table is not None
+        for sequence in sequences:
+            self.layout.table[sequence].copy_(torch.tensor(self._pages.entries(sequence), dtype=torch.int32))
+
+
+def check_whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
