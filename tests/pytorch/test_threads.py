@@ -80,7 +80,7 @@ def test_a_bucket_is_looked_up_once_whatever_the_number_of_threads(monkeypatch):
         slow.wait(0.3)
         return {}
 
-    monkeypatch.setattr(configs, "_resolve", resolve)
+    monkeypatch.setattr(configs.TILES, "_resolve", resolve)
     monkeypatch.setattr(configs, "_tables", {})
     bucket = package(10).configs.lookup.Bucket(512, 1, False)
     tables = at_once(lambda _: configs.table_for(torch.device("cpu"), bucket), threads=8)
