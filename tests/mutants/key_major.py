@@ -34,9 +34,7 @@ GRADIENTS = ("dq", "dk", "dv")
 
 def unmasked(file: str) -> Edit:
     """Tokens see their own block's keys after them."""
-    old = "visible = keys[None, :] <= (first_position + tokens)[:, None]"
-    new = "visible = keys[None, :] <= (first_position + tokens + SELECTION_BLOCK)[:, None]"
-    return Edit(file, old, new)
+    return Edit(file, "first_position + tokens)[:, None]", "first_position + tokens + SELECTION_BLOCK)[:, None]")
 
 
 def in_both(old: str, new: str) -> tuple[Edit, Edit]:
@@ -188,7 +186,7 @@ MUTANTS = (
         "0 * NaN: a plain product with values that some tokens of a block's tile do not see",
         NAN,
         ("o_slc",),
-        (Edit(FORWARDS, "add_visible_values(p, visible, v, acc)", "add_visible_values(p, None, v, acc)"),),
+        (Edit(FORWARDS, "add_visible_values(p, visible, tile.v, acc)", "add_visible_values(p, None, tile.v, acc)"),),
     ),
     # Parts of a block and of a group
     Mutant(
@@ -252,8 +250,8 @@ MUTANTS = (
         (
             Edit(
                 FORWARDS,
-                "softmax_tile(dot_rows(q, k), visible)",
-                "softmax_tile(dot_rows(q, k) * (0.25 / 0.37), visible)",
+                "softmax_tile(dot_rows(q, tile.k), visible)",
+                "softmax_tile(dot_rows(q, tile.k) * (0.25 / 0.37), visible)",
             ),
         ),
     ),

@@ -112,7 +112,7 @@ MUTANTS = (
         "the gates of every chunk are those of the first",
         FULL_CHUNKS,
         GRADIENTS,
-        (Edit(BACKWARDS, "load_gate(gate_ptr, batch, first_token + tokens,", "load_gate(gate_ptr, batch, tokens,"),),
+        (Edit(BACKWARDS, "queries.first_token + tokens, heads", "tokens, heads"),),
     ),
     Mutant(
         "empty_slots_of_the_first_chunk",
@@ -174,14 +174,14 @@ MUTANTS = (
         "dK of the selected branch lacks the scale",
         BACKWARD,
         ("dk",),
-        (Edit(BACKWARDS, "        dk = scale_rows(dk, SCALE)\n", ""),),
+        (Edit(BACKWARDS, "scale_rows(sums.dk, SCALE), sums.dv", "sums.dk, sums.dv"),),
     ),
     Mutant(
         "delta_omitted_in_the_selection",
         "ds = p dp, without delta, in dQ and dK of the selected branch",
         BACKWARD,
         ("dq", "dk"),
-        (Edit(BACKWARDS, "ds = p * (dot_rows(do, v) - delta[:, None])", "ds = p * dot_rows(do, v)"),),
+        (Edit(BACKWARDS, "ds = p * (dot_rows(do, tile.v) - stats.delta[:, None])", "ds = p * dot_rows(do, tile.v)"),),
     ),
     Mutant(
         "gate_omitted_in_the_selection",
@@ -191,8 +191,8 @@ MUTANTS = (
         (
             Edit(
                 BACKWARDS,
-                "gated_probabilities(dot_rows(q, k), lse[:, None], gate[:, None], visible)",
-                "gated_probabilities(dot_rows(q, k), lse[:, None], 1.0, visible)",
+                "gated_probabilities(dot_rows(q, tile.k), stats.lse[:, None], stats.gate[:, None], visible)",
+                "gated_probabilities(dot_rows(q, tile.k), stats.lse[:, None], 1.0, visible)",
             ),
         ),
     ),
