@@ -30,7 +30,7 @@ class Package:
         sys.path.insert(0, str(folder.resolve().parent))
         self.top = importlib.import_module(folder.name)
         names = (
-            "configs", "spec", "kernels.inverted_index", "sequences", "kernels.selected_key_major_backward"
+            "configs", "spec", "kernels.inverted_index", "runtime.sequences", "kernels.selected_key_major_backward"
         )  # fmt: skip
         self.configs, constants, self.index, self.sequences, self.kernels = (
             importlib.import_module(f"{folder.name}.{name}") for name in names
