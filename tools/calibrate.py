@@ -24,7 +24,7 @@ from nsa_gen.bench.records import KernelRow, merge, read_results  # noqa: E402
 from nsa_gen.cli.blocks import Table, Text, to_markdown  # noqa: E402
 from nsa_gen.cli.common import show  # noqa: E402
 from nsa_gen.hardware import gpu_for_device  # noqa: E402
-from nsa_gen.lowering import Program, lower  # noqa: E402
+from nsa_gen.lowering import Plan, lower  # noqa: E402
 from nsa_gen.lowering.prediction import calibrate, predict_kernel_seconds  # noqa: E402
 from nsa_gen.spec import load_spec, shipped_specs  # noqa: E402
 
@@ -97,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if worst <= 2 else 1
 
 
-def _measured(rows: Sequence[KernelRow], programs: dict[str, Program]) -> list[tuple[Program, str, int, float]]:
+def _measured(rows: Sequence[KernelRow], programs: dict[str, Plan]) -> list[tuple[Plan, str, int, float]]:
     return [(programs[row.workload], row.kernel, row.tokens, row.ms / 1000) for row in rows]
 
 
 def _compare(
-    rows: Sequence[KernelRow], programs: dict[str, Program], factors: dict[str, float], gpu_key: str
+    rows: Sequence[KernelRow], programs: dict[str, Plan], factors: dict[str, float], gpu_key: str
 ) -> list[Compared]:
     found = []
     for row in rows:

@@ -14,7 +14,7 @@ from nsa_gen.lowering import explain, lower
 
 if TYPE_CHECKING:
     from nsa_gen.lowering import KernelEstimate
-    from nsa_gen.lowering.program import Program
+    from nsa_gen.lowering.plan import Plan
     from nsa_gen.spec import Spec
 
 OTHER = "other"
@@ -56,7 +56,7 @@ def estimates(spec: Spec, tokens: int, gpu_key: str | None) -> dict[str, KernelE
 
 
 @functools.lru_cache(maxsize=32)
-def _lowered(spec: Spec) -> Program:
+def _lowered(spec: Spec) -> Plan:
     """A spec's program: lowering takes half a second, and a benchmark asks for each of a few specs many times."""
     return lower(spec)
 

@@ -13,7 +13,7 @@ from nsa_gen.bench.drawing import Look, chart, draw_bars, draw_heat_map, draw_ro
 from nsa_gen.bench.records import KernelRow, Results, SelectionRow
 from nsa_gen.bench.summary import DIRECTIONS, TITLES, Entry, Key, branch_times, entries, profiles, short, speed_up
 from nsa_gen.hardware import Gpu, gpu_for_device
-from nsa_gen.lowering.program import BRANCH_NAMES
+from nsa_gen.lowering.plan import BRANCH_NAMES
 
 BRANCHES = {**BRANCH_NAMES, OTHER: "torch"}
 

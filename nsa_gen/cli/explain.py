@@ -11,7 +11,7 @@ from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import KernelRow
-    from nsa_gen.lowering import KernelEstimate, Program
+    from nsa_gen.lowering import KernelEstimate, Plan
     from nsa_gen.lowering.prediction import Alternative, Prediction
     from nsa_gen.spec import Spec
 
@@ -71,7 +71,7 @@ def explain(
 
 
 def explain_result(
-    program: Program, *, tokens: int, gpu: str, times: dict[str, KernelRow], formulas: bool = False
+    program: Plan, *, tokens: int, gpu: str, times: dict[str, KernelRow], formulas: bool = False
 ) -> dict[str, Any]:
     """What `explain --json` prints. `times` are measured kernels by name; those the call does not run come last."""
     from nsa_gen.lowering import explain as estimate

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsa_gen.cli.blocks import Block, Table, Text
-from nsa_gen.lowering.program import BRANCH_NAMES
+from nsa_gen.lowering.plan import BRANCH_NAMES
 
 Json = Mapping[str, Any]
 

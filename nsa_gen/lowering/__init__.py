@@ -1,7 +1,7 @@
-"""lowering: Spec -> Program. What is computed becomes how: kernels, sizes, tunables, costs."""
+"""lowering: Spec -> Plan. What is computed becomes how: kernels, sizes, tunables, costs."""
 
+from nsa_gen.lowering.build import lower
 from nsa_gen.lowering.cost import KernelEstimate, explain
-from nsa_gen.lowering.lower import lower
-from nsa_gen.lowering.program import Program
+from nsa_gen.lowering.plan import Plan
 
-__all__ = ["KernelEstimate", "Program", "explain", "lower"]
+__all__ = ["KernelEstimate", "Plan", "explain", "lower"]

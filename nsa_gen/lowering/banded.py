@@ -22,7 +22,7 @@ from nsa_gen.lowering.common import (
     tile,
 )
 from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits
-from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
+from nsa_gen.lowering.plan import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_TOKENS = "HOPPER_TOKENS"
@@ -31,12 +31,12 @@ HOPPER_TOKENS = "HOPPER_TOKENS"
 _FROM_ROWS = 2**19
 
 
-def schedules(spec: Spec) -> tuple[Schedule, ...]:
+def schedules(spec: Spec) -> tuple[Decision, ...]:
     """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
     if not hopper_fits(spec):
         return ()
     tokens = Tunable(HOPPER_TOKENS, (*(2**power for power in range(11, 20)), NEVER), size=True, least=0)
-    return (Schedule("banded_attention", (tokens,), (HOPPER,)),)
+    return (Decision("banded_attention", (tokens,), (HOPPER,)),)
 
 
 def choose_schedule(spec: Spec, target: str) -> Config:

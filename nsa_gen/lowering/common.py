@@ -8,7 +8,8 @@ from __future__ import annotations
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.program import Kernel, Resources, Tunable, backward_order
+from nsa_gen.lowering.branches import backward_order
+from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 FP32 = 4

@@ -8,7 +8,7 @@ import sympy
 
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.program import Kernel, Program
+from nsa_gen.lowering.plan import Kernel, Plan
 from nsa_gen.lowering.space import matrix_rate
 
 
@@ -35,7 +35,7 @@ class KernelEstimate:
     bytes_formula: str
 
 
-def explain(program: Program, *, tokens: int = 65536, batch: int = 1, gpu_key: str = "h100") -> list[KernelEstimate]:
+def explain(program: Plan, *, tokens: int = 65536, batch: int = 1, gpu_key: str = "h100") -> list[KernelEstimate]:
     """Estimates of every kernel of a program for a call of ``batch`` sequences of ``tokens`` tokens.
 
     Raises:
@@ -49,7 +49,7 @@ def explain(program: Program, *, tokens: int = 65536, batch: int = 1, gpu_key: s
     return [_estimate(program, kernel, tokens, batch, device) for kernel in kernels]
 
 
-def _estimate(program: Program, kernel: Kernel, tokens: int, batch: int, device: Gpu) -> KernelEstimate:
+def _estimate(program: Plan, kernel: Kernel, tokens: int, batch: int, device: Gpu) -> KernelEstimate:
     sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: batch}
     flops = float(kernel.useful_flops.subs(sizes))
     moved = float(kernel.compulsory_bytes.subs(sizes))

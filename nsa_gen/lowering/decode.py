@@ -8,9 +8,10 @@ from __future__ import annotations
 import sympy
 
 from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
 from nsa_gen.lowering.phi import compressed_sides
-from nsa_gen.lowering.program import Kernel, Resources, Tunable, raw_readers
+from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)

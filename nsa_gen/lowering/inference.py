@@ -10,7 +10,7 @@ from nsa_gen.lowering.phi import CompressedSide, compressed_sides
 if TYPE_CHECKING:
     from nsa_gen.lowering.heads import HeadDim
     from nsa_gen.lowering.overlap import Overlap
-    from nsa_gen.lowering.program import Kernel
+    from nsa_gen.lowering.plan import Kernel
     from nsa_gen.spec import Spec
 
 #: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
@@ -25,8 +25,8 @@ def _literal(names: tuple[str, ...]) -> str:
     return f"({listed},)" if len(names) == 1 else f"({listed})"
 
 
-class InferenceProgram:
-    """The part of a `Program` that the templates of cache, prefill and decode read; it follows from the rest."""
+class InferencePlan:
+    """The part of a `Plan` that the templates of cache, prefill and decode read; it follows from the rest."""
 
     if TYPE_CHECKING:
         spec: Spec

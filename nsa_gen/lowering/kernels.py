@@ -13,7 +13,7 @@ import sympy
 from nsa_gen.lowering import banded, selected
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import KV_BYTES, LSE_BYTES, O_BYTES, Q_BYTES, elementwise, rows_tunables
-from nsa_gen.lowering.program import Kernel, Tunable
+from nsa_gen.lowering.plan import Kernel, Tunable
 from nsa_gen.lowering.selection import selection_kernels
 from nsa_gen.spec import Spec
 

@@ -17,7 +17,7 @@ import sympy
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.calibration import FACTORS
-from nsa_gen.lowering.program import Kernel, Program
+from nsa_gen.lowering.plan import Kernel, Plan
 from nsa_gen.lowering.space import (
     _L2_OVER_MEMORY,
     _MATRIX_EFFICIENCY,
@@ -74,7 +74,7 @@ class Alternative:
     other_seconds: float
 
 
-def predict(program: Program, *, tokens: int, batch: int = 1, gpu_key: str = "h100") -> dict[str, Prediction]:
+def predict(program: Plan, *, tokens: int, batch: int = 1, gpu_key: str = "h100") -> dict[str, Prediction]:
     """Predictions for the kernels that a call of ``batch`` sequences of ``tokens`` tokens runs, by name.
 
     Raises:
@@ -86,7 +86,7 @@ def predict(program: Program, *, tokens: int, batch: int = 1, gpu_key: str = "h1
     return {kernel.name: _predict(program, kernel, sizes, device) for kernel in running}
 
 
-def _predict(program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu) -> Prediction:
+def _predict(program: Plan, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu) -> Prediction:
     config = program.defaults[device.target][kernel.name].mapping()
     needs = kernel.resources
     flops, traffic, memory = (_numeric(each, sizes)(config) for each in (needs.flops, needs.traffic, needs.memory))
@@ -111,7 +111,7 @@ def _predict(program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int]
 
 
 def predict_kernel_seconds(
-    program: Program, name: str, tokens: int, gpu_key: str = "h100", factors: Mapping[str, float] = FACTORS
+    program: Plan, name: str, tokens: int, gpu_key: str = "h100", factors: Mapping[str, float] = FACTORS
 ) -> float | None:
     """The predicted time of one kernel, whether or not the chosen schedule runs it; None if the program has none."""
     kernel = next((each for each in program.kernels if each.name == name), None)
@@ -122,14 +122,14 @@ def predict_kernel_seconds(
 
 
 def _seconds(
-    program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu, factors: Mapping[str, float]
+    program: Plan, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu, factors: Mapping[str, float]
 ) -> float:
     modelled, floor = _modelled_and_floor(program, kernel, sizes, device)
     return max(factors.get(kernel.name, 1.0) * modelled, floor) + LAUNCH_SECONDS
 
 
 def _modelled_and_floor(
-    program: Program, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu
+    program: Plan, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu
 ) -> tuple[float, float]:
     """The time that a factor scales, and the least there can be at the device's peaks; the one is never below it."""
     config = program.defaults[device.target][kernel.name].mapping()
@@ -138,7 +138,7 @@ def _modelled_and_floor(
     return max(modelled_seconds(kernel, sizes, device)(config), floor), floor
 
 
-def calibrate(measured: Iterable[tuple[Program, str, int, float]], gpu_key: str = "h100") -> dict[str, float]:
+def calibrate(measured: Iterable[tuple[Plan, str, int, float]], gpu_key: str = "h100") -> dict[str, float]:
     """Factors by kernel from measured times: (program, kernel, tokens, seconds of all launches) of one sequence each.
 
     A factor is the middle, on a logarithmic scale, of the span of measured (less a launch) over modelled times: no
@@ -155,7 +155,7 @@ def calibrate(measured: Iterable[tuple[Program, str, int, float]], gpu_key: str 
     return {name: round(math.exp((min(logs) + max(logs)) / 2), 2) for name, logs in sorted(ratios.items())}
 
 
-def alternatives(program: Program, gpu_key: str = "h100") -> list[Alternative]:
+def alternatives(program: Plan, gpu_key: str = "h100") -> list[Alternative]:
     """The choices between schedules that a program has on a device, each with what the other side would take."""
     target = gpu(gpu_key).target
     found = []
@@ -168,7 +168,7 @@ def alternatives(program: Program, gpu_key: str = "h100") -> list[Alternative]:
     return found
 
 
-def _side(program: Program, choice: str, value: int, gpu_key: str) -> tuple[tuple[str, ...], float]:
+def _side(program: Plan, choice: str, value: int, gpu_key: str) -> tuple[tuple[str, ...], float]:
     """Kernels that run for one value of a choice alone, or else those that do less or more for it; and their time."""
     device = gpu(gpu_key)
     symbol = next((each for each in program.sizes if each.name == choice), None)

@@ -28,7 +28,7 @@ from nsa_gen.lowering.common import (
 )
 from nsa_gen.lowering.hopper import HOPPER, NEVER
 from nsa_gen.lowering.hopper_backward import hopper_backward_fits
-from nsa_gen.lowering.program import Config, Kernel, Resources, Schedule, Tunable
+from nsa_gen.lowering.plan import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
 from nsa_gen.spec import Spec
@@ -63,7 +63,7 @@ _O_PARTS = _OWN_SLOTS * s.G * s.Dv * s.E
 _DQ_PARTS = _OWN_SLOTS * s.G * s.Dk * s.E
 
 
-def schedules(spec: Spec) -> tuple[Schedule, ...]:
+def schedules(spec: Spec) -> tuple[Decision, ...]:
     """What is decided of selected attention: query-major or key-major kernels, for o and for dq, and chunks' tokens.
 
     dk and dv are always key-major: a block sums over the tokens that selected it. Where the window contains the local
@@ -78,11 +78,11 @@ def schedules(spec: Spec) -> tuple[Schedule, ...]:
     if local_in_window(spec):
         choices.append(Tunable(LOCAL_IN_WINDOW, (0, 1)))
     chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))), size=True)
-    attention = Schedule("selected_attention", (*choices, chunk))
+    attention = Decision("selected_attention", (*choices, chunk))
     if not hopper_backward_fits(spec):
         return (attention,)
     tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 16)), NEVER), size=True, least=0)
-    return attention, Schedule("selected_backward", (tokens,), (HOPPER,), ("backward",))
+    return attention, Decision("selected_backward", (tokens,), (HOPPER,), ("backward",))
 
 
 def choose_hopper_backward(target: str) -> Config:

@@ -18,7 +18,7 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from nsa_gen.hardware import TENSOR_MEMORY_COLUMNS, Gpu
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.program import Config, Kernel, Program
+from nsa_gen.lowering.plan import Config, Kernel, Plan
 
 #: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
 _REGISTER_SHARE = 0.66
@@ -70,7 +70,7 @@ class Legal:
     rules: tuple[str, ...] = ()
 
 
-def legal_space(program: Program) -> dict[str, Legal]:
+def legal_space(program: Plan) -> dict[str, Legal]:
     """What a package accepts, by kernel and schedule: the tunables' values, and the kernels' own constraints."""
     found = {kernel.name: _legal(kernel, program.sizes) for kernel in program.kernels}
     return found | {

@@ -1,4 +1,4 @@
-"""rendering: Program -> package. Templates are filled in; no decision is taken here."""
+"""rendering: Plan -> package. Templates are filled in; no decision is taken here."""
 
 from nsa_gen.rendering.importing import import_package
 from nsa_gen.rendering.package import DEFAULT_OUTPUT, RefusedOverwriteError, differences, generate, render

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
-from nsa_gen.lowering import Program
+from nsa_gen.lowering import Plan
 
 TUNED_SCHEMA = 1
 """Version of the form of tuned files."""
@@ -51,7 +51,7 @@ def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def space_digest(program: Program, root: str = ATTENTION) -> str:
+def space_digest(program: Plan, root: str = ATTENTION) -> str:
     """Twelve hex digits of what may be tuned: kernels and schedules, their tunables with values, and constraints.
 
     Of decode there are its own kernels and no schedules, of the rest all others.

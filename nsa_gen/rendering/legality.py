@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nsa_gen.lowering import Program
+from nsa_gen.lowering import Plan
 from nsa_gen.lowering.space import legal_space
 from nsa_gen.runtime.space import Space
 
@@ -13,7 +13,7 @@ Check = Callable[[str, Mapping[str, Any]], str]
 """What is wrong with values of a kernel's tunables, "" where nothing is."""
 
 
-def check_of(program: Program) -> Check:
+def check_of(program: Plan) -> Check:
     """The check of a program's package."""
     legal = legal_space(program)
     values = {kernel: each.values for kernel, each in legal.items()}

@@ -22,7 +22,7 @@ from nsa_gen import __version__
 from nsa_gen._files import one_at_a_time, write_all
 from nsa_gen._resources import runtime_dir, templates_dir
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
-from nsa_gen.lowering import Program, lower
+from nsa_gen.lowering import Plan, lower
 from nsa_gen.lowering.space import legal_space
 from nsa_gen.rendering.environment import environment
 from nsa_gen.rendering.identity import DECODE, MEASUREMENT, TUNED_SCHEMA, kernels_digest, space_digest
@@ -72,7 +72,7 @@ def _render(spec: Spec) -> dict[str, str]:
     return dict(sorted(files.items()))
 
 
-def _tiles(spec: Spec, program: Program, files: Mapping[str, str]) -> str:
+def _tiles(spec: Spec, program: Plan, files: Mapping[str, str]) -> str:
     """What `runtime.tiles` reads: the cost model's choice and what may stand in its place. JSON, a line a kernel."""
     legal = legal_space(program)
     document: dict[str, Any] = {
@@ -97,7 +97,7 @@ def _tiles(spec: Spec, program: Program, files: Mapping[str, str]) -> str:
     return "{" + ",\n ".join(entries) + "\n}\n"
 
 
-def _identity(spec: Spec, program: Program, files: Mapping[str, str]) -> dict[str, str | int]:
+def _identity(spec: Spec, program: Plan, files: Mapping[str, str]) -> dict[str, str | int]:
     """What tuned entries of a package must have been made for."""
     found: dict[str, str | int] = {
         "name": spec.name,
@@ -188,7 +188,7 @@ def _package_dir(spec: Spec, out_dir: str | os.PathLike[str] | None) -> Path:
     return Path(out_dir if out_dir is not None else DEFAULT_OUTPUT) / spec.name
 
 
-def _modules(program: Program) -> list[str]:
+def _modules(program: Plan) -> list[str]:
     """Python modules of the package, each from the runtime's module or the template of the same name."""
     modules = {
         "__init__", "api", "arguments", "attention", "configs", "module", "ops", "registration", "spec",
@@ -213,7 +213,7 @@ def _modules(program: Program) -> list[str]:
     return [f"{path}.py" for path in sorted(paths)]
 
 
-def _exports(program: Program) -> list[str]:
+def _exports(program: Plan) -> list[str]:
     names = ["SPEC", "Auxiliary", "NativeSparseAttention", "combine", "explain", "nsa_attention", "ops"]
     if program.parameters:
         names.append("CompressionParameters")
@@ -233,7 +233,7 @@ def _exports(program: Program) -> list[str]:
     return sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
 
 
-def _explanation(program: Program) -> str:
+def _explanation(program: Plan) -> str:
     spec = program.spec
     lines = [
         f"{spec.name}: o = {program.combine_formula}",

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nsa_gen.hardware import GPUS, Gpu, gpu_for_device
-from nsa_gen.lowering import Program
+from nsa_gen.lowering import Plan
 from nsa_gen.rendering.identity import ATTENTION, DECODE, MEASUREMENT, space_digest
 from nsa_gen.tuning.space import Bucket
 
@@ -79,7 +79,7 @@ class Identity:
         return Device(self.gpu, self.multiprocessors, self.architecture)
 
     @classmethod
-    def of(cls, program: Program, kernels: str, device: Device, bucket: Bucket) -> Identity:
+    def of(cls, program: Plan, kernels: str, device: Device, bucket: Bucket) -> Identity:
         """The identity of what is tuned now."""
         spec = program.spec
         return cls(

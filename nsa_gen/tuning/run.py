@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import nsa_gen
 from nsa_gen._resources import cache_dir
 from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
-from nsa_gen.lowering import Program, lower
+from nsa_gen.lowering import Plan, lower
 from nsa_gen.rendering import generate, render
 from nsa_gen.targets.compile import compiler_environment
 from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Crew
@@ -187,7 +187,7 @@ class _Tuning:
             )
         self._spec, self._settings, self._tools = spec, settings, tools
         self._effort = EFFORTS[settings.effort]
-        self._program: Program = lower(spec)
+        self._program: Plan = lower(spec)
         files = render(spec)
         self._kernels = kernels_of(files)
         self._decode_kernels = kernels_of(files, decode=True) if DECODE in self._passes else ""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nsa_gen.lowering import Program
+from nsa_gen.lowering import Plan
 from nsa_gen.tuning.backend import Crew
 from nsa_gen.tuning.race import BACKWARD, FORWARD, WORST, Candidate, Race, Reading, Score, pick, scores, spread
 from nsa_gen.tuning.space import KINDS, Bucket
@@ -98,7 +98,7 @@ class Search:
 
     def __init__(
         self,
-        program: Program,
+        program: Plan,
         target: str,
         bucket: Bucket,
         selections: Sequence[Selection],

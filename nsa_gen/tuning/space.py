@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 
 from nsa_gen.hardware import Gpu
-from nsa_gen.lowering import Program, space
+from nsa_gen.lowering import Plan, space
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.program import Kernel
 from nsa_gen.rendering.legality import check_of
@@ -131,7 +131,7 @@ class KernelSpace:
     legal: int
 
 
-def kernel_space(program: Program, kernel: Kernel, gpu: Gpu, bucket: Bucket, most: int) -> KernelSpace:
+def kernel_space(program: Plan, kernel: Kernel, gpu: Gpu, bucket: Bucket, most: int) -> KernelSpace:
     """At most `most` candidates of a kernel, the cost model's default among them; nothing illegal is ever in it.
 
     Half of them are the best by the model. The others are the best with some value that none of these has, such as
@@ -167,7 +167,7 @@ def _order(config: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(config.values())
 
 
-def is_legal(program: Program, kernel: str, config: Mapping[str, int], gpu: Gpu) -> bool:
+def is_legal(program: Plan, kernel: str, config: Mapping[str, int], gpu: Gpu) -> bool:
     """Whether a package accepts a configuration of a kernel or a schedule, and it is expected to fit a device.
 
     The cost model's default counts as legal everywhere.

@@ -18,7 +18,7 @@ from typing import Any
 
 from nsa_gen._files import read_text
 from nsa_gen.hardware import Gpu
-from nsa_gen.lowering import Program
+from nsa_gen.lowering import Plan
 from nsa_gen.targets.compile import COMPILER, compiler_environment
 from nsa_gen.targets.resources import Resources, excess
 from nsa_gen.tuning.space import Bucket, KernelSpace, kernel_space
@@ -80,7 +80,7 @@ class Selection:
         return asdict(self)
 
 
-def spaces_of(program: Program, gpu: Gpu, bucket: Bucket, most: int, passes: Sequence[str]) -> list[KernelSpace]:
+def spaces_of(program: Plan, gpu: Gpu, bucket: Bucket, most: int, passes: Sequence[str]) -> list[KernelSpace]:
     """The spaces of the operator's kernels for the passes to be tuned, without those that have one configuration."""
     if bucket.decode:
         # What decode itself launches; adding tokens to a cache is not timed.

@@ -24,7 +24,7 @@ from nsa_gen.rendering.legality import check_of
 from nsa_gen.tuning.identity import Identity, Provenance, slug
 
 if TYPE_CHECKING:
-    from nsa_gen.lowering import Program
+    from nsa_gen.lowering import Plan
 
 Configs = dict[str, dict[str, int]]
 Merge = Callable[["Entry", "Entry"], "Entry"]
@@ -289,7 +289,7 @@ def _beside(other: Identity, mine: Identity) -> bool:
     return same and other.bucket != mine.bucket
 
 
-def merged(program: Program, earlier: Entry, entry: Entry) -> Entry:
+def merged(program: Plan, earlier: Entry, entry: Entry) -> Entry:
     """A tuning of the forward alone leaves an earlier one of the backward its kernels, and its times.
 
     Values that the package refuses are left behind.

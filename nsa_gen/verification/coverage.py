@@ -13,7 +13,7 @@ from nsa_gen.verification.report import Coverage
 from nsa_gen.verification.schedules import LAUNCH_OPTIONS, Variation
 
 if TYPE_CHECKING:
-    from nsa_gen.lowering.program import Program
+    from nsa_gen.lowering.plan import Plan
 
 ALWAYS_LEFT_OUT = (
     "the operator's steps called one by one",
@@ -23,7 +23,7 @@ ALWAYS_LEFT_OUT = (
 
 
 def coverage(
-    program: Program,
+    program: Plan,
     cases: Sequence[Case],
     scenarios: Iterable[tuple[Scenario, Variation | None]],
     *,
@@ -58,7 +58,7 @@ def coverage(
     return Coverage(exercised, (*left_out, *ALWAYS_LEFT_OUT), tuple(way.text for way in ways))
 
 
-def _tunables(program: Program, passes: Sequence[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
+def _tunables(program: Plan, passes: Sequence[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
     """Every tunable of the schedules and of the kernels that the passes run, as kernel.NAME, with its legal values."""
     for schedule in program.schedules:
         for tunable in schedule.tunables:
@@ -73,7 +73,7 @@ def _tunables(program: Program, passes: Sequence[str]) -> Iterable[tuple[str, tu
 Found = tuple[dict[str, tuple[int | str, ...]], list[str]]
 
 
-def _recomputed(program: Program, ways: Sequence[Variation], passes: Sequence[str]) -> Found:
+def _recomputed(program: Plan, ways: Sequence[Variation], passes: Sequence[str]) -> Found:
     branches = program.spec.branches
     if "backward" not in passes:
         return {}, []

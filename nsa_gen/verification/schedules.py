@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from nsa_gen.lowering.program import Kernel, Program
+    from nsa_gen.lowering.plan import Kernel, Plan
 
 Values = tuple[tuple[str, str, int], ...]
 
@@ -57,7 +57,7 @@ class Variation:
         return f"{self.label}: {', '.join(kernels) or 'the values in force'}"
 
 
-def variations(program: Program, interpreted: bool, gradients: bool) -> tuple[Variation, ...]:
+def variations(program: Plan, interpreted: bool, gradients: bool) -> tuple[Variation, ...]:
     """Few ways to run a package that together have every choice of schedule and every set of branches to recompute.
 
     Each value of a choice meets each other choice's and each branch, recomputed and not. Tile sizes and splits take
@@ -80,7 +80,7 @@ def variations(program: Program, interpreted: bool, gradients: bool) -> tuple[Va
     return tuple(found)
 
 
-def with_chunks(program: Program, variation: Variation, rows: int) -> Variation:
+def with_chunks(program: Plan, variation: Variation, rows: int) -> Variation:
     """The variation for a call of `rows` tokens in all: in three chunks, or in one, half of each choice's calls."""
     tokens = -(-rows // 3) if variation.number.bit_count() % 2 else rows
     sizes = [
@@ -94,13 +94,13 @@ def with_chunks(program: Program, variation: Variation, rows: int) -> Variation:
     return replace(variation, values=tuple(values))
 
 
-def decode_variation(program: Program, number: int, interpreted: bool) -> Variation:
+def decode_variation(program: Plan, number: int, interpreted: bool) -> Variation:
     """Tile sizes and splits of decode in scenario `number` of a cache, from the last of each kernel's on."""
     kernels = [kernel for kernel in program.kernels if kernel.direction == "decode"]
     return Variation(number, tuple(_values(program, kernels, -1 - number, -1 - number, interpreted)))
 
 
-def most_unlike_the_defaults(program: Program, found: Sequence[Variation]) -> Variation | None:
+def most_unlike_the_defaults(program: Plan, found: Sequence[Variation]) -> Variation | None:
     """Of variations the one with the most choices other than the interpreter's."""
     defaults = {name: config.mapping() for name, config in program.defaults["interpreter"].items()}
     schedules = {schedule.name for schedule in program.schedules}
@@ -112,7 +112,7 @@ def most_unlike_the_defaults(program: Program, found: Sequence[Variation]) -> Va
 
 
 def _values(
-    program: Program, kernels: Sequence[Kernel], turn: int, split_turn: int, interpreted: bool
+    program: Plan, kernels: Sequence[Kernel], turn: int, split_turn: int, interpreted: bool
 ) -> list[tuple[str, str, int]]:
     found: list[tuple[str, str, int]] = []
     for kernel in kernels:
@@ -123,7 +123,7 @@ def _values(
     return found
 
 
-def tile_sizes(program: Program, kernel: Kernel) -> list[dict[str, int]]:
+def tile_sizes(program: Plan, kernel: Kernel) -> list[dict[str, int]]:
     """Tile sizes of a kernel on the interpreter that together have each legal value up to `LARGEST_TILE`.
 
     The interpreter's own come first, short pieces of lists last.

@@ -22,7 +22,7 @@ from nsa_gen.verification.running import InProcess, Isolated, Runner
 from nsa_gen.verification.schedules import Variation, decode_variation
 
 if TYPE_CHECKING:
-    from nsa_gen.lowering.program import Program
+    from nsa_gen.lowering.plan import Plan
     from nsa_gen.spec import Spec
 
 INTERPRETER_KV_HEADS = 2
@@ -142,7 +142,7 @@ def verify(
     )
 
 
-def _scenarios(spec: Spec, program: Program, seed: int, device: str) -> list[tuple[Scenario, Variation | None]]:
+def _scenarios(spec: Spec, program: Plan, seed: int, device: str) -> list[tuple[Scenario, Variation | None]]:
     """The fixed scenarios of a cache, each with tile sizes and splits of its own, and those of seeds from `seed` on."""
     fixed = fixed_scenarios(OracleParameters.from_spec(spec))
     ways = [decode_variation(program, number, device == "cpu") for number in range(len(fixed))]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nsa_gen.bench.records import KernelRow, kernels_of, read_results
-from nsa_gen.lowering import Program, lower
+from nsa_gen.lowering import Plan, lower
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.calibration import FACTORS
 from nsa_gen.lowering.prediction import alternatives, calibrate, predict, predict_kernel_seconds
@@ -19,7 +19,7 @@ ROWS = read_results(MEASURED).kernels
 
 
 @functools.cache
-def program(name: str) -> Program:
+def program(name: str) -> Plan:
     return lower(load_spec(name))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_gen.lowering import Program, lower
+from nsa_gen.lowering import Plan, lower
 from nsa_gen.rendering import package, render
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.tuning import cache as cache_module
@@ -15,7 +15,7 @@ from nsa_gen.tuning import run
 
 
 @functools.cache
-def _lowered(text: str) -> Program:
+def _lowered(text: str) -> Plan:
     return lower(parse_spec(text))
 
 
@@ -24,7 +24,7 @@ def _rendered(text: str) -> dict[str, str]:
     return render(parse_spec(text))
 
 
-def _lower_once(spec: Spec) -> Program:
+def _lower_once(spec: Spec) -> Plan:
     return _lowered(spec.resolved_yaml())
 
 

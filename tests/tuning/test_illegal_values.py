@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_gen.lowering import Program, lower, space
+from nsa_gen.lowering import Plan, lower, space
 from nsa_gen.rendering import render
 from nsa_gen.rendering.legality import check_of
 from nsa_gen.spec import load_spec, shipped_specs
@@ -127,7 +127,7 @@ def test_every_value_the_tuner_may_choose_is_accepted_and_no_other(cache: Path) 
 
 @pytest.mark.parametrize("name", shipped_specs())
 def test_the_cost_models_choice_and_what_is_shipped_are_accepted(name: str) -> None:
-    program: Program = lower(load_spec(name))
+    program: Plan = lower(load_spec(name))
     check = check_of(program)
     for table in program.defaults.values():
         assert not any(check(kernel, config.mapping()) for kernel, config in table.items())

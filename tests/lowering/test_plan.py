@@ -1,4 +1,4 @@
-"""What holds of every Program: for the shipped specs and for specs that no person chose."""
+"""What holds of every Plan: for the shipped specs and for specs that no person chose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from nsa_gen.hardware import TARGETS, UnknownGpuError, gpu, gpu_for_target
 from nsa_gen.lowering import lower, space
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.cost import explain
-from nsa_gen.lowering.program import Program
+from nsa_gen.lowering.hopper import hopper_fits
+from nsa_gen.lowering.hopper_backward import hopper_backward_fits
+from nsa_gen.lowering.plan import Plan
+from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import shipped_specs
 from tests.lowering.drawn_specs import specs
 
@@ -22,12 +25,12 @@ TABLES = ("interpreter", *TARGETS)
 
 
 @functools.cache
-def lowered(name: str) -> Program:
+def lowered(name: str) -> Plan:
     return lower(SPECS[name])
 
 
 @pytest.fixture
-def program(request: pytest.FixtureRequest) -> Program:
+def program(request: pytest.FixtureRequest) -> Plan:
     return lowered(request.param)
 
 
@@ -46,14 +49,50 @@ def test_the_drawn_specs_cover_the_language():
 
 
 @every_program
-def test_lowering_twice_gives_equal_programs(program: Program):
+def test_lowering_twice_gives_equal_programs(program: Plan):
     again = lower(program.spec)
     assert again == program
     assert repr(again) == repr(program)
 
 
 @every_program
-def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within_its_constraints(program: Program):
+def test_steps_read_arguments_and_what_earlier_steps_wrote(program: Plan):
+    known = {argument.name for argument in program.arguments}
+    for step in program.steps:
+        assert step.kind in ("pool", "score", "select", "attend", "combine")
+        assert set(step.reads) <= known
+        assert not set(step.writes) & known
+        assert set(step.gradients) <= set(step.reads) and set(step.saved) <= set(step.writes)
+        known |= set(step.writes)
+    assert {output.name for output in program.outputs} <= known
+    assert sorted(program.branches) == sorted(program.spec.branches)
+
+
+@every_program
+def test_every_kernel_belongs_to_a_schedule_and_every_decision_to_a_tunable(program: Plan):
+    schedules = [schedule for step in program.steps for schedule in step.schedules]
+    named = {name for schedule in (*schedules, *program.upkeep) for name in schedule.kernels}
+    assert named == {kernel.name for kernel in program.kernels}
+    assert all(schedule.kernels or schedule.targets == ("sm_90",) for schedule in schedules)
+    decided = {tunable.name for decision in program.schedules for tunable in decision.tunables}
+    assert {schedule.decided_by[0] for schedule in schedules if schedule.decided_by} <= decided
+
+
+@every_program
+def test_facts_of_a_plan_follow_from_the_spec(program: Plan):
+    spec = program.spec
+    assert program.branches == spec.branches
+    assert program.gated == (spec.combine.gate != "none")
+    assert program.combined == (program.gated or len(spec.branches) > 1)
+    assert program.backward == ("backward" in spec.passes)
+    assert program.compresses == (spec.compression is not None and not spec.external)
+    assert program.selects == (spec.selection is not None and spec.selection.indices == "computed")
+    assert program.local_in_window == local_in_window(spec)
+    assert program.hopper == hopper_fits(spec) and program.hopper_backward == hopper_backward_fits(spec)
+
+
+@every_program
+def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within_its_constraints(program: Plan):
     names = [owner.name for owner in (*program.kernels, *program.schedules)]
     assert len(set(names)) == len(names)
     assert set(program.defaults) == set(TABLES)
@@ -76,7 +115,7 @@ def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within
 
 
 @every_program
-def test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuration_is_within(program: Program):
+def test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuration_is_within(program: Plan):
     for target in TARGETS:
         device = gpu_for_target(target)
         for kernel in program.kernels:
@@ -105,7 +144,7 @@ def test_every_default_of_a_shipped_spec_is_expected_to_fit_the_h100_it_is_for(n
 
 
 @every_program
-def test_costs_are_never_negative_and_every_kernel_moves_something(program: Program):
+def test_costs_are_never_negative_and_every_kernel_moves_something(program: Plan):
     for kernel in program.kernels:
         for tokens in (1, 65536):
             call = {s.T: tokens, s.B: 1}
@@ -121,7 +160,7 @@ def test_costs_are_never_negative_and_every_kernel_moves_something(program: Prog
 
 @every_program
 def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_tokens_and_all_else_twice(
-    program: Program,
+    program: Plan,
 ):
     for kernel in program.kernels:
         once, twice, batch = (
@@ -137,7 +176,7 @@ def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_toke
 
 
 @every_program
-def test_bytes_grow_with_the_tokens_and_not_with_their_square(program: Program):
+def test_bytes_grow_with_the_tokens_and_not_with_their_square(program: Plan):
     for kernel in program.kernels:
         once, twice = (substitute(kernel.compulsory_bytes, program, {}, {s.T: 2**n, s.B: 1}) for n in (26, 27))
         # A step of decode reads some of its keys whatever their number.
@@ -146,7 +185,7 @@ def test_bytes_grow_with_the_tokens_and_not_with_their_square(program: Program):
 
 
 @every_program
-def test_no_formula_has_a_symbol_that_neither_spec_nor_call_nor_tunables_give(program: Program):
+def test_no_formula_has_a_symbol_that_neither_spec_nor_call_nor_tunables_give(program: Plan):
     for kernel in program.kernels:
         given = {symbol.name for symbol in (*program.sizes, s.B, s.T, s.SCORES_STAGED)}
         tunables = {tunable.name for tunable in kernel.tunables}
@@ -165,7 +204,7 @@ def test_no_formula_has_a_symbol_that_neither_spec_nor_call_nor_tunables_give(pr
 
 
 @every_program
-def test_explain_gives_floors_that_follow_from_the_devices_peaks(program: Program):
+def test_explain_gives_floors_that_follow_from_the_devices_peaks(program: Plan):
     estimates = explain(program, tokens=8192, batch=2, gpu_key="h100")
     device = gpu("h100")
     chosen = {
@@ -203,7 +242,7 @@ def test_explain_refuses_an_unknown_device():
 
 
 @every_program
-def test_arguments_say_what_the_spec_takes(program: Program):
+def test_arguments_say_what_the_spec_takes(program: Plan):
     spec = program.spec
     names = [argument.name for argument in program.arguments]
     assert names[0] == "q"
@@ -222,7 +261,7 @@ def test_arguments_say_what_the_spec_takes(program: Program):
 
 
 @every_program
-def test_arguments_have_known_dims_and_integers_have_no_gradient(program: Program):
+def test_arguments_have_known_dims_and_integers_have_no_gradient(program: Plan):
     known = {"B", "Tq", "Tkv", "Nc", "Hq", "Hkv", "Dk", "Dv"}
     for argument in program.arguments:
         assert argument.dtype in ("spec", "int32")
@@ -236,7 +275,7 @@ def test_arguments_have_known_dims_and_integers_have_no_gradient(program: Progra
 
 
 @every_program
-def test_outputs_are_o_then_what_each_branch_leaves_for_the_backward_pass(program: Program):
+def test_outputs_are_o_then_what_each_branch_leaves_for_the_backward_pass(program: Plan):
     spec = program.spec
     names = [output.name for output in program.outputs]
     assert names[0] == "o"
@@ -252,7 +291,7 @@ def test_outputs_are_o_then_what_each_branch_leaves_for_the_backward_pass(progra
 
 @every_program
 def test_a_spec_without_backward_has_no_backward_kernel_and_one_with_it_has_one_for_each_forward_branch(
-    program: Program,
+    program: Plan,
 ):
     directions = {kernel.direction for kernel in program.kernels}
     assert directions == set(program.spec.passes)
@@ -263,7 +302,7 @@ def test_a_spec_without_backward_has_no_backward_kernel_and_one_with_it_has_one_
 
 
 @every_program
-def test_a_gradient_to_which_selection_adds_is_written_before_or_begins_at_zero(program: Program):
+def test_a_gradient_to_which_selection_adds_is_written_before_or_begins_at_zero(program: Plan):
     order = program.backward_branches
     assert sorted(order) == sorted(program.spec.branches)
     for name in program.raw_names:
@@ -276,7 +315,7 @@ def test_a_gradient_to_which_selection_adds_is_written_before_or_begins_at_zero(
 
 
 @every_program
-def test_a_gradient_has_a_float32_sum_beside_it_where_several_kernels_add_to_another_dtype(program: Program):
+def test_a_gradient_has_a_float32_sum_beside_it_where_several_kernels_add_to_another_dtype(program: Plan):
     narrow = program.spec.dtype != "float32"
     assert program.sums_in_float32("q") == program.rounded_by_kernel("q") == (narrow and len(program.spec.branches) > 1)
     for name in program.raw_names:
@@ -291,7 +330,7 @@ def test_an_unknown_kernel_is_a_key_error():
         lowered("tiny").kernel("nonsense")
 
 
-def substitute(formula, program: Program, config: dict[str, int], call: dict[sympy.Symbol, int] | None = None):
+def substitute(formula, program: Plan, config: dict[str, int], call: dict[sympy.Symbol, int] | None = None):
     """A formula's value with the spec's sizes, a configuration and a call filled in, by sympy's own substitution."""
     formula = sympy.sympify(formula)
     values = {s.SCORES_STAGED: 1, **program.sizes, **(call or {})}

@@ -1,4 +1,4 @@
-"""Spec -> Program: every decision about what is generated is taken here."""
+"""Spec -> Plan: every decision about what is generated is taken here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import banded, space
+from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
@@ -14,19 +15,17 @@ from nsa_gen.lowering.heads import power_of_two, split_head_dim
 from nsa_gen.lowering.hopper_backward import hopper_backward_fits
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
-from nsa_gen.lowering.program import Argument, Config, Kernel, Output, Program, raw_readers
+from nsa_gen.lowering.plan import INTERPRETER, Argument, Config, Kernel, Output, Plan
 from nsa_gen.lowering.selected import choose_hopper_backward, choose_schedule, schedules
+from nsa_gen.lowering.steps import build_steps, upkeep
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
 
-#: The table of default configurations has one entry an architecture, and this one for Triton's interpreter.
-INTERPRETER = "interpreter"
 
-
-def lower(spec: Spec) -> Program:
+def lower(spec: Spec) -> Plan:
     """Decide the kernels, their sizes, tunables and default configurations for a spec.
 
-    The result depends on the spec alone: same spec, same Program.
+    The result depends on the spec alone: same spec, same Plan.
     """
     qk = split_head_dim(spec.head_dim.qk)
     v = split_head_dim(spec.head_dim.v)
@@ -34,8 +33,10 @@ def lower(spec: Spec) -> Program:
     selected_rows = max(group_rows, FEWEST_ROWS)
     weights = _overlap(spec)
     kernels = (*compression_kernels(spec), *attention_kernels(spec), *inference_kernels(spec))
+    arguments, outputs = _arguments(spec), _outputs(spec)
+    steps = build_steps(spec, arguments, outputs, kernels)
     sizes = spec_sizes(spec, qk, v, group_rows, selected_rows)
-    return Program(
+    return Plan(
         spec=spec,
         qk=qk,
         v=v,
@@ -44,8 +45,10 @@ def lower(spec: Spec) -> Program:
         scale=spec.scale_value,
         scale_log2=spec.scale_value * math.log2(math.e),
         overlap=weights,
-        arguments=_arguments(spec),
-        outputs=_outputs(spec),
+        steps=steps,
+        upkeep=upkeep(kernels, steps),
+        arguments=arguments,
+        outputs=outputs,
         kernels=kernels,
         schedules=(*banded.schedules(spec), *schedules(spec)),
         sizes=sizes,

@@ -9,12 +9,12 @@ import sympy
 
 from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering.heads import HeadDim
-from nsa_gen.lowering.hopper import hopper_fits
-from nsa_gen.lowering.hopper_backward import hopper_backward_fits
-from nsa_gen.lowering.inference import InferenceProgram
+from nsa_gen.lowering.inference import InferencePlan
 from nsa_gen.lowering.overlap import Overlap
-from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
+
+INTERPRETER = "interpreter"
+"""The table of default configurations has one entry an architecture, and this one for Triton's interpreter."""
 
 BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
 """What people call the branches of kernels; "all" are kernels of every branch."""
@@ -130,7 +130,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Decision:
     """What is decided for several kernels of a branch together: which of them run, and on how much at a time.
 
     It changes nothing on other architectures than ``targets``, nor in other passes than ``passes``.
@@ -160,8 +160,52 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Program(InferenceProgram):
-    """A lowered spec: all that rendering sees."""
+class Schedule:
+    """One way to run a step.
+
+    ``kernels`` names those it launches; a kernel that two schedules share is named by both, and Gluon's, which have no
+    tunables, by none. ``targets`` are the architectures that it is compiled for. ``decided_by`` is a tunable of a
+    `Decision` and the value that asks for this schedule, or None where the tunable is a number of tokens. ``fuses``
+    names steps of whose work the schedule does a part.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    targets: tuple[str, ...] = (*TARGETS, INTERPRETER)
+    decided_by: tuple[str, int | None] | None = None
+    fuses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the operator, with its tensors by name.
+
+    ``kind`` is pool, score, select, attend or combine. ``gradients`` are those of ``reads`` that get one; ``saved`` are
+    those of ``writes`` that its backward reads. An attend step reads q, keys and values first, in this order, and has
+    the ``branch`` whose output it is; the constant GATE is the branch's place in the combination.
+    """
+
+    kind: str
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    gradients: tuple[str, ...]
+    saved: tuple[str, ...]
+    constants: Mapping[str, int | float | None]
+    schedules: tuple[Schedule, ...]
+    branch: str = ""
+
+    def schedule(self, name: str) -> Schedule | None:
+        """The schedule of this name, if the step has it."""
+        return next((schedule for schedule in self.schedules if schedule.name == name), None)
+
+
+@dataclass(frozen=True)
+class Plan(InferencePlan):
+    """A lowered spec, which is all that rendering sees: the steps in the order of the forward, and what they need.
+
+    ``schedules`` are the decisions between the steps' schedules and their sizes; ``upkeep`` has the kernels of no step.
+    """
 
     spec: Spec
     qk: HeadDim
@@ -171,55 +215,73 @@ class Program(InferenceProgram):
     scale: float
     scale_log2: float
     overlap: Overlap | None
+    steps: tuple[Step, ...]
+    upkeep: tuple[Schedule, ...]
     arguments: tuple[Argument, ...]
     outputs: tuple[Output, ...]
     kernels: tuple[Kernel, ...]
-    schedules: tuple[Schedule, ...]
+    schedules: tuple[Decision, ...]
     sizes: Mapping[sympy.Symbol, int]
     defaults: Mapping[str, Mapping[str, Config]]
 
     log2_e: float = 1.4426950408889634
     ln_2: float = 0.6931471805599453
 
+    def step(self, kind: str, branch: str = "") -> Step | None:
+        """The step of this kind, of a branch if it is an attend step; None if there is none."""
+        return next((step for step in self.steps if step.kind == kind and step.branch == branch), None)
+
+    @property
+    def attends(self) -> tuple[Step, ...]:
+        """Attend steps in the order of their gates."""
+        found = (step for step in self.steps if step.kind == "attend")
+        return tuple(sorted(found, key=lambda step: step.constants["GATE"] or 0))
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Branches in the order of their gates."""
+        return tuple(step.branch for step in self.attends)
+
     @property
     def gated(self) -> bool:
         """The operator takes gates."""
-        return self.spec.combine.gate != "none"
+        combine = self.step("combine")
+        return combine is not None and "gates" in combine.reads
 
     @property
     def combined(self) -> bool:
         """A combine step exists: gates, or several branches to add."""
-        return self.gated or len(self.spec.branches) > 1
+        return self.step("combine") is not None
 
     @property
     def backward(self) -> bool:
         """Backward kernels are generated."""
-        return "backward" in self.spec.passes
+        return any(step.gradients for step in self.steps)
 
     @property
     def compresses(self) -> bool:
         """The package computes compressed keys and values itself, as opposed to taking them from the caller."""
-        return self.spec.compression is not None and not self.spec.external
+        return self.step("pool") is not None
 
     @property
     def selects(self) -> bool:
         """The package computes the selection itself."""
-        return self.spec.selection is not None and self.spec.selection.indices == "computed"
+        return self.step("select") is not None
 
     @property
     def local_in_window(self) -> bool:
-        """The window's kernels can do the selected branch's local blocks; see `sharing.local_in_window`."""
-        return local_in_window(self.spec)
+        """The window's kernels can do the selected branch's local blocks."""
+        return any(schedule.fuses for step in self.steps for schedule in step.schedules)
 
     @property
     def hopper(self) -> bool:
         """The package has the kernel of banded attention for Hopper."""
-        return hopper_fits(self.spec)
+        return any(step.schedule("hopper_rows") for step in self.steps)
 
     @property
     def hopper_backward(self) -> bool:
         """The package has the kernel of selected attention's gradients for Hopper."""
-        return hopper_backward_fits(self.spec)
+        return any(step.schedule("hopper_gather") for step in self.steps)
 
     @property
     def hidden(self) -> int | None:
@@ -249,21 +311,20 @@ class Program(InferenceProgram):
     @property
     def combine_formula(self) -> str:
         """Eq. 5 for the branches present, for a docstring."""
-        if not self.gated:
-            return " + ".join(f"o_{branch}" for branch in self.spec.branches)
-        return " + ".join(f"g_{branch} o_{branch}" for branch in self.spec.branches)
+        gate = "g_{0} " if self.gated else ""
+        return " + ".join(f"{gate}o_{{0}}".format(branch) for branch in self.branches)
 
     def kv(self, branch: str) -> tuple[str, str]:
         """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
-        readers = raw_readers(self.spec)
-        if self.spec.kv == "shared" or branch == readers[0]:
-            return "k", "v"
-        return f"k_{branch}", f"v_{branch}"
+        step = self.step("pool") if branch == "cmp" else self.step("attend", branch)
+        assert step is not None
+        k, v = step.reads[:2] if step.kind == "pool" else step.reads[1:3]
+        return k, v
 
     @property
     def raw_branches(self) -> tuple[str, ...]:
-        """Branches that read raw keys and values."""
-        return raw_readers(self.spec)
+        """Branches that read raw keys and values: all but one whose compressed keys the caller brings."""
+        return tuple(branch for branch in self.branches if branch != "cmp" or self.compresses)
 
     @property
     def raw_names(self) -> tuple[str, ...]:
@@ -277,12 +338,12 @@ class Program(InferenceProgram):
 
     def contributors(self, name: str) -> int:
         """How many branches add to the gradient of q or of a raw key or value argument."""
-        return len(self.spec.branches) if name == "q" else sum(name in self.kv(branch) for branch in self.raw_branches)
+        return len(self.branches) if name == "q" else sum(name in self.kv(branch) for branch in self.raw_branches)
 
     @property
     def backward_branches(self) -> tuple[str, ...]:
         """Branches in the order of their backward."""
-        return backward_order(self.spec)
+        return tuple(branch for branch in ("cmp", "win", "slc") if branch in self.branches)
 
     def starts_at_zero(self, name: str) -> bool:
         """Whether no branch writes every row of the gradient of a raw key or value, to which selection then adds."""
@@ -294,7 +355,7 @@ class Program(InferenceProgram):
 
         Selection adds up the keys' and values' chunk by chunk, so that even alone it needs one.
         """
-        added = self.contributors(name) > 1 or (self.spec.selection is not None and name in self.kv("slc"))
+        added = self.contributors(name) > 1 or ("slc" in self.branches and name in self.kv("slc"))
         return added and self.spec.dtype != "float32"
 
     def gradient_sum(self, name: str) -> str:
@@ -326,7 +387,7 @@ class Program(InferenceProgram):
         """Gradients with a row a token, and its width."""
         heads = {"q": "QUERY_HEADS * HEAD_DIM_QK", "k": "KV_HEADS * HEAD_DIM_QK", "v": "KV_HEADS * HEAD_DIM_V"}
         names = ("q", *self.raw_names, *(("gates",) if self.gated else ()))
-        widths = heads | {"gates": f"QUERY_HEADS * {len(self.spec.branches)}"}
+        widths = heads | {"gates": f"QUERY_HEADS * {len(self.branches)}"}
         return tuple((f"d{name}", widths[name.partition("_")[0]]) for name in names)
 
     @property
@@ -365,15 +426,15 @@ class Program(InferenceProgram):
     @property
     def schema_constants(self) -> tuple[str, ...]:
         """What else the whole operator is called with: what forward and backward of one call must agree on."""
-        chunk = ("chunk_tokens",) if self.spec.selection else ()
+        chunk = ("chunk_tokens",) if "slc" in self.branches else ()
         local = ("local_in_window",) if self.local_in_window else ()
         return (*chunk, *local, *(("recompute",) if self.backward else ()))
 
     @property
     def combine_inputs(self) -> tuple[str, ...]:
         """Inputs of the combination alone."""
-        outputs = tuple(f"o_{branch}" for branch in self.spec.branches)
-        return (*outputs, "gates") if self.gated else outputs
+        combine = self.step("combine")
+        return combine.reads if combine else tuple(f"o_{branch}" for branch in self.branches)
 
     def trace_sizes(self, argument: Argument) -> str:
         """Sizes of an argument as Python source, in terms of ``entries``, ``rows`` and ``compressed``."""
@@ -408,13 +469,3 @@ class Program(InferenceProgram):
             if kernel.name == name:
                 return kernel
         raise KeyError(name)
-
-
-def backward_order(spec: Spec) -> tuple[str, ...]:
-    """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
-    return tuple(branch for branch in ("cmp", "win", "slc") if branch in spec.branches)
-
-
-def raw_readers(spec: Spec) -> tuple[str, ...]:
-    """Branches that read raw keys and values: all but a compression branch that is given its compressed ones."""
-    return tuple(branch for branch in spec.branches if not (branch == "cmp" and spec.external))

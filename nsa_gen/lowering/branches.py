@@ -1,0 +1,22 @@
+"""Branches of a spec: which read raw keys and values, by what names, and in which order gradients are computed."""
+
+from __future__ import annotations
+
+from nsa_gen.spec import Spec
+
+
+def backward_order(spec: Spec) -> tuple[str, ...]:
+    """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
+    return tuple(branch for branch in ("cmp", "win", "slc") if branch in spec.branches)
+
+
+def raw_readers(spec: Spec) -> tuple[str, ...]:
+    """Branches that read raw keys and values: all but a compression branch that is given its compressed ones."""
+    return tuple(branch for branch in spec.branches if not (branch == "cmp" and spec.external))
+
+
+def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
+    """Names of the arguments that hold a branch's raw keys and values."""
+    if spec.kv == "shared" or branch == raw_readers(spec)[0]:
+        return "k", "v"
+    return f"k_{branch}", f"v_{branch}"

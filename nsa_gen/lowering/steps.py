@@ -1,0 +1,177 @@
+"""Spec -> Steps: what NSA computes, in order, with the tensors each step reads and writes and the ways to run it.
+
+A step's kernels are named here; `Plan.kernels` describes them. The order is that of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nsa_gen.lowering.branches import kv_names
+from nsa_gen.lowering.hopper import HOPPER, hopper_fits
+from nsa_gen.lowering.hopper_backward import hopper_backward_fits
+from nsa_gen.lowering.plan import Argument, Kernel, Output, Schedule, Step
+from nsa_gen.lowering.sharing import local_in_window
+from nsa_gen.spec import Spec
+
+QUERY_MAJOR, KEY_MAJOR, LOCAL_BLOCKS = "query_major", "key_major", "local_blocks"
+HOPPER_ROWS, HOPPER_GATHER = "hopper_rows", "hopper_gather"
+"""Names of schedules: those for Hopper are Gluon kernels beside the ordinary ones."""
+
+
+def build_steps(
+    spec: Spec, arguments: Sequence[Argument], outputs: Sequence[Output], kernels: Sequence[Kernel]
+) -> tuple[Step, ...]:
+    """The steps of a spec in the order of the forward."""
+    present = {kernel.name for kernel in kernels}
+    backward = "backward" in spec.passes
+    combined = spec.combine.gate != "none" or len(spec.branches) > 1
+    steps = []
+    if spec.compression:
+        if not spec.external:
+            steps.append(_pool(spec, arguments, outputs, kernels))
+        steps.append(_attend_compressed(spec, combined, present))
+    if spec.selection and spec.selection.indices == "computed":
+        steps += _choose_blocks(spec, present)
+    selected = [_attend_selected(spec, combined, kernels)] if spec.selection else []
+    window = [_attend_window(spec, combined, present)] if spec.window else []
+    # Where the window's kernels may do the local blocks, selected attention merges what they leave.
+    steps += [*window, *selected] if local_in_window(spec) else [*selected, *window]
+    if combined:
+        gates = ("gates",) if spec.combine.gate != "none" else ()
+        reads = (*(f"o_{branch}" for branch in spec.branches), *gates)
+        names = ("combine_forward", "combine_backward")
+        schedules = (Schedule("one_pass", _among(names, present)), *_decoding(("decode_attend",), present))
+        steps.append(Step("combine", "combine", reads, ("o",), reads if backward else (), (), {}, schedules))
+    return tuple(steps)
+
+
+def _among(names: Iterable[str], present: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in present)
+
+
+def _decoding(names: Iterable[str], present: set[str]) -> tuple[Schedule, ...]:
+    """The schedule of a step of decode, whose one kernel may do several steps of the plan."""
+    kernels = _among(names, present)
+    return (Schedule("decode", kernels),) if kernels else ()
+
+
+def _pool(spec: Spec, arguments: Sequence[Argument], outputs: Sequence[Output], kernels: Sequence[Kernel]) -> Step:
+    """Compressed keys and values: phi of every block (Eq. 7)."""
+    assert spec.compression is not None
+    parameters = tuple(argument.name for argument in arguments if argument.group == "compression")
+    saved = tuple(output.name for output in outputs if output.saved_by_phi)
+    reads = (*kv_names(spec, "cmp"), *parameters)
+    names = tuple(each.name for each in kernels if each.module.startswith("compression_"))
+    present = {kernel.name for kernel in kernels}
+    constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride}
+    schedules = (Schedule("blocks", names), *_decoding(("append", "append_linear"), present))
+    gradients = reads if "backward" in spec.passes else ()
+    return Step("pool", "compress", reads, ("k_cmp", "v_cmp", *saved), gradients, saved, constants, schedules)
+
+
+def _attend(
+    spec: Spec,
+    combined: bool,
+    branch: str,
+    name: str,
+    kv: tuple[str, str],
+    constants: dict[str, int | float | None],
+    schedules: tuple[Schedule, ...],
+    index: tuple[str, ...] = (),
+    sorted_index: tuple[str, ...] = (),
+) -> Step:
+    writes = (f"o_{branch}" if combined else "o", f"lse_{branch}", *sorted_index)
+    backward = "backward" in spec.passes
+    return Step(
+        "attend", name, ("q", *kv, *index), writes, ("q", *kv) if backward else (), writes if backward else (),
+        {"GATE": spec.branches.index(branch), **constants}, schedules, branch,
+    )  # fmt: skip
+
+
+def _banded(spec: Spec, name: str, combined: bool, present: set[str]) -> tuple[Schedule, ...]:
+    """Schedules of attention to one moving range of keys."""
+    names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *([] if combined else [_DELTA])]
+    found = [Schedule(QUERY_MAJOR, _among(names, present))]
+    if hopper_fits(spec):
+        found.append(Schedule(HOPPER_ROWS, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
+    return tuple(found)
+
+
+#: Rows of do times o: the gradients of a step that is called alone need it, and of a spec with one branch.
+_DELTA = "attention_delta"
+
+
+def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
+    """Attention to the compressed blocks that end at or before a query (Eq. 7)."""
+    assert spec.compression is not None
+    constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride, "WINDOW": None}
+    decode = _decoding(("append_compressed", "decode_compressed"), present)
+    schedules = (*_banded(spec, "compressed", combined, present), *decode)
+    return _attend(spec, combined, "cmp", "compressed", ("k_cmp", "v_cmp"), constants, schedules)
+
+
+def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
+    """Attention to a query's last keys."""
+    assert spec.window is not None
+    schedules = list(_banded(spec, "window", combined, present))
+    if local_in_window(spec):
+        names = schedules[0].kernels
+        schedules.append(Schedule(LOCAL_BLOCKS, names, decided_by=("LOCAL_IN_WINDOW", 1), fuses=("selected",)))
+    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size}
+    decode = _decoding(("decode_attend",), present)
+    return _attend(spec, combined, "win", "window", kv_names(spec, "win"), constants, (*schedules, *decode))
+
+
+def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> Step:
+    """Attention to the tokens of the selected blocks (Eq. 11 and 12)."""
+    assert spec.selection is not None
+    present = {kernel.name for kernel in kernels}
+    own = [
+        each for each in kernels if each.branch == "slc" and each.direction != "decode" and each.module != "selection"
+    ]
+    query_major = tuple(each.name for each in own if each.choice and not each.choice[1])
+    # dk and dv are key-major in every case.
+    key_major = tuple(each.name for each in own if not each.choice or each.choice[1])
+    schedules = [
+        Schedule(QUERY_MAJOR, query_major, decided_by=("KEY_MAJOR_FORWARD", 0)),
+        Schedule(KEY_MAJOR, (*key_major, *([] if combined else _among([_DELTA], present))),
+                 decided_by=("KEY_MAJOR_FORWARD", 1)),
+    ]  # fmt: skip
+    if hopper_backward_fits(spec):
+        schedules.append(Schedule(HOPPER_GATHER, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
+    index = ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()
+    return _attend(
+        spec, combined, "slc", "selected", kv_names(spec, "slc"), {"BLOCK": spec.selection.block},
+        (*schedules, *_decoding(("decode_attend",), present)), ("indices", "counts"), index,
+    )  # fmt: skip
+
+
+def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
+    """The scorer (Eq. 8 to 10) and the choice of the best blocks (Eq. 11); without free slots nothing is scored."""
+    assert spec.selection is not None
+    selection = spec.selection
+    scored = "block_scores" in present
+    block = {"BLOCK": selection.block}
+    count = {"COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local}
+    decode = _decoding(("decode_select",), present)
+    score = Step(
+        "score", "importance", ("q", "k_cmp", "lse_cmp"), ("importance",), (), (), block,
+        (Schedule("from_lse", ("block_scores",)),),
+    )  # fmt: skip
+    select = Step(
+        "select", "select_blocks", ("importance",) if scored else (), ("indices", "counts"), (), (), block | count,
+        (Schedule("sorted_list", ("select_blocks",)), *decode),
+    )  # fmt: skip
+    return [score, select] if scored else [select]
+
+
+def upkeep(kernels: Sequence[Kernel], steps: Sequence[Step]) -> tuple[Schedule, ...]:
+    """Kernels of no step: the rows that pad a packed batch, the cache's own, and what a step that is alone needs."""
+    owned = {name for step in steps for schedule in step.schedules for name in schedule.kernels}
+    groups: dict[str, list[str]] = {}
+    for kernel in kernels:
+        if kernel.name not in owned:
+            group = "decode" if kernel.direction == "decode" else kernel.module
+            groups.setdefault(group, []).append(kernel.name)
+    return tuple(Schedule(group, tuple(names)) for group, names in groups.items())
