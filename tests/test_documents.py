@@ -208,7 +208,7 @@ def test_the_readme_s_tour_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
             seen.append(words[1])
             assert main(words[1:]) == 0, line
     assert seen == ["new", "check", "generate", "explain"]
-    assert (tmp_path / "generated" / "my_attention" / "attention.py").exists()
+    assert (tmp_path / "generated" / "my_attention" / "operator.py").exists()
     if not GPU:
         assert main(["bench", "tiny"]) == 2
         assert "nsa-gen explain tiny" in capsys.readouterr().err

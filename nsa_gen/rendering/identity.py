@@ -20,9 +20,17 @@ TUNED_SCHEMA = 1
 MEASUREMENT = "interleaved-1"
 """Version of how times are taken; to be raised when those of before can no longer be compared."""
 
-ATTENTION, DECODE = "attention.py", "decode.py"
+ATTENTION, DECODE = "operator.py", "decode.py"
 """Modules that launch what is tuned: forward and backward, and decode. What they import counts with them."""
-_NOT_CODE = ("configs.py", "runtime/launch.py", "runtime/lookup.py")
+_NOT_CODE = (
+    "arguments.py",
+    "configs.py",
+    "registration.py",
+    "runtime/arguments.py",
+    "runtime/launch.py",
+    "runtime/lookup.py",
+    "runtime/registration.py",
+)
 _DIGITS = 12
 
 
@@ -30,8 +38,8 @@ def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
     """Twelve hex digits of the code that runs: a root module and every module it imports, directly or not.
 
     `configs.py` and `runtime/lookup.py` are left out, which only choose numbers, and `runtime/launch.py`, which runs
-    on the host alone; so is what the root does not need, such as the checks of arguments. Of each module, what counts
-    is its text without comments, docstrings and blank lines.
+    on the host alone; so are the checks of arguments and the registration of operators. Of each module, what counts is
+    its text without comments, docstrings and blank lines.
 
     Args:
         files: modules of a package by file name; those that are not Python are ignored.

@@ -191,7 +191,7 @@ def _package_dir(spec: Spec, out_dir: str | os.PathLike[str] | None) -> Path:
 def _modules(program: Plan) -> list[str]:
     """Python modules of the package, each from the runtime's module or the template of the same name."""
     modules = {
-        "__init__", "api", "arguments", "attention", "configs", "module", "ops", "registration", "spec",
+        "__init__", "arguments", "configs", "module", "operator", "ops", "registration", "spec", "steps",
     }  # fmt: skip
     kernels = {"__init__", "primitives"} | {kernel.module for kernel in program.kernels}
     runtime = {"__init__", "arguments", "launch", "lookup", "registration", "sequences", "sizes", "space", "tiles"}

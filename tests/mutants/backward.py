@@ -166,20 +166,20 @@ MUTANTS = (
         "the window's gradients take the selected branch's delta",
         FULL,
         ("dq", "dk"),
-        (Edit("attention.py", "deltas[2]", "deltas[1]"),),
+        (Edit("operator.py", "deltas[2]", "deltas[1]"),),
     ),
     Mutant(
         "dq_of_the_window_overwrites",
         "the window's dQ overwrites that of the compressed branch",
         FULL,
         ("dq",),
-        (Edit("attention.py", "sequences,\n        dq_before=dq,", "sequences,"),),
+        (Edit("operator.py", "sequences, dq_before=dq)", "sequences)"),),
     ),
     Mutant(
         "dk_of_the_compression_overwrites",
         "what compression adds to dK and dV overwrites what the other branches gave",
         FULL,
         ("dk", "dv"),
-        (Edit("attention.py", "        dk_before=dk,\n        dv_before=dv,\n", ""),),
+        (Edit("operator.py", ", dk_before=dk, dv_before=dv", ""),),
     ),
 )

@@ -9,7 +9,7 @@ from tests.mutants.model import Check, Edit, Mutant
 WINDOW, WINDOW_BACKWARD = "kernels/banded.py", "kernels/banded_backward.py"
 QUERY_MAJOR = "kernels/selected_query_major.py"
 MERGE = "kernels/selected_key_major_merge.py"
-ATTENTION = "attention.py"
+ATTENTION = "operator.py"
 
 # Two local blocks end a selection of four; the queries are at the end of one block and the beginning of the next.
 FORWARD = Check("local", 5, tokens_kv=67, local_in_window=True)
@@ -130,6 +130,6 @@ MUTANTS = (
         "neither branch's backward does the local blocks",
         BACKWARD,
         ("dq", "dk", "dv"),
-        (Edit(ATTENTION, "if local_in_window else None,", "if False else None,"),),
+        (Edit(ATTENTION, "branch_gates[1]) if local_in_window", "branch_gates[1]) if False"),),
     ),
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tests.mutants.model import Check, Edit, Equivalent, Mutant
 
-ATTENTION, POOL, SELECTION = "attention.py", "kernels/compression_pool.py", "kernels/selection.py"
+ATTENTION, POOL, SELECTION = "operator.py", "kernels/compression_pool.py", "kernels/selection.py"
 BANDED, BANDED_BACKWARD = "kernels/banded.py", "kernels/banded_backward.py"
 
 RECOMPUTED = Check("full", 4, tokens_kv=20, gradients=True, recompute=("cmp", "slc", "win"))

@@ -77,7 +77,7 @@ def unlaunched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Operator]:
 
     def operator(**changes: Any) -> Operator:
         op = operator_of(**changes)
-        monkeypatch.setattr(op.module.api, "call", lambda name, q, *_: (q,))
+        monkeypatch.setattr(op.module.operator, "call", lambda name, q, *_: (q,))
         monkeypatch.setattr(op.module.arguments.CHECKS, "_accepted", set())
         return op
 
@@ -89,8 +89,10 @@ def test_a_call_like_an_accepted_one_is_not_checked_again(
 ) -> None:
     op = unlaunched(**WHOLE)
     checked: list[str] = []
-    check = op.module.api.check_query
-    monkeypatch.setattr(op.module.api, "check_query", lambda name, *given: checked.append(name) or check(name, *given))
+    check = op.module.operator.check_query
+    monkeypatch.setattr(
+        op.module.operator, "check_query", lambda name, *given: checked.append(name) or check(name, *given)
+    )
     for _ in range(3):
         op.nsa_attention(**arguments_of(op))
     assert checked == ["q"]

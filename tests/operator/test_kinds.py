@@ -104,7 +104,7 @@ def test_tensors_that_no_kernel_can_read_are_named_before_and_after_right_calls(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = operator_of(**GIVEN)
-    monkeypatch.setattr(op.module.api, "call", lambda name, q, *_: (q,))
+    monkeypatch.setattr(op.module.operator, "call", lambda name, q, *_: (q,))
     monkeypatch.setattr(op.module.arguments.CHECKS, "_accepted", set())
     arguments = arguments_of(op)
     change, shown = KINDS[kind]

@@ -66,13 +66,13 @@ def test_the_window_leaves_the_part_of_the_local_blocks_and_the_selected_branch_
     op = operator("two of four")
     inputs = inputs_of(op, 3, tokens_kv=70)
     parts: list[Any] = []
-    original = op.module.attention.window_forward
+    original = op.module.operator.window_forward
 
     def window_forward(*args: Any) -> Any:
         parts.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(op.module.attention, "window_forward", window_forward)
+    monkeypatch.setattr(op.module.operator, "window_forward", window_forward)
     found = {}
     for local in (0, 1):
         with schedule(op, local):

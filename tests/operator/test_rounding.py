@@ -74,7 +74,7 @@ def test_a_gradient_is_the_float32_sum_of_its_parts_rounded_once(
     op, inputs = problem(case)
     if key_major and op.spec.selection is None:
         pytest.skip("the schedules are those of selected attention")
-    sums = float32_sums(op.module.attention, monkeypatch)
+    sums = float32_sums(op.module.operator, monkeypatch)
     with ExitStack() as stack:
         if op.spec.selection is not None:
             stack.enter_context(op.module.configs.override("selected_attention", KEY_MAJOR_DQ=key_major))
@@ -104,7 +104,7 @@ class Conversions(TorchDispatchMode):
 @every_case
 def test_torch_converts_no_gradient_but_keys_and_values_to_which_selection_adds_last(case: str) -> None:
     op, inputs = problem(case)
-    program, attention, operator = lower(op.spec), op.module.attention, op.module.ops.ATTENTION
+    program, attention, operator = lower(op.spec), op.module.operator, op.module.ops.ATTENTION
     named = inputs.arguments()
     named |= named.pop("compression", None) or {}
     constants = (None, *((64,) if op.spec.selection else ()), 0)

@@ -70,12 +70,12 @@ def test_a_folder_that_is_no_package_is_an_import_error_that_names_it(tmp_path, 
 
 def test_a_package_that_fails_to_import_leaves_no_module_behind(package):
     before = set(sys.modules)
-    (package / "api.py").write_text("raise RuntimeError('broken on purpose')\n")
+    (package / "steps.py").write_text("raise RuntimeError('broken on purpose')\n")
     with pytest.raises(RuntimeError, match="broken on purpose"):
         import_package(package)
     left = {name for name in set(sys.modules) - before if name.startswith("nsa_gen.loaded.") and name.count(".") == 2}
     assert left == set()
-    (package / "api.py").unlink()
+    (package / "steps.py").unlink()
     generate("tiny", package.parent)
     assert import_package(package).SPEC["name"] == "tiny"
 
@@ -192,7 +192,7 @@ def test_a_module_name_that_is_another_package_s_is_an_import_error(tmp_path):
 def test_threads_that_import_at_once_all_get_a_module_that_has_run(tmp_path):
     package = generate(window_spec("for_threads", 24), tmp_path)
     # Time for the others to come, whatever the machine.
-    (package / "api.py").write_text("import time\ntime.sleep(0.5)\n" + (package / "api.py").read_text())
+    (package / "steps.py").write_text("import time\ntime.sleep(0.5)\n" + (package / "steps.py").read_text())
     ready = threading.Barrier(8)
 
     def import_it(_: int) -> tuple[ModuleType, bool]:

@@ -87,18 +87,18 @@ def test_an_edited_file_is_restored_and_its_neighbours_are_left(tmp_path):
     package = generate("tiny", tmp_path)
     right = contents(package)
     before = stamps(package)
-    (package / "api.py").write_text(f"{SIGNATURE} and edited\n")
+    (package / "steps.py").write_text(f"{SIGNATURE} and edited\n")
     generate("tiny", tmp_path)
     assert contents(package) == right
     after = stamps(package)
-    assert {name for name in after if after[name] != before[name]} == {"api.py"}
+    assert {name for name in after if after[name] != before[name]} == {"steps.py"}
 
 
 def test_differences_name_what_was_edited_what_is_missing_and_what_is_stale(tmp_path):
     package = generate("tiny", tmp_path)
     assert differences("tiny", tmp_path) == []
-    text = (package / "api.py").read_text()
-    (package / "api.py").write_text(text.replace("import", "inport", 1))
+    text = (package / "steps.py").read_text()
+    (package / "steps.py").write_text(text.replace("import", "inport", 1))
     (package / "configs.py").unlink()
     (package / "old.py").write_text(f"{SIGNATURE} long ago\nx = 1\n")
     (package / "mine.py").write_text("y = 2\n")
@@ -137,8 +137,8 @@ def test_stale_files_of_its_own_are_removed_and_foreign_ones_never(tmp_path):
 
 def test_what_another_process_is_writing_is_neither_removed_nor_called_stale(tmp_path):
     package = generate("tiny", tmp_path)
-    scratch = package / ".api.py.x1y2"
-    scratch.write_text((package / "api.py").read_text())
+    scratch = package / ".steps.py.x1y2"
+    scratch.write_text((package / "steps.py").read_text())
     assert differences("tiny", tmp_path) == []
     generate("tiny", tmp_path)
     assert scratch.exists()
@@ -164,7 +164,7 @@ def test_generations_into_one_folder_at_once_wait_for_each_other_and_leave_one_o
     assert not [path for path in (tmp_path / "tiny").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["api.py", "spec.yaml", "__init__.py"])
+@pytest.mark.parametrize("name", ["steps.py", "spec.yaml", "__init__.py"])
 def test_a_foreign_file_in_the_way_is_refused_before_anything_is_written(tmp_path, name):
     package = tmp_path / "tiny"
     package.mkdir()
@@ -175,8 +175,8 @@ def test_a_foreign_file_in_the_way_is_refused_before_anything_is_written(tmp_pat
 
 
 def test_a_folder_in_the_way_of_a_file_is_refused(tmp_path):
-    (tmp_path / "tiny" / "api.py").mkdir(parents=True)
-    with pytest.raises(RefusedOverwriteError, match=r"api\.py"):
+    (tmp_path / "tiny" / "steps.py").mkdir(parents=True)
+    with pytest.raises(RefusedOverwriteError, match=r"steps\.py"):
         generate("tiny", tmp_path)
     assert contents(tmp_path) == {}
 
@@ -225,10 +225,10 @@ def test_the_folder_is_given_or_generated_in_the_current_one(tmp_path, monkeypat
 def test_files_are_readable_by_others_and_keep_their_mode(tmp_path):
     package = generate("tiny", tmp_path)
     assert {path.stat().st_mode & 0o777 for path in package.rglob("*.*")} == {0o644}
-    (package / "api.py").chmod(0o640)
-    (package / "api.py").write_text(f"{SIGNATURE} and edited\n")
+    (package / "steps.py").chmod(0o640)
+    (package / "steps.py").write_text(f"{SIGNATURE} and edited\n")
     generate("tiny", tmp_path)
-    assert (package / "api.py").stat().st_mode & 0o777 == 0o640
+    assert (package / "steps.py").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("name", shipped_specs())

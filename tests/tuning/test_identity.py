@@ -30,7 +30,15 @@ def test_comments_docstrings_and_blank_lines_do_not_void_a_tuning() -> None:
 
 
 def test_modules_that_launch_nothing_do_not_void_a_tuning() -> None:
-    for name in ("api.py", "arguments.py", "__init__.py", "ops.py", "configs.py", "runtime/lookup.py"):
+    for name in (
+        "steps.py",
+        "registration.py",
+        "arguments.py",
+        "__init__.py",
+        "ops.py",
+        "configs.py",
+        "runtime/lookup.py",
+    ):
         assert kernels_digest({**FILES, name: FILES[name] + "\nx = 1\n"}) == kernels_digest(FILES), name
     assert kernels_digest({**FILES, "decode.py": "x = 1\n"}) == kernels_digest(FILES), "the operator does not import it"
 
@@ -39,7 +47,7 @@ def test_code_that_runs_voids_a_tuning() -> None:
     before = kernels_digest(FILES)
     assert kernels_digest(changed("spec.py", "GROUP = tl.constexpr(2)", "GROUP = tl.constexpr(4)")) != before
     for name in (
-        "attention.py",
+        "operator.py",
         "kernels/banded.py",
         "kernels/primitives.py",
         "kernels/selected_key_major_lists.py",
