@@ -182,7 +182,8 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
         for scratch in scratches.values():
             with suppress(OSError):
                 scratch.unlink()
-        for folder in folders:  # the innermost first; those that hold something stay
+        # The innermost first; those that hold something stay.
+        for folder in sorted(folders, key=lambda each: len(each.parts), reverse=True):
             with suppress(OSError):
                 folder.rmdir()
         raise

@@ -78,9 +78,9 @@ def test_an_installed_nsa_gen_generates_what_the_checkout_generates(installed, t
     assert run_installed(installed, tmp_path, "-c", "import nsa_gen; print(nsa_gen.__file__)").stdout.startswith(
         str(installed)
     )
-    texts = {path.name: path.read_text() for path in (tmp_path / "out" / "tiny").rglob("*") if path.is_file()}
-    expected = {Path(path).name: text for path, text in render(load_spec("tiny")).items()}
-    assert texts == expected
+    out = tmp_path / "out" / "tiny"
+    texts = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert texts == render(load_spec("tiny"))
 
 
 def test_the_script_s_entry_point_is_the_command_line(wheel):

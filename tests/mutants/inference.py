@@ -105,7 +105,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "tokens are taken back in the host's books alone",
         REJECTED,
         ("o",),
-        "cache.py",
+        "runtime/cache.py",
         "self.lengths.copy_(torch.minimum(self.lengths, torch.tensor(kept, dtype=torch.int32).to(self.device)))",
         "pass",
     ),

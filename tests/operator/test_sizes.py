@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from generated.tiny import sizes
+from generated.tiny.runtime import sizes
 
 
 def test_pieces_that_cover_a_total_are_those_of_triton() -> None:

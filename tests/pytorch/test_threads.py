@@ -81,7 +81,7 @@ def test_a_bucket_is_looked_up_once_whatever_the_number_of_threads(monkeypatch):
         return {}
 
     monkeypatch.setattr(configs.TILES, "_resolve", resolve)
-    monkeypatch.setattr(configs, "_tables", {})
+    monkeypatch.setattr(configs.TILES, "_tables", {})
     bucket = package(10).configs.lookup.Bucket(512, 1, False)
     tables = at_once(lambda _: configs.table_for(torch.device("cpu"), bucket), threads=8)
     assert len(looked_up) == 1 and all(table is tables[0] for table in tables)
