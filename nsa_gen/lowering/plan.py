@@ -243,6 +243,51 @@ class Plan(InferencePlan):
         return tuple(step.branch for step in self.attends)
 
     @property
+    def compressed(self) -> Step | None:
+        """Attention to compressed keys."""
+        return self.step("attend", "cmp")
+
+    @property
+    def selected(self) -> Step | None:
+        """Attention to selected blocks."""
+        return self.step("attend", "slc")
+
+    @property
+    def windowed(self) -> Step | None:
+        """Attention to a query's last keys."""
+        return self.step("attend", "win")
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of q, keys, values and outputs."""
+        return self.spec.dtype
+
+    @property
+    def gate(self) -> str:
+        """How gates are given: sigmoid (as logits), given (as values) or none."""
+        return self.spec.combine.gate
+
+    @property
+    def query_heads(self) -> int:
+        """Heads of q."""
+        return self.spec.heads.query
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.spec.heads.kv
+
+    @property
+    def external(self) -> bool:
+        """The caller brings the compressed keys and values."""
+        return self.compressed is not None and not self.compresses
+
+    @property
+    def kv_per_branch(self) -> bool:
+        """Each branch has keys and values of its own."""
+        return self.spec.kv == "per_branch"
+
+    @property
     def gated(self) -> bool:
         """The operator takes gates."""
         combine = self.step("combine")

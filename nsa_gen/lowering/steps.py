@@ -142,7 +142,8 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
         schedules.append(Schedule(HOPPER_GATHER, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
     index = ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()
     return _attend(
-        spec, combined, "slc", "selected", kv_names(spec, "slc"), {"BLOCK": spec.selection.block},
+        spec, combined, "slc", "selected", kv_names(spec, "slc"),
+        {"BLOCK": spec.selection.block, "COUNT": spec.selection.count},
         (*schedules, *_decoding(("decode_attend",), present)), ("indices", "counts"), index,
     )  # fmt: skip
 

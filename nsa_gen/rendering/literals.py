@@ -8,15 +8,27 @@ from nsa_gen.rendering.layout import LINE_LENGTH
 
 
 def python_literal(value: object, indent: int = 0) -> str:
-    """Source of nested dicts, lists and scalars: double quotes, one entry a line, trailing commas."""
+    """Source of nested dicts, lists and scalars: double quotes; the entries' own entries on one line where they fit."""
     inner = " " * (indent + 4)
     closing = " " * indent
     if isinstance(value, dict) and value:
-        rows = (_row(f"{inner}{_text(str(key))}: {python_literal(item, indent + 4)},") for key, item in value.items())
+        rows = (_entry(f"{inner}{_text(str(key))}: ", item, indent) for key, item in value.items())
         return "{\n" + "".join(rows) + closing + "}"
     if isinstance(value, (list, tuple)) and value:
-        rows = (_row(f"{inner}{python_literal(item, indent + 4)},") for item in value)
-        return "[\n" + "".join(rows) + closing + "]"
+        return "[\n" + "".join(_entry(inner, item, indent) for item in value) + closing + "]"
+    return _inline(value)
+
+
+def _entry(head: str, item: object, indent: int) -> str:
+    line = f"{head}{_inline(item)},"
+    return f"{line}\n" if len(line) <= LINE_LENGTH else _row(f"{head}{python_literal(item, indent + 4)},")
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_text(str(key))}: {_inline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_inline, value))}]"
     if isinstance(value, str):
         return _text(value)
     return number(value) if isinstance(value, float) else repr(value)

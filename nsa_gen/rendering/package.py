@@ -60,6 +60,7 @@ def _render(spec: Spec) -> dict[str, str]:
     context = {
         "spec": spec,
         "program": program,
+        "plan": program,
         "header": _header(spec),
         "exports": _exports(program),
         "spec_literal": python_literal(spec.model_dump(mode="json"), indent=4),
