@@ -278,6 +278,11 @@ class Plan(InferencePlan):
         return self.spec.heads.kv
 
     @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
     def external(self) -> bool:
         """The caller brings the compressed keys and values."""
         return self.compressed is not None and not self.compresses

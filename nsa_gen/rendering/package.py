@@ -58,8 +58,6 @@ def render(spec: Spec) -> dict[str, str]:
 def _render(spec: Spec) -> dict[str, str]:
     program = lower(spec)
     context = {
-        "spec": spec,
-        "program": program,
         "plan": program,
         "header": _header(spec),
         "exports": _exports(program),

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from jinja2 import meta, nodes
 
 from nsa_gen._resources import templates_dir
 from nsa_gen.rendering.environment import environment
@@ -46,6 +47,13 @@ def test_a_template_is_python_as_it_stands(path: Path) -> None:
         assert name in NOT_YET, f"{name} is no Python: use a line `#% if ...` and expressions where Python has them"
     else:
         assert name not in NOT_YET, f"{name} is Python now: take it off the list"
+
+
+@pytest.mark.parametrize("path", sorted(templates_dir().rglob("*.py.jinja")), ids=lambda path: path.name)
+def test_a_template_reads_the_plan_and_not_the_spec(path: Path) -> None:
+    tree = environment().parse(path.read_text(encoding="utf-8"))
+    assert not meta.find_undeclared_variables(tree) & {"spec", "program"}
+    assert not [node for node in tree.find_all(nodes.Getattr) if node.attr == "spec"]
 
 
 def test_statements_and_comments_on_lines_of_their_own_leave_no_line_and_keep_blank_ones() -> None:
