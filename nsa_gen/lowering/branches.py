@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from nsa_gen.spec import Spec
 
+BACKWARD_ORDER = ("cmp", "win", "slc")
+"""First what writes dk and dv of every key, then what adds to them."""
+
 
 def backward_order(spec: Spec) -> tuple[str, ...]:
-    """Branches in the order of their backward: what writes dk and dv of every key, then what adds to them."""
-    return tuple(branch for branch in ("cmp", "win", "slc") if branch in spec.branches)
+    """Branches in the order of their backward."""
+    return tuple(branch for branch in BACKWARD_ORDER if branch in spec.branches)
 
 
 def raw_readers(spec: Spec) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import sympy
 
 from nsa_gen.hardware import TARGETS
+from nsa_gen.lowering.branches import BACKWARD_ORDER
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.inference import InferencePlan
 from nsa_gen.lowering.overlap import Overlap
@@ -15,6 +16,9 @@ from nsa_gen.spec import Spec
 
 INTERPRETER = "interpreter"
 """The table of default configurations has one entry an architecture, and this one for Triton's interpreter."""
+
+HOPPER_ROWS, HOPPER_GATHER = "hopper_rows", "hopper_gather"
+"""Schedules for Hopper, in Gluon: the forward of banded attention, and the gradients of selected blocks."""
 
 BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
 """What people call the branches of kernels; "all" are kernels of every branch."""
@@ -326,12 +330,12 @@ class Plan(InferencePlan):
     @property
     def hopper(self) -> bool:
         """The package has the kernel of banded attention for Hopper."""
-        return any(step.schedule("hopper_rows") for step in self.steps)
+        return any(step.schedule(HOPPER_ROWS) for step in self.steps)
 
     @property
     def hopper_backward(self) -> bool:
         """The package has the kernel of selected attention's gradients for Hopper."""
-        return any(step.schedule("hopper_gather") for step in self.steps)
+        return any(step.schedule(HOPPER_GATHER) for step in self.steps)
 
     @property
     def hidden(self) -> int | None:
@@ -393,7 +397,7 @@ class Plan(InferencePlan):
     @property
     def backward_branches(self) -> tuple[str, ...]:
         """Branches in the order of their backward."""
-        return tuple(branch for branch in ("cmp", "win", "slc") if branch in self.branches)
+        return tuple(branch for branch in BACKWARD_ORDER if branch in self.branches)
 
     def starts_at_zero(self, name: str) -> bool:
         """Whether no branch writes every row of the gradient of a raw key or value, to which selection then adds."""

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 from nsa_gen.lowering.branches import kv_names
 from nsa_gen.lowering.hopper import HOPPER, hopper_fits
 from nsa_gen.lowering.hopper_backward import hopper_backward_fits
-from nsa_gen.lowering.plan import Argument, Kernel, Output, Schedule, Step
+from nsa_gen.lowering.plan import HOPPER_GATHER, HOPPER_ROWS, Argument, Kernel, Output, Schedule, Step
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 QUERY_MAJOR, KEY_MAJOR, LOCAL_BLOCKS = "query_major", "key_major", "local_blocks"
-HOPPER_ROWS, HOPPER_GATHER = "hopper_rows", "hopper_gather"
-"""Names of schedules: those for Hopper are Gluon kernels beside the ordinary ones."""
+"""Names of schedules, beside those of `plan`."""
 
 
 def build_steps(
