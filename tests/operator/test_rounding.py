@@ -37,14 +37,6 @@ def problem(case: str, dtype: str = "float16") -> tuple[Operator, Inputs]:
     return op, inputs_of(op, 3, tokens_kv=37, seed=11)
 
 
-def signature_of(step: Callable[..., Any]) -> inspect.Signature:
-    """A step's signature; of a banded step, that of `backward`, to which it gives the branch and the band."""
-    found = inspect.signature(step)
-    if "arguments" not in found.parameters:
-        return found
-    return inspect.Signature([*inspect.signature(step.__globals__["backward"]).parameters.values()][2:])
-
-
 def float32_sums(attention: Any, patch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Sums of the parts of each gradient, filled in by the next backward.
 
@@ -52,25 +44,25 @@ def float32_sums(attention: Any, patch: pytest.MonkeyPatch) -> dict[str, Tensor]
     """
     sums: dict[str, Tensor] = {}
 
-    def spy(step: Callable[..., Any]) -> Callable[..., Any]:
-        signature = signature_of(step)
-        written = ("dk", "dv") if step.__name__ == "compress_backward" else ("dq",)
+    def spy(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(step)
+        written = ("dk", "dv") if name == "compress_backward" else ("dq",)
 
         def both(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             alone = {name: x.clone() if name in ("dk", "dv") else x for name, x in given.items()}
             parts = {name: torch.full_like(given[name], torch.nan, dtype=torch.float32) for name in written}
             step(**{**alone, **parts, **{f"{name}_before": None for name in written}})
-            for name, part in parts.items():
-                before = sums.get("dq") if name == "dq" else given.get(f"{name}_before")
-                sums[name] = part if before is None else before + part
+            for each, part in parts.items():
+                before = sums.get("dq") if each == "dq" else given.get(f"{each}_before")
+                sums[each] = part if before is None else before + part
             return step(*args, **kwargs)
 
         return both
 
     for name in STEPS:
         if hasattr(attention, name):
-            patch.setattr(attention, name, spy(getattr(attention, name)))
+            patch.setattr(attention, name, spy(name, getattr(attention, name)))
     return sums
 
 
