@@ -71,6 +71,10 @@ class WorkerDied(WorkerFailure):
         return self.status in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 
+class WorkerClosed(RuntimeError):
+    """A request to a worker that was closed, before it or meanwhile: the work was given up, nothing has failed."""
+
+
 def worker_environment(*paths: Path, interpreted: bool = False, **more: str) -> dict[str, str]:
     """This process's environment with `paths` and this nsa_gen importable, and Triton's interpreter on or off."""
     environment = {**os.environ, **more}
@@ -120,10 +124,11 @@ class Worker:
         Raises:
             WorkerDied: the process died, or was silent for too long and was killed with all it had started.
             WorkerFailure: the request raised an exception in the process.
+            WorkerClosed: the worker was closed.
         """
         with self._lock:
             if self._closed:
-                raise WorkerDied("crashed: the worker was closed", status=-signal.SIGKILL)
+                raise WorkerClosed
             process = self._process = self._process or _Process(self._command, self._environment, self._opening)
         lost = ""
         try:
@@ -141,6 +146,8 @@ class Worker:
             reason = f"hung: no sign of life for {seconds:.4g} s{process.whereabouts()}"
             raise WorkerDied(reason, self._buried(process)) from None
         except (EOFError, BrokenPipeError, ValueError):  # of a line that is no JSON, or a pipe that `close` closed
+            if self._closed:
+                raise WorkerClosed from None
             status = process.wait(10) or 0
             detail = self._buried(process)
             last = (detail.strip().splitlines() or [""])[-1].strip()
@@ -175,8 +182,8 @@ def share(
 ) -> list[R]:
     """The results of `do(worker, item)`, each item given to whichever worker is free, in the order of the items.
 
-    `done` is called as each ends, one call at a time. The workers are closed when this returns or raises, and after the
-    first exception no further item is begun.
+    `done` is called as each ends, one call at a time. The workers are closed when this returns or raises. After the
+    first exception, of `do` or in this thread, no further item is begun and what is under way raises `WorkerClosed`.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(items)):
@@ -210,6 +217,9 @@ def share(
         stop.set()
         for worker in workers:
             worker.close()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
     if troubles:
         raise troubles[0]
     return [results[number] for number in range(len(items))]

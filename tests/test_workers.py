@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_gen.workers import LOST_STATUS, Trace, Worker, WorkerDied, WorkerFailure, _Process, share, told
+from nsa_gen.workers import LOST_STATUS, Trace, Worker, WorkerClosed, WorkerDied, WorkerFailure, _Process, share, told
 
 LAUNCHING = Path(__file__).with_name("launching_worker.py")
 BEGIN = """
@@ -170,14 +171,14 @@ def test_what_a_worker_says_is_a_sign_of_life_and_may_change_how_long_it_is_wait
 def test_a_closed_worker_is_not_started_again(worker) -> None:
     worker.ask({"do": 1}, 60)
     worker.close()
-    with pytest.raises(WorkerDied, match="was closed"):
+    with pytest.raises(WorkerClosed):
         worker.ask({"do": 1}, 60)
 
 
-def test_a_worker_that_another_thread_closes_while_it_is_asked_has_died(worker) -> None:
+def test_a_worker_that_another_thread_closes_while_it_is_asked_has_not_failed(worker) -> None:
     worker.ask({"do": 1}, 60)
     threading.Timer(0.5, worker.close).start()
-    with pytest.raises(WorkerDied):
+    with pytest.raises(WorkerClosed):
         worker.ask({"do": "hang"}, 60)
     assert worker.pid is None
 
@@ -203,3 +204,26 @@ def test_the_first_exception_stops_what_is_shared_and_leaves_no_process() -> Non
     with pytest.raises(WorkerFailure, match="ZeroDivisionError"):
         share([one], [1, 0, 2], do)
     assert begun == [1, 0] and one.pid is None
+
+
+def test_an_interrupted_share_waits_for_its_threads_and_takes_no_result(request) -> None:
+    """What an interrupted run killed itself has not crashed: nothing may write so into a journal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a caller in the background has it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    main = threading.main_thread().ident
+    one = Worker([sys.executable, "-c", SERVING], dict(os.environ), {"name": "mine"})
+    failures: list[WorkerFailure] = []
+    ended = threading.Event()
+
+    def do(worker: Worker, item: str) -> None:
+        threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
+        try:
+            worker.ask({"do": item}, 60)
+        except WorkerFailure as failure:
+            failures.append(failure)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        share([one], ["hang"], do)
+    assert ended.is_set() and not failures and one.pid is None

@@ -118,6 +118,7 @@ def test_an_interrupted_benchmark_ends_its_workers_and_keeps_its_journal(tmp_pat
     assert process.returncode == 130 and errors.splitlines()[-1] == "nsa-gen: interrupted"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.jsonl"]
     found = read_results(journal)
+    assert {task.status for task in found.tasks} <= {"ok"}  # what the interruption killed has not failed
     assert [check.contender for check in found.checks] == ["nsa_gen"] and found.settings["seed"] == 0
     assert list((tmp_path / "scratch").iterdir()) == []
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
