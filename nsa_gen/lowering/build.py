@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
-from nsa_gen.lowering import banded, space
+from nsa_gen.lowering import banded, hopper_backward, space
 from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
 from nsa_gen.lowering.heads import power_of_two, split_head_dim
-from nsa_gen.lowering.hopper_backward import hopper_backward_fits
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
 from nsa_gen.lowering.plan import INTERPRETER, Argument, Config, Kernel, Output, Plan
-from nsa_gen.lowering.selected import choose_hopper_backward, choose_schedule, schedules
+from nsa_gen.lowering.selected import choose_schedule, schedules
 from nsa_gen.lowering.steps import build_steps, upkeep
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
@@ -50,7 +49,7 @@ def lower(spec: Spec) -> Plan:
         arguments=arguments,
         outputs=outputs,
         kernels=kernels,
-        schedules=(*banded.schedules(spec), *schedules(spec)),
+        schedules=(*banded.schedules(spec), *schedules(spec), *hopper_backward.decisions(spec)),
         sizes=sizes,
         defaults=_defaults(spec, kernels, sizes),
     )
@@ -116,6 +115,6 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)
             configs["selected_attention"] = choose_schedule(spec, kernels, sizes, configs, gpu)
-    for target, configs in table.items() if hopper_backward_fits(spec) else ():
-        configs["selected_backward"] = choose_hopper_backward(target)
+    for target, configs in table.items():
+        configs |= hopper_backward.choose(spec, target)
     return table | {target: table[shared] for target, shared in SHARED_TABLES.items()}

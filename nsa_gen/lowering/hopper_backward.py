@@ -1,28 +1,72 @@
-"""Which specs have a kernel for Hopper, in Gluon, of the gradients of selected blocks, beside the ordinary one."""
+"""Which specs have kernels of gradients for Hopper, in Gluon, beside the ordinary ones, and which calls they serve."""
 
 from __future__ import annotations
 
+from nsa_gen.lowering.hopper import HOPPER, NEVER
+from nsa_gen.lowering.plan import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
+HOPPER_BACKWARD_TOKENS = "HOPPER_BACKWARD_TOKENS"
 #: Keys of a tile, which selection blocks consist of, and rows, of which a group's heads take a power of two.
 _KEYS, _ROWS = 64, 64
 #: Head dims, of q and k and of v, whose accumulators fit the registers of one warpgroup together.
 _HEAD_DIMS = (64, 128)
+#: Query tokens of a call from which the kernel of selected blocks is the quicker.
+_FROM_TOKENS = 2048
+#: Query rows, tokens times heads, of a call from which the kernel of banded attention is the quicker for both branches,
+#: and tokens from which it is so at any number of heads: on an H200 with 64, 32 and 16 heads from 4096, 8192 and 8192
+#: tokens, and slower by up to 30% at half of that, where the host is what takes the time.
+_FROM_ROWS, _FROM_BANDED_TOKENS = 2**18, 8192
 
 
-def hopper_backward_fits(spec: Spec) -> bool:
-    """Whether the package has the kernel.
+def hopper_selected_backward_fits(spec: Spec) -> bool:
+    """Whether the package has the kernel of selected blocks.
 
-    Its inputs are of 16 bits, head dims 64 or 128, blocks of whole tiles of keys and groups of at most a tile of heads.
+    Its blocks are whole tiles of keys, and groups at most a tile of heads.
+    """
+    return (
+        spec.selection is not None and spec.selection.block % _KEYS == 0 and spec.heads.group <= _ROWS and _fits(spec)
+    )
+
+
+def hopper_banded_backward_fits(spec: Spec) -> bool:
+    """Whether the package has the kernel of banded attention's dk and dv."""
+    return (spec.compression is not None or spec.window is not None) and _fits(spec)
+
+
+def _fits(spec: Spec) -> bool:
+    """Whether inputs are of 16 bits, and head dims 64 or 128.
+
     A gate is a sigmoid, whose logarithm joins the exponent of p; one that is given might be negative.
     """
     return (
-        spec.selection is not None
-        and "backward" in spec.passes
+        "backward" in spec.passes
         and spec.dtype != "float32"
         and spec.head_dim.qk in _HEAD_DIMS
         and spec.head_dim.v in _HEAD_DIMS
-        and spec.selection.block % _KEYS == 0
-        and spec.heads.group <= _ROWS
         and spec.combine.gate != "given"
     )
+
+
+def decisions(spec: Spec) -> tuple[Decision, ...]:
+    """From how many query tokens on a call is served by each of Hopper's kernels, where the package has it."""
+    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
+    return tuple(Decision(name, (tokens,), (HOPPER,), ("backward",)) for name in _least_tokens(spec))
+
+
+def choose(spec: Spec, target: str) -> dict[str, Config]:
+    """The same numbers on an architecture or the interpreter, by the decision's name."""
+    return {
+        name: Config(name, ((HOPPER_BACKWARD_TOKENS, least if target == HOPPER else NEVER),))
+        for name, least in _least_tokens(spec).items()
+    }
+
+
+def _least_tokens(spec: Spec) -> dict[str, int]:
+    found = {}
+    if hopper_banded_backward_fits(spec):
+        rows = _FROM_ROWS // spec.heads.query
+        found["banded_backward"] = min(2 ** max(rows.bit_length() - 1, 10), _FROM_BANDED_TOKENS)
+    if hopper_selected_backward_fits(spec):
+        found["selected_backward"] = _FROM_TOKENS
+    return found

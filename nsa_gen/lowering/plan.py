@@ -17,8 +17,8 @@ from nsa_gen.spec import Spec
 INTERPRETER = "interpreter"
 """The table of default configurations has one entry an architecture, and this one for Triton's interpreter."""
 
-HOPPER_ROWS, HOPPER_GATHER = "hopper_rows", "hopper_gather"
-"""Schedules for Hopper, in Gluon: the forward of banded attention, and the gradients of selected blocks."""
+HOPPER_ROWS, HOPPER_KEYS, HOPPER_GATHER = "hopper_rows", "hopper_keys", "hopper_gather"
+"""Schedules for Hopper, in Gluon: banded attention's forward, its dk and dv, and the gradients of selected blocks."""
 
 BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
 """What people call the branches of kernels; "all" are kernels of every branch."""
@@ -333,7 +333,12 @@ class Plan(InferencePlan):
         return any(step.schedule(HOPPER_ROWS) for step in self.steps)
 
     @property
-    def hopper_backward(self) -> bool:
+    def hopper_banded_backward(self) -> bool:
+        """The package has the kernel of banded attention's dk and dv for Hopper."""
+        return any(step.schedule(HOPPER_KEYS) for step in self.steps)
+
+    @property
+    def hopper_selected_backward(self) -> bool:
         """The package has the kernel of selected attention's gradients for Hopper."""
         return any(step.schedule(HOPPER_GATHER) for step in self.steps)
 

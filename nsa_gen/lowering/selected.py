@@ -26,8 +26,6 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     token_tile,
 )
-from nsa_gen.lowering.hopper import HOPPER, NEVER
-from nsa_gen.lowering.hopper_backward import hopper_backward_fits
 from nsa_gen.lowering.plan import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
@@ -42,10 +40,8 @@ _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
 LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
-HOPPER_BACKWARD_TOKENS = "HOPPER_BACKWARD_TOKENS"
 #: Query tokens of a call from which Hopper's kernel is the quicker; with fewer the host's part is longest, which is
 #: longer for it.
-_FROM_TOKENS = 2048
 #: Bound on what the key-major kernels of a chunk leave for a later sum.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
@@ -67,8 +63,7 @@ def schedules(spec: Spec) -> tuple[Decision, ...]:
     """What is decided of selected attention: query-major or key-major kernels, for o and for dq, and chunks' tokens.
 
     dk and dv are always key-major: a block sums over the tokens that selected it. Where the window contains the local
-    blocks, whose tiles its kernels load in any case, these may do them. And from how many query tokens on the
-    kernel for Hopper computes the gradients, where the package has it.
+    blocks, whose tiles its kernels load in any case, these may do them.
     """
     if spec.selection is None:
         return ()
@@ -79,16 +74,7 @@ def schedules(spec: Spec) -> tuple[Decision, ...]:
         choices.append(Tunable(LOCAL_IN_WINDOW, (0, 1)))
     chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))), size=True)
     attention = Decision("selected_attention", (*choices, chunk))
-    if not hopper_backward_fits(spec):
-        return (attention,)
-    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 16)), NEVER), size=True, least=0)
-    return attention, Decision("selected_backward", (tokens,), (HOPPER,), ("backward",))
-
-
-def choose_hopper_backward(target: str) -> Config:
-    """From how many query tokens on a call is served by Hopper's kernel, on an architecture or the interpreter."""
-    tokens = _FROM_TOKENS if target == HOPPER else NEVER
-    return Config("selected_backward", ((HOPPER_BACKWARD_TOKENS, tokens),))
+    return (attention,)
 
 
 def choose_schedule(

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from nsa_gen.lowering.branches import kv_names
 from nsa_gen.lowering.hopper import HOPPER, hopper_fits
-from nsa_gen.lowering.hopper_backward import hopper_backward_fits
-from nsa_gen.lowering.plan import HOPPER_GATHER, HOPPER_ROWS, Argument, Kernel, Output, Schedule, Step
+from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
+from nsa_gen.lowering.plan import HOPPER_GATHER, HOPPER_KEYS, HOPPER_ROWS, Argument, Kernel, Output, Schedule, Step
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
@@ -94,6 +94,8 @@ def _banded(spec: Spec, name: str, combined: bool, present: set[str]) -> tuple[S
     found = [Schedule(QUERY_MAJOR, _among(names, present))]
     if hopper_fits(spec):
         found.append(Schedule(HOPPER_ROWS, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
+    if hopper_banded_backward_fits(spec):
+        found.append(Schedule(HOPPER_KEYS, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
     return tuple(found)
 
 
@@ -137,7 +139,7 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
         Schedule(KEY_MAJOR, (*key_major, *([] if combined else _among([_DELTA], present))),
                  decided_by=("KEY_MAJOR_FORWARD", 1)),
     ]  # fmt: skip
-    if hopper_backward_fits(spec):
+    if hopper_selected_backward_fits(spec):
         schedules.append(Schedule(HOPPER_GATHER, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
     index = ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()
     return _attend(

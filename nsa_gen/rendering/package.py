@@ -196,9 +196,13 @@ def _modules(program: Plan) -> list[str]:
     runtime = {"__init__", "arguments", "launch", "lookup", "registration", "sequences", "sizes", "space", "tiles"}
     if program.hopper:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
-    if program.hopper_backward:
-        kernels |= {"hopper_backward", "hopper_selected_backward"}
-    if program.hopper or program.hopper_backward:
+    if program.hopper_banded_backward:
+        kernels.add("hopper_banded_backward")
+    if program.hopper_selected_backward:
+        kernels.add("hopper_selected_backward")
+    if program.hopper_banded_backward or program.hopper_selected_backward:
+        kernels |= {"hopper_backward", "hopper_tiles"}
+    if program.hopper or "hopper_backward" in kernels:
         kernels.add("hopper_device")
         runtime.add("hopper_names")
     if program.compresses:

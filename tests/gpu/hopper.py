@@ -1,4 +1,4 @@
-"""Hopper's kernel of banded attention beside the ordinary ones: equal values, NaN in the same places, equal bits again.
+"""Hopper's kernels of banded attention beside the ordinary ones: equal values, NaN in its place, equal bits again.
 
 The ordinary kernels are held against the oracle elsewhere; so is this one, by `verify`, at the schedules that it draws.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,112 @@ def faults(
         error = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
         if not error <= tolerance:
             yield f"{name}: off by {error:.2e}, at most {tolerance:.0e}"
+
+
+# dk and dv
+
+GRADIENT_FACTOR, GRADIENT_FLOOR = 1.3, 1e-4
+"""The error of Hopper's dk and dv, relative to float64, may be this much of the ordinary ones', and this much more."""
+TILE = 64
+"""Keys and queries of a tile of Hopper's kernel: a NaN reaches the tiles of keys that its tile of queries sees."""
+
+
+def gradients_job(result: dict[str, Any], module: ModuleType, branch: str, seed: int = 0) -> None:
+    """Compare dk and dv of a branch of a package by Hopper's kernel and the ordinary one, for every shape."""
+    torch.manual_seed(seed)
+    broken: list[str] = []
+    for shape in SHAPES:
+        for gated in (True, False):
+            label = f"dk, dv of {branch} {shape} {'with' if gated else 'without'} a gate"
+            say(label)
+            broken += [f"{label}: {fault}" for fault in gradient_faults(module, branch, *shape, gated, "cuda")]
+    result.update(ok=not broken, error="; ".join(broken), compared=2 * len(SHAPES))
+
+
+def gradient_faults(
+    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, gated: bool, device: str
+) -> Iterator[str]:
+    """What is wrong with dk and dv of a branch by Hopper's kernel."""
+    backward = getattr(importlib.import_module(f"{module.__name__}.kernels.banded_backward"), f"{branch}_backward")
+    (q, k, v), sequences = _inputs(module, branch, tokens, tokens_kv, form, device)
+    do = torch.randn(*q.shape[:3], v.shape[3], device=device).to(q.dtype)
+    gated = gated and module.SPEC["combine"]["gate"] == "sigmoid"
+    gate = torch.randn(*q.shape[:3], 3, device=device).to(q.dtype)[..., 1] if gated else None
+    visible = _visible(module, branch, sequences, k.shape[1], device)
+    scale = importlib.import_module(f"{module.__name__}.spec").SCALE.value
+    lse, delta, expected = _differentiate(q, k, v, do, gate, visible, scale)
+
+    def run(least: int, do: Tensor) -> dict[str, Tensor]:
+        new = torch.zeros_like if sequences.packed else torch.empty_like  # what belongs to no key is not written
+        with module.configs.override("banded_backward", HOPPER_BACKWARD_TOKENS=least), _poisoned_memory():
+            dq, dk, dv = (new(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
+            backward(q, k, v, do, lse, delta, gate, dq, dk, dv, sequences)
+        return {"dk": dk, "dv": dv}
+
+    hopper, again, ordinary = run(0, do), run(0, do), run(NEVER, do)
+    if other_bits(hopper, again):
+        yield "other bits when called again"
+    for name, exact in expected.items():
+        ours, theirs = (
+            ((found[name].double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+            for found in (hopper, ordinary)
+        )
+        if not ours <= GRADIENT_FACTOR * theirs + GRADIENT_FLOOR:
+            yield f"{name}: off by {ours:.2e}, the ordinary kernel by {theirs:.2e}"
+    at = q.shape[1] // 2
+    do[:, at, -1, 3] = float("nan")
+    reached = run(0, do)["dv"][:, :, -1].isnan().any(-1)
+    if not reached[:, visible[0, at]].all():
+        yield "dv: a NaN of do does not reach every key that its query sees"
+    if not sequences.packed:
+        seen = visible[0, at // TILE * TILE : at // TILE * TILE + TILE].any(0)
+        tiles = torch.nn.functional.pad(seen, (0, -len(seen) % TILE)).view(-1, TILE)
+        beyond = ~tiles.any(-1).repeat_interleave(TILE)[: len(seen)]
+        if reached[:, beyond].any():
+            yield "dv: a NaN of do reaches a tile of keys that no query of its tile sees"
+
+
+def _visible(module: Any, branch: str, sequences: Any, keys: int, device: str) -> Tensor:
+    """(1, Tq, keys) bool: which keys, or rows of compressed keys, a query sees."""
+    p = importlib.import_module(f"{module.__name__}.spec")
+    block, stride, window = (
+        (p.COMPRESSION_BLOCK.value, p.COMPRESSION_STRIDE.value, 0) if branch == "compressed" else (1, 1, p.WINDOW.value)
+    )
+    visible = torch.zeros(sequences.tokens_q, keys, dtype=torch.bool, device=device)
+    bounds = sequences.cu_seqlens.tolist() if sequences.packed else [0, sequences.tokens_q]
+    for start, end in pairwise(bounds):
+        tokens_kv = end - start if sequences.packed else sequences.tokens_kv
+        position = torch.arange(end - start, device=device)[:, None] + tokens_kv - (end - start)
+        key = torch.arange(max(tokens_kv - block + stride, 0) // stride, device=device)[None]
+        seen = key * stride + block - 1 <= position
+        if window:
+            seen &= key > position - window
+        first = start // stride
+        visible[start:end, first : first + seen.shape[1]] = seen
+    return visible[None]
+
+
+def _differentiate(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, gate: Tensor | None, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """lse, delta (B, Tq, Hq) float32, and dk and dv in float64, from the definition."""
+    group = q.shape[2] // k.shape[2]
+    lse, delta = (torch.empty(q.shape[:3], device=q.device) for _ in range(2))
+    found = {name: torch.zeros(x.shape, dtype=torch.float64, device=q.device) for name, x in (("dk", k), ("dv", v))}
+    for b in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            h = head // group
+            scores = (q[b, :, head].double() @ k[b, :, h].double().T * scale).masked_fill(~visible[0], -torch.inf)
+            row_lse = torch.logsumexp(scores, 1)
+            p = torch.exp(scores - row_lse[:, None]).masked_fill(~visible[0], 0.0)
+            dp = do[b, :, head].double() @ v[b, :, h].double().T
+            row_delta = (p * dp).sum(1)
+            lse[b, :, head], delta[b, :, head] = row_lse.float(), row_delta.float()
+            if gate is not None:
+                p = p * torch.sigmoid(gate[b, :, head].double())[:, None]
+            found["dk"][b, :, h] += (p * (dp - row_delta[:, None])).T @ q[b, :, head].double() * scale
+            found["dv"][b, :, h] += p.T @ do[b, :, head].double()
+    return lse, delta, found
 
 
 def _inputs(

@@ -55,3 +55,14 @@ def test_the_banded_kernel_agrees_with_the_ordinary_ones(name: str, dtype: str, 
 def test_the_backward_of_selected_attention_is_as_near_to_float64_as_the_ordinary_one(name: str) -> None:
     needs_hopper()
     expect_ok(hopper_backward.backward_job, GENERATED / name)
+
+
+@pytest.mark.gpu(alone=True, seconds=900)
+@pytest.mark.parametrize("branch", ["compressed", "window"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", having("hopper_banded_backward"))
+def test_dk_and_dv_of_banded_attention_are_as_near_to_float64_as_the_ordinary_ones(
+    name: str, dtype: str, branch: str
+) -> None:
+    needs_hopper()
+    expect_ok(hopper.gradients_job, package_in(name, dtype), branch, seed=SEED)

@@ -49,3 +49,25 @@ def test_other_values_other_places_of_nan_and_other_bits_are_found(monkeypatch: 
         assert any(fault == "o: isnan elsewhere" for fault in spoil(patch, torch.nan_to_num))
     calls = iter(range(9))
     assert "other bits when called again" in spoil(monkeypatch, lambda o: o * (1 + 2.0**-10 * next(calls)))
+
+
+@pytest.mark.parametrize("branch", ["compressed", "window"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equal_gradients_have_no_fault_with_a_gate_or_without(branch: str, shape: tuple[Any, ...]) -> None:
+    for gated in (True, False):
+        assert not list(hopper.gradient_faults(operator().module, branch, *shape, gated, DEVICE)), gated
+
+
+def test_other_gradients_and_other_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = operator().module
+    gradients = importlib.import_module(f"{module.__name__}.kernels.banded_backward")
+    right, calls = gradients.window_backward, iter(range(9))
+
+    def backward(*arguments: Any) -> None:
+        right(*arguments)
+        if module.configs.get("banded_backward", arguments[0].device)["HOPPER_BACKWARD_TOKENS"] == 0:
+            arguments[-3].mul_(1.01 + 2.0**-10 * next(calls))
+
+    monkeypatch.setattr(gradients, "window_backward", backward)
+    found = list(hopper.gradient_faults(module, "window", 37, None, "plain", True, DEVICE))
+    assert "other bits when called again" in found and any(fault.startswith("dk: off by") for fault in found)

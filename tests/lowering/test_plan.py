@@ -13,7 +13,7 @@ from nsa_gen.lowering import lower, space
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.cost import explain
 from nsa_gen.lowering.hopper import hopper_fits
-from nsa_gen.lowering.hopper_backward import hopper_backward_fits
+from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import shipped_specs
@@ -88,7 +88,9 @@ def test_facts_of_a_plan_follow_from_the_spec(program: Plan):
     assert program.compresses == (spec.compression is not None and not spec.external)
     assert program.selects == (spec.selection is not None and spec.selection.indices == "computed")
     assert program.local_in_window == local_in_window(spec)
-    assert program.hopper == hopper_fits(spec) and program.hopper_backward == hopper_backward_fits(spec)
+    assert program.hopper == hopper_fits(spec)
+    assert program.hopper_banded_backward == hopper_banded_backward_fits(spec)
+    assert program.hopper_selected_backward == hopper_selected_backward_fits(spec)
 
 
 @every_program

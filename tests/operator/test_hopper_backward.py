@@ -1,12 +1,13 @@
-"""Hopper's kernel of selected attention's gradients: which packages have it, and which calls it serves.
+"""Hopper's kernels of gradients: which packages have them, and which calls they serve.
 
-Its values are checked on a GPU, by tests/gpu/hopper_backward.py: the interpreter does not know the language it is
+Their values are checked on a GPU, by tests/gpu/test_hopper.py: the interpreter does not know the language that they are
 written in.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import pytest
@@ -15,11 +16,15 @@ import torch
 from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
-from tests.support import Operator, assert_matches_oracle, operator_of, small_spec
+from tests.support import DEVICE, Operator, assert_matches_oracle, operator_of, small_spec
 
-FILES = {"kernels/hopper_backward.py", "kernels/hopper_selected_backward.py"}
+FILES = {
+    "banded": {"kernels/hopper_backward.py", "kernels/hopper_tiles.py", "kernels/hopper_banded_backward.py"},
+    "selected": {"kernels/hopper_backward.py", "kernels/hopper_tiles.py", "kernels/hopper_selected_backward.py"},
+}
 CALL = {"dims": (64, 64), "dtype": "float16", "block": 64, "count": 2}
 NEVER = 2**31
+KERNELS = ("hopper_banded_backward_dkdv_kernel", "hopper_selected_backward_kernel")
 
 TRACED = """
 import importlib, sys
@@ -36,7 +41,7 @@ for target in sys.argv[2].split(","):
     if len(sys.argv) > 3:
         import triton
 
-        launch = next(each for each in launches if each.kernel.__name__ == "hopper_selected_backward_kernel")
+        launch = next(each for each in launches if each.kernel.__name__ == sys.argv[3])
         wanted = specialize(launch, gpu_for_target(target))
         compiled = triton.compile(wanted.source, target=wanted.target, options=wanted.options)
         # Products that are waited for one by one would be as many waits as instructions.
@@ -55,32 +60,37 @@ def tensor(*strides: int, offset: int = 0, sizes: tuple[int, ...] = (2, 5, 3, 64
 
 
 @pytest.mark.parametrize(
-    ("changes", "has"),
+    ("changes", "selected", "banded"),
     [
-        ({}, True),
-        ({"dims": (128, 64)}, True),
-        ({"group": 7, "block": 128}, True),
-        ({"gate": "none"}, True),
-        ({"gate": "given"}, False),
-        ({"dims": (192, 128)}, False),
-        ({"dims": (80, 80)}, False),
-        ({"block": 32}, False),
-        ({"group": 65}, False),
-        ({"dtype": "float32"}, False),
-        ({"passes": ("forward",)}, False),
-        ({"branches": "win"}, False),
+        ({}, True, True),
+        ({"dims": (128, 64)}, True, True),
+        ({"group": 7, "block": 128}, True, True),
+        ({"gate": "none"}, True, True),
+        ({"gate": "given"}, False, False),
+        ({"dims": (192, 128)}, False, False),
+        ({"dims": (80, 80)}, False, False),
+        ({"block": 32}, False, True),
+        ({"group": 65}, False, True),
+        ({"dtype": "float32"}, False, False),
+        ({"passes": ("forward",)}, False, False),
+        ({"branches": "win"}, False, True),
+        ({"branches": "slc"}, True, False),
     ],
 )
-def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], has: bool) -> None:
+def test_a_package_has_the_kernels_where_their_tiles_fit(changes: dict[str, Any], selected: bool, banded: bool) -> None:
     spec = small_spec(**{"branches": "slc win", "indices": "input", **CALL, **changes})
     program = lower(spec)
-    assert program.hopper_backward is has
-    assert (set(render(spec)) & FILES) == (FILES if has else set())
-    tables = {target: table.get("selected_backward") for target, table in program.defaults.items()}
-    assert all((config is not None) is has for config in tables.values())
-    if has:
-        least = {target: config.mapping()["HOPPER_BACKWARD_TOKENS"] for target, config in tables.items()}
-        assert least.pop("sm_90") == 2048 and set(least.values()) == {NEVER}
+    assert (program.hopper_selected_backward, program.hopper_banded_backward) == (selected, banded)
+    wanted = (FILES["selected"] if selected else set()) | (FILES["banded"] if banded else set())
+    assert set(render(spec)) & (FILES["selected"] | FILES["banded"]) == wanted
+    for name, has, from_tokens in (("selected", selected, 2048), ("banded", banded, None)):
+        tables = {target: table.get(f"{name}_backward") for target, table in program.defaults.items()}
+        assert all((config is not None) is has for config in tables.values())
+        if has:
+            least = {target: config.mapping()["HOPPER_BACKWARD_TOKENS"] for target, config in tables.items()}
+            on_hopper = least.pop("sm_90")
+            banded_least = 8192  # of few heads
+            assert on_hopper == (from_tokens or banded_least) and set(least.values()) == {NEVER}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_the_ordinary_kernel_serves_a_device_that_is_no_hopper_gpu_whatever_is_a
                 importlib.import_module(f"{name}.{each}") for each in ("kernels.hopper_backward", "runtime.sequences")
             )
             q, k = torch.zeros(1, 64, 2, 64, dtype=torch.float16), torch.zeros(1, 64, 1, 64, dtype=torch.float16)
-            assert hopper.module_for(q, k, k, q, sequences.Sequences(1, 64, 64)) is None
+            assert hopper.module_for("selected", q, k, k, q, sequences.Sequences(1, 64, 64)) is None
         assert_matches_oracle(op, 70)
 
 
@@ -116,15 +126,33 @@ def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinar
     found = {target: names for target, *names in map(str.split, done.stdout.splitlines())}
     assert set(found) == set(TARGETS)
     for target, names in found.items():
-        assert ("hopper_selected_backward_kernel" in names) is (target == "sm_90")
+        for kernel in KERNELS:
+            assert (kernel in names) is (target == "sm_90")
         assert {"selected_backward_dkdv_kernel", "merge_dq_kernel"} <= set(names)
 
 
 @pytest.mark.slow
-def test_the_kernel_compiles_without_a_gpu_to_asynchronous_products_and_fits_a_multiprocessor_twice(compiling) -> None:
-    done = compiling(TRACED, str(operator().folder), "sm_90", "compile")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_compile_without_a_gpu_to_asynchronous_products_and_fit_a_multiprocessor_twice(
+    compiling, kernel: str
+) -> None:
+    done = compiling(TRACED, str(operator().folder), "sm_90", kernel)
     shared, products, waits, whiles = map(int, done.stdout.splitlines()[-1].split())
     assert shared <= (228 * 1024) // 2 - 1024
     assert products > 3 * waits > 0
-    # A `for` about the loops over tiles would be compiled wrongly by some versions, which keep its first bounds.
-    assert whiles == 1
+    # A `for` about loops whose bounds it carries would be compiled wrongly by some versions, which keep the first.
+    assert whiles == (kernel == "hopper_selected_backward_kernel")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_row_statistics_are_the_bias_of_scores_in_base_2_and_minus_delta(gated: bool) -> None:
+    hopper = importlib.import_module(f"{operator().module.__name__}.kernels.hopper_backward")
+    lse, delta = torch.randn(2, 2, 700, 2, device=DEVICE)
+    lse[0, :3] = -torch.inf  # rows that see no key
+    logits = (torch.randn(2, 700, 3, 2, device=DEVICE) * 60).half()[:, :, 1]
+    expected = -lse.double()
+    if gated:
+        expected += torch.nn.functional.logsigmoid(logits.double())
+    bias, other = hopper.row_statistics(lse, delta, logits if gated else None)
+    torch.testing.assert_close(bias.double() * math.log(2), expected, rtol=3e-7, atol=3e-7)
+    assert torch.equal(other, -delta)

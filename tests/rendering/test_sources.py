@@ -133,7 +133,11 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     if program.hopper:  # it has one configuration, by its design
         for name in ("hopper_banded_forward", "hopper_banded_repair"):
             assert kernels.pop(name) == name
-    if program.hopper_backward:  # it has one configuration, by its design
+    if program.hopper_banded_backward or program.hopper_selected_backward:
+        assert kernels.pop("row_statistics") == "hopper_backward"
+    if program.hopper_banded_backward:  # it has one configuration, by its design
+        assert kernels.pop("hopper_banded_backward_dkdv") == "hopper_banded_backward"
+    if program.hopper_selected_backward:  # it has one configuration, by its design
         assert kernels.pop("hopper_selected_backward") == "hopper_selected_backward"
     for target, table in tables.items():
         assert set(table) == {
