@@ -55,7 +55,7 @@ MUTANTS = (
     ),
     Mutant(
         "sink_in_the_local_part",
-        "the part of o for the selected branch's local blocks has the window's sink",
+        "the selected branch's local blocks have a sink of weight one",
         LOCAL,
         ("o_slc", "lse_slc"),
         (

@@ -288,3 +288,15 @@ def test_a_sink_is_a_read_with_a_gradient_and_a_constant_of_its_step() -> None:
     assert "sink_win" in window.reads and "sink_win" in window.gradients
     assert not any(step.sink or "sink_win" in step.reads for step in others)
     assert program.sinks == ("sink_win",) and lower(small_spec()).sinks == ()
+
+
+def test_a_row_that_pads_a_batch_in_decode_has_no_sink() -> None:
+    op = operator("window alone", passes=("forward", "decode"))
+    inputs = inputs_of(op, 2, batch=2)
+    cache = op.NSACache(2, 20, max_new_tokens=2, device=DEVICE)
+    cache.extend([2, 1])
+    cache.write(inputs.k, inputs.v)
+    for infer in (op.nsa_decode, op.nsa_prefill):
+        o, aux = infer(inputs.q, cache, sink_win=inputs.sink_win, return_aux=True)
+        assert torch.isfinite(aux.lse_win[0]).all() and torch.isfinite(aux.lse_win[1, 0]).all()
+        assert not o[1, 1].any() and (aux.lse_win[1, 1] == -math.inf).all()
