@@ -49,6 +49,7 @@ def small_spec(
     local: int = 1,
     indices: str = "computed",
     window: int = 10,
+    sink: str = "none",
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
     """A spec of the branches named; compression is (l, d), and block is l'."""
@@ -61,9 +62,9 @@ def small_spec(
         forced = {} if indices == "input" else {"initial": initial, "local": local}
         present["selection"] = Selection(block=block, count=count, indices=indices, **forced)
     if "win" in branches:
-        present["window"] = Window(size=window)
+        present["window"] = Window(size=window, sink=sink)
     spec = Spec(
-        version=1,
+        version=1 if sink == "none" else 2,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),

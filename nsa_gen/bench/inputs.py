@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.oracle import SINKS
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -50,7 +51,7 @@ def draw_inputs(
     generator = torch.Generator(device).manual_seed(seed)
     drawn: dict[str, Any] = {}
     for name, x in {**small.arguments(), "do": small.do}.items():
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or name in SINKS:
             continue
         rows = p.compressed_blocks(tokens) if name in ("k_cmp", "v_cmp") else tokens
         shape = (1, rows, *x.shape[2:])

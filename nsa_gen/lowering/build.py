@@ -73,6 +73,8 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
         arguments += [Argument("k_cmp", ("B", "Nc", "Hkv", "Dk")), Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))]
     if spec.combine.gate != "none":
         arguments.append(Argument("gates", ("B", "Tq", "Hq", str(len(spec.branches)))))
+    if spec.window and spec.window.sink == "learned":
+        arguments.append(Argument("sink_win", ("Hq",), dtype="float32"))
     arguments += compression_parameters(spec)
     if spec.selection and spec.selection.indices == "input":
         dims = ("B", "Tq", "Hkv", str(spec.selection.count))

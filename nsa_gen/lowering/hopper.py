@@ -13,7 +13,11 @@ NEVER = 2**31
 _HEAD_DIMS = ((64, 64), (96, 128), (128, 128), (192, 128))
 
 
-def hopper_fits(spec: Spec) -> bool:
-    """Whether the package has the kernel: 16-bit inputs, a branch of banded attention, and head dims that fit."""
-    banded = spec.compression is not None or spec.window is not None
+def hopper_fits(spec: Spec, *branches: str) -> bool:
+    """Whether the kernel can do one of these branches, or any of the spec's if none is named.
+
+    It takes 16-bit inputs, head dims that fit, and a branch of banded attention whose softmax has no sink.
+    """
+    without_sink = {"cmp": spec.compression is not None, "win": spec.window is not None and spec.window.sink == "none"}
+    banded = any(without_sink[branch] for branch in branches or without_sink)
     return banded and spec.dtype != "float32" and (spec.head_dim.qk, spec.head_dim.v) in _HEAD_DIMS

@@ -55,7 +55,8 @@ def _padding(name: str, direction: str, most_bytes: sympy.Expr) -> Kernel:
     """Of packed calls; it moves what pads the batch, next to nothing in most calls and ``most_bytes`` at worst."""
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
     purpose = "rows behind the last packed sequence"
-    return dataclasses.replace(elementwise(name, "padding", "all", direction, purpose, most_bytes, launch), whole=False)
+    kernel = elementwise(name, "padding", "all", direction, purpose, most_bytes, launch)
+    return dataclasses.replace(kernel, whole=False, function="pad_rows")
 
 
 def _delta(*, whole: bool) -> Kernel:

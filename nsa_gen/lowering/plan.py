@@ -28,7 +28,7 @@ BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all"
 class Argument:
     """A tensor that the operator takes.
 
-    ``dims`` are symbolic: ``("B", "Tq", "Hq", "Dk")``. ``dtype`` is ``"spec"`` or ``"int32"``. ``group`` is
+    ``dims`` are symbolic: ``("B", "Tq", "Hq", "Dk")``. ``dtype`` is ``"spec"`` or torch's name of one. ``group`` is
     ``"tensor"`` for arguments of the public function and ``"compression"`` for fields of CompressionParameters.
     ``differentiable`` arguments get a gradient.
     """
@@ -186,7 +186,8 @@ class Step:
 
     ``kind`` is pool, score, select, attend or combine. ``gradients`` are those of ``reads`` that get one; ``saved`` are
     those of ``writes`` that its backward reads. An attend step reads q, keys and values first, in this order, and has
-    the ``branch`` whose output it is; the constant GATE is the branch's place in the combination.
+    the ``branch`` whose output it is; the constant GATE is the branch's place in the combination, SINK says whether its
+    softmax has a `sink`.
     """
 
     kind: str
@@ -198,6 +199,11 @@ class Step:
     constants: Mapping[str, int | float | None]
     schedules: tuple[Schedule, ...]
     branch: str = ""
+
+    @property
+    def sink(self) -> str:
+        """The read that is a sink of the softmax: a logit per query head, without a value; empty where it has none."""
+        return f"sink_{self.branch}" if self.constants.get("SINK") else ""
 
     def schedule(self, name: str) -> Schedule | None:
         """The schedule of this name, if the step has it."""
@@ -260,6 +266,11 @@ class Plan(InferencePlan):
     def windowed(self) -> Step | None:
         """Attention to a query's last keys."""
         return self.step("attend", "win")
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Arguments that are sinks of some branch's softmax, in the order of the branches."""
+        return tuple(step.sink for step in self.attends if step.sink)
 
     @property
     def dtype(self) -> str:

@@ -80,19 +80,20 @@ def _attend(
     index: tuple[str, ...] = (),
     sorted_index: tuple[str, ...] = (),
 ) -> Step:
+    learned = ("q", *kv, *((f"sink_{branch}",) if constants.get("SINK") else ()))
     writes = (f"o_{branch}" if combined else "o", f"lse_{branch}", *sorted_index)
     backward = "backward" in spec.passes
     return Step(
-        "attend", name, ("q", *kv, *index), writes, ("q", *kv) if backward else (), writes if backward else (),
+        "attend", name, (*learned, *index), writes, learned if backward else (), writes if backward else (),
         {"GATE": spec.branches.index(branch), **constants}, schedules, branch,
     )  # fmt: skip
 
 
-def _banded(spec: Spec, name: str, combined: bool, present: set[str]) -> tuple[Schedule, ...]:
+def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str]) -> tuple[Schedule, ...]:
     """Schedules of attention to one moving range of keys."""
     names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *([] if combined else [_DELTA])]
     found = [Schedule(QUERY_MAJOR, _among(names, present))]
-    if hopper_fits(spec):
+    if hopper_fits(spec, branch):
         found.append(Schedule(HOPPER_ROWS, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
     if hopper_banded_backward_fits(spec):
         found.append(Schedule(HOPPER_KEYS, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
@@ -108,18 +109,18 @@ def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
     assert spec.compression is not None
     constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride, "WINDOW": None}
     decode = _decoding(("append_compressed", "decode_compressed"), present)
-    schedules = (*_banded(spec, "compressed", combined, present), *decode)
+    schedules = (*_banded(spec, "cmp", "compressed", combined, present), *decode)
     return _attend(spec, combined, "cmp", "compressed", ("k_cmp", "v_cmp"), constants, schedules)
 
 
 def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
     """Attention to a query's last keys."""
     assert spec.window is not None
-    schedules = list(_banded(spec, "window", combined, present))
+    schedules = list(_banded(spec, "win", "window", combined, present))
     if local_in_window(spec):
         names = schedules[0].kernels
         schedules.append(Schedule(LOCAL_BLOCKS, names, decided_by=("LOCAL_IN_WINDOW", 1), fuses=("selected",)))
-    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size}
+    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size, "SINK": int(spec.window.sink == "learned")}
     decode = _decoding(("decode_attend",), present)
     return _attend(spec, combined, "win", "window", kv_names(spec, "win"), constants, (*schedules, *decode))
 

@@ -15,6 +15,10 @@ Values = Mapping[str, Any]
 Predicate = Callable[[Values], bool]
 
 
+SINCE: Mapping[str, int] = {"window.sink": 2}
+"""Fields that earlier versions of the language lack, and the version that brought each."""
+
+
 def always(v: Values) -> bool:
     """always"""
     return True
@@ -23,6 +27,11 @@ def always(v: Values) -> bool:
 def tf32(v: Values) -> bool:
     """fp32_precision is tf32"""
     return v["fp32_precision"] == "tf32"
+
+
+def sink(v: Values) -> bool:
+    """the window has a sink"""
+    return v["window"] and v["window.sink"] != "none"
 
 
 def compressed(v: Values) -> bool:
@@ -126,6 +135,14 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         at="fp32_precision",
         message="tf32 products exist for float32 inputs only, but dtype is {dtype}",
         hint="remove fp32_precision, or set dtype: float32",
+    ),
+    Constraint(
+        id="window_sink_needs_version_2",
+        when=sink,
+        holds=lambda v: v["version"] >= SINCE["window.sink"],
+        at="window.sink",
+        message="window.sink: {window.sink} needs version: 2 of the spec language, but this spec has version {version}",
+        hint="write version: 2",
     ),
     Constraint(
         id="stride_divides_compression_block",

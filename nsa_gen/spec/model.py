@@ -12,10 +12,10 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic_core import PydanticCustomError, core_schema
 
-from nsa_gen.spec.constraints import violations
+from nsa_gen.spec.constraints import SINCE, violations
 from nsa_gen.spec.emit import to_yaml
 from nsa_gen.spec.fields import RANGES, OneOf, PackageName, Paragraph, Passes, SoftmaxScale, Version, join
 
@@ -141,6 +141,11 @@ class Window(Record):
     size: Annotated[int, RANGES["window.size"]] = Field(
         description="Keys a query sees, its own included.", examples=[512]
     )
+    sink: Annotated[Literal["none", "learned"], OneOf(("none", "learned"))] = Field(
+        default="none",
+        description="none, or learned: a logit per query head, an argument, that joins the softmax's denominator and "
+        "has no value; learned needs version: 2.",
+    )
 
 
 class Combine(Record):
@@ -153,9 +158,9 @@ class Combine(Record):
 
 
 class Spec(Record):
-    """A natively sparse attention operator, version 1 of the language. At least one branch must be present."""
+    """A natively sparse attention operator, version 1 or 2 of the language. At least one branch must be present."""
 
-    version: Annotated[Literal[1], Version()] = Field(description="Version of the spec language.")
+    version: Annotated[Literal[1, 2], Version()] = Field(description="Version of the spec language.")
     name: Annotated[str, PackageName()] = Field(
         description="Name of the generated package: a Python identifier.", examples=["llama3_8b"]
     )
@@ -191,6 +196,16 @@ class Spec(Record):
         if broken:
             raise PydanticCustomError(BROKEN_CONSTRAINTS, "{message}", {"message": "; ".join(broken)})
         return self
+
+    @model_serializer(mode="wrap")
+    def _in_its_version(self, handler: core_schema.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields that this spec's version of the language has."""
+        document = handler(self)
+        for path, version in SINCE.items():
+            record, _, name = path.rpartition(".")
+            if version > self.version and document.get(record):
+                del document[record][name]
+        return document
 
     @property
     def scale_value(self) -> float:

@@ -12,7 +12,7 @@ from nsa_gen.bench.inputs import InputKind, draw_inputs
 from nsa_gen.tuning.space import Bucket
 from nsa_gen.verification.inference import Scenario, Step
 from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.oracle import OracleParameters
+from nsa_gen.verification.oracle import SINKS, OracleParameters
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -35,14 +35,15 @@ def bucket_inputs(
         if getattr(whole, name) is not None:
             changed[name] = _laid_out(spec, [getattr(each, name) for each in drawn], bucket)
     whole = replace(whole, **changed)
-    flat = {each.name: getattr(whole, each.name) for each in fields(whole)}
+    flat = {each.name: getattr(whole, each.name) for each in fields(whole) if each.name not in SINKS}
     return replace(whole, **{name: x[0] for name, x in flat.items() if isinstance(x, torch.Tensor) and x is not bounds})
 
 
 def _joined(drawn: list[Inputs], dim: int) -> Inputs:
-    """Inputs one after the other; what phi has learned is that of the first."""
+    """Inputs one after the other; what phi has learned, and sinks, are those of the first."""
     first = drawn[0]
-    names = [each.name for each in fields(first) if isinstance(getattr(first, each.name), torch.Tensor)]
+    names = [each.name for each in fields(first) if each.name not in SINKS]
+    names = [name for name in names if isinstance(getattr(first, name), torch.Tensor)]
     return replace(first, **{name: torch.cat([getattr(each, name) for each in drawn], dim) for name in names})
 
 
@@ -70,7 +71,7 @@ class DecodeInputs:
     Attributes:
         cache: the package's NSACache.
         q: queries (B, 1, Hq, Dk).
-        arguments: gates and lists of blocks, where the operator takes them.
+        arguments: gates, lists of blocks and sinks, where the operator takes them.
         out: where o is written.
         layers: how many layers a step goes through.
     """
@@ -111,7 +112,7 @@ def decode_inputs(spec: Spec, package: Any, bucket: Bucket, *, device: torch.dev
     shape = (bucket.batch, 1, *small.q.shape[2:])
     q = torch.randn(shape, generator=generator, dtype=small.q.dtype, device=device)
     out = torch.empty((*shape[:-1], spec.head_dim.v), dtype=q.dtype, device=device)
-    arguments: dict[str, torch.Tensor] = {}
+    arguments: dict[str, torch.Tensor] = {name: x for name in SINKS if (x := getattr(small, name)) is not None}
     if small.gates is not None:
         shape = (bucket.batch, 1, *small.gates.shape[2:])
         arguments["gates"] = torch.randn(shape, generator=generator, dtype=q.dtype, device=device)

@@ -7,6 +7,8 @@ is compared in milliseconds instead of the 100 of its pass.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +63,13 @@ def _call_of(frame: FrameType | None, package: str) -> Call:
     assert frame is not None, "a launch of the package comes from the package"
     code = frame.f_code
     function = getattr(sys.modules[frame.f_globals["__name__"]], code.co_name)
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    named = code.co_argcount + code.co_kwonlyargcount
+    names = code.co_varnames[:named]
+    if code.co_flags & inspect.CO_VARARGS:
+        first, names = names[: code.co_argcount], names[code.co_argcount :]
+        rest = frame.f_locals[code.co_varnames[named]]
+        bound = functools.partial(function, *(frame.f_locals[name] for name in first), *rest)
+        function = functools.update_wrapper(bound, function)
     return function, {name: frame.f_locals[name] for name in names}
 
 

@@ -13,7 +13,7 @@ from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, References
 from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import compressed_rows
+from nsa_gen.verification.oracle import SINKS, compressed_rows
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.schedules import varied
 from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
@@ -61,6 +61,7 @@ def check_case(
             drift=truth.gradient_drift[name],
             sources=drift_sources(parameters, inputs, f"d{name}"),
             tf32=parameters.tf32,
+            rows=name not in SINKS,
         )
         rows.append(comparison_row(case.label, f"d{name}", comparison))
     if case.twice:

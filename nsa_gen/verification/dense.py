@@ -43,6 +43,7 @@ class OracleParameters:
     local: int = 0
     indices_given: bool = False
     window: int | None = None
+    window_sink: bool = False
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
     tf32: bool = False
 
@@ -77,6 +78,7 @@ class OracleParameters:
             scale=spec.head_dim.qk**-0.5 if spec.scale == "auto" else float(spec.scale),
             shared_kv=spec.kv == "shared",
             window=None if window is None else window.size,
+            window_sink=window is not None and window.sink == "learned",
             gate=spec.combine.gate,
             tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
             **found,
@@ -201,13 +203,16 @@ def overlap_weights(p: OracleParameters, compressed: int, blocks: int) -> Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, tf32: bool = False
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, tf32: bool = False, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention under a dense mask.
 
     q (H, G, R, Dk), k (H, K, Dk), v (H, K, Dv), visible (H or 1, R, K) bool. Returns o (H, G, R, Dv) in q's dtype,
     lse (H, G, R) and the probabilities (H, G, R, K), both exact and the lse detached. A row that sees nothing has
     o = 0, lse = -inf and zero gradients. What a row does not see cannot reach it, be it NaN or inf.
+
+    `sink` (H, G) is the logit, not scaled, of one more key of every row, whose value is 0: the probabilities of a row,
+    in which it has none, sum to less than 1, and a row that sees nothing has its lse.
     """
     heads, group, rows, dim = q.shape
     keys = k.shape[1]
@@ -215,9 +220,14 @@ def attend(
     blind = unseen.all(-1, keepdim=True)
     scores = _product(q.reshape(heads, group * rows, dim), k.transpose(1, 2), tf32).view(heads, group, rows, keys)
     scores = scores.to(exact_dtype(q.dtype)) * scale
-    scores = scores.masked_fill(unseen, -math.inf).masked_fill(blind, 0.0)
+    scores = scores.masked_fill(unseen, -math.inf)
+    if sink is not None:
+        logit = sink.to(scores.dtype)[:, :, None, None].expand(heads, group, rows, 1)
+        scores = torch.cat((scores, logit), -1)
+        blind = blind & (logit == -math.inf)
+    scores = scores.masked_fill(blind, 0.0)
     lse = torch.logsumexp(scores.detach(), -1).masked_fill(blind[..., 0], -math.inf)
-    probabilities = torch.softmax(scores, -1).masked_fill(unseen, 0.0)
+    probabilities = torch.softmax(scores, -1)[..., :keys].masked_fill(unseen, 0.0)
     rounded = probabilities.to(q.dtype).reshape(heads, group * rows, keys)
 
     # 0 * NaN is NaN: values that are not finite are added by hand, only where they are visible.

@@ -35,7 +35,7 @@ class Sizes:
 
 
 def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wide: bool = False) -> Spec:
-    """A legal spec: any of the branches, phis, positions, gates and ways of sharing K and V.
+    """A legal spec: any of the branches, phis, positions, sinks, gates and ways of sharing K and V.
 
     Small ones are cheap enough for the interpreter; `wide` ones have the head dims, groups, blocks and counts that
     GPUs are used with.
@@ -73,6 +73,9 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
             document["selection"] = {"block": block, "count": count, "indices": "input"}
     if "win" in branches:
         document["window"] = {"size": pick(sizes.windows)}
+        if pick((True, False, False)):
+            document["version"] = 2
+            document["window"]["sink"] = "learned"
     try:
         return parse_spec(yaml.safe_dump(document, sort_keys=False))
     except SpecError as error:  # the drawing, not the example, is wrong

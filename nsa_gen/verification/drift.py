@@ -63,6 +63,7 @@ def add_rows(
     compressed: Pair | None,
     variances: Sequence | None,
     sums: Mapping[str, Sums],
+    sums_of_squares: Sequence,
     do: Tensor,
     outputs: Mapping[str, Tensor],
 ) -> None:
@@ -70,7 +71,7 @@ def add_rows(
 
     `p` has one KV head; s.q (R, G, Dk), do (R, G, Dv). `compressed` has the variances of K_cmp and V_cmp (Nc, 1, D),
     None where the caller gave them. What a key's gradient sums over query rows goes to `sums`, to be finished when
-    all rows are in.
+    all rows are in, and the squared terms of a sink's gradient to the sink of `sums_of_squares`.
     """
     rows = s.q.shape[0]
     t = torch.arange(s.tokens - rows, s.tokens, device=s.q.device)
@@ -81,7 +82,8 @@ def add_rows(
         k, v = (torch.where(torch.isfinite(x[:, 0]), x[:, 0], 0.0) for x in getattr(s, branch))
         off = compressed if branch == "cmp" else None
         mask = branch_mask(p, s, branch, t, s.indices)
-        found, normaliser, weights = attend(q[None], k[None], v[None], mask, p.scale)
+        sink = s.sink(branch, 1)
+        found, normaliser, weights = attend(q[None], k[None], v[None], mask, p.scale, sink=sink)
         o, weights = found[0], weights[0]  # (G, R, Dv), (G, R, K)
         keys = mask[0].sum(-1)[:, None].to(q.dtype)  # (R, 1)
         chances, v_squared = weights.square(), v.square()
@@ -128,6 +130,15 @@ def add_rows(
         if off is not None:
             found_q += ds_squared @ off[0][: k.shape[0], 0]
         variances.q.add_(found_q.permute(1, 0, 2))
+
+        targets = variances.sink(branch, 1), sums_of_squares.sink(branch, 1)
+        if sink is not None and targets[0] is not None and targets[1] is not None:
+            # Terms -P * gate * delta with P = exp(sink - lse).
+            held = (sink[0, :, None, None] - normaliser[0][..., None]).exp() * gate
+            held = torch.where(sink[0, :, None, None] > -math.inf, held, 0.0)
+            terms = (held * delta).square()
+            targets[0][0].add_((held.square() * dgate + terms * lse)[..., 0].sum(-1))
+            targets[1][0].add_(terms[..., 0].sum(-1))
 
         target_k, target_v = getattr(variances, branch)
         by_key += factor * chances * dgate + ds_squared * lse

@@ -20,6 +20,7 @@ from nsa_gen.verification.dense import OracleParameters, compress, exact_dtype
 from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import (
     SCORE_BYTES,
+    SINKS,
     OracleResult,
     Sequence,
     attend_rows,
@@ -89,7 +90,7 @@ def reference_gradients(
     }
     output_noise = {name: torch.zeros_like(x) for name, x in wanted.items() if not name.startswith("lse")}
     output_drift = {name: torch.zeros_like(x) for name, x in wanted.items()}
-    split = [_split(parameters, holder) for holder in (inputs, sums, scales, drifts)]
+    split = [_split(parameters, holder) for holder in (inputs, sums, scales, drifts, squares)]
     calls = zip(
         *split, _rows(inputs.do, inputs.cu_seqlens),
         *(_rows_of(parameters, x, inputs, split[0]) for x in (output_noise, output_drift)), strict=True,
@@ -113,6 +114,10 @@ def reference_gradients(
         for name, x in (drifts.compression or {}).items():
             assert sums.compression is not None and squares.compression is not None
             x.add_(drift.chain(blocks, sums.compression[name].square(), squares.compression[name]))
+    for name in SINKS if noise_unit is not None and with_gradients else ():
+        if (x := getattr(drifts, name)) is not None:
+            rows = float(inputs.do.shape[:-2].numel())
+            x.add_(drift.chain(rows, getattr(sums, name).square(), getattr(squares, name)))
     gradients = {n: x.to(detached[n].dtype) for n, x in sums.differentiable().items()} if with_gradients else {}
     gradient_noise: dict[str, Tensor] = {}
     gradient_drift: dict[str, Tensor] = {}
@@ -134,6 +139,7 @@ class _Head:
     sums: Sequence
     noise: Sequence
     drift: Sequence
+    squares: Sequence
     do: Tensor
     output_noise: dict[str, Tensor]
     output_drift: dict[str, Tensor]
@@ -202,6 +208,7 @@ class _Head:
                     cmp_drift,
                     take_rows(p, drifts, start, stop) if with_gradients else None,
                     branch_sums,
+                    self.squares,
                     self.do[start:stop],
                     {name: x[start:stop] for name, x in self.output_drift.items() if name[0] in "ol"},
                 )
@@ -241,6 +248,9 @@ def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence, do: Te
     changes: dict[str, object] = {"q": leaf(values.q, sums.q)}
     if values.gates is not None and sums.gates is not None:
         changes["gates"] = leaf(values.gates, sums.gates)
+    for name in SINKS:
+        if (x := getattr(values, name)) is not None:
+            changes[name] = leaf(x, getattr(sums, name))
     for name in PAIRS[1:]:
         pair, target = getattr(values, name), getattr(sums, name)
         if pair is not None:
@@ -302,6 +312,7 @@ def _head(s: Sequence, p: OracleParameters, head: int) -> Sequence:
         gates=None if s.gates is None else s.gates[:, group],
         indices=None if s.indices is None else s.indices[:, own],
         counts=None if s.counts is None else s.counts[:, own],
+        sink_win=None if s.sink_win is None else s.sink_win[group],
         **pairs,
     )
 

@@ -22,7 +22,7 @@ from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
-from nsa_gen.verification.oracle import argument_suffixes, reference_attention
+from nsa_gen.verification.oracle import SINKS, argument_suffixes, reference_attention
 from nsa_gen.verification.report import Row
 
 if TYPE_CHECKING:
@@ -181,7 +181,9 @@ class _Source:
         self._rows = 0
         self._parts: list[dict[str, Tensor]] = []
         self.generator = torch.Generator().manual_seed(scenario.seed)
-        self.parameters = self._pool().compression
+        pool = self._pool()
+        self.parameters = pool.compression
+        self.sinks = {name: x for name in SINKS if (x := getattr(pool, name)) is not None}
 
     def _pool(self) -> Inputs:
         self._pools += 1
@@ -196,7 +198,7 @@ class _Source:
             seed=self._scenario.seed if kind == "ties" else self._scenario.seed + 7919 * self._pools,
             kind=kind,  # type: ignore[arg-type]
         )
-        skipped = {"do", "compression", "indices", "counts", "cu_seqlens"}
+        skipped = {"do", "compression", "indices", "counts", "cu_seqlens", *SINKS}
         tensors = {name: x[0] for name, x in made.arguments().items() if x is not None and name not in skipped}
         self._parts.append(tensors)
         return made
@@ -290,7 +292,7 @@ def _advance(
             given["indices"][b, : one.shape[0]] = one.to(padded["q"].device)
     attend = module.nsa_decode if step.kind == "decode" else module.nsa_prefill
     gates = {"gates": padded["gates"]} if "gates" in padded else {}
-    o, aux = attend(padded["q"], cache, **gates, **given, return_aux=True)
+    o, aux = attend(padded["q"], cache, **gates, **given, **source.sinks, return_aux=True)
     found: list[Row] = []
     for b, (sequence, count) in enumerate(zip(sequences, step.counts, strict=True)):
         found += _padding(f"{label} | sequence {b}", o[b, count:], aux, b, count)
@@ -329,7 +331,7 @@ def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Sourc
     for name, x in sequence.tensors.items():
         arguments[name] = (x[-rows:] if name in ("q", "gates") else x)[None]
     do = arguments["q"].new_zeros((1, rows, p.query_heads, p.head_dim_v))
-    return Inputs(do=do, compression=source.parameters, **arguments)
+    return Inputs(do=do, compression=source.parameters, **source.sinks, **arguments)
 
 
 def _compare(

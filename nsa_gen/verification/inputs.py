@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.oracle import argument_suffixes
+from nsa_gen.verification.dense import OracleParameters, exact_dtype
+from nsa_gen.verification.oracle import SINKS, argument_suffixes
 
 Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "late", "abyss", "ties", "counts", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -51,6 +51,7 @@ class Inputs:
     v_cmp: Tensor | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
+    sink_win: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -74,16 +75,16 @@ class Inputs:
         return replace(self, **plain, compression={**(self.compression or {}), **learned} or None)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
-        """A copy with every floating-point tensor in `dtype`, everything on `device`."""
+        """A copy with every floating-point tensor in `dtype`, sinks in its exact one, everything on `device`."""
 
-        def move(x: Tensor) -> Tensor:
+        def move(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
             return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                changed[field.name] = move(value)
+                changed[field.name] = move(value, exact_dtype(dtype) if field.name in SINKS else dtype)
             elif value is not None:
                 changed[field.name] = {name: move(x) for name, x in value.items()}
         return replace(self, **changed)
@@ -220,6 +221,8 @@ def make_inputs(
         if kind == "counts":
             shape = found["indices"].shape[:-1]
             found["counts"] = torch.randint(0, p.selection_count + 1, shape, generator=generator, dtype=torch.int32)
+    if p.window_sink:
+        found["sink_win"] = 2.0 * draw(p.query_heads)
     if packed:
         found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     if kind in ("spread", "hot", "rising", "falling", "late"):

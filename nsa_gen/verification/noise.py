@@ -45,7 +45,8 @@ def add_rows(
         pair = getattr(s, branch)
         k, v = (torch.where(torch.isfinite(x[:, 0]), x[:, 0], 0.0) for x in pair)  # 0 * NaN would reach every row
         mask = branch_mask(p, s, branch, t, s.indices)
-        o, lse, probabilities = attend(group_first[None], k[None], v[None], mask, p.scale)
+        sink = s.sink(branch, 1)
+        o, lse, probabilities = attend(group_first[None], k[None], v[None], mask, p.scale, sink=sink)
         o, probabilities = o[0], probabilities[0]  # (G, R, Dv), (G, R, K)
         mean_key = probabilities @ k if squares is not None else None
         chances = probabilities.square_()
@@ -80,10 +81,16 @@ def add_rows(
         target_k, target_v = getattr(squares, branch)
         target_k[:, 0].add_(ds.flatten(0, 1).T @ group_first.square().flatten(0, 1))
         target_v[:, 0].add_(chances.flatten(0, 1).T @ do_branch.flatten(0, 1))
+        dgate = (do.square() * (o.square() + branch_noise)).sum(-1, keepdim=True)
         if squares.gates is not None:
             slope = (gate * (1 - gate)).square() if p.gate == "sigmoid" else 1.0
-            dgate = slope * (do.square() * (o.square() + branch_noise)).sum(-1, keepdim=True)
-            squares.gates[..., number].add_(dgate[..., 0].T)
+            squares.gates[..., number].add_((slope * dgate)[..., 0].T)
+        target = squares.sink(branch, 1)
+        if sink is not None and target is not None:  # dsink = -P * gate * delta, P = exp(sink - lse) rounded in float32
+            magnitude = (FLOAT32_UNIT / unit) * (sink[0, :, None].abs() + lse[0].abs())
+            term = (sink[0, :, None] - lse[0]).exp().square() * gate[..., 0].square()
+            dsink = term * (dgate[..., 0] + (magnitude * (do * o).sum(-1)).square())
+            target[0].add_(torch.where(sink[0, :, None] > -torch.inf, dsink, 0.0).sum(-1))
 
 
 def add_compression(

@@ -30,6 +30,8 @@ from nsa_gen.verification.dense import (
 )
 
 SCORE_BYTES = 1 << 28
+SINKS = ("sink_win",)
+"""Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Sequence:
     """One sequence, its tensors without a batch dimension; a branch that is absent has None.
 
     `raw_cmp`, `slc`, `win` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when the caller
-    passes them, else by `compress`.
+    passes them, else by `compress`. `sink_win` (Hq,) is the same for every sequence of a call.
     """
 
     tokens: int
@@ -79,6 +81,12 @@ class Sequence:
     win: tuple[Tensor, Tensor] | None
     indices: Tensor | None
     counts: Tensor | None
+    sink_win: Tensor | None = None
+
+    def sink(self, branch: str, kv_heads: int) -> Tensor | None:
+        """The sink (Hkv, G) of a branch's softmax, None where it has none."""
+        sink = self.sink_win if branch == "win" else None
+        return None if sink is None else sink.unflatten(0, (kv_heads, -1))
 
 
 # Sections 6 and 7: the operator
@@ -127,6 +135,7 @@ def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequen
         win=head(s.win, tokens),
         indices=rows(s.indices),
         counts=rows(s.counts),
+        sink_win=s.sink_win,
     )
 
 
@@ -145,7 +154,8 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
     for branch in p.branches:  # compression comes first: selection needs its importance
         mask = branch_mask(p, s, branch, t, found.get("indices"))
         pair = getattr(s, branch)
-        o, lse, probabilities = attend(q, pair[0].transpose(0, 1), pair[1].transpose(0, 1), mask, p.scale, p.tf32)
+        k, v = pair[0].transpose(0, 1), pair[1].transpose(0, 1)
+        o, lse, probabilities = attend(q, k, v, mask, p.scale, p.tf32, s.sink(branch, p.kv_heads))
         found[f"o_{branch}"] = o.permute(2, 0, 1, 3).reshape(rows, p.query_heads, p.head_dim_v)
         found[f"lse_{branch}"] = lse.permute(2, 0, 1).reshape(rows, p.query_heads)
         outputs.append(found[f"o_{branch}"])
@@ -224,7 +234,7 @@ def split_sequences(
     bounds = [0] * (q.shape[0] + 1) if cu_seqlens is None else cu_seqlens.tolist()
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         where: Any = i if cu_seqlens is None else slice(start, stop)
-        mine = {name: None if x is None else x[where] for name, x in tensors.items()}
+        mine = {name: x if x is None or name in SINKS else x[where] for name, x in tensors.items()}
         raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
         tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
         compressed = p.compressed_blocks(tokens)
@@ -249,6 +259,7 @@ def split_sequences(
                 win=raw.get("win"),
                 indices=mine.get("indices"),
                 counts=mine.get("counts"),
+                sink_win=mine.get("sink_win"),
             )
         )
     return found
@@ -307,6 +318,7 @@ def reference_attention(
     v_cmp: Tensor | None = None,
     indices: Tensor | None = None,
     counts: Tensor | None = None,
+    sink_win: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     score_bytes: int = SCORE_BYTES,
 ) -> OracleResult:
@@ -316,25 +328,27 @@ def reference_attention(
     and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
     the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
     computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. Query rows are taken in chunks whose scores need at most
-    `score_bytes`.
+    computed all the same), for comparisons on equal indices. `sink_win` (Hq,) is the window's sink. Query rows are
+    taken in chunks whose scores need at most `score_bytes`.
 
-    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp and phi's parameters. Raises
-    ValueError where the spec needs an argument that is None.
+    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sink and phi's parameters.
+    Raises ValueError where the spec needs an argument that is None.
     """
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
-        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts,
+        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_win": sink_win,
     }  # fmt: skip
     learned = learned_parameters(compression)
     if parameters.gate != "none":
         _required("gates", gates)
     if parameters.indices_given:
         _required("indices", indices)
+    if parameters.window_sink:
+        _required("sink_win", sink_win)
     sequences = split_sequences(parameters, tensors, cu_seqlens)
     nothing = not sequences
     if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
-        zeros = {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in tensors.items()}
+        zeros = {n: x if x is None or n in SINKS else x.new_zeros(1, *x.shape[1:]) for n, x in tensors.items()}
         sequences = split_sequences(parameters, zeros, None if cu_seqlens is None else torch.tensor([0, 0]))
     results = []
     for sequence in sequences:

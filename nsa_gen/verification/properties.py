@@ -118,6 +118,7 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
             selection_block=None,
             indices_given=False,
             window=tokens,
+            window_sink=False,
             gate="none",
             shared_kv=True,
         )
@@ -185,7 +186,7 @@ def batch_entries_are_alone(trial: Trial) -> list[Row]:
     learned = inputs.compression
     turned = replace(relations.mapped(inputs, lambda name, x: x.flip(0)), compression=learned)
     first, second = (
-        {name: x for name, x in trial.call(each).tensors().items() if not name.startswith("dcompression")}
+        {name: x for name, x in trial.call(each).tensors().items() if not relations.is_gradient_of_parameters(name)}
         for each in (inputs, turned)
     )
     second = {name: x.flip(0) for name, x in second.items()}
@@ -215,7 +216,7 @@ def neighbours_have_no_influence(trial: Trial) -> list[Row]:
     plain = replace(inputs, compression=None)
     other = replace(relations.mapped(plain, neighbours), compression=inputs.compression)
     before, after = (
-        {name: x[:1] for name, x in trial.call(each).tensors().items() if not name.startswith("dcompression")}
+        {name: x[:1] for name, x in trial.call(each).tensors().items() if not relations.is_gradient_of_parameters(name)}
         for each in (inputs, other)
     )
     summed = {n for n in before if relations.is_gradient_of_raw_keys(n)} if p.selection_block is not None else set()
@@ -337,7 +338,7 @@ def dense_branches(p: OracleParameters, case: Case) -> list[str]:
     found = []
     if p.selection_block is not None and not p.indices_given and keys <= p.selection_count * p.selection_block:
         found.append("slc")
-    if p.window is not None and keys <= p.window:
+    if p.window is not None and keys <= p.window and not p.window_sink:
         found.append("win")
     return found
 

@@ -16,7 +16,7 @@ from nsa_gen.verification.checking import comparison_row, drift_sources
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import reference_gradients
 from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import compressed_rows
+from nsa_gen.verification.oracle import SINKS, compressed_rows
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.tolerance import compare, unit_roundoff
 
@@ -25,10 +25,15 @@ BY_QUERY = ("q", "do", "gates", "indices", "counts")
 
 
 def mapped(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """`inputs` with `change(name, tensor)` in the place of each tensor, phi's parameters by their own names."""
+    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks.
+
+    phi's parameters go by their own names.
+    """
     changed: dict[str, object] = {}
     for field in fields(inputs):
         value = getattr(inputs, field.name)
+        if field.name in SINKS:
+            continue
         if isinstance(value, Tensor):
             changed[field.name] = change(field.name, value)
         elif value is not None:
@@ -182,7 +187,7 @@ def joined(p: OracleParameters, inputs: Inputs, calls: Sequence[Call]) -> dict[s
     rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
     for name in calls[0].tensors():
         parts = [call.tensors()[name] for call in calls]
-        if name.startswith("dcompression"):
+        if is_gradient_of_parameters(name):
             found[name] = torch.stack([part.double() for part in parts]).sum(0)
         elif name.removeprefix("d") in COMPRESSED:
             total = inputs.q.shape[0] // (p.compression_stride or 1)
@@ -212,7 +217,7 @@ def padded(p: OracleParameters, inputs: Inputs, rows: int) -> Inputs:
 
 def cut(tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Results of a padded call, by the rows that `whole`, those of the call without padding, has, and the rest."""
-    rows = {name: 0 if name.startswith("dcompression") else x.shape[0] for name, x in whole.items()}
+    rows = {name: 0 if is_gradient_of_parameters(name) else x.shape[0] for name, x in whole.items()}
     kept = {name: x[: rows[name]] if rows[name] else x for name, x in tensors.items()}
     return kept, {name: x[rows[name] :] for name, x in tensors.items() if rows[name]}
 
@@ -261,7 +266,7 @@ def rejoined(
             expected[name] = torch.cat(pieces, 1)
             continue
         exact = [piece.double() for piece in pieces]
-        if not name.startswith("dcompression"):
+        if not is_gradient_of_parameters(name):
             longest = max(piece.shape[1] for piece in exact)
             exact = [_lengthened(piece, longest) for piece in exact]
         expected[name] = torch.stack(exact).sum(0)
@@ -283,7 +288,7 @@ def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, T
     tensors = call.tensors()
     for name in names:
         x = tensors[name]
-        if not is_gradient(name) or name in ("dq", "dgates"):
+        if not is_gradient(name) or name in ("dq", "dgates") or name[1:] in SINKS:
             expected[name] = x
             continue
         dim = 0 if name.startswith("dcompression") else x.dim() - 2
@@ -296,6 +301,11 @@ def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, T
 def is_gradient(name: str) -> bool:
     """Whether a result is a gradient, by its name."""
     return name.startswith("d")
+
+
+def is_gradient_of_parameters(name: str) -> bool:
+    """Whether a result is the gradient of phi's parameters or a sink, which sums over all tokens."""
+    return name.startswith("dcompression") or name[1:] in SINKS
 
 
 def is_gradient_of_raw_keys(name: str) -> bool:
@@ -371,7 +381,7 @@ def near(
             drift=drift,
             sources=drift_sources(p, inputs, name),
             tf32=p.tf32,
-            rows=not name.startswith("lse"),
+            rows=not name.startswith("lse") and name[1:] not in SINKS,
         )
         found.append(comparison_row(label, f"{title}: {name}", comparison))
     return found

@@ -186,6 +186,8 @@ def _changes(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if selection["block"] > 16:
             yield {"selection": {**selection, "block": 16}}
     if window is not None:
+        if window.get("sink", "none") != "none":
+            yield {"window": {**window, "sink": "none"}}
         for size in (1, 2, window["size"] // 2):
             if 0 < size < window["size"]:
-                yield {"window": {"size": size}}
+                yield {"window": {**window, "size": size}}

@@ -21,6 +21,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
         spec.branches,
         compression and (compression.phi.key, compression.phi.value, compression.position),
         selection and selection.indices,
+        spec.window and spec.window.sink,
         spec.combine.gate,
         spec.kv,
         spec.passes,
@@ -42,6 +43,8 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
     if spec.selection:
         made.add(("indices", spec.selection.indices))
+    if spec.window:
+        made.add(("sink", spec.window.sink))
     return made
 
 

@@ -125,25 +125,14 @@ MUTANTS = (
         "the selected and the window branch are combined by each other's gate",
         FULL_FORWARD,
         ("o",),
-        (
-            Edit(
-                "kernels/combine.py",
-                "gate_offsets + 1, valid)[:, None] * o_slc",
-                "gate_offsets + 2, valid)[:, None] * o_slc",
-            ),
-            Edit(
-                "kernels/combine.py",
-                "gate_offsets + 2, valid)[:, None] * o_win",
-                "gate_offsets + 1, valid)[:, None] * o_win",
-            ),
-        ),
+        (Edit("kernels/combine.py", "(gates + branch, at.valid)[:,", "(gates + (3 - branch) % 3, at.valid)[:,"),),
     ),
     Mutant(
         "gate_gradient_without_sigmoid",
         "the gradient of the selected branch's gate is that of the gate's value, not of its logit",
         FULL,
         ("dgates",),
-        (Edit("kernels/combine.py", "dgate_slc = delta_slc * gate_slc * (1.0 - gate_slc)", "dgate_slc = delta_slc"),),
+        (Edit("kernels/combine.py", "* gate * (1.0 - gate)", "* (gate * (1.0 - gate) if branch != 1 else 1.0)"),),
     ),
     Mutant(
         "gate_omitted_in_dv",

@@ -46,6 +46,9 @@ SPECS: dict[str, Spec] = {
     "free": small_spec("cmp slc", gate="none", scale=0.37, count=3, initial=0, local=0),
     "full": small_spec(scale=0.37),
     "local": small_spec(scale=0.37, count=4, local=2, window=40),
+    "sink": small_spec("win", scale=0.37, sink="learned"),
+    "sink and local": small_spec(scale=0.37, count=4, local=2, window=40, sink="learned"),
+    "cached sink": small_spec("win", gate="none", scale=0.37, kv_heads=2, sink="learned", passes=("forward", "decode")),
     "cached": small_spec(scale=0.37, passes=("forward", "decode")),
     "cached choice": small_spec("cmp slc", gate="none", scale=0.37, initial=0, local=0, passes=("forward", "decode")),
 }

@@ -116,7 +116,7 @@ MUTANTS = (
         "nothing is written to the rows behind the last packed sequence",
         PADDED,
         ("o", "o_cmp", "lse_cmp", "o_win", "selection", "dq", "dk", "dv", "dgates"),
-        (Edit("kernels/padding.py", "tl.load(cu_seqlens + num_sequences)", "rows", times=2),),
+        (Edit("kernels/padding.py", "tl.load(cu_seqlens + num_sequences)", "rows"),),
     ),
     Mutant(
         "first_row_of_padding_left_as_it_is",
@@ -128,7 +128,6 @@ MUTANTS = (
                 "kernels/padding.py",
                 "tl.load(cu_seqlens + num_sequences)",
                 "tl.load(cu_seqlens + num_sequences) + 1",
-                times=2,
             ),
         ),
     ),
@@ -154,8 +153,8 @@ MUTANTS = (
         (
             Edit(
                 "kernels/compression_pool.py",
-                "element_tokens = blocks * COMPRESSION_STRIDE + element",
-                "element_tokens = blocks * COMPRESSION_STRIDE + element + 1",
+                "    tokens = blocks * COMPRESSION_STRIDE + element",
+                "    tokens = blocks * COMPRESSION_STRIDE + element + 1",
             ),
         ),
     ),
@@ -181,10 +180,8 @@ MUTANTS = (
             Edit(
                 "kernels/compression_pool.py",
                 "        partial = partial_ptr +",
-                "        x = load_element(\n"
-                "            x_base, position_ptr, kv_head, blocks, element ^ 1, stride_xt, in_range,"
-                " HEAD_DIM, COLUMNS\n"
-                "        )\n"
+                "        x = load_elements(x_base, blocks, element ^ 1, stride_xt, in_range, HEAD_DIM, COLUMNS)\n"
+                "        x = add_position(x, position_ptr, kv_head, element ^ 1, HEAD_DIM, COLUMNS)\n"
                 "        partial = partial_ptr +",
             ),
         ),

@@ -23,6 +23,7 @@ from tests.mutants import (
     options,
     packing,
     selection,
+    sink,
 )
 from tests.mutants.model import CacheCheck, Check, Equivalent, Mutant, build, failures
 
@@ -34,6 +35,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *key_major.MUTANTS,
     *key_major_backward.MUTANTS,
     *local_in_window.MUTANTS,
+    *sink.MUTANTS,
     *inference.MUTANTS,
     *options.MUTANTS,
 )

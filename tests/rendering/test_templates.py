@@ -13,13 +13,7 @@ from nsa_gen.rendering.environment import environment
 
 # Those that still assemble names or lists of arguments. None may be added; one that becomes Python is taken off.
 NOT_YET = {
-    "kernels/append.py.jinja",
-    "kernels/combine.py.jinja",
-    "kernels/compression.py.jinja",
-    "kernels/compression_pool.py.jinja",
     "kernels/decode_attend.py.jinja",
-    "kernels/decode_select.py.jinja",
-    "kernels/padding.py.jinja",
     "package/steps.py.jinja",
     "package/arguments.py.jinja",
     "package/operator.py.jinja",

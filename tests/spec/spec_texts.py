@@ -91,6 +91,9 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     document["compression"] = draw(_compressions(selection_block))
     document["selection"] = draw(_selections(selection_block, "compression" in branches))
     document["window"] = {"size": draw(st.integers(1, 65536))}
+    if draw(st.sampled_from([False, False, True])):
+        document["version"] = 2
+        document["window"] |= draw(st.sampled_from([{}, {"sink": "none"}, {"sink": "learned"}, {"sink": "learned"}]))
     return {name: value for name, value in document.items() if name in branches or name not in _BRANCHES}
 
 

@@ -114,11 +114,11 @@ def test_every_missing_field_is_named_with_what_it_expects() -> None:
     assert problems[1].message == "this field is required; expected a mapping with qk and v"
 
 
-@pytest.mark.parametrize("version", ["2", "0", "'1'", "1.0", "true"])
+@pytest.mark.parametrize("version", ["3", "0", "'1'", "1.0", "true"])
 def test_an_unknown_version_is_refused_alone_because_the_rest_may_mean_something_else(version: str) -> None:
     problem = only_problem(f"version: {version}\nwhatever: 3\n")
     assert (problem.line, problem.column, problem.field) == (1, 10, "version")
-    assert problem.message.startswith("unknown version: expected the number 1, got ")
+    assert problem.message.startswith("unknown version: expected the number 1 or 2, got ")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_branch_that_is_no_mapping_is_refused_with_the_form_it_should_have() -
     assert (problem.line, problem.column, problem.message, problem.hint) == (
         8,
         9,
-        "expected a mapping with size, got the integer 512",
+        "expected a mapping with size and sink, got the integer 512",
         "write window: {size: ...}",
     )
 
@@ -216,6 +216,7 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "some_branch": ({"compression": None, "selection": None, "window": None}, 1, 1, ""),
     "groups_are_whole": ({"heads": {"query": 8, "kv": 3}}, 3, 16, "heads.query"),
     "tf32_needs_float32": ({"dtype": "bfloat16", "fp32_precision": "tf32"}, 9, 17, "fp32_precision"),
+    "window_sink_needs_version_2": ({"window": {"size": 8, "sink": "learned"}}, 8, 25, "window.sink"),
     "stride_divides_compression_block": ({"compression": {"block": 24, "stride": 16}}, 6, 34, "compression.stride"),
     "computed_selection_needs_compression": ({"compression": None}, 6, 12, "selection"),
     "stride_divides_selection_block": ({"compression": {"block": 24, "stride": 24}}, 6, 34, "compression.stride"),
@@ -337,3 +338,17 @@ def test_replace_validates_what_it_changes() -> None:
     assert spec.replace(window=None).branches == ("cmp", "slc")
     with pytest.raises(ValidationError, match="tf32"):
         spec.replace(dtype="bfloat16")
+
+
+def test_a_sink_under_version_1_is_refused_by_the_field_and_the_version_it_needs() -> None:
+    problem = only_problem(as_text(base_document(window={"size": 8, "sink": "learned"})))
+    assert problem.field == "window.sink"
+    assert "needs version: 2" in problem.message and "version 1" in problem.message
+    assert problem.hint == "write version: 2"
+
+
+def test_a_sink_is_none_or_learned() -> None:
+    problem = only_problem(as_text(base_document(version=2, window={"size": 8, "sink": "learnt"})))
+    assert problem.field == "window.sink"
+    assert problem.message == "expected none or learned, got the string 'learnt'"
+    assert problem.hint == "did you mean 'learned'?"

@@ -117,3 +117,12 @@ def test_a_file_without_suffix_is_read_when_no_shipped_spec_has_its_name(
     assert load_spec("mine").name == "example"
     assert load_spec("tiny").name == "tiny"
     assert load_spec("./tiny").name == "example"
+
+
+def test_a_field_of_version_2_is_written_out_in_version_2_alone() -> None:
+    first, second = (parse_spec(as_text(base_document(version=version))) for version in (1, 2))
+    assert first.window is not None and second.window is not None
+    assert first.window.sink == second.window.sink == "none"
+    assert "window:\n  size: 512\ncombine" in first.resolved_yaml()
+    assert "window:\n  size: 512\n  sink: none\ncombine" in second.resolved_yaml()
+    assert "sink" not in first.model_dump()["window"] and second.model_dump()["window"]["sink"] == "none"

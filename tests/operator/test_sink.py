@@ -1,0 +1,302 @@
+"""The window's sink: a logit per query head that joins the softmax's denominator and has no value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_gen.lowering import lower
+from nsa_gen.lowering.plan import HOPPER_ROWS
+from nsa_gen.rendering import render
+from nsa_gen.verification import Inputs
+from nsa_gen.verification.calls import call_package
+from nsa_gen.verification.dense import attend
+from nsa_gen.verification.inference import Scenario, Step, run_scenario
+from nsa_gen.verification.oracle import reference_attention
+from nsa_gen.verification.relations import padded
+from tests.support import (
+    DEVICE,
+    Operator,
+    assert_matches_oracle,
+    call,
+    call_with_gradients,
+    inputs_of,
+    operator_of,
+    small_spec,
+)
+
+SPECS: dict[str, dict[str, Any]] = {
+    "window alone": {"branches": "win", "gate": "none", "kv_heads": 2},
+    "window alone, gated": {"branches": "win", "gate": "given", "group": 3},
+    "every branch": {"window": 20},
+    "keys of each branch": {"kv": "per_branch", "gate": "none", "dims": (24, 40)},
+    "no local blocks": {"branches": "slc win", "indices": "input", "window": 7},
+    "half precision": {"dtype": "float16", "group": 3},
+}
+every_spec = pytest.mark.parametrize("name", SPECS)
+
+
+def operator(name: str, **more: Any) -> Operator:
+    changes = {**SPECS[name], "sink": "learned", **more}
+    return operator_of(changes.pop("branches", "cmp slc win"), **changes)
+
+
+def with_sink(inputs: Inputs, *sinks: float) -> Inputs:
+    """The same inputs with these sinks, the last of them for the heads that are left."""
+    heads = inputs.q.shape[-2]
+    values = [*sinks, *sinks[-1:] * heads][:heads]
+    return replace(inputs, sink_win=torch.tensor(values, dtype=torch.float32, device=DEVICE))
+
+
+def assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    differing = [name for name, x in first.items() if not torch.equal(x, second[name])]
+    assert not differing
+
+
+@every_spec
+def test_outputs_and_gradients_agree_with_the_oracle(name: str) -> None:
+    op = operator(name)
+    assert "dsink_win" in assert_matches_oracle(op, 21)
+    assert_matches_oracle(op, 3, tokens_kv=38, batch=2)
+    assert_matches_oracle(op, (9, 0, 1, 17))
+
+
+@pytest.mark.parametrize("kind", ["strided", "spread", "hot", "rising", "falling", "late"])
+def test_hard_inputs_agree_with_the_oracle(kind: str) -> None:
+    assert_matches_oracle(operator("window alone"), 19, kind=kind)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9, 10, 11, 16, 17])
+def test_any_length_agrees_with_the_oracle(tokens: int) -> None:
+    if tokens:
+        assert_matches_oracle(operator("window alone, gated"), tokens, batch=2)
+    else:
+        found = call_with_gradients(operator("window alone, gated"), inputs_of(operator("window alone, gated"), 0))
+        assert found["o"].numel() == 0 and torch.equal(found["dsink_win"], torch.zeros(3, device=DEVICE))
+
+
+@every_spec
+def test_a_sink_of_minus_infinity_is_no_sink_to_the_last_bit(name: str) -> None:
+    op, plain = operator(name), operator(name, sink="none")
+    inputs = with_sink(inputs_of(op, 5, tokens_kv=38), -math.inf)
+    found = call_with_gradients(op, inputs)
+    assert torch.equal(found.pop("dsink_win"), torch.zeros_like(inputs.sink_win))
+    assert_equal_bits(found, call_with_gradients(plain, replace(inputs, sink_win=None)))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows out of range
+@pytest.mark.parametrize("sink", [200.0, 1e4, 1e30])
+def test_a_large_sink_takes_all_the_weight(sink: float) -> None:
+    op = operator("window alone")
+    found = call_with_gradients(op, with_sink(inputs_of(op, 19), sink))
+    assert all(not found[name].any() for name in ("o", "o_win", "dq", "dk", "dv", "dsink_win") if name in found)
+    torch.testing.assert_close(found["lse_win"], torch.full_like(found["lse_win"], sink), rtol=4 * 2.0**-24, atol=0)
+
+
+def test_a_sink_of_nan_reaches_the_outputs_of_its_head_alone() -> None:
+    op = operator("every branch", group=2, kv_heads=2)
+    inputs = inputs_of(op, 19)
+    found = call(op, with_sink(inputs, 0.5, 0.25, math.nan, 0.125), return_aux=True)
+    other = call(op, with_sink(inputs, 0.5, 0.25, 0.0, 0.125), return_aux=True)
+    for x, y in ((found[0], other[0]), *zip(found[1], other[1], strict=True)):
+        if x is found[0] or x is found[1].o_win or x is found[1].lse_win:
+            assert torch.isnan(x[:, :, 2]).all()
+            x, y = x[:, :, [0, 1, 3]], y[:, :, [0, 1, 3]]
+        assert torch.equal(x, y)
+
+
+def test_the_gradient_is_the_slope_of_the_output() -> None:
+    """Central differences of steps h err by h^2 / 6 times the third derivative, and by a rounding of the sum over h."""
+    op = operator("window alone, gated")
+    inputs = inputs_of(op, 18)
+    gradient = call_with_gradients(op, inputs)["dsink_win"]
+    step = 0.05
+    for head in range(3):
+        sums = []
+        for sign in (1, -1):
+            moved = inputs.sink_win.clone()
+            moved[head] += sign * step
+            sums.append((call(op, replace(inputs, sink_win=moved)).double() * inputs.do.double()).sum().item())
+        slope = (sums[0] - sums[1]) / (2 * step)
+        scale = (inputs.do.abs() * call(op, inputs).abs())[:, :, head].sum().item()
+        assert abs(gradient[head].item() - slope) <= scale * (step**2 / 6 + 8 * 2.0**-24 / step)
+
+
+def test_autograd_checks_the_gradient_of_the_oracle() -> None:
+    op = operator("window alone, gated")
+    inputs = inputs_of(op, 6).to(torch.float64)
+
+    def o(sink: Tensor) -> Tensor:
+        return reference_attention(op.parameters, **replace(inputs, sink_win=sink).arguments()).o
+
+    assert inputs.sink_win is not None and inputs.sink_win.dtype == torch.float64
+    assert torch.autograd.gradcheck(o, inputs.sink_win.requires_grad_())
+
+
+def test_a_row_of_the_oracle_that_sees_nothing_has_the_sink_for_its_lse() -> None:
+    q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 5, 5))
+    visible = torch.tensor([[[True] * 5, [False] * 5, [True] + [False] * 4]])
+    sink = torch.tensor([[0.75, -math.inf]], dtype=torch.float64)
+    o, lse, p = attend(q, k[:, 0], v[:, 0], visible, 0.5, sink=sink)
+    assert not o[0, :, 1].any() and not p[0, :, 1].any()
+    assert lse[0, 0, 1] == 0.75 and lse[0, 1, 1] == -math.inf
+    kept = torch.exp(sink[..., None] - lse).nan_to_num(0.0)
+    torch.testing.assert_close(p.sum(-1) + kept, torch.tensor([[[1.0, 1, 1], [1, 0, 1]]], dtype=torch.float64))
+
+
+def test_rows_behind_the_last_sequence_have_no_sink_and_no_part_in_its_gradient() -> None:
+    op = operator("every branch")
+    inputs = inputs_of(op, (17, 0, 5))
+    plain = call_package(op.module, inputs, True).tensors()
+    found = call_package(op.module, padded(op.parameters, inputs, 37), True).tensors()
+    assert torch.isfinite(found["dsink_win"]).all() and torch.equal(found["dsink_win"], plain["dsink_win"])
+    assert torch.equal(found["lse_win"][22:], torch.full_like(found["lse_win"][22:], -math.inf))
+    assert not found["o"][22:].any()
+
+
+@pytest.mark.parametrize("tokens", [23, (17, 0, 5)])
+def test_two_equal_calls_have_equal_bits(tokens: Any) -> None:
+    op = operator("every branch")
+    inputs = inputs_of(op, tokens)
+    assert_equal_bits(*(call_package(op.module, inputs, True).tensors() for _ in range(2)))
+
+
+@every_spec
+def test_what_is_recomputed_has_the_same_bits(name: str) -> None:
+    op = operator(name)
+    inputs = inputs_of(op, 5, tokens_kv=38)
+    first, second = (call_package(op.module, inputs, True, recompute=each).tensors() for each in ((), ("win",)))
+    assert_equal_bits(first, second)
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_the_selected_branch_does_not_notice_the_sink(local: int) -> None:
+    op, plain = (operator("every branch", count=4, local=2, window=40, sink=sink) for sink in ("learned", "none"))
+    assert lower(op.spec).local_in_window
+    inputs = inputs_of(op, 5, tokens_kv=67)
+    found = []
+    for each, given in ((op, inputs), (plain, replace(inputs, sink_win=None))):
+        with each.configs.override("selected_attention", LOCAL_IN_WINDOW=local):
+            found.append(call(each, given, return_aux=True)[1])
+    assert torch.equal(found[0].o_slc, found[1].o_slc) and torch.equal(found[0].lse_slc, found[1].lse_slc)
+    assert not torch.equal(found[0].o_win, found[1].o_win)
+    with op.configs.override("selected_attention", LOCAL_IN_WINDOW=local):
+        assert_matches_oracle(op, 5, tokens_kv=67)
+
+
+@pytest.mark.parametrize("tokens", [19, (9, 0, 12)])
+def test_the_window_alone_takes_the_sink_too(tokens: Any) -> None:
+    op = operator("window alone")
+    inputs = inputs_of(op, tokens)
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v", "sink_win")}
+    o, lse = op.window_attention(**leaves, cu_seqlens=inputs.cu_seqlens)
+    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
+    whole = call_with_gradients(op, inputs)
+    assert torch.equal(o, whole["o"]) and torch.equal(lse, whole["lse_win"])
+    for name, gradient in zip(leaves, found, strict=True):
+        assert torch.equal(gradient, whole[f"d{name}"]), name
+
+
+@pytest.mark.parametrize(
+    ("sink", "error", "message"),
+    [
+        (None, TypeError, r"sink_win: expected a torch.Tensor of shape \(Hq=4"),
+        (torch.zeros(4, dtype=torch.float64), TypeError, "sink_win: expected dtype torch.float32"),
+        (torch.zeros(2), ValueError, "sink_win: expected shape"),
+        (torch.zeros(1, 4), ValueError, "sink_win: expected shape"),
+    ],
+)
+def test_a_sink_that_is_wrong_is_refused_by_name(sink: Tensor | None, error: type[Exception], message: str) -> None:
+    op = operator("window alone")
+    inputs = inputs_of(op, 3)
+    q, k, v = (getattr(inputs, name) for name in ("q", "k", "v"))
+    sink = sink if sink is None else sink.to(DEVICE)
+    for _ in range(2):  # before and after such a call has passed the other checks
+        with pytest.raises(error, match=message):
+            op.nsa_attention(q, k, v, sink_win=sink)
+        with pytest.raises(error, match=message):
+            op.window_attention(q, k, v, sink_win=sink)
+        op.nsa_attention(q, k, v, sink_win=inputs.sink_win)
+
+
+def test_a_package_without_a_sink_knows_no_such_argument() -> None:
+    plain = operator("window alone", sink="none")
+    inputs = inputs_of(plain, 3)
+    with pytest.raises(TypeError, match="sink_win"):
+        plain.nsa_attention(inputs.q, inputs.k, inputs.v, sink_win=torch.zeros(4))
+    assert not any("sink" in text for text in render(small_spec("win")).values())
+
+
+STEPS = (
+    Step("prefill", (5, 0)),
+    Step("fill", (60, 41)),
+    Step("decode", (1, 1)),
+    Step("prefill", (3, 2)),
+    Step("decode", (2, 1)),
+)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("name", ["window alone", "every branch", "keys of each branch", "no local blocks"])
+def test_prefill_and_decode_have_the_sink(name: str, page_size: int | None) -> None:
+    op = operator(name, passes=("forward", "decode"))
+    rows = run_scenario(op.spec, op.module, Scenario(2, 140, page_size, STEPS), DEVICE.type)
+    assert {"o", "lse_win"} <= {row.quantity for row in rows}
+    failures = [f"{row.case}: {row.quantity}: {row.problem or (row.error, row.bound)}" for row in rows if not row.ok]
+    assert not failures, "\n".join(failures[:8])
+
+
+def test_the_layer_learns_its_sinks() -> None:
+    op = operator("window alone", passes=("forward", "backward", "decode"))
+    torch.manual_seed(1)
+    layer = op.NativeSparseAttention(24, device=DEVICE)
+    assert layer.sink_win.dtype == torch.float32 and torch.equal(layer.sink_win, torch.zeros(4, device=DEVICE))
+    hidden = torch.randn(2, 17, 24, device=DEVICE)
+    out = layer(hidden)
+    out.square().sum().backward()
+    assert layer.sink_win.grad is not None and layer.sink_win.grad.abs().min() > 0
+    with torch.no_grad():
+        layer.sink_win += 3.0
+        changed = layer(hidden)
+        assert not torch.allclose(changed, out)
+        cache = op.NSACache(2, 20, max_new_tokens=2, device=DEVICE)
+        parts = []
+        for part in (hidden[:, :15], hidden[:, 15:]):
+            cache.extend(part.shape[1])
+            parts.append(layer(part, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_hoppers_kernel_is_no_schedule_of_a_window_with_a_sink() -> None:
+    plain, sunk = (small_spec("cmp win", dims=(64, 64), dtype="float16", sink=sink) for sink in ("none", "learned"))
+    offered = [[step.branch for step in lower(spec).attends if step.schedule(HOPPER_ROWS)] for spec in (plain, sunk)]
+    assert offered == [["cmp", "win"], ["cmp"]]
+    alone = small_spec("win", dims=(64, 64), dtype="float16", sink="learned")
+    assert not lower(alone).hopper and not any("hopper" in name for name in render(alone))
+
+
+def test_a_sink_is_a_read_with_a_gradient_and_a_constant_of_its_step() -> None:
+    program = lower(small_spec(sink="learned"))
+    window, others = program.windowed, [step for step in program.attends if step.branch != "win"]
+    assert window is not None and window.sink == "sink_win" and window.constants["SINK"] == 1
+    assert "sink_win" in window.reads and "sink_win" in window.gradients
+    assert not any(step.sink or "sink_win" in step.reads for step in others)
+    assert program.sinks == ("sink_win",) and lower(small_spec()).sinks == ()
+
+
+def test_a_row_that_pads_a_batch_in_decode_has_no_sink() -> None:
+    op = operator("window alone", passes=("forward", "decode"))
+    inputs = inputs_of(op, 2, batch=2)
+    cache = op.NSACache(2, 20, max_new_tokens=2, device=DEVICE)
+    cache.extend([2, 1])
+    cache.write(inputs.k, inputs.v)
+    for infer in (op.nsa_decode, op.nsa_prefill):
+        o, aux = infer(inputs.q, cache, sink_win=inputs.sink_win, return_aux=True)
+        assert torch.isfinite(aux.lse_win[0]).all() and torch.isfinite(aux.lse_win[1, 0]).all()
+        assert not o[1, 1].any() and (aux.lse_win[1, 1] == -math.inf).all()
