@@ -183,7 +183,7 @@ class OneOf:
 class Version:
     """The version of the spec language."""
 
-    known: tuple[int, ...] = (1,)
+    known: tuple[int, ...] = (1, 2)
 
     @property
     def expected(self) -> str:

@@ -12,10 +12,10 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from nsa_gen.spec.constraints import violations
+from nsa_gen.spec.constraints import SINCE_VERSION_2, violations
 from nsa_gen.spec.emit import to_yaml
 from nsa_gen.spec.fields import RANGES, OneOf, PackageName, Paragraph, Passes, SoftmaxScale, Version, join
 
@@ -119,13 +119,18 @@ class Selection(Record):
     )
     indices: Annotated[Literal["computed", "input"], OneOf(("computed", "input"))] = Field(
         default="computed",
-        description="computed ranks blocks by the compressed scores; input makes the indices an argument.",
+        description="computed ranks blocks by their scores; input makes the indices an argument.",
     )
     initial: Annotated[int, RANGES["selection.initial"]] = Field(
         default=1, description="First blocks of the sequence that are always chosen; 0 with indices: input."
     )
     local: Annotated[int, RANGES["selection.local"]] = Field(
         default=2, description="Most recent blocks, the query's own included, always chosen; 0 with indices: input."
+    )
+    scores: Annotated[Literal["compression", "mean"], OneOf(("compression", "mean"))] = Field(
+        default="compression",
+        description="What blocks are ranked by: compression (attention to the compressed keys) or, in version 2, mean "
+        "(the products of a group's queries with the mean key of the block).",
     )
 
     @classmethod
@@ -153,9 +158,11 @@ class Combine(Record):
 
 
 class Spec(Record):
-    """A natively sparse attention operator, version 1 of the language. At least one branch must be present."""
+    """A natively sparse attention operator. At least one branch must be present."""
 
-    version: Annotated[Literal[1], Version()] = Field(description="Version of the spec language.")
+    version: Annotated[Literal[1, 2], Version()] = Field(
+        description="Version of the spec language: 2 has all of 1, in the same meaning, and more."
+    )
     name: Annotated[str, PackageName()] = Field(
         description="Name of the generated package: a Python identifier.", examples=["llama3_8b"]
     )
@@ -191,6 +198,16 @@ class Spec(Record):
         if broken:
             raise PydanticCustomError(BROKEN_CONSTRAINTS, "{message}", {"message": "; ".join(broken)})
         return self
+
+    @model_serializer(mode="wrap")
+    def _in_its_version(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Version 1 does not have the fields of version 2, so they are left out there."""
+        document: dict[str, Any] = handler(self)
+        for path in SINCE_VERSION_2 if self.version == 1 else ():
+            *records, name = path.split(".")
+            part = functools.reduce(lambda outer, record: (outer or {}).get(record), records, document)
+            (part or {}).pop(name, None)
+        return document
 
     @property
     def scale_value(self) -> float:

@@ -37,7 +37,7 @@ def json_schema() -> dict[str, Any]:
             one_value = {key: field[key] for key in field if key not in ("description", "default", "examples")}
             description = full.pop("description")
             schema["$defs"][record.__name__] = {"description": description, "anyOf": [one_value, full]}
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Spec of nsa_gen, version 1"}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Spec of nsa_gen"}
     return head | schema
 
 

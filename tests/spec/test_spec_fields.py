@@ -114,11 +114,11 @@ def test_every_missing_field_is_named_with_what_it_expects() -> None:
     assert problems[1].message == "this field is required; expected a mapping with qk and v"
 
 
-@pytest.mark.parametrize("version", ["2", "0", "'1'", "1.0", "true"])
+@pytest.mark.parametrize("version", ["3", "0", "'1'", "1.0", "true"])
 def test_an_unknown_version_is_refused_alone_because_the_rest_may_mean_something_else(version: str) -> None:
     problem = only_problem(f"version: {version}\nwhatever: 3\n")
     assert (problem.line, problem.column, problem.field) == (1, 10, "version")
-    assert problem.message.startswith("unknown version: expected the number 1, got ")
+    assert problem.message.startswith("unknown version: expected the number 1 or 2, got ")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,34 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         57,
         "selection.local",
     ),
+    "selection_scores_needs_version_2": (
+        {"selection": {"block": 64, "count": 4, "scores": "mean"}},
+        7,
+        42,
+        "selection.scores",
+    ),
+    "given_indices_are_not_scored": (
+        {"version": 2, "selection": {"block": 64, "count": 4, "indices": "input", "scores": "mean"}},
+        7,
+        58,
+        "selection.scores",
+    ),
+    "mean_scores_need_the_own_block": (
+        {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": "mean"}},
+        7,
+        41,
+        "selection.local",
+    ),
+    "mean_scores_do_not_decode": (
+        {
+            "version": 2,
+            "selection": {"block": 64, "count": 4, "scores": "mean"},
+            "passes": ["forward", "decode"],
+        },
+        9,
+        9,
+        "passes",
+    ),
     "external_is_both_or_neither": (
         {"compression": {"block": 32, "stride": 16, "phi": {"value": "external"}}},
         6,
@@ -278,6 +306,15 @@ def test_a_spec_built_in_python_obeys_the_same_rules(rule: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Spec.model_validate(base_document(**BROKEN_RULES[rule][0]))
     assert [error["type"] for error in caught.value.errors()] == ["spec_constraints"]
+
+
+def test_scores_of_version_2_are_refused_in_version_1_by_name_and_with_the_version_they_need() -> None:
+    document = base_document(compression=None, selection={"block": 64, "count": 4, "scores": "mean"})
+    problem = only_problem(as_text(document))
+    assert "selection.scores (mean)" in problem.message and "version is 1" in problem.message
+    assert problem.hint == "write version: 2"
+    spec = parse_spec(as_text(document | {"version": 2}))
+    assert spec.selection is not None and spec.selection.scores == "mean" and spec.branches == ("slc", "win")
 
 
 def test_rules_and_fields_are_reported_together() -> None:
