@@ -48,6 +48,7 @@ def small_spec(
     initial: int = 1,
     local: int = 1,
     indices: str = "computed",
+    scores: str = "compression",
     window: int = 10,
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
@@ -59,11 +60,11 @@ def small_spec(
         present["compression"] = Compression(block=compression[0], stride=compression[1], phi=kinds, position=places)
     if "slc" in branches:
         forced = {} if indices == "input" else {"initial": initial, "local": local}
-        present["selection"] = Selection(block=block, count=count, indices=indices, **forced)
+        present["selection"] = Selection(block=block, count=count, indices=indices, scores=scores, **forced)
     if "win" in branches:
         present["window"] = Window(size=window)
     spec = Spec(
-        version=1,
+        version=2 if scores == "mean" else 1,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),
