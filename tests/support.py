@@ -48,6 +48,7 @@ def small_spec(
     initial: int = 1,
     local: int = 1,
     indices: str = "computed",
+    scores: str = "compression",
     window: int = 10,
     sink: str = "none",
     passes: tuple[str, ...] = ("forward", "backward"),
@@ -60,11 +61,11 @@ def small_spec(
         present["compression"] = Compression(block=compression[0], stride=compression[1], phi=kinds, position=places)
     if "slc" in branches:
         forced = {} if indices == "input" else {"initial": initial, "local": local}
-        present["selection"] = Selection(block=block, count=count, indices=indices, **forced)
+        present["selection"] = Selection(block=block, count=count, indices=indices, scores=scores, **forced)
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
     spec = Spec(
-        version=1 if sink == "none" else 2,
+        version=1 if (sink, scores) == ("none", "compression") else 2,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),

@@ -58,6 +58,8 @@ def lower(spec: Spec) -> Plan:
 def _overlap(spec: Spec) -> Overlap | None:
     if spec.selection is None or spec.compression is None or spec.selection.indices == "input":
         return None
+    if spec.selection.scores != "compression":
+        return None
     return overlap(spec.compression.block, spec.compression.stride, spec.selection.block)
 
 

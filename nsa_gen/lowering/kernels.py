@@ -22,6 +22,8 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
     """Kernels of every branch and of the combination, in the order in which forward and then backward launch them."""
     forward: list[Kernel] = []
     backward: list[Kernel] = []
+    if spec.selection and spec.selection.indices == "computed" and not spec.compression:
+        forward += selection_kernels(spec)
     for band in banded.bands(spec):
         forward.append(banded.forward_kernel(spec, band))
         backward += banded.backward_kernels(spec, band)

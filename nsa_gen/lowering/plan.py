@@ -241,6 +241,10 @@ class Plan(InferencePlan):
         """The step of this kind, of a branch if it is an attend step; None if there is none."""
         return next((step for step in self.steps if step.kind == kind and step.branch == branch), None)
 
+    def writer(self, name: str) -> Step | None:
+        """The step that writes a tensor of this name; None if no step does."""
+        return next((step for step in self.steps if name in step.writes), None)
+
     @property
     def attends(self) -> tuple[Step, ...]:
         """Attend steps in the order of their gates."""
@@ -326,7 +330,12 @@ class Plan(InferencePlan):
     @property
     def compresses(self) -> bool:
         """The package computes compressed keys and values itself, as opposed to taking them from the caller."""
-        return self.step("pool") is not None
+        return self.writer("k_cmp") is not None
+
+    @property
+    def scores_means(self) -> bool:
+        """Blocks are chosen by their mean keys, as opposed to the compressed keys; where every slot is forced, too."""
+        return self.selects and self.spec.selection is not None and self.spec.selection.scores == "mean"
 
     @property
     def selects(self) -> bool:
@@ -386,7 +395,7 @@ class Plan(InferencePlan):
 
     def kv(self, branch: str) -> tuple[str, str]:
         """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
-        step = self.step("pool") if branch == "cmp" else self.step("attend", branch)
+        step = self.writer("k_cmp") if branch == "cmp" else self.step("attend", branch)
         assert step is not None
         k, v = step.reads[:2] if step.kind == "pool" else step.reads[1:3]
         return k, v

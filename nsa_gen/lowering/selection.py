@@ -1,11 +1,11 @@
-"""The kernels that choose each token's blocks from the compressed scores."""
+"""The kernels that score the blocks, by the compressed keys or by mean keys, and choose each token's blocks."""
 
 from __future__ import annotations
 
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import FEWEST_ROWS, FP32, LSE_BYTES, Q_BYTES, height_rule, launch, token_tile
+from nsa_gen.lowering.common import FEWEST_ROWS, FP32, LSE_BYTES, Q_BYTES, height_rule, launch, tile, token_tile
 from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
@@ -22,8 +22,12 @@ _SCORE_BYTES = FP32 * s.B * s.Hkv * s.T**2 / (2 * s.SLC_BLOCK)
 
 def selection_kernels(spec: Spec) -> list[Kernel]:
     """The kernels that choose blocks, in the order in which they run."""
+    assert spec.selection is not None
     free = _free_slots(spec)
-    return [_block_scores(spec), _select_blocks(free)] if free else [_select_blocks(free)]
+    if not free:
+        return [_select_blocks(free)]
+    scorer = [_mean_keys(spec), _mean_scores()] if spec.selection.scores == "mean" else [_block_scores(spec)]
+    return [*scorer, _select_blocks(free)]
 
 
 def _free_slots(spec: Spec) -> int:
@@ -65,6 +69,75 @@ def _block_scores(spec: Spec) -> Kernel:
         ),
         useful_flops=2 * s.B * s.Hq * s.T**2 / (2 * s.CMP_STRIDE) * s.Dk,
         compulsory_bytes=Q_BYTES + s.B * s.T / s.CMP_STRIDE * s.Hkv * s.Dk * s.E + LSE_BYTES,
+    )
+
+
+#: Keys of the selection, and their means in float32.
+_KEY_BYTES = s.B * s.T * s.Hkv * s.Dk * s.E
+_MEAN_BYTES = s.B * s.T / s.SLC_BLOCK * s.Hkv * s.Dk * FP32
+
+
+def _mean_keys(spec: Spec) -> Kernel:
+    moved = _KEY_BYTES + _MEAN_BYTES
+    return Kernel(
+        name="mean_keys",
+        module="mean_keys",
+        branch="slc",
+        direction="forward",
+        purpose="mean key of each selection block",
+        schedule="a program a block; one pass over its tokens",
+        tunables=(_block_tokens(spec), *launch(warps=(4,), stages=(1, 2, 3))),
+        constraints=(),
+        resources=Resources(
+            shared_memory=sympy.Integer(0),
+            # The sums and, in fp32, the tokens that are added to them.
+            registers=2 * s.TOKEN_BLOCK * s.PAD_QK,
+            flops=sympy.Integer(0),
+            traffic=moved,
+            streamed=s.TOKEN_BLOCK,
+            height=sympy.Integer(64),
+            programs=s.B * s.Hkv * s.T / s.SLC_BLOCK,
+            memory=moved,
+        ),
+        useful_flops=sympy.Integer(0),
+        compulsory_bytes=moved,
+    )
+
+
+def _block_tokens(spec: Spec) -> Tunable:
+    """Tokens of a selection block that are added at a time."""
+    assert spec.selection is not None
+    values = tile(spec, s.TOKEN_BLOCK, 64).values
+    return Tunable(s.TOKEN_BLOCK.name, tuple(size for size in values if size <= spec.selection.block))
+
+
+def _mean_scores() -> Kernel:
+    # fp32 products run on the ordinary units, whose operands live in registers: tiles are small in every dtype.
+    pairs = s.B * s.Hkv * s.T * (s.T / (2 * s.SLC_BLOCK) + s.BLOCK_TILE / 2)
+    tiles = (16, 32, 64)
+    return Kernel(
+        name="mean_scores",
+        module="selection",
+        branch="slc",
+        direction="forward",
+        purpose="scores of selection blocks: the group's queries times the mean keys",
+        schedule="the group's queries are summed first; blocks are the rows of the products",
+        tunables=(Tunable(s.TOKEN_BLOCK.name, tiles), Tunable(s.BLOCK_TILE.name, tiles), *launch(stages=(1, 2))),
+        constraints=(
+            sympy.Le(s.TOKEN_BLOCK * s.BLOCK_TILE, 2048),
+            sympy.Ge(s.TOKEN_BLOCK * s.BLOCK_TILE, 64 * s.NUM_WARPS),
+        ),
+        resources=Resources(
+            shared_memory=(s.TOKEN_BLOCK + s.NUM_STAGES * s.BLOCK_TILE) * s.PAD_QK * FP32,
+            registers=s.TOKEN_BLOCK * (s.PAD_QK + 2 * s.BLOCK_TILE) + s.BLOCK_TILE * s.PAD_QK / 2,
+            # The model's rate is that of the spec's dtype; fp32 products have a sixteenth of bfloat16's.
+            flops=2 * pairs * s.PAD_QK * sympy.Integer(16) ** (2 - s.E / 2),
+            traffic=pairs / s.TOKEN_BLOCK * s.PAD_QK * FP32 + Q_BYTES + _SCORE_BYTES,
+            streamed=s.BLOCK_TILE,
+            height=s.BLOCK_TILE,
+        ),
+        useful_flops=s.B * s.Hkv * s.T**2 / s.SLC_BLOCK * s.Dk,
+        compulsory_bytes=Q_BYTES + _MEAN_BYTES,
     )
 
 

@@ -130,7 +130,7 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
     assert spec.selection is not None
     present = {kernel.name for kernel in kernels}
     own = [
-        each for each in kernels if each.branch == "slc" and each.direction != "decode" and each.module != "selection"
+        each for each in kernels if each.branch == "slc" and each.direction != "decode" and each.module not in _CHOICE
     ]
     query_major = tuple(each.name for each in own if each.choice and not each.choice[1])
     # dk and dv are key-major in every case.
@@ -150,23 +150,49 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
     )  # fmt: skip
 
 
+#: Modules of the kernels that choose the blocks; the other kernels of the selection's branch attend to them.
+_CHOICE = ("selection", "mean_keys")
+
+
 def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
-    """The scorer (Eq. 8 to 10) and the choice of the best blocks (Eq. 11); without free slots nothing is scored."""
+    """The scorer (Eq. 8 to 10, or mean keys) and the choice of the best blocks (Eq. 11).
+
+    Without free slots nothing is scored.
+    """
     assert spec.selection is not None
     selection = spec.selection
-    scored = "block_scores" in present
     block = {"BLOCK": selection.block}
+    scorer = _score_means(spec, present) if selection.scores == "mean" else _score_compressed(block, present)
     count = {"COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local}
     decode = _decoding(("decode_select",), present)
-    score = Step(
-        "score", "importance", ("q", "k_cmp", "lse_cmp"), ("importance",), (), (), block,
-        (Schedule("from_lse", ("block_scores",)),),
-    )  # fmt: skip
     select = Step(
-        "select", "select_blocks", ("importance",) if scored else (), ("indices", "counts"), (), (), block | count,
+        "select", "select_blocks", scorer[-1].writes if scorer else (), ("indices", "counts"), (), (), block | count,
         (Schedule("sorted_list", ("select_blocks",)), *decode),
     )  # fmt: skip
-    return [score, select] if scored else [select]
+    return [*scorer, select]
+
+
+def _score_compressed(block: dict[str, int], present: set[str]) -> list[Step]:
+    """Importance of the blocks from attention to the compressed keys (Eq. 8 to 10)."""
+    if "block_scores" not in present:
+        return []
+    schedules = (Schedule("from_lse", ("block_scores",)),)
+    return [Step("score", "importance", ("q", "k_cmp", "lse_cmp"), ("importance",), (), (), block, schedules)]
+
+
+def _score_means(spec: Spec, present: set[str]) -> list[Step]:
+    """The mean key of each block of the selection's keys, and the products of a group's queries with it (MoBA)."""
+    if "mean_scores" not in present:
+        return []
+    assert spec.selection is not None
+    block = {"BLOCK": spec.selection.block}
+    keys, _ = kv_names(spec, "slc")
+    pool = Step(
+        "pool", "mean_keys", (keys,), ("mean_keys",), (), (), block | {"STRIDE": spec.selection.block},
+        (Schedule("blocks", ("mean_keys",)),),
+    )  # fmt: skip
+    schedules = (Schedule("group_sum", ("mean_scores",)),)
+    return [pool, Step("score", "mean_scores", ("q", "mean_keys"), ("scores",), (), (), block, schedules)]
 
 
 def upkeep(kernels: Sequence[Kernel], steps: Sequence[Step]) -> tuple[Schedule, ...]:

@@ -222,7 +222,7 @@ def _exports(program: Plan) -> list[str]:
         names.append("CompressionParameters")
     if program.compresses:
         names.append("compress")
-    if program.spec.compression:
+    if program.compressed:
         names.append("compressed_attention")
     if program.selects:
         names.append("select_blocks")

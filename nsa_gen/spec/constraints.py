@@ -15,10 +15,6 @@ Values = Mapping[str, Any]
 Predicate = Callable[[Values], bool]
 
 
-SINCE: Mapping[str, int] = {"window.sink": 2}
-"""Fields that earlier versions of the language lack, and the version that brought each."""
-
-
 def always(v: Values) -> bool:
     """always"""
     return True
@@ -27,11 +23,6 @@ def always(v: Values) -> bool:
 def tf32(v: Values) -> bool:
     """fp32_precision is tf32"""
     return v["fp32_precision"] == "tf32"
-
-
-def sink(v: Values) -> bool:
-    """the window has a sink"""
-    return v["window"] and v["window.sink"] != "none"
 
 
 def compressed(v: Values) -> bool:
@@ -49,9 +40,24 @@ def given(v: Values) -> bool:
     return v["selection"] and v["selection.indices"] == "input"
 
 
+def by_compression(v: Values) -> bool:
+    """the operator selects blocks itself, by scores: compression"""
+    return computed(v) and v["selection.scores"] == "compression"
+
+
+def by_mean(v: Values) -> bool:
+    """the operator selects blocks itself, by scores: mean"""
+    return computed(v) and v["selection.scores"] == "mean"
+
+
 def scored(v: Values) -> bool:
     """blocks are selected by compressed scores"""
-    return v["compression"] and computed(v)
+    return v["compression"] and by_compression(v)
+
+
+def version_1(v: Values) -> bool:
+    """version is 1"""
+    return v["version"] == 1
 
 
 def external(v: Values) -> bool:
@@ -67,6 +73,10 @@ def mlp(v: Values) -> bool:
 def no_mlp(v: Values) -> bool:
     """there is compression without an mlp"""
     return v["compression"] and not mlp(v)
+
+
+SINCE_VERSION_2: Mapping[str, object] = {"selection.scores": "compression", "window.sink": "none"}
+"""Fields that version 2 adds, and the value that they have in every spec of version 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +123,19 @@ class Constraint:
         return re.sub(r"\{([a-z_.]+)\}", lambda match: str(values.get(match[1], match[1])), self.message)
 
 
+def _needs_version_2(field: str, value: object) -> Constraint:
+    return Constraint(
+        id=f"{field.replace('.', '_')}_needs_version_2",
+        when=version_1,
+        holds=lambda v: v[field] == value,
+        at=field,
+        message=f"{field} ({{{field}}}) is part of version 2 of the language, but version is {{version}}",
+        hint="write version: 2",
+    )
+
+
 CONSTRAINTS: tuple[Constraint, ...] = (
+    *(_needs_version_2(field, value) for field, value in SINCE_VERSION_2.items()),
     Constraint(
         id="some_branch",
         holds=lambda v: v["compression"] or v["selection"] or v["window"],
@@ -137,14 +159,6 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         hint="remove fp32_precision, or set dtype: float32",
     ),
     Constraint(
-        id="window_sink_needs_version_2",
-        when=sink,
-        holds=lambda v: v["version"] >= SINCE["window.sink"],
-        at="window.sink",
-        message="window.sink: {window.sink} needs version: 2 of the spec language, but this spec has version {version}",
-        hint="write version: 2",
-    ),
-    Constraint(
         id="stride_divides_compression_block",
         when=compressed,
         holds=lambda v: v["compression.block"] % v["compression.stride"] == 0,
@@ -153,11 +167,11 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="computed_selection_needs_compression",
-        when=computed,
+        when=by_compression,
         holds=lambda v: v["compression"],
         at="selection",
         message="computed selection ranks blocks by the compressed scores, but there is no compression branch",
-        hint="add compression, or set selection.indices: input",
+        hint="add compression, or set selection.indices: input, or selection.scores: mean with version: 2",
     ),
     Constraint(
         id="stride_divides_selection_block",
@@ -190,6 +204,32 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         also=("selection.local",),
         message="with indices: input the caller chooses every block; initial and local would have no effect",
         hint="remove initial and local",
+    ),
+    Constraint(
+        id="given_indices_are_not_scored",
+        when=given,
+        holds=lambda v: v["selection.scores"] == "compression",
+        at="selection.scores",
+        message="with indices: input nothing is scored; scores ({selection.scores}) would have no effect",
+        hint="remove scores, or set selection.indices: computed",
+    ),
+    Constraint(
+        id="mean_scores_need_the_own_block",
+        when=by_mean,
+        holds=lambda v: v["selection.local"] >= 1,
+        at="selection.local",
+        message="selection.local ({selection.local}) must be at least 1 with scores: mean, which rank only the blocks "
+        "before the query's own",
+        hint="local: 1 is the query's own block",
+    ),
+    Constraint(
+        id="mean_scores_do_not_decode",
+        when=by_mean,
+        holds=lambda v: "decode" not in v["passes"],
+        at="passes",
+        also=("selection.scores",),
+        message="decode is not offered yet with selection.scores: mean",
+        hint="remove decode from passes, or score by compression",
     ),
     Constraint(
         id="external_is_both_or_neither",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from nsa_gen.spec.constraints import SINCE, violations
+from nsa_gen.spec.constraints import SINCE_VERSION_2, violations
 from nsa_gen.spec.emit import to_yaml
 from nsa_gen.spec.fields import RANGES, OneOf, PackageName, Paragraph, Passes, SoftmaxScale, Version, join
 
@@ -119,13 +119,18 @@ class Selection(Record):
     )
     indices: Annotated[Literal["computed", "input"], OneOf(("computed", "input"))] = Field(
         default="computed",
-        description="computed ranks blocks by the compressed scores; input makes the indices an argument.",
+        description="computed ranks blocks by their scores; input makes the indices an argument.",
     )
     initial: Annotated[int, RANGES["selection.initial"]] = Field(
         default=1, description="First blocks of the sequence that are always chosen; 0 with indices: input."
     )
     local: Annotated[int, RANGES["selection.local"]] = Field(
         default=2, description="Most recent blocks, the query's own included, always chosen; 0 with indices: input."
+    )
+    scores: Annotated[Literal["compression", "mean"], OneOf(("compression", "mean"))] = Field(
+        default="compression",
+        description="What blocks are ranked by: compression (attention to the compressed keys) or, in version 2, mean "
+        "(the products of a group's queries with the mean key of the block).",
     )
 
     @classmethod
@@ -158,9 +163,11 @@ class Combine(Record):
 
 
 class Spec(Record):
-    """A natively sparse attention operator, version 1 or 2 of the language. At least one branch must be present."""
+    """A natively sparse attention operator. At least one branch must be present."""
 
-    version: Annotated[Literal[1, 2], Version()] = Field(description="Version of the spec language.")
+    version: Annotated[Literal[1, 2], Version()] = Field(
+        description="Version of the spec language: 2 has all of 1, in the same meaning, and more."
+    )
     name: Annotated[str, PackageName()] = Field(
         description="Name of the generated package: a Python identifier.", examples=["llama3_8b"]
     )
@@ -199,12 +206,11 @@ class Spec(Record):
 
     @model_serializer(mode="wrap")
     def _in_its_version(self, handler: core_schema.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields that this spec's version of the language has."""
-        document = handler(self)
-        for path, version in SINCE.items():
+        """Version 1 does not have the fields of version 2, so they are left out there."""
+        document: dict[str, Any] = handler(self)
+        for path in SINCE_VERSION_2 if self.version == 1 else ():
             record, _, name = path.rpartition(".")
-            if version > self.version and document.get(record):
-                del document[record][name]
+            (document.get(record) or {}).pop(name, None)
         return document
 
     @property

@@ -223,9 +223,10 @@ def packed_offsets(p: OracleParameters, interpreted: bool) -> list[tuple[int, ..
 
 def _contested_inside(p: OracleParameters) -> tuple[int, int] | None:
     """Lengths of packed sequences of which the second begins inside a stride and has more blocks than slots."""
-    if p.selection_block is None or p.compression_stride is None or p.indices_given:
+    if p.selection_block is None or not p.computed:
         return None
-    return max(1, p.compression_stride - 1), p.selection_count * p.selection_block + p.selection_block * 3 // 4
+    stride = p.compression_stride if p.scores == "compression" else p.selection_block
+    return max(1, (stride or 1) - 1), p.selection_count * p.selection_block + p.selection_block * 3 // 4
 
 
 def start_remainders(p: OracleParameters, tokens: tuple[int, ...]) -> set[int]:
@@ -258,7 +259,7 @@ def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list
     if p.indices_given:
         return [Case(rows, many, kind, batch, twice) for kind in ("gaussian", "counts")], 0
     found = [Case(rows + 2, many, "gaussian", batch, twice), Case(rows + 2, _boundary_keys(p), "late", batch, twice)]
-    found += [Case(rows, many, kind, batch, twice) for kind in ("ties", "abyss")]
+    found += [Case(rows, many, kind, batch, twice) for kind in ("ties", "abyss") if kind in kinds_of(p)]
     return [*found, Case(min(rows, torn), torn, "nan", batch, twice)], 0
 
 

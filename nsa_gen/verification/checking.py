@@ -13,10 +13,10 @@ from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, References
 from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import SINKS, compressed_rows
+from nsa_gen.verification.oracle import BY_BLOCK, SINKS, compressed_rows
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.schedules import varied
-from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
+from nsa_gen.verification.selection import check_selection, magnitude_of
 from nsa_gen.verification.tolerance import FACTOR, Comparison, compare, unit_roundoff
 
 
@@ -36,7 +36,7 @@ def check_case(
             return check_case(module, parameters, plain, inputs, with_gradients=with_gradients, references=references)
     recompute = case.variation.recompute if case.variation is not None and with_gradients else ()
     call = call_package(module, inputs, with_gradients, recompute=recompute)
-    computed = parameters.selection_block is not None and not parameters.indices_given
+    computed = parameters.computed
     if computed and (problem := _misshapen_choice(parameters, inputs, call)):
         return [Row(case.label, "selection", "selection", math.inf, 1.0, False, problem)]
     chosen = (call.aux["indices"], call.aux["counts"]) if computed else (None, None)
@@ -83,7 +83,7 @@ def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
 
 def _outputs(call: Call, truth: Reference) -> list[str]:
     """The floating-point outputs to compare: o, and what the oracle and the package's auxiliary outputs both name."""
-    skipped = ("indices", "counts", "importance", "fingerprint", "o")
+    skipped = ("indices", "counts", *BY_BLOCK, "o")
     return ["o", *(name for name in truth.outputs.tensors() if name not in skipped and name in call.aux)]
 
 
@@ -151,7 +151,7 @@ def _selection_row(
 ) -> Row:
     exact, near = truth.outputs.importance, base.outputs.importance
     assert exact is not None and near is not None
-    off = ((near.double() - exact).abs() / exact.clamp(min=NEGLIGIBLE)).nan_to_num(0.0, 0.0, 0.0)
+    off = ((near.double() - exact).abs() / magnitude_of(exact, truth.outputs.magnitude)).nan_to_num(0.0, 0.0, 0.0)
     worst = off.max().item() if off.numel() else 0.0
     tolerance = FACTOR * worst + 8 * unit_roundoff(torch.float32)
     tokens = None if inputs.k is None or inputs.cu_seqlens is not None else inputs.k.shape[1]
@@ -162,6 +162,7 @@ def _selection_row(
         exact,
         tolerance=tolerance,
         fingerprint=truth.outputs.fingerprint,
+        magnitude=truth.outputs.magnitude,
         tokens=tokens,
         cu_seqlens=inputs.cu_seqlens,
     )

@@ -42,6 +42,7 @@ class OracleParameters:
     initial: int = 0
     local: int = 0
     indices_given: bool = False
+    scores: Literal["compression", "mean"] = "compression"
     window: int | None = None
     window_sink: bool = False
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
@@ -69,6 +70,7 @@ class OracleParameters:
                 "initial": 0 if given else selection.initial,
                 "local": 0 if given else selection.local,
                 "indices_given": given,
+                "scores": selection.scores,
             }
         return cls(
             query_heads=spec.heads.query,
@@ -88,6 +90,11 @@ class OracleParameters:
     def group(self) -> int:
         """Query heads that share one KV head (G)."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def computed(self) -> bool:
+        """Whether the operator chooses the blocks itself."""
+        return self.selection_block is not None and not self.indices_given
 
     @property
     def external(self) -> bool:
@@ -304,20 +311,51 @@ def block_fingerprint(p: OracleParameters, probabilities: Tensor, blocks: int) -
     return found.masked_fill((unknown.to(summed) @ weights) > 0, math.nan).transpose(0, 1)
 
 
+def mean_scores(p: OracleParameters, q: Tensor, k: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores by mean keys, their magnitudes and fingerprints, all (R, H, blocks), exact and detached.
+
+    q (H, G, R, Dk), k (tokens, H, Dk). score = sum over the group of scale * q . mean(k of the block's tokens), the
+    mean over the tokens that exist. The magnitude is the sum of the terms' absolute values, to which the rounding of
+    a score is relative; the fingerprint weighs each term by its place, as `block_fingerprint` does. What a row must
+    not see is in there, and not ranked: `select_blocks` takes the blocks before its own.
+    """
+    assert p.selection_block is not None
+    exact = exact_dtype(q.dtype)
+    q, k = q.detach().to(exact), k.detach().to(exact)
+    heads, group, _, dim = q.shape
+    pieces = k.split(p.selection_block)[:blocks]  # of no tokens, split makes one piece
+    places = 1.0 + (torch.arange(p.selection_block, dtype=torch.float64) * math.e) % 1.0
+    terms = 1.0 + (torch.arange(group * dim, dtype=torch.float64).view(group, 1, dim) * math.pi) % 1.0
+    places, terms = places.to(k)[:, None, None], terms.to(q)
+    found = []
+    for weigh, weighed_q in ((lambda x: x, q), (torch.abs, q.abs()), (lambda x: x * places[: len(x)], q * terms)):
+        means = [weigh(piece).mean(0) for piece in pieces]
+        keys = torch.stack(means) if means else k.new_zeros(0, heads, dim)
+        by_head = weighed_q @ keys.permute(1, 2, 0)[:, None]  # (H, G, R, blocks)
+        found.append((p.scale * by_head).sum(1).transpose(0, 1))
+    score, magnitude, fingerprint = found
+    return score, magnitude, fingerprint
+
+
 def select_blocks(p: OracleParameters, importance: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Section 3's choice: importance (R, H, blocks), positions t (R,) -> indices (R, H, n), counts (R, H), int32.
 
-    Forced blocks rank first, then importance, then NaN; ties go to the lower index; future blocks never rank.
+    Forced blocks rank first, then importance or scores, of either sign, then NaN; ties go to the lower index; future
+    blocks never rank.
     """
     assert p.selection_block is not None
     rows, heads, blocks = importance.shape
     block = torch.arange(blocks, device=t.device)
     own = (t // p.selection_block)[:, None, None]
     forced = (block < p.initial) | (block > own - p.local)
-    rank = importance.detach().masked_fill(torch.isnan(importance), -1.0)  # importance is never negative
-    rank = rank.masked_fill(forced.expand_as(rank), math.inf).masked_fill((block > own).expand_as(rank), -math.inf)
-    value, order = torch.sort(rank, dim=-1, descending=True, stable=True)
-    kept = order.masked_fill(value == -math.inf, blocks)[..., : p.selection_count]
+    unknown = torch.isnan(importance)
+    # Classes first: 3 forced, 2 of a known score, 1 of an unknown one, 0 in the future. Both sorts keep the
+    # order of equals, so within a class the higher score comes first, and of equal ones the lower index.
+    order = torch.sort(importance.detach().masked_fill(unknown, 0.0), dim=-1, descending=True, stable=True).indices
+    kind = (2 - unknown.int()).masked_fill(forced.expand_as(unknown), 3)
+    kind = kind.masked_fill((block > own).expand_as(unknown), 0)
+    value, place = torch.sort(torch.gather(kind, -1, order), dim=-1, descending=True, stable=True)
+    kept = torch.gather(order, -1, place).masked_fill(value == 0, blocks)[..., : p.selection_count]
     kept = torch.sort(kept, dim=-1).values
     kept = kept.masked_fill(kept == blocks, -1)
     indices = functional.pad(kept, (0, p.selection_count - kept.shape[-1]), value=-1).to(torch.int32)

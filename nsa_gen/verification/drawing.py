@@ -64,11 +64,17 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         document["compression"] = _compression(pick, block, sizes)
     if "slc" in branches:
         count = pick(sizes.counts)
-        if "cmp" in branches and pick((True, True, False)):
-            initial = pick(range(min(count, 3) + 1) if wide else range(count + 1))
+        means = "decode" not in document["passes"] and pick((True, False, False))
+        if means or ("cmp" in branches and pick((True, True, False))):
+            most = count - 1 if means else count
+            initial = pick(range(min(most, 3) + 1) if wide else range(most + 1))
             rest = count - initial
-            forced = {"initial": initial, "local": pick(range(min(rest, 3) + 1) if wide else range(rest + 1))}
-            document["selection"] = {"block": block, "count": count, **forced}
+            least = 1 if means else 0
+            local = pick(range(least, (min(rest, 3) if wide else rest) + 1))
+            document["selection"] = {"block": block, "count": count, "initial": initial, "local": local}
+            if means:
+                document["version"] = 2
+                document["selection"]["scores"] = "mean"
         else:
             document["selection"] = {"block": block, "count": count, "indices": "input"}
     if "win" in branches:

@@ -25,8 +25,7 @@ ABYSS = 300.0
 
 def kinds_of(p: OracleParameters) -> tuple[str, ...]:
     """The kinds that say something of a spec: `counts` needs indices from the caller, `ties` and `abyss` a choice."""
-    computed = p.selection_block is not None and not p.indices_given
-    telling = {"counts": p.indices_given, "ties": computed, "abyss": computed}
+    telling = {"counts": p.indices_given, "ties": p.computed, "abyss": p.computed and p.scores == "compression"}
     return tuple(kind for kind in KINDS if telling.get(kind, True))
 
 

@@ -58,7 +58,8 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
 
         saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R Hkv (S + 1) + C Hkv (Dk + Dv + hidden widths) e
         work      min(3 GiB, R S Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)) + 64 R Hkv S
-        scores    4 Hkv (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do)
+        scores    4 Hkv (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
+                  with scores: mean, 4 Hkv (Tkv / l') Dk a sequence besides
         forward   saved + work + scores
         backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
                   + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
@@ -97,8 +98,8 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
 
 
 def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
-    """What the importances of the tokens that are ranked at the same time take."""
-    if p.selection_block is None or p.indices_given:
+    """What the scores of the tokens that are ranked at the same time take, and the mean keys."""
+    if p.selection_block is None or not p.computed:
         return 0
     packed = inputs.cu_seqlens is not None
     sequences = inputs.cu_seqlens.numel() if inputs.cu_seqlens is not None else inputs.q.shape[0]
@@ -106,7 +107,8 @@ def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
     keys = rows if packed else _keys(inputs).shape[1]
     token_bytes = FLOAT32 * p.kv_heads * -(-keys // p.selection_block)
     padding = sequences * LARGEST_TILE
-    return token_bytes * (min(rows, max(SCORE_BYTES // max(1, token_bytes), SCORE_TOKENS)) + padding)
+    means = token_bytes * p.head_dim_qk * (1 if packed else sequences) if p.scores == "mean" else 0
+    return token_bytes * (min(rows, max(SCORE_BYTES // max(1, token_bytes), SCORE_TOKENS)) + padding) + means
 
 
 def _keys(inputs: Inputs) -> Tensor:

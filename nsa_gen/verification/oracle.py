@@ -23,6 +23,7 @@ from nsa_gen.verification.dense import (
     block_importance,
     compress,
     exact_dtype,
+    mean_scores,
     select_blocks,
     visible_compressed,
     visible_selected,
@@ -32,6 +33,8 @@ from nsa_gen.verification.dense import (
 SCORE_BYTES = 1 << 28
 SINKS = ("sink_win",)
 """Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
+BY_BLOCK = ("importance", "fingerprint", "magnitude")
+"""Pieces of a result whose last dim is selection blocks, as many as the longest sequence has."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class OracleResult:
     Shapes are those of the generated package, batched (B, Tq, ...) or packed (T_total, ...): `o` and `o_x`
     (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, Hkv, n) int32, `counts` (B, Tq, Hkv)
     int32, `importance` and `fingerprint` (B, Tq, Hkv, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
-    (B, Nc, Hkv, Dv).
+    (B, Nc, Hkv, Dv). With scores: mean, `importance` is the score, and `magnitude` what its rounding is relative to.
     Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
     """
 
@@ -56,6 +59,7 @@ class OracleResult:
     counts: Tensor | None = None
     importance: Tensor | None = None
     fingerprint: Tensor | None = None
+    magnitude: Tensor | None = None
     k_cmp: Tensor | None = None
     v_cmp: Tensor | None = None
 
@@ -151,7 +155,13 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
         if s.counts is not None:
             found["counts"] = s.counts
 
-    for branch in p.branches:  # compression comes first: selection needs its importance
+    for branch in p.branches:  # compression comes first: selection may need its importance
+        if branch == "slc" and p.computed and p.scores == "mean":
+            assert s.slc is not None
+            scored = mean_scores(p, q, s.slc[0], p.selection_blocks(s.tokens))
+            found["importance"], found["magnitude"], found["fingerprint"] = scored
+            if s.indices is None:
+                found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
         mask = branch_mask(p, s, branch, t, found.get("indices"))
         pair = getattr(s, branch)
         k, v = pair[0].transpose(0, 1), pair[1].transpose(0, 1)
@@ -159,7 +169,7 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
         found[f"o_{branch}"] = o.permute(2, 0, 1, 3).reshape(rows, p.query_heads, p.head_dim_v)
         found[f"lse_{branch}"] = lse.permute(2, 0, 1).reshape(rows, p.query_heads)
         outputs.append(found[f"o_{branch}"])
-        if branch == "cmp" and p.selection_block is not None and not p.indices_given:
+        if branch == "cmp" and p.computed and p.scores == "compression":
             found["importance"] = block_importance(p, probabilities, p.selection_blocks(s.tokens))
             found["fingerprint"] = block_fingerprint(p, probabilities, p.selection_blocks(s.tokens))
             if s.indices is None:
@@ -184,7 +194,7 @@ def attend_sequence(p: OracleParameters, s: Sequence, score_bytes: int) -> Oracl
     for start in range(0, max(rows, 1), chunk):
         part = attend_rows(p, take_rows(p, s, start, min(start + chunk, rows)))
         for name, value in part.tensors().items():
-            if name in ("importance", "fingerprint"):
+            if name in BY_BLOCK:
                 value = functional.pad(value, (0, blocks - value.shape[-1]))
             parts.setdefault(name, []).append(value)
     return OracleResult(**{name: torch.cat(values) for name, values in parts.items()})
@@ -288,7 +298,7 @@ def _gather(p: OracleParameters, results: list[OracleResult], cu_seqlens: Tensor
             packed = blocks.new_zeros(total // (p.compression_stride or 1), *blocks.shape[1:])
             joined[name] = packed.index_copy(0, compressed_rows(p, cu_seqlens).to(blocks.device), blocks)
         else:
-            if name in ("importance", "fingerprint"):
+            if name in BY_BLOCK:
                 widest = max(value.shape[-1] for value in values)
                 values = [functional.pad(value, (0, widest - value.shape[-1])) for value in values]
             rows = torch.cat(values)

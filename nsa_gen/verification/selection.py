@@ -21,6 +21,15 @@ EQUAL = 1e-12
 """Relative difference of two float64 importances that are equal: their rounding, far below that of float32."""
 
 
+def magnitude_of(importance: Tensor, magnitude: Tensor | None) -> Tensor:
+    """What the rounding of each block's importance or score is relative to.
+
+    A score by mean keys is a sum of terms of either sign: its rounding is relative to the sum of their sizes,
+    `magnitude`. An importance is a sum of probabilities: it is relative to itself (`magnitude` is None).
+    """
+    return importance.abs().clamp(min=NEGLIGIBLE) if magnitude is None else magnitude
+
+
 @dataclass(frozen=True)
 class SelectionCheck:
     """What was found: broken rules (empty: legal), and the choice's worst shortfall against its bound.
@@ -114,6 +123,7 @@ def check_selection(
     *,
     tolerance: float,
     fingerprint: Tensor | None = None,
+    magnitude: Tensor | None = None,
     tokens: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> SelectionCheck:
@@ -123,7 +133,8 @@ def check_selection(
     oracle's on the same inputs. Legal: ascending, -1 on the right, min(n, t // l' + 1) blocks, none from the future,
     none twice, forced ones present. As good: no block left out surpasses a chosen, not forced one by more than
     `tolerance` times the larger of the two (their sums of up to G * l / d probabilities carry that relative error;
-    blocks below NEGLIGIBLE count as that). Where importances are equal, or NaN on both sides, the order is by index;
+    blocks below NEGLIGIBLE count as that), or of the two blocks' `magnitude` where scores are by mean keys; see
+    `magnitude_of`. Where importances are equal, or NaN on both sides, the order is by index;
     given the oracle's `fingerprint` (like importance), only where they are equal term by term.
     """
     p = parameters
@@ -158,12 +169,18 @@ def check_selection(
         return SelectionCheck(tuple(problems), 0.0)
 
     unknown = torch.isnan(value)
-    rank = value.masked_fill(unknown, -1.0)  # last among candidates, as in the oracle
-    weakest = rank.masked_fill(~(chosen & ~forced), torch.inf).amin(-1)
-    strongest = rank.masked_fill(~(candidate & ~chosen), -torch.inf).amax(-1)
+    size = magnitude_of(value, None if magnitude is None else _flat(magnitude, 1).double()).nan_to_num(0.0)
+    # Unknown ones are last among the candidates, as in the oracle, and by far.
+    known = value.masked_fill(unknown | ~candidate, 0.0)
+    last = known.amin(-1, keepdim=True) - size.masked_fill(~candidate, 0.0).amax(-1, keepdim=True) - 1.0
+    rank = torch.where(unknown, last, value)
+    weakest, lowest = rank.masked_fill(~(chosen & ~forced), torch.inf).min(-1)
+    strongest, highest = rank.masked_fill(~(candidate & ~chosen), -torch.inf).max(-1)
     gap = (strongest - weakest).clamp(min=0.0)
-    allowed = tolerance * strongest.abs().clamp(min=NEGLIGIBLE)
-    shortfall = torch.where(torch.isfinite(gap), gap / allowed, 0.0)
+    larger = size.gather(-1, highest[..., None])[..., 0]
+    if magnitude is not None:
+        larger = torch.maximum(larger, size.gather(-1, lowest[..., None])[..., 0])
+    shortfall = torch.where(torch.isfinite(gap) & (gap > 0), gap / (tolerance * larger), 0.0)
     problems += _ties(flat, rank, chosen & ~forced, candidate & ~chosen, weakest, strongest, terms)
     return SelectionCheck(tuple(problems), shortfall.max().item())
 

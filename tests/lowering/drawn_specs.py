@@ -20,7 +20,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
     return (
         spec.branches,
         compression and (compression.phi.key, compression.phi.value, compression.position),
-        selection and selection.indices,
+        selection and (selection.indices, selection.scores),
         spec.window and spec.window.sink,
         spec.combine.gate,
         spec.kv,
@@ -42,7 +42,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         phi, position = spec.compression.phi, spec.compression.position
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
     if spec.selection:
-        made.add(("indices", spec.selection.indices))
+        made |= {("indices", spec.selection.indices), ("scores", spec.selection.scores)}
     if spec.window:
         made.add(("sink", spec.window.sink))
     return made

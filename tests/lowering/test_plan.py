@@ -16,7 +16,7 @@ from nsa_gen.lowering.hopper import hopper_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
-from nsa_gen.spec import shipped_specs
+from nsa_gen.spec import Compression, Selection, Window, parse_spec, shipped_specs
 from tests.lowering.drawn_specs import specs
 
 SPECS = specs()
@@ -46,6 +46,7 @@ def test_the_drawn_specs_cover_the_language():
     }
     assert {"mean", "weighted", "linear", "mlp", "external"} <= phis
     assert {spec.selection.indices for spec in drawn if spec.selection} == {"computed", "input"}
+    assert {spec.selection.scores for spec in drawn if spec.selection} == {"compression", "mean"}
 
 
 @every_program
@@ -68,6 +69,29 @@ def test_steps_read_arguments_and_what_earlier_steps_wrote(program: Plan):
     assert sorted(program.branches) == sorted(program.spec.branches)
 
 
+def test_mean_scores_are_pool_score_select_and_attend_with_or_without_the_other_branches():
+    spec = parse_spec(
+        "version: 2\nname: means\nheads: {query: 4, kv: 2}\nhead_dim: 64\ndtype: bfloat16\nkv: per_branch\n"
+        "selection: {block: 64, count: 4, initial: 0, local: 1, scores: mean}\ncombine: {gate: none}\n"
+    )
+    plan = lower(spec)
+    assert [(step.kind, step.name) for step in plan.steps] == [
+        ("pool", "mean_keys"), ("score", "mean_scores"), ("select", "select_blocks"), ("attend", "selected"),
+    ]  # fmt: skip
+    assert not plan.compresses and not plan.external and plan.overlap is None and plan.kv("slc") == ("k", "v")
+    assert not [step.name for step in plan.steps if step.kind != "attend" and (step.gradients or step.saved)]
+    compression = Compression(block=32, stride=16)
+    both = lower(spec.replace(compression=compression, window=Window(size=128)))
+    assert [step.name for step in both.steps][:2] == ["compress", "compressed"]
+    assert both.compresses and both.scores_means and both.overlap is None
+    means, keys = both.writer("mean_keys"), both.writer("k_cmp")
+    assert means is not None and means.reads == ("k_slc",) and both.kv("cmp") == ("k", "v")
+    assert keys is not None and keys.name == "compress"
+    # Where every slot is forced, nothing is pooled or scored.
+    forced = lower(spec.replace(selection=Selection(block=64, count=2, initial=1, local=1, scores="mean")))
+    assert [step.name for step in forced.steps] == ["select_blocks", "selected"] and forced.scores_means
+
+
 @every_program
 def test_every_kernel_belongs_to_a_schedule_and_every_decision_to_a_tunable(program: Plan):
     schedules = [schedule for step in program.steps for schedule in step.schedules]
@@ -87,6 +111,7 @@ def test_facts_of_a_plan_follow_from_the_spec(program: Plan):
     assert program.backward == ("backward" in spec.passes)
     assert program.compresses == (spec.compression is not None and not spec.external)
     assert program.selects == (spec.selection is not None and spec.selection.indices == "computed")
+    assert program.scores_means == (program.selects and spec.selection.scores == "mean")
     assert program.local_in_window == local_in_window(spec)
     assert program.hopper == hopper_fits(spec)
     assert program.hopper_banded_backward == hopper_banded_backward_fits(spec)
@@ -161,7 +186,7 @@ def test_costs_are_never_negative_and_every_kernel_moves_something(program: Plan
 
 
 @every_program
-def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_tokens_and_all_else_twice(
+def test_what_sees_every_block_costs_four_times_as_much_at_twice_the_tokens_and_all_else_twice(
     program: Plan,
 ):
     for kernel in program.kernels:
@@ -172,7 +197,7 @@ def test_attention_to_compressed_keys_costs_four_times_as_much_at_twice_the_toke
         if kernel.direction == "decode":
             assert once <= twice <= 2 * once and batch <= 2 * once, kernel.name
             continue
-        quadratic = kernel.name.startswith("compressed_") or kernel.name == "block_scores"
+        quadratic = kernel.name.startswith("compressed_") or kernel.name in ("block_scores", "mean_scores")
         assert twice == (4 if quadratic else 2) * once, kernel.name
         assert batch == 2 * once, kernel.name
 

@@ -44,6 +44,9 @@ SPECS: dict[str, Spec] = {
     "mlp": small_spec("cmp", gate="none", scale=0.37, phi="mlp", phi_value="linear"),
     "forced": small_spec("cmp slc", gate="none", scale=0.37, count=4, initial=1, local=2),
     "free": small_spec("cmp slc", gate="none", scale=0.37, count=3, initial=0, local=0),
+    "means": small_spec("slc", gate="none", scale=0.37, initial=0, scores="mean"),
+    # Blocks of two tiles of tokens.
+    "means of 32": small_spec("slc", gate="none", scale=0.37, initial=0, scores="mean", block=32),
     "full": small_spec(scale=0.37),
     "local": small_spec(scale=0.37, count=4, local=2, window=40),
     "sink": small_spec("win", scale=0.37, sink="learned"),

@@ -20,6 +20,7 @@ from tests.mutants import (
     key_major,
     key_major_backward,
     local_in_window,
+    mean_scores,
     options,
     packing,
     selection,
@@ -30,6 +31,7 @@ from tests.mutants.model import CacheCheck, Check, Equivalent, Mutant, build, fa
 MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
     *selection.MUTANTS,
+    *mean_scores.MUTANTS,
     *packing.MUTANTS,
     *backward.MUTANTS,
     *key_major.MUTANTS,

@@ -90,6 +90,8 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     selection_block = draw(_integers("selection.block"))
     document["compression"] = draw(_compressions(selection_block))
     document["selection"] = draw(_selections(selection_block, "compression" in branches))
+    if "selection" in branches and "decode" not in (document.get("passes") or ()) and draw(st.integers(0, 3)) == 0:
+        document |= {"version": 2, "selection": draw(_mean_selections(selection_block))}
     document["window"] = {"size": draw(st.integers(1, 65536))}
     if draw(st.sampled_from([False, False, True])):
         document["version"] = 2
@@ -117,6 +119,13 @@ def _compressions(draw: st.DrawFn, selection_block: int) -> dict[str, Any]:
     elif draw(st.booleans()):
         branch["position"] = draw(st.sampled_from(["learned", {"key": "learned"}, {"value": "learned"}]))
     return branch
+
+
+@st.composite
+def _mean_selections(draw: st.DrawFn, block: int) -> dict[str, Any]:
+    initial, local = draw(st.integers(0, 5)), draw(st.integers(1, 5))
+    count = draw(st.integers(initial + local, 256))
+    return {"block": block, "count": count, "initial": initial, "local": local, "scores": "mean"}
 
 
 @st.composite

@@ -233,6 +233,34 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         57,
         "selection.local",
     ),
+    "selection_scores_needs_version_2": (
+        {"selection": {"block": 64, "count": 4, "scores": "mean"}},
+        7,
+        42,
+        "selection.scores",
+    ),
+    "given_indices_are_not_scored": (
+        {"version": 2, "selection": {"block": 64, "count": 4, "indices": "input", "scores": "mean"}},
+        7,
+        58,
+        "selection.scores",
+    ),
+    "mean_scores_need_the_own_block": (
+        {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": "mean"}},
+        7,
+        41,
+        "selection.local",
+    ),
+    "mean_scores_do_not_decode": (
+        {
+            "version": 2,
+            "selection": {"block": 64, "count": 4, "scores": "mean"},
+            "passes": ["forward", "decode"],
+        },
+        9,
+        9,
+        "passes",
+    ),
     "external_is_both_or_neither": (
         {"compression": {"block": 32, "stride": 16, "phi": {"value": "external"}}},
         6,
@@ -279,6 +307,15 @@ def test_a_spec_built_in_python_obeys_the_same_rules(rule: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Spec.model_validate(base_document(**BROKEN_RULES[rule][0]))
     assert [error["type"] for error in caught.value.errors()] == ["spec_constraints"]
+
+
+def test_scores_of_version_2_are_refused_in_version_1_by_name_and_with_the_version_they_need() -> None:
+    document = base_document(compression=None, selection={"block": 64, "count": 4, "scores": "mean"})
+    problem = only_problem(as_text(document))
+    assert "selection.scores (mean)" in problem.message and "version is 1" in problem.message
+    assert problem.hint == "write version: 2"
+    spec = parse_spec(as_text(document | {"version": 2}))
+    assert spec.selection is not None and spec.selection.scores == "mean" and spec.branches == ("slc", "win")
 
 
 def test_rules_and_fields_are_reported_together() -> None:
@@ -343,7 +380,7 @@ def test_replace_validates_what_it_changes() -> None:
 def test_a_sink_under_version_1_is_refused_by_the_field_and_the_version_it_needs() -> None:
     problem = only_problem(as_text(base_document(window={"size": 8, "sink": "learned"})))
     assert problem.field == "window.sink"
-    assert "needs version: 2" in problem.message and "version 1" in problem.message
+    assert "version 2 of the language" in problem.message and "version is 1" in problem.message
     assert problem.hint == "write version: 2"
 
 

@@ -67,6 +67,16 @@ def test_the_resolved_text_writes_every_default_in_a_fixed_order() -> None:
     )
 
 
+def test_fields_of_version_2_are_written_in_version_2_alone() -> None:
+    first = parse_spec(as_text(base_document()))
+    second = parse_spec(as_text(base_document(version=2)))
+    assert "scores" not in first.resolved_yaml() and "scores" not in first.model_dump()["selection"]
+    assert "  scores: compression\n" in second.resolved_yaml()
+    assert first.replace(version=2) == second and first.digest() != second.digest()
+    written = base_document(selection={"block": 64, "count": 16, "scores": "compression"})
+    assert parse_spec(as_text(written)) == first
+
+
 @pytest.mark.parametrize("name", DIGESTS)
 def test_the_digest_of_a_shipped_spec_is_stable(name: str) -> None:
     assert load_spec(name).digest() == DIGESTS[name]

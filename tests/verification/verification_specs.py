@@ -22,6 +22,7 @@ def spec_of(
     query_heads: int = 4,
     kv_heads: int = 2,
     indices_given: bool = False,
+    scores: str = "compression",
     dtype: str = "float32",
     tiny: bool = False,
 ) -> Spec:
@@ -35,9 +36,9 @@ def spec_of(
         if indices_given:
             selection = Selection(block=16, count=count, indices="input", initial=0, local=0)
         else:
-            selection = Selection(block=16, count=count, initial=initial, local=local)
+            selection = Selection(block=16, count=count, initial=initial, local=local, scores=scores)
     return Spec(
-        version=1,
+        version=2 if scores == "mean" else 1,
         name="under_test",
         heads=Heads(query=2, kv=1) if tiny else Heads(query=query_heads, kv=kv_heads),
         head_dim=HeadDim(qk=16, v=16 if tiny else 24),
