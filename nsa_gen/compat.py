@@ -80,6 +80,7 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     if selection is None:
         raise ValueError("selection: expected a selection, got none")
     _expect("selection.indices", selection["indices"], "input" if compression is None else "computed")
+    _expect("selection.scores", selection.get("scores", "compression"), "compression")
     if compression is not None:
         _expect("compression.block", compression["block"], selection["block"])
         _expect("compression.stride", compression["stride"], selection["block"])

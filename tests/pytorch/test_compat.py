@@ -108,6 +108,8 @@ def test_what_the_spec_does_not_have_is_refused_by_name() -> None:
         parallel_nsa_of(operator_of())
     with pytest.raises(ValueError, match=r"^compression.block: expected 16, got 8"):
         parallel_nsa_of(operator_of(gate="given"))
+    with pytest.raises(ValueError, match=r"^selection.scores: expected 'compression', got 'mean'"):
+        parallel_nsa_of(operator_of(gate="given", compression=(16, 16), scores="mean"))
     attention, x = parallel_nsa_of(chosen()), drawn(4)
     sizes = {"block_counts": COUNT, "block_size": BLOCK, "window_size": WINDOW}
     for changes, message in (
