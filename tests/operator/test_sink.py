@@ -15,7 +15,9 @@ from nsa_gen.lowering.plan import HOPPER_ROWS
 from nsa_gen.rendering import render
 from nsa_gen.verification import Inputs
 from nsa_gen.verification.calls import call_package
+from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import attend
+from nsa_gen.verification.examples import Example, run_example
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.oracle import reference_attention
 from nsa_gen.verification.relations import padded
@@ -27,6 +29,7 @@ from tests.support import (
     call_with_gradients,
     inputs_of,
     operator_of,
+    operator_of_spec,
     small_spec,
 )
 
@@ -300,3 +303,26 @@ def test_a_row_that_pads_a_batch_in_decode_has_no_sink() -> None:
         o, aux = infer(inputs.q, cache, sink_win=inputs.sink_win, return_aux=True)
         assert torch.isfinite(aux.lse_win[0]).all() and torch.isfinite(aux.lse_win[1, 0]).all()
         assert not o[1, 1].any() and (aux.lse_win[1, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("property", "case"),
+    [
+        ("future", Case(13, twice=False, batch=1)),
+        ("packed", Case((9, 0, 12), twice=False, batch=1)),
+        ("padded", Case((9, 0, 12), twice=False, batch=1)),
+        ("chunks", Case(13, twice=False, batch=1)),
+        ("batch", Case(11, twice=False, batch=2)),
+        ("neighbours", Case(11, twice=False, batch=2)),
+        ("groups", Case(11, twice=False, batch=1)),
+        ("doubled", Case(11, twice=False, batch=1)),
+        ("guards", Case((9, 0, 12), twice=False, batch=1)),
+    ],
+)
+def test_an_operator_with_a_sink_has_the_properties_of_any(property: str, case: Case, dtype: str) -> None:
+    op = operator("window alone, gated", kv_heads=2, dtype=dtype)
+    example = Example(property, case, seed=3)
+    assert example.applies(op.parameters, "cpu")
+    result = run_example(op.spec, op.module, example, DEVICE.type, lambda spec: operator_of_spec(spec).module)
+    assert result.ok, [(row.quantity, row.error, row.bound, row.problem) for row in result.rows if not row.ok]
