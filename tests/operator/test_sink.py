@@ -326,3 +326,37 @@ def test_an_operator_with_a_sink_has_the_properties_of_any(property: str, case: 
     assert example.applies(op.parameters, "cpu")
     result = run_example(op.spec, op.module, example, DEVICE.type, lambda spec: operator_of_spec(spec).module)
     assert result.ok, [(row.quantity, row.error, row.bound, row.problem) for row in result.rows if not row.ok]
+
+
+def test_operators_with_a_sink_keep_pytorchs_rules_and_compile_to_the_same_bits() -> None:
+    op = operator("window alone", passes=("forward", "backward", "decode"))
+    inputs = inputs_of(op, 12)
+
+    def leaves() -> dict[str, Tensor]:
+        return {name: getattr(inputs, name).detach().clone().requires_grad_() for name in ("q", "k", "v", "sink_win")}
+
+    q, k, v, sink = leaves().values()
+    every = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    for name, arguments in (("attention", (q, k, v, sink, None, "")), ("window_attention", (q, k, v, sink, None))):
+        checked = torch.library.opcheck(op.registration.operator(name), arguments, test_utils=every)
+        assert set(checked.values()) == {"SUCCESS"} and len(checked) == len(every)
+    torch._dynamo.reset()
+    compiled = torch.compile(op.nsa_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    found = []
+    for attend_to in (compiled, op.nsa_attention):
+        given = leaves()
+        o = attend_to(**given)
+        o.backward(inputs.do)
+        found.append({"o": o.detach(), **{name: x.grad for name, x in given.items()}})
+    assert_equal_bits(*found)
+
+
+def test_a_layer_of_another_dtype_hands_its_sinks_on_in_float32() -> None:
+    op = operator("window alone", dtype="float16")
+    layer = op.NativeSparseAttention(24, device=DEVICE)
+    assert layer.sink_win.dtype == torch.float32
+    hidden = torch.randn(1, 9, 24, dtype=torch.float16, device=DEVICE)
+    out = layer(hidden)
+    halved = layer.to(torch.float16)
+    assert halved.sink_win.dtype == torch.float16
+    assert torch.equal(halved(hidden), out)
