@@ -65,10 +65,10 @@ def sorted_lists(
 def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     """A function with the signature of flash-linear-attention's ``parallel_nsa`` that runs a generated package.
 
-    Its spec must have ``combine: {gate: given}`` and keys shared by the branches, and either compression by means over
-    the selection's own blocks (block = stride = the selection's block), which then choose the blocks, or no compression
-    and ``indices: input``. What the call says of sizes must be what the spec says; which blocks are chosen whatever
-    their importance is the spec's ``initial`` and ``local``.
+    Its spec must have ``combine: {gate: given}``, keys shared by the branches and no sink, and either compression by
+    means over the selection's own blocks (block = stride = the selection's block), which then choose the blocks, or no
+    compression and ``indices: input``. What the call says of sizes must be what the spec says; which blocks are chosen
+    whatever their importance is the spec's ``initial`` and ``local``.
 
     Raises:
         ValueError: the spec cannot be called so; names the field.
@@ -77,9 +77,12 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     compression, selection, window = spec["compression"], spec["selection"], spec["window"]
     _expect("combine.gate", spec["combine"]["gate"], "given")
     _expect("kv", spec["kv"], "shared")
+    if window is not None:
+        _expect("window.sink", window.get("sink", "none"), "none")
     if selection is None:
         raise ValueError("selection: expected a selection, got none")
     _expect("selection.indices", selection["indices"], "input" if compression is None else "computed")
+    _expect("selection.scores", selection.get("scores", "compression"), "compression")
     if compression is not None:
         _expect("compression.block", compression["block"], selection["block"])
         _expect("compression.stride", compression["stride"], selection["block"])

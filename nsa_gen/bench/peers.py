@@ -62,6 +62,8 @@ class _PublicPackage:
             return "it chooses the blocks itself, and the spec takes them as input"
         if spec.kv != "shared":
             return "its branches share one pair of keys and values"
+        if spec.window.sink != "none":
+            return "its window has no sink"
         if spec.combine.gate != "sigmoid":
             return "compared with sigmoid gates only"
         if spec.dtype == "float32":

@@ -25,9 +25,9 @@ def selection_kernels(spec: Spec) -> list[Kernel]:
     assert spec.selection is not None
     free = _free_slots(spec)
     if not free:
-        return [_select_blocks(free)]
+        return [_select_blocks(spec, free)]
     scorer = [_mean_keys(spec), _mean_scores()] if spec.selection.scores == "mean" else [_block_scores(spec)]
-    return [*scorer, _select_blocks(free)]
+    return [*scorer, _select_blocks(spec, free)]
 
 
 def _free_slots(spec: Spec) -> int:
@@ -141,7 +141,8 @@ def _mean_scores() -> Kernel:
     )
 
 
-def _select_blocks(free: int) -> Kernel:
+def _select_blocks(spec: Spec, free: int) -> Kernel:
+    assert spec.selection is not None
     index_bytes = s.B * s.T * s.Hkv * (s.SLC_COUNT + 1) * 4
     longest = min(power_of_two(free), _LONGEST_LIST) if free else 0
     read = 2 * _SCORE_BYTES if free else 0
@@ -150,7 +151,7 @@ def _select_blocks(free: int) -> Kernel:
         module="selection",
         branch="slc",
         direction="forward",
-        purpose="the top n selection blocks by importance",
+        purpose=f"the top n selection blocks by {'score' if spec.selection.scores == 'mean' else 'importance'}",
         schedule="a thread a token; sorted list in registers",
         tunables=(Tunable(s.TOKEN_BLOCK.name, (32, 64, 128)), *launch(warps=(1, 2, 4), stages=(1,))),
         # A token or two a thread, where a warp has 32 threads.

@@ -35,6 +35,7 @@ def selection(**changes: object) -> dict[str, object]:
         ({"compression": {"block": 32, "stride": 16, "phi": "weighted"}}, "mean phi"),
         ({"selection": selection(indices="input")}, "as input"),
         ({"kv": "per_branch"}, "one pair"),
+        ({"version": 2, "window": {"size": 512, "sink": "learned"}}, "no sink"),
         ({"combine": {"gate": "none"}}, "sigmoid"),
         ({"dtype": "float32"}, "bfloat16 and float16"),
         ({"head_dim": {"qk": 192, "v": 128}}, "not 192 and 128"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -256,3 +257,40 @@ def test_select_blocks_names_what_is_wrong_with_its_keys() -> None:
     with pytest.raises(TypeError, match="k: expected dtype"):
         op.select_blocks(q, k.half())
     assert call(op, inputs_of(op, 5)).shape == (1, 5, 6, 40)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_steps_make_the_whole_and_suit_compilers(forced: bool) -> None:
+    op = moba(count=2, initial=1) if forced else moba(count=2)
+    inputs = inputs_of(op, 4, tokens_kv=5 * BLOCK + 2)
+    whole = call_with_gradients(op, inputs)
+    indices, counts = op.select_blocks(inputs.q.requires_grad_(), inputs.k)
+    o, lse = op.selected_attention(inputs.q, inputs.k, inputs.v, indices, counts)
+    for name, x in {"indices": indices, "counts": counts, "o": o.detach(), "lse_slc": lse}.items():
+        assert torch.equal(x, whole[name]), name
+    assert not indices.requires_grad and not counts.requires_grad
+    assert op.select_blocks.__module__.endswith("steps") and not hasattr(op.module, "compress")
+    operator = op.registration.operator("select_blocks")
+    packed = torch.tensor([0, 9, 40], dtype=torch.int32, device=DEVICE)
+    for arguments in ((inputs.q, inputs.k, None), (draw(1, 40, 6, 24), draw(1, 40, 2, 24), packed)):
+        found = torch.library.opcheck(operator, arguments)
+        assert set(found.values()) == {"SUCCESS"} and len(found) >= 4
+
+
+def test_an_empty_batch_and_no_token_are_empty() -> None:
+    op = moba()
+    for batch, tokens in ((0, 40), (2, 0)):
+        q, k, v = draw(batch, tokens, 6, 24), draw(batch, tokens, 2, 24), draw(batch, tokens, 2, 40)
+        assert op.select_blocks(q, k)[0].shape == (batch, tokens, 2, COUNT)
+        assert op.nsa_attention(q, k, v).shape == (batch, tokens, 6, 40)
+
+
+def test_memory_between_q_and_the_choice_is_bounded_by_shares_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = moba(group=1, kv_heads=1)
+    q, k = draw(1, 100, 1, 24), draw(1, 9 * BLOCK, 1, 24)
+    whole, _ = op.select_blocks(q, k)
+    selection = sys.modules[f"{op.module.__name__}.kernels.selection"]
+    monkeypatch.setattr(selection, "SCORE_BYTES", 4 * 9 * 32)
+    monkeypatch.setattr(selection, "SCORE_TOKENS", 32)
+    assert selection.tiles_at_once(4, 32, selection.Sequences(1, 100, 9 * BLOCK)) == 1
+    assert torch.equal(op.select_blocks(q, k)[0], whole)

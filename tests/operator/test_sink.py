@@ -15,7 +15,9 @@ from nsa_gen.lowering.plan import HOPPER_ROWS
 from nsa_gen.rendering import render
 from nsa_gen.verification import Inputs
 from nsa_gen.verification.calls import call_package
+from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import attend
+from nsa_gen.verification.examples import Example, run_example
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.oracle import reference_attention
 from nsa_gen.verification.relations import padded
@@ -27,6 +29,7 @@ from tests.support import (
     call_with_gradients,
     inputs_of,
     operator_of,
+    operator_of_spec,
     small_spec,
 )
 
@@ -300,3 +303,60 @@ def test_a_row_that_pads_a_batch_in_decode_has_no_sink() -> None:
         o, aux = infer(inputs.q, cache, sink_win=inputs.sink_win, return_aux=True)
         assert torch.isfinite(aux.lse_win[0]).all() and torch.isfinite(aux.lse_win[1, 0]).all()
         assert not o[1, 1].any() and (aux.lse_win[1, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("property", "case"),
+    [
+        ("future", Case(13, twice=False, batch=1)),
+        ("packed", Case((9, 0, 12), twice=False, batch=1)),
+        ("padded", Case((9, 0, 12), twice=False, batch=1)),
+        ("chunks", Case(13, twice=False, batch=1)),
+        ("batch", Case(11, twice=False, batch=2)),
+        ("neighbours", Case(11, twice=False, batch=2)),
+        ("groups", Case(11, twice=False, batch=1)),
+        ("doubled", Case(11, twice=False, batch=1)),
+        ("guards", Case((9, 0, 12), twice=False, batch=1)),
+    ],
+)
+def test_an_operator_with_a_sink_has_the_properties_of_any(property: str, case: Case, dtype: str) -> None:
+    op = operator("window alone, gated", kv_heads=2, dtype=dtype)
+    example = Example(property, case, seed=3)
+    assert example.applies(op.parameters, "cpu")
+    result = run_example(op.spec, op.module, example, DEVICE.type, lambda spec: operator_of_spec(spec).module)
+    assert result.ok, [(row.quantity, row.error, row.bound, row.problem) for row in result.rows if not row.ok]
+
+
+def test_operators_with_a_sink_keep_pytorchs_rules_and_compile_to_the_same_bits() -> None:
+    op = operator("window alone", passes=("forward", "backward", "decode"))
+    inputs = inputs_of(op, 12)
+
+    def leaves() -> dict[str, Tensor]:
+        return {name: getattr(inputs, name).detach().clone().requires_grad_() for name in ("q", "k", "v", "sink_win")}
+
+    q, k, v, sink = leaves().values()
+    every = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    for name, arguments in (("attention", (q, k, v, sink, None, "")), ("window_attention", (q, k, v, sink, None))):
+        checked = torch.library.opcheck(op.registration.operator(name), arguments, test_utils=every)
+        assert set(checked.values()) == {"SUCCESS"} and len(checked) == len(every)
+    torch._dynamo.reset()
+    compiled = torch.compile(op.nsa_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    found = []
+    for attend_to in (compiled, op.nsa_attention):
+        given = leaves()
+        o = attend_to(**given)
+        o.backward(inputs.do)
+        found.append({"o": o.detach(), **{name: x.grad for name, x in given.items()}})
+    assert_equal_bits(*found)
+
+
+def test_a_layer_of_another_dtype_hands_its_sinks_on_in_float32() -> None:
+    op = operator("window alone", dtype="float16")
+    layer = op.NativeSparseAttention(24, device=DEVICE)
+    assert layer.sink_win.dtype == torch.float32
+    hidden = torch.randn(1, 9, 24, dtype=torch.float16, device=DEVICE)
+    out = layer(hidden)
+    halved = layer.to(torch.float16)
+    assert halved.sink_win.dtype == torch.float16
+    assert torch.equal(halved(hidden), out)

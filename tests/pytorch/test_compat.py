@@ -106,8 +106,12 @@ def test_blocks_handed_over_in_any_order_agree_with_the_reference_batched_and_pa
 def test_what_the_spec_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^combine.gate: expected 'given', got 'sigmoid'"):
         parallel_nsa_of(operator_of())
+    with pytest.raises(ValueError, match=r"^window.sink: expected 'none', got 'learned'"):
+        parallel_nsa_of(operator_of(gate="given", sink="learned"))
     with pytest.raises(ValueError, match=r"^compression.block: expected 16, got 8"):
         parallel_nsa_of(operator_of(gate="given"))
+    with pytest.raises(ValueError, match=r"^selection.scores: expected 'compression', got 'mean'"):
+        parallel_nsa_of(operator_of(gate="given", compression=(16, 16), scores="mean"))
     attention, x = parallel_nsa_of(chosen()), drawn(4)
     sizes = {"block_counts": COUNT, "block_size": BLOCK, "window_size": WINDOW}
     for changes, message in (

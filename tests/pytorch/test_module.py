@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "weighted and linear, per branch": {"phi": "weighted", "phi_value": "linear", "kv": "per_branch", "gate": "given"},
     "mlp with positions": {"phi": "mlp", "position": ("learned", "learned")},
     "external phi and blocks of the caller": {"phi": "external", "indices": "input"},
+    "blocks by mean keys": {"branches": "slc", "scores": "mean", "count": 1, "initial": 0},
     "window alone": {"branches": "win", "gate": "none"},
     "compressed alone, external": {"branches": "cmp", "phi": "external"},
 }
