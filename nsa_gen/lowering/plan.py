@@ -490,20 +490,6 @@ class Plan(InferencePlan):
         combine = self.step("combine")
         return combine.reads if combine else tuple(f"o_{branch}" for branch in self.branches)
 
-    def trace_sizes(self, argument: Argument) -> str:
-        """Sizes of an argument as Python source, in terms of ``entries``, ``rows`` and ``compressed``."""
-        sizes = {
-            "B": "entries",
-            "Tq": "rows",
-            "Tkv": "rows",
-            "Nc": "compressed",
-            "Hq": self.spec.heads.query,
-            "Hkv": self.spec.heads.kv,
-            "Dk": self.spec.head_dim.qk,
-            "Dv": self.spec.head_dim.v,
-        }
-        return ", ".join(str(sizes.get(dim, dim)) for dim in argument.dims)
-
     def runs(self, kernel: Kernel, target: str) -> bool:
         """Whether the operator launches a kernel on an architecture, with the default schedules."""
         if kernel.choice is None:
