@@ -45,13 +45,14 @@ class Argument:
 class Output:
     """A tensor that the forward operator returns and the backward may read.
 
-    ``shape`` and ``dtype`` are Python expressions over the operator's arguments, ``q`` and ``sequences``.
+    ``dims`` are symbolic, as those of an `Argument`: ``n`` are the blocks that a query selects, ``Nc`` the compressed
+    rows of a call and ``slots`` those of an inverted index. ``dtype`` is ``"spec"``, ``"float32"`` or ``"int32"``.
     ``auxiliary`` ones are shown to users by ``return_aux``; ``saved_by_phi`` ones are phi's own.
     """
 
     name: str
-    shape: str
-    dtype: str
+    dims: tuple[str, ...]
+    dtype: str = "spec"
     auxiliary: bool = True
     saved_by_phi: bool = False
 
@@ -466,6 +467,10 @@ class Plan(InferencePlan):
         if branch == "slc":
             own |= {"sorted_keys", "sorted_slots"}
         return tuple(output.name for output in self.saved_outputs if output.name in own)
+
+    def recomputed_by(self, output: Output) -> str:
+        """The branch that `output` may be computed anew for; "" for none."""
+        return next((branch for branch in self.branches if output.name in self.recomputed(branch)), "")
 
     @property
     def schema_inputs(self) -> tuple[str, ...]:
