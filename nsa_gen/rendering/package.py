@@ -218,7 +218,7 @@ def _modules(program: Plan) -> list[str]:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
         modules |= {"cache", "decode", "inference", "inference_ops", "storage"}
-        runtime |= {"cache", "pages"}
+        runtime |= {"cache", "inference", "pages", "storage"}
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
     return [f"{path}.py" for path in sorted(paths)]
 

@@ -67,7 +67,7 @@ def trace_inference(
     for page_size in page_sizes:
         pages = -(-tokens // page_size) if page_size else 0
         table = empty(batch, pages, dtype=torch.int32) if page_size else None
-        layout = storage.Layout(batch, tokens, page_size, table)
+        layout = storage.new_layout(batch, tokens, page_size, table)
         rows = compressed = (batch * pages, page_size) if page_size else (batch, tokens)
         if plan.compressed:
             compressed = (rows[0], layout.blocks_per_page if page_size else layout.compressed_capacity)
