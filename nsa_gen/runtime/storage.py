@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import sizes
+from .sizes import cdiv
 
 
 @triton.jit
@@ -65,7 +65,7 @@ class Layout(NamedTuple):
     @property
     def blocks_per_page(self) -> int:
         """Compressed blocks that may end in one page."""
-        return sizes.cdiv(self.page_size, self.stride)
+        return cdiv(self.page_size, self.stride)
 
     @property
     def table_width(self) -> int:
