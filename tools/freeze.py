@@ -76,6 +76,7 @@ def freeze_kernels(name: str, target: str, known: Mapping[str, list[Any]] | None
     from nsa_gen.rendering import generate, import_package
     from nsa_gen.targets.launches import record_launches, specialize
     from nsa_gen.targets.resources import read_resources
+    from nsa_gen.targets.tracing import trace
 
     spec, gpu = load_spec(name), gpu_for_target(target)
     found: dict[str, tuple[Any, set[str]]] = {}
@@ -83,9 +84,7 @@ def freeze_kernels(name: str, target: str, known: Mapping[str, list[Any]] | None
         package = import_package(generate(spec, Path(folder)))
         for packed in (False, True):
             with package.configs.use_target(target), record_launches() as launches:
-                package.ops.trace(
-                    tokens=TRACED_TOKENS, batch=TRACED_BATCH, device="meta", packed=packed, passes=spec.passes
-                )
+                trace(package, TRACED_TOKENS, TRACED_BATCH, "meta", packed, spec.passes)
             for launch in launches:
                 one = specialize(launch, gpu)
                 found.setdefault(one.key, (one, set()))[1].add("packed" if packed else "batched")

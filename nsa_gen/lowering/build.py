@@ -86,23 +86,21 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
 
 
 def _outputs(spec: Spec) -> tuple[Output, ...]:
-    o_shape = f"(*q.shape[:3], {spec.head_dim.v})"
-    lse_shape = "q.shape[:3]"
+    o_dims, lse_dims = ("B", "Tq", "Hq", "Dv"), ("B", "Tq", "Hq")
     compressed = compression_outputs(spec)
     alone = len(spec.branches) == 1 and spec.combine.gate == "none"
-    outputs = [Output("o", o_shape, "q.dtype", auxiliary=False)]
+    outputs = [Output("o", o_dims, auxiliary=False)]
     for branch in spec.branches:
         if not alone:
-            outputs.append(Output(f"o_{branch}", o_shape, "q.dtype"))
-        outputs.append(Output(f"lse_{branch}", lse_shape, "torch.float32"))
+            outputs.append(Output(f"o_{branch}", o_dims))
+        outputs.append(Output(f"lse_{branch}", lse_dims, "float32"))
     if spec.selection and spec.selection.indices == "computed":
-        heads, count = spec.heads.kv, spec.selection.count
-        outputs.append(Output("indices", f"(*q.shape[:2], {heads}, {count})", "torch.int32"))
-        outputs.append(Output("counts", f"(*q.shape[:2], {heads})", "torch.int32"))
+        outputs.append(Output("indices", ("B", "Tq", "Hkv", "n"), "int32"))
+        outputs.append(Output("counts", ("B", "Tq", "Hkv"), "int32"))
     outputs += [output for output in compressed if not output.saved_by_phi]
     if spec.selection and "backward" in spec.passes:
-        outputs.append(Output("sorted_keys", "index_slots(q, sequences)", "torch.int32", auxiliary=False))
-        outputs.append(Output("sorted_slots", "index_slots(q, sequences)", "torch.int32", auxiliary=False))
+        outputs.append(Output("sorted_keys", ("slots",), "int32", auxiliary=False))
+        outputs.append(Output("sorted_slots", ("slots",), "int32", auxiliary=False))
     outputs += [output for output in compressed if output.saved_by_phi]
     return tuple(outputs)
 

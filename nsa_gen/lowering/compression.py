@@ -38,19 +38,13 @@ def _parameter(name: str, *dims: str) -> Argument:
 def compression_outputs(spec: Spec) -> tuple[Output, ...]:
     """What compression returns from the forward operator: compressed keys and values, and an mlp's hidden rows."""
     sides = compressed_sides(spec)
-    outputs = [Output(f"{side.raw}_cmp", _rows(spec, side.dim), "q.dtype") for side in sides]
+    outputs = [Output(f"{side.raw}_cmp", ("B", "Nc", "Hkv", f"D{side.raw}")) for side in sides]
     for side in sides:
         if side.kind == "mlp":
             assert spec.compression is not None and spec.compression.phi.hidden is not None
-            rows = _rows(spec, spec.compression.phi.hidden)
-            outputs.append(Output(f"{side.name}_hidden", rows, "q.dtype", False, saved_by_phi=True))
+            dims = ("B", "Nc", "Hkv", str(spec.compression.phi.hidden))
+            outputs.append(Output(f"{side.name}_hidden", dims, auxiliary=False, saved_by_phi=True))
     return tuple(outputs)
-
-
-def _rows(spec: Spec, size: int) -> str:
-    assert spec.compression is not None
-    rows = f"sequences.compressed_rows({spec.compression.block}, {spec.compression.stride})"
-    return f"(q.shape[0], {rows}, {spec.heads.kv}, {size})"
 
 
 #: Keys and values, and the rows that phi makes of them.

@@ -68,16 +68,9 @@ class InferencePlan:
         """Tensors that a caller brings for new tokens."""
         return (*self.raw_names, *(("k_cmp", "v_cmp") if self.spec.external else ()))
 
-    @property
-    def append_names_literal(self) -> str:
-        """`append_names` as a Python tuple."""
-        return _literal(self.append_names)
-
-    @property
-    def cache_constants(self) -> tuple[str, ...]:
-        """Sizes that the cache's module imports."""
-        hidden = ("PHI_HIDDEN",) if any(side.kind == "mlp" for side in self.phi_sides) else ()
-        return ("HEAD_DIM_QK", "HEAD_DIM_V", "KV_HEADS", *hidden)
+    def head_dim(self, name: str) -> str:
+        """What the head dim of a tensor of keys or values is called: Dk or Dv."""
+        return "Dk" if name in (*self.raw_names[::2], "k_cmp") else "Dv"
 
     @property
     def pooled_elements(self) -> int:
@@ -166,9 +159,15 @@ class InferencePlan:
         return _literal(self.decode_outputs)
 
     @property
-    def prefill_outputs_literal(self) -> str:
-        """o and `decode_outputs` as a Python tuple."""
-        return _literal(("o", *self.decode_outputs))
+    def prefill_outputs(self) -> tuple[tuple[str, str, str, str], ...]:
+        """o and `decode_outputs`: name, dims, dtype, and as Python source what a row holds that sees nothing."""
+        kinds = {
+            "o": ("B Tq Hq Dv", "", "0.0"),
+            "lse": ("B Tq Hq", "float32", 'float("-inf")'),
+            "indices": ("B Tq Hkv n", "int32", "-1"),
+            "counts": ("B Tq Hkv", "int32", "0"),
+        }
+        return tuple((name, *kinds[name.partition("_")[0]]) for name in ("o", *self.decode_outputs))
 
     @property
     def workspace_fields(self) -> tuple[tuple[str, str], ...]:

@@ -45,13 +45,14 @@ class Argument:
 class Output:
     """A tensor that the forward operator returns and the backward may read.
 
-    ``shape`` and ``dtype`` are Python expressions over the operator's arguments, ``q`` and ``sequences``.
+    ``dims`` are symbolic, as those of an `Argument`: ``n`` are the blocks that a query selects, ``Nc`` the compressed
+    rows of a call and ``slots`` those of an inverted index. ``dtype`` is ``"spec"``, ``"float32"`` or ``"int32"``.
     ``auxiliary`` ones are shown to users by ``return_aux``; ``saved_by_phi`` ones are phi's own.
     """
 
     name: str
-    shape: str
-    dtype: str
+    dims: tuple[str, ...]
+    dtype: str = "spec"
     auxiliary: bool = True
     saved_by_phi: bool = False
 
@@ -492,6 +493,10 @@ class Plan(InferencePlan):
             own |= {"sorted_keys", "sorted_slots"}
         return tuple(output.name for output in self.saved_outputs if output.name in own)
 
+    def recomputed_by(self, output: Output) -> str:
+        """The branch that `output` may be computed anew for; "" for none."""
+        return next((branch for branch in self.branches if output.name in self.recomputed(branch)), "")
+
     @property
     def schema_inputs(self) -> tuple[str, ...]:
         """Inputs of the whole operator; those that may be None carry a question mark."""
@@ -514,20 +519,6 @@ class Plan(InferencePlan):
         """Inputs of the combination alone."""
         combine = self.step("combine")
         return combine.reads if combine else tuple(f"o_{branch}" for branch in self.branches)
-
-    def trace_sizes(self, argument: Argument) -> str:
-        """Sizes of an argument as Python source, in terms of ``entries``, ``rows`` and ``compressed``."""
-        sizes = {
-            "B": "entries",
-            "Tq": "rows",
-            "Tkv": "rows",
-            "Nc": "compressed",
-            "Hq": self.spec.heads.query,
-            "Hkv": self.spec.heads.kv,
-            "Dk": self.spec.head_dim.qk,
-            "Dv": self.spec.head_dim.v,
-        }
-        return ", ".join(str(sizes.get(dim, dim)) for dim in argument.dims)
 
     def runs(self, kernel: Kernel, target: str) -> bool:
         """Whether the operator launches a kernel on an architecture, with the default schedules."""

@@ -193,7 +193,18 @@ def _modules(program: Plan) -> list[str]:
         "__init__", "arguments", "configs", "module", "operator", "ops", "registration", "spec", "steps",
     }  # fmt: skip
     kernels = {"__init__", "primitives"} | {kernel.module for kernel in program.kernels}
-    runtime = {"__init__", "arguments", "launch", "lookup", "registration", "sequences", "sizes", "space", "tiles"}
+    runtime = {
+        "__init__",
+        "arguments",
+        "launch",
+        "lookup",
+        "registration",
+        "sequences",
+        "sizes",
+        "space",
+        "step_operators",
+        "tiles",
+    }
     if program.hopper:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_banded_backward:
@@ -211,7 +222,7 @@ def _modules(program: Plan) -> list[str]:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
         modules |= {"cache", "decode", "inference", "inference_ops", "storage"}
-        runtime |= {"cache", "pages"}
+        runtime |= {"cache", "inference", "pages", "storage"}
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
     return [f"{path}.py" for path in sorted(paths)]
 

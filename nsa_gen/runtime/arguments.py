@@ -41,7 +41,8 @@ class Arguments:
         parameters: Mapping[str, tuple[str | int, ...]] = MappingProxyType({}),
     ) -> None:
         self.dtype, self.branches, self.sizes = dtype, branches, sizes
-        self._compression, self._selected, self._gate, self._parameters = compression, selected, gate, parameters
+        self.selected, self.parameters = selected, parameters
+        self._compression, self._gate = compression, gate
         self._accepted: set[tuple] = set()
 
     def signature(self, *tensors: torch.Tensor | None) -> tuple | None:
@@ -194,7 +195,7 @@ class Arguments:
         self, indices: torch.Tensor, counts: torch.Tensor | None, q: torch.Tensor, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Check indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), both int32, and return them contiguous."""
-        shape = (*q.shape[:2], self.sizes["Hkv"], self._selected)
+        shape = (*q.shape[:2], self.sizes["Hkv"], self.selected)
         dims = ("B", "Tq", "Hkv", "n")
         indices = self.with_batch("indices", indices, cu_seqlens)
         indices = self.check_tensor("indices", indices, dims, shape, device=q.device, dtype=torch.int32)
@@ -221,12 +222,12 @@ class Arguments:
     ) -> tuple[torch.Tensor, ...]:
         """Check phi's parameters against those of the package, and return them contiguous."""
         if parameters is None:
-            raise TypeError(f"compression: expected CompressionParameters({', '.join(self._parameters)}), got None")
-        if not isinstance(parameters, tuple) or len(parameters) != len(self._parameters):
-            fields = ", ".join(self._parameters)
+            raise TypeError(f"compression: expected CompressionParameters({', '.join(self.parameters)}), got None")
+        if not isinstance(parameters, tuple) or len(parameters) != len(self.parameters):
+            fields = ", ".join(self.parameters)
             raise TypeError(f"compression: expected CompressionParameters({fields}), got {_describe(parameters)}")
         checked = []
-        for (name, dims), tensor in zip(self._parameters.items(), parameters, strict=True):
+        for (name, dims), tensor in zip(self.parameters.items(), parameters, strict=True):
             sizes = (self.sizes["Hkv"], *(dim for dim in dims if isinstance(dim, int)))
             labels = tuple(str(dim) for dim in dims)
             if isinstance(tensor, torch.Tensor):

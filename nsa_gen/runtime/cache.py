@@ -1,28 +1,37 @@
-"""What a cache of keys and values knows of its sequences: lengths, pages, room for more."""
+"""A cache of keys and values, and what it knows of its sequences: lengths, pages, room for more."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .arguments import Arguments
+from .arguments import Arguments, check_kind
 from .pages import CapacityError, Pages
 from .sizes import cdiv
+from .storage import Kept, Layout
 
 # Tokens of a page.
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 class Cache:
-    """The host's books of a cache, and the lengths on the device. A package's cache adds the tensors and `write`."""
+    """The tensors of a cache, the host's books of it, and the lengths on the device; see a package's `NSACache`.
 
-    # A package's own: checks, operators, most tokens that one call decodes, and what addresses rows.
+    A package's own are `write`, which names what new tokens have, and what follows here: checks, operators, most tokens
+    that one call decodes, what addresses rows, the tensors of a layer and its type, what makes the workspace of decode,
+    and the width of an mlp's hidden rows with how many of them new tokens may have.
+    """
+
     _checks: Arguments
     _operator: Callable[[str], Callable]
     _most_tokens: int
-    _layout: Callable[..., Any]
+    _layout: Callable[..., Layout]
+    _kept: Mapping[str, Kept]
+    _layer_type: Callable[..., tuple[torch.Tensor, ...]]
+    _new_workspace: Callable[[Layout, int, torch.device], Any]
+    _hidden_rows: tuple[int, Callable[[int], int]] | None = None
 
-    layers: tuple[tuple[torch.Tensor, ...], ...]
+    layers: tuple[Any, ...]
 
     def __init__(
         self,
@@ -72,7 +81,23 @@ class Cache:
 
     def _allocate(self, layers: int, pages: int | None) -> None:
         """Make the tensors of the layers, and what decode works in; `pages` is None for a contiguous cache."""
-        raise NotImplementedError
+        layout, sizes = self.layout, self._checks.sizes
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self._checks.dtype, device=self.device)
+
+        def rows(kept: Kept) -> tuple[int, int]:
+            if pages is None:
+                return layout.batch, layout.compressed_capacity if kept.compressed else layout.capacity
+            return pages, layout.blocks_per_page if kept.compressed else layout.page_size
+
+        shapes = [(*rows(kept), sizes["Hkv"], sizes[kept.dim]) for kept in self._kept.values()]
+        self.layers = tuple(self._layer_type(*(zeros(*shape) for shape in shapes)) for _ in range(layers))
+        self._hidden: torch.Tensor | None = None
+        if self._hidden_rows is not None:
+            width, most = self._hidden_rows
+            self._hidden = zeros(layout.batch, most(self.max_new_tokens), sizes["Hkv"], width)
+        self.workspace = self._new_workspace(layout, self.max_new_tokens, self.device)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -138,6 +163,34 @@ class Cache:
         else:
             counts = torch.tensor(self._new, dtype=torch.int32).to(self.device)
         self._operator("cache_extend")(self.starts, self.lengths, self.overflow, counts, number, *self._place())
+
+    # Writing
+
+    def _write(self, new: dict[str, torch.Tensor], parameters: tuple[torch.Tensor, ...] | None, layer: int) -> None:
+        """Write what new tokens have, by name, to a layer, and compress what they complete."""
+        kept, sizes = self._layer(layer), self._checks.sizes
+        first = next(iter(new))
+        for name, tensor in new.items():
+            check_kind(name, tensor, "a tensor (B, N, Hkv, D)")
+            if tensor.dim() != 4:
+                raise ValueError(f"{name}: expected a tensor (B, N, Hkv, D), got shape {tuple(tensor.shape)}")
+            rows = new["k_cmp" if self._kept[name].compressed else first].shape[1]
+            shape = (self.layout.batch, rows, sizes["Hkv"], sizes[self._kept[name].dim])
+            new[name] = self._checks.check_tensor(name, tensor, ("B", "N", "Hkv", "D"), shape, device=self.device)
+        rows, most = new[first].shape[1], max(self._new)
+        if most > rows and not self._kept[first].compressed:
+            raise ValueError(f"{first}: expected at least the {most} tokens that `extend` made room for, got {rows}")
+        learned = self._checks.check_parameters(parameters, new[first]) if self._checks.parameters else ()
+        with torch.no_grad():
+            self._operator("cache_write")(
+                [tensor.detach() for tensor in new.values()],
+                list(kept),
+                [tensor.detach().contiguous() for tensor in learned],
+                self._hidden,
+                self.starts,
+                self.lengths,
+                *self._place(),
+            )
 
     # Shrinking, copying
 

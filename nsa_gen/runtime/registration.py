@@ -1,9 +1,8 @@
 """How the operators of a package are made known to PyTorch: one library, one convention for gradients."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,22 +19,51 @@ _NO_TENSORS = frozenset((int, str, type(None)))
 _CONSTANTS = {"int": "SymInt", "str": "str"}
 
 
+class Output(NamedTuple):
+    """What an operator returns: its dims, names or numbers parted by spaces, and its dtype, the first input's if None.
+
+    A `saved` one is handed to the backward. One of a `branch` is None there where the last input, a string, names the
+    branch: the backward computes it again.
+    """
+
+    name: str
+    dims: str
+    dtype: torch.dtype | None = None
+    saved: bool = False
+    branch: str = ""
+
+
 class Operator(NamedTuple):
     """An operator whose backward is the operator `<name>_backward(*gradients of outputs, *inputs, *saved outputs)`.
 
-    inputs and outputs are names in order; an input named with a trailing "?" may be None, one with ":int" or ":str" is
-    an int or a string. The first `differentiable_outputs` outputs have gradients. `gradients` are the inputs that get
-    one, and `saved` the outputs that the backward takes. `recomputed` has, by branch, those of them that are None where
-    the last input, a string, names the branch: the backward computes them again.
+    inputs are names in order; one with a trailing "?" may be None, one with ":int" or ":str" is an int or a string.
+    The first `differentiable_outputs` outputs have gradients. `gradients` are the inputs that get one.
     """
 
     name: str
     inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    returns: tuple[Output, ...]
     gradients: tuple[str, ...] = ()
-    saved: tuple[str, ...] = ()
     differentiable_outputs: int = 1
-    recomputed: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what it returns."""
+        return tuple(each.name for each in self.returns)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Outputs that the backward takes."""
+        return tuple(each.name for each in self.returns if each.saved)
+
+    @property
+    def recomputed(self) -> dict[str, tuple[str, ...]]:
+        """By branch, outputs that the backward can compute again."""
+        found: dict[str, tuple[str, ...]] = {}
+        for each in self.returns:
+            if each.branch:
+                found[each.branch] = (*found.get(each.branch, ()), each.name)
+        return found
 
     @property
     def schema(self) -> str:
@@ -59,7 +87,8 @@ def _declare(declared: str) -> str:
     return f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}"
 
 
-def _name(declared: str) -> str:
+def name_of(declared: str) -> str:
+    """The name of an input without what else is declared of it."""
     return declared.partition(":")[0].rstrip("?")
 
 
@@ -108,7 +137,7 @@ class Library:
         name = f"{operator.name}_backward"
         count, offset = len(operator.inputs), operator.differentiable_outputs
         positions = [
-            position for position, declared in enumerate(operator.inputs) if _name(declared) in operator.gradients
+            position for position, declared in enumerate(operator.inputs) if name_of(declared) in operator.gradients
         ]
 
         def backward_fake(*arguments: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -280,7 +309,7 @@ def _refusal(reason: str) -> Callable:
 
 def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[tuple], Bucket]:
     """How the bucket of a call is read off an operator's arguments, of which `offset` come before its inputs."""
-    places = {_name(name): offset + place for place, name in enumerate(inputs)}
+    places = {name_of(name): offset + place for place, name in enumerate(inputs)}
     keys, packed = places.get("tokens", places.get("k", offset)), places.get("cu_seqlens")
 
     def bucket(arguments: tuple) -> Bucket:

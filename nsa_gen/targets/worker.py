@@ -73,20 +73,20 @@ def _import_package(folder: Path) -> ModuleType:
 
 def _trace(state: _State, target: str, packed: bool) -> _Trace:
     from nsa_gen.targets.launches import record_launches, specialize
+    from nsa_gen.targets.tracing import trace as launch_all
 
     if (target, packed) in state.traces:
         return state.traces[target, packed]
     if state.package is None:
         state.package = _import_package(state.package_dir)
-    ops = importlib.import_module(f"{state.package.__name__}.ops")
     with contextlib.ExitStack() as stack:
         if importlib.util.find_spec(f"{state.package.__name__}.configs") is not None:
             configs = importlib.import_module(f"{state.package.__name__}.configs")
             stack.enter_context(configs.use_target(target))
         launches = stack.enter_context(record_launches())
-        ops.trace(tokens=state.tokens, batch=state.batch, device="meta", packed=packed, passes=state.passes)
+        launch_all(state.package, state.tokens, state.batch, "meta", packed, state.passes)
     if not launches:
-        raise RuntimeError(f"{state.package.__name__}.ops.trace launched no kernel for passes {state.passes}")
+        raise RuntimeError(f"{state.package.__name__} launched no kernel for passes {state.passes}")
     gpu = gpu_for_target(target)
     trace = _Trace({}, [])
     for launch in launches:
@@ -144,7 +144,7 @@ def _do_candidate(
     with configs.use_target(target), configs.override(kernel, **config):
         for call in calls:
             with record_launches() as launches:
-                _trace_call(state, name, call)
+                _trace_call(state, state.package, call)
             mine = [launch for launch in launches if launch.name == f"{kernel}_kernel"]
             grids.append([launch.grid for launch in mine])
             for one in (specialize(launch, gpu) for launch in mine):
@@ -160,15 +160,17 @@ def _do_candidate(
     return {"binaries": binaries, "digest": digest.hexdigest()[:16], "seconds": time.perf_counter() - start}
 
 
-def _trace_call(state: _State, name: str, call: dict[str, Any]) -> None:
+def _trace_call(state: _State, package: ModuleType, call: dict[str, Any]) -> None:
     """Launch what one call launches, on tensors without storage."""
+    from nsa_gen.targets import tracing
+
     if "new_tokens" in call:
-        inference = importlib.import_module(f"{name}.inference_ops")
-        calls = (call["new_tokens"],)
-        inference.trace(call["tokens"], call["batch"], "meta", calls=calls, page_sizes=(0,))
+        tracing.trace_inference(
+            package, call["tokens"], call["batch"], "meta", new_tokens=(call["new_tokens"],), page_sizes=(0,)
+        )
         return
     passes = tuple(each for each in state.passes if each != "decode")
-    importlib.import_module(f"{name}.ops").trace(**call, device="meta", passes=passes)
+    tracing.trace(package, **call, device="meta", passes=passes)
 
 
 def _whereabouts(state: _State, kernel: JITFunction) -> dict[str, str]:

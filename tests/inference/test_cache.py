@@ -162,7 +162,7 @@ def test_the_device_refuses_tokens_without_room_and_synchronize_names_the_sequen
     append(cache, module, [16, 3])
     place = (cache.layout.table, cache.layout.capacity, cache.layout.page_size)
     # As a replayed graph does it, without reserve: the first sequence has no second page.
-    module.inference_ops.cache_extend(cache.starts, cache.lengths, cache.overflow, None, 1, *place)
+    module.registration.operator("cache_extend")(cache.starts, cache.lengths, cache.overflow, None, 1, *place)
     assert cache.lengths.tolist() == [16, 4] and cache.starts.tolist() == [16, 3]
     with pytest.raises(module.CapacityError, match="sequences 0: no room"):
         cache.synchronize()
@@ -332,7 +332,7 @@ def test_a_graph_that_truncates_leaves_the_host_with_bounds_at_every_replay(monk
     for _ in range(20):  # each replay drafts four tokens and keeps none: the host has no room for 80
         cache.reserve(4)
         place = (cache.layout.table, cache.layout.capacity, cache.layout.page_size)
-        module.inference_ops.cache_extend(cache.starts, cache.lengths, cache.overflow, None, 4, *place)
+        module.registration.operator("cache_extend")(cache.starts, cache.lengths, cache.overflow, None, 4, *place)
         cache.lengths.copy_(torch.minimum(cache.lengths, kept))
     assert not cache.exact
     cache.synchronize()

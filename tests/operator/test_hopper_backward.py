@@ -31,12 +31,13 @@ import importlib, sys
 from nsa_gen.hardware import gpu_for_target
 from nsa_gen.rendering import import_package
 from nsa_gen.targets.launches import record_launches, specialize
+from nsa_gen.targets.tracing import trace
 
 package = import_package(sys.argv[1])
-configs, ops = (importlib.import_module(f"{package.__name__}.{name}") for name in ("configs", "ops"))
+configs = importlib.import_module(f"{package.__name__}.configs")
 for target in sys.argv[2].split(","):
     with configs.use_target(target), record_launches() as launches:
-        ops.trace(tokens=64, batch=2, device="meta", packed=False, passes=("forward", "backward"))
+        trace(package, 64, 2, "meta", False, ("forward", "backward"))
     print(target, *sorted({launch.name for launch in launches}))
     if len(sys.argv) > 3:
         import triton

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from nsa_gen.rendering import import_package
 from nsa_gen.targets.launches import record_launches
+from nsa_gen.targets.tracing import trace
 
 SEQUENCES = 3
 """Sequences of a packed call, each of the call's number of tokens."""
@@ -59,7 +60,7 @@ def record(package: Any, tokens: int, packed: bool) -> dict[str, Any]:
         record_launches() as launches,
         Allocations() as allocations,
     ):
-        package.ops.trace(tokens, SEQUENCES if packed else 1, "meta", packed, ("forward", "backward"))
+        trace(package, tokens, SEQUENCES if packed else 1, "meta", packed, ("forward", "backward"))
     return {
         "kernels": [launch.name for launch in launches],
         "constants": [constants_of(launch) for launch in launches],

@@ -191,6 +191,7 @@ def test_other_backends_and_other_versions_launch_by_themselves(
 SECOND_TRACE = """
 import importlib, json, sys
 import torch
+from nsa_gen.targets.tracing import trace
 from tests.pytorch.fake_machine import fake_machine
 found = {}
 with fake_machine() as machine:
@@ -200,7 +201,7 @@ with fake_machine() as machine:
             for packed in (False, True):
                 for _ in range(2):
                     machine.sent.clear()
-                    package.ops.trace(192, 2, "meta", packed, tuple(package.SPEC["passes"]))
+                    trace(package, 192, 2, "meta", packed, tuple(package.SPEC["passes"]))
                 left = sorted({sent.compiled.name for sent in machine.sent if sent.by_triton})
                 found[f"{name} {packed}"] = len(machine.sent), left
 print(json.dumps(found))

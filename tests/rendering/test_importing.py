@@ -165,7 +165,7 @@ def test_packages_whose_names_differ_by_a_dot_have_operators_of_their_own(tmp_pa
     apart, together = importlib.import_module("outer.inner"), importlib.import_module("outer_inner")
     assert (window_of(apart.nsa_attention), window_of(together.nsa_attention)) == (24, 32)
     # What a process imported first does not decide what an exported program means.
-    names = [module.ops.register.__self__.namespace for module in (apart, together)]
+    names = [module.registration.NAMESPACE for module in (apart, together)]
     assert names == ["outer__inner", "outer_inner"]
 
 

@@ -189,8 +189,9 @@ def test_decode_is_checked_by_a_cache_and_timed_a_layer(tmp_path: Path, short: N
     answers = engine.race([{}, tiles], lambda n: None, **request)
     assert [each["times"]["decode"]["median"] for each in answers] == [1.0, 1.0]
     assert engine._cache is not None and engine._cache.cache.tokens == (64, 64)
-    spoilt = engine._package.decode.decode_forward
-    engine._package.inference_ops.decode_forward = lambda *a: (spoilt(*a), a[4].mul_(1.5))
+    inference = engine._package.inference_ops.INFERENCE
+    spoilt = inference.launches.decode
+    inference.launches = inference.launches._replace(decode=lambda *a: (spoilt(*a), a[4].mul_(1.5)))
     (answer,) = engine.check([tiles], lambda n: None, bucket=bucket.to_json())
     assert answer["error"].startswith("wrong: ")
 

@@ -1,0 +1,311 @@
+"""Prefill and decode with a cache: the operators, and what is checked, gathered and padded around them.
+
+Each operator is one call of the dispatcher, declares what it writes, and has no gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+
+from .arguments import Arguments
+from .cache import Cache
+from .lookup import Bucket, decode_bucket
+from .registration import Library, Output
+from .sequences import Sequences
+from .storage import Kept, Layout
+
+_PLACE = "Tensor? table, SymInt capacity, SymInt page_size"
+
+# Neighbouring sequences of equal lengths: the first, the end, tokens and new tokens of each.
+Run = tuple[int, int, int, int]
+
+
+class Launches(NamedTuple):
+    """What a package runs: how lengths advance, tokens are written, and newest or many tokens attend."""
+
+    advance: Callable[..., None]
+    append: Callable[..., None]
+    decode: Callable[..., None]
+    prefill: Callable[..., list[torch.Tensor]]
+
+
+class Inference:
+    """The operators of a package's inference, and its public functions but for their signatures.
+
+    Args:
+        library: where the operators are registered.
+        serving: the context that configures the kernels of a call.
+        checks: of the package's arguments.
+        launches: what the operators run.
+        kept: the tensors of a layer of the cache, by name, in order.
+        written: names of those that a caller brings for new tokens.
+        outputs: what a call finds, o first, and what a row holds that sees nothing.
+        layout, layer, workspace: types of the package, made of what operators are given of them.
+        parameters: the type of phi's parameters, None if it has none.
+        sinks: names of logits (Hq,) float32 of each head, which calls bring behind their other arguments.
+        gated: whether calls have gates.
+        given_lists: whether the caller names the selected blocks.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        serving: Callable[[torch.device, Bucket], AbstractContextManager[None]],
+        checks: Arguments,
+        launches: Launches,
+        *,
+        kept: Mapping[str, Kept],
+        written: tuple[str, ...],
+        outputs: tuple[tuple[Output, float], ...],
+        layout: Callable[..., Layout],
+        layer: Callable[..., Any],
+        workspace: Callable[..., Any],
+        parameters: Callable[..., Any] | None = None,
+        sinks: tuple[str, ...] = (),
+        gated: bool = True,
+        given_lists: bool = False,
+    ) -> None:
+        self._library, self._serving, self._checks, self.launches = library, serving, checks, launches
+        self._kept, self._written, self._outputs = kept, written, outputs
+        self._layout, self._layer, self._workspace, self._parameters = layout, layer, workspace, parameters
+        self._sinks, self._gated, self._given_lists = sinks, gated, given_lists
+        register = library.register_in_place
+        weights = ", ".join(["Tensor? gates", *(f"Tensor {name}" for name in sinks)])
+        register(
+            "cache_extend",
+            "(Tensor(a!) starts, Tensor(b!) lengths, Tensor(c!) overflow, Tensor? counts, SymInt number, "
+            f"{_PLACE}) -> ()",
+            self._extend,
+        )
+        register(
+            "cache_write",
+            "(Tensor[] new, Tensor(a!)[] layer, Tensor[] parameters, Tensor(b!)? hidden, Tensor starts, "
+            f"Tensor lengths, {_PLACE}) -> ()",
+            self._write,
+        )
+        register(
+            "decode",
+            f"(Tensor q, {weights}, Tensor[] layer, Tensor? indices, Tensor? counts, Tensor(a!)[] workspace, "
+            f"Tensor(b!) o, Tensor starts, Tensor lengths, {_PLACE}) -> ()",
+            self._decode,
+        )
+        register(
+            "prefill",
+            f"(Tensor q, {weights}, Tensor[] layer, Tensor? indices, Tensor? counts, SymInt tokens) -> Tensor[]",
+            self._prefill,
+            self.new_outputs,
+        )
+
+    # The operators
+
+    def _extend(
+        self,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        overflow: torch.Tensor,
+        counts: torch.Tensor | None,
+        number: int,
+        *place: Any,
+    ) -> None:
+        """Advance the lengths by `counts` (B,) int32, or by `number`."""
+        layout = self._layout_at(lengths, *place)
+        self.launches.advance(starts, lengths, overflow, number if counts is None else counts, layout)
+
+    def _write(
+        self,
+        new: list[torch.Tensor],
+        layer: list[torch.Tensor],
+        parameters: list[torch.Tensor],
+        hidden: torch.Tensor | None,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        *place: Any,
+    ) -> None:
+        """Write new tokens, in the order of `written`, to a layer; `hidden` is what an mlp works in."""
+        learned = None if self._parameters is None else self._parameters(*parameters)
+        given, held = dict(zip(self._written, new, strict=True)), dict(zip(self._kept, layer, strict=True))
+        within = () if hidden is None else (hidden,)
+        self.launches.append(given, held, learned, *within, starts, lengths, self._layout_at(lengths, *place))
+
+    def _decode(self, q: torch.Tensor, gates: torch.Tensor | None, *given: Any) -> None:
+        """Attention of the newest tokens, with what was tuned for the cache's capacity."""
+        sinks, given = given[: len(self._sinks)], given[len(self._sinks) :]
+        layer, indices, counts, workspace, o, starts, lengths, *place = given
+        layout = self._layout_at(lengths, *place)
+        weights = (gates, *sinks) if self._gated else sinks
+        lists = (indices, counts) if self._given_lists else ()
+        with self._serving(q.device, decode_bucket(layout.capacity, layout.batch)):
+            held = self._layer(*layer), *lists, self._workspace(*workspace)
+            self.launches.decode(q, *weights, *held, o, starts, lengths, layout)
+
+    def _prefill(self, q: torch.Tensor, gates: torch.Tensor | None, *given: Any) -> list[torch.Tensor]:
+        """Attention of the last Tq of `tokens` tokens, q (B, Tq, Hq, Dk), to keys laid out as (B, rows, Hkv, D)."""
+        *sinks, layer, indices, counts, tokens = given
+        sequences = Sequences(q.shape[0], q.shape[1], tokens)
+        with self._serving(q.device, sequences.bucket):
+            return self.launches.prefill(q, gates, *sinks, self._layer(*layer), indices, counts, sequences)
+
+    def new_outputs(self, q: torch.Tensor, *_: object) -> list[torch.Tensor]:
+        """What a prefill returns for q (B, N, Hq, Dk), without values."""
+        sizes = {"B": q.shape[0], "Tq": q.shape[1], **self._checks.sizes, "n": self._checks.selected}
+        shapes = ([sizes[dim] for dim in output.dims.split()] for output, _ in self._outputs)
+        return [
+            q.new_empty(shape, dtype=output.dtype or q.dtype)
+            for shape, (output, _) in zip(shapes, self._outputs, strict=True)
+        ]
+
+    def _layout_at(self, lengths: torch.Tensor, table: torch.Tensor | None, capacity: int, page_size: int) -> Layout:
+        return self._layout(lengths.shape[0], capacity, page_size, table)
+
+    # The public functions
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        cache: Cache,
+        gates: torch.Tensor | None,
+        indices: torch.Tensor | None,
+        counts: torch.Tensor | None,
+        layer: int,
+        out: torch.Tensor | None,
+        return_aux: bool,
+        *sinks: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """o of a package's `nsa_decode`, and copies of the branches' outputs if asked for."""
+        q = self._check_queries(q, cache)
+        tokens, most = q.shape[1], cache.max_new_tokens
+        if not 1 <= tokens <= most:
+            raise ValueError(f"q: expected 1 to {most} tokens, the cache's max_new_tokens, got {tokens}")
+        gates, indices, counts = self._check_others(q, gates, indices, counts)
+        sinks = self._check_sinks(q, sinks)
+        shape = (*q.shape[:3], self._checks.sizes["Dv"])
+        if out is None:
+            out = q.new_empty(shape)
+        else:
+            self._checks.check_tensor("out", out, ("B", "N", "Hq", "Dv"), shape, device=q.device)
+            if not out.is_contiguous():
+                raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+            if out.is_neg():
+                raise ValueError("out: expected a tensor to be written to, got a view that changes the sign")
+        with torch.no_grad():
+            self._library.operator("decode")(
+                q,
+                gates,
+                *sinks,
+                list(cache._layer(layer)),
+                indices,
+                counts,
+                list(cache.workspace),
+                out,
+                cache.starts,
+                cache.lengths,
+                *cache._place(),
+            )
+        if not return_aux:
+            return out, ()
+        shown = cache.workspace.view(tokens, cache.layout)
+        return out, tuple(shown[output.name].clone() for output, _ in self._outputs[1:])
+
+    def prefill(
+        self,
+        q: torch.Tensor,
+        cache: Cache,
+        gates: torch.Tensor | None,
+        indices: torch.Tensor | None,
+        counts: torch.Tensor | None,
+        layer: int,
+        *sinks: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """o of a package's `nsa_prefill`, and the branches' outputs."""
+        q = self._check_queries(q, cache)
+        if not cache.exact:
+            cache.synchronize()
+        if q.shape[1] < max(cache.new_tokens):
+            raise ValueError(f"q: expected at least the cache's {max(cache.new_tokens)} new tokens, got {q.shape[1]}")
+        gates, indices, counts = self._check_others(q, gates, indices, counts)
+        sinks = self._check_sinks(q, sinks)
+        runs = runs_of(cache.tokens, cache.new_tokens)
+        parts = []
+        with torch.no_grad():
+            for first, end, tokens, new in runs:
+                rows = (slice(first, end), slice(0, new))
+                parts.append(
+                    self._library.operator("prefill")(
+                        q[rows],
+                        None if gates is None else gates[rows],
+                        *sinks,
+                        self._gathered(cache, layer, first, end, tokens),
+                        None if indices is None else indices[rows].contiguous(),
+                        None if counts is None else counts[rows].contiguous(),
+                        tokens,
+                    )
+                )
+            whole = len(runs) == 1 and runs[0][:2] == (0, q.shape[0]) and runs[0][3] == q.shape[1]
+            o, *others = parts[0] if whole else self._padded(q, runs, parts)
+        return o, tuple(others)
+
+    def _check_queries(self, q: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Check q (B, N, Hq, Dk) against the cache; detached."""
+        if not isinstance(cache, Cache) or cache._checks is not self._checks:
+            raise TypeError(f"cache: expected this package's NSACache, got {type(cache).__name__}")
+        q = self._checks.check_query("q", q, None)
+        shape = (cache.layout.batch, q.shape[1], self._checks.sizes["Hq"], self._checks.sizes["Dk"])
+        return self._checks.check_tensor("q", q, ("B", "N", "Hq", "Dk"), shape, device=cache.device).detach()
+
+    def _check_others(
+        self,
+        q: torch.Tensor,
+        gates: torch.Tensor | None,
+        indices: torch.Tensor | None,
+        counts: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        if self._gated:
+            gates = self._checks.check_gates(gates, q, None).detach()
+        if self._given_lists:
+            indices, counts = self._checks.check_selection(indices, counts, q, None)
+        return gates, indices, counts
+
+    def _check_sinks(self, q: torch.Tensor, sinks: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Check sinks (Hq,) float32 against the queries; detached."""
+        shape, named = (q.shape[2],), zip(self._sinks, sinks, strict=True)
+        check = self._checks.check_tensor
+        return tuple(
+            check(name, sink, ("Hq",), shape, device=q.device, dtype=torch.float32).detach() for name, sink in named
+        )
+
+    def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
+        """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""
+        layout, tensors = cache.layout, list(zip(self._kept.values(), cache._layer(layer), strict=True))
+        if layout.table is None:
+            blocks = layout.blocks_of(tokens)
+            return [tensor[first:end, : blocks if kept.compressed else tokens] for kept, tensor in tensors]
+        index = {
+            compressed: layout.compressed_index(first, end, layout.blocks_of(tokens))
+            if compressed
+            else layout.token_index(first, end, tokens)
+            for compressed in {kept.compressed for kept in self._kept.values()}
+        }
+        return [tensor.flatten(0, 1)[index[kept.compressed]] for kept, tensor in tensors]
+
+    def _padded(self, q: torch.Tensor, runs: list[Run], parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """The outputs of all runs in rows of the batch; the others hold what a query has that sees nothing."""
+        found = self.new_outputs(q)
+        for number, (tensor, (_, padding)) in enumerate(zip(found, self._outputs, strict=True)):
+            tensor.fill_(padding)
+            for (first, end, _, new), part in zip(runs, parts, strict=True):
+                tensor[first:end, :new] = part[number]
+        return found
+
+
+def runs_of(tokens: tuple[int, ...], new_tokens: tuple[int, ...]) -> list[Run]:
+    """Neighbouring sequences of equal lengths that have new tokens."""
+    runs, first = [], 0
+    for (held, new), members in groupby(zip(tokens, new_tokens, strict=True)):
+        end = first + len(list(members))
+        if new > 0:
+            runs.append((first, end, held, new))
+        first = end
+    return runs

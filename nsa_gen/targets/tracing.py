@@ -1,0 +1,186 @@
+"""Launch every kernel of a package, past the dispatcher, on tensors that are never read.
+
+For what records launches in place of running them (`launches.record_launches`). What is launched follows from the plan
+of the package's spec; the launch functions are the package's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nsa_gen.lowering import Plan, lower
+from nsa_gen.lowering.plan import Argument
+from nsa_gen.spec import Spec
+
+ALWAYS, NEVER = 0, 2**31
+"""Numbers of tokens from which on Hopper's kernels serve calls."""
+
+NEW_TOKENS, PAGE_SIZES = (1, 4), (0, 64)
+"""Steps of decode and caches that are traced: tokens of a sequence, tokens of a page (0: contiguous)."""
+
+
+def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: bool, passes: Sequence[str]) -> None:
+    """Launch every kernel of the passes named, those of every schedule included, on uninitialised tensors.
+
+    Packed, `batch` sequences of `tokens` tokens are laid end to end. A package that has a function `trace` in its `ops`
+    is not one of the generator's: it is asked instead.
+    """
+    ops = _module(package, "ops")
+    if hasattr(ops, "trace"):
+        ops.trace(tokens=tokens, batch=batch, device=device, packed=packed, passes=passes)
+        return
+    plan = _plan(package)
+    if plan.decodes and "decode" in passes and not packed:
+        trace_inference(package, tokens, batch, device)
+    rows, entries = (tokens * batch, 1) if packed else (tokens, batch)
+    empty = _allocator(plan, device)
+    cu_seqlens = empty(batch + 1, dtype=torch.int32) if packed else None
+    sequences = _module(package, "runtime.sequences").Sequences(entries, rows, rows, cu_seqlens)
+    sizes = {"B": entries, "Tq": rows, "Tkv": rows}
+    if plan.external:
+        assert plan.compressed is not None
+        sizes["Nc"] = sequences.compressed_rows(plan.compressed.constants["BLOCK"], plan.compressed.constants["STRIDE"])
+    arguments = tuple(_empty(empty, plan, argument, sizes) for argument in plan.arguments)
+    for others in _schedules(package, plan):
+        _trace_operator(package, plan, arguments, sequences, passes if others else ())
+
+
+def trace_inference(
+    package: ModuleType,
+    tokens: int,
+    batch: int,
+    device: str,
+    new_tokens: Sequence[int] = NEW_TOKENS,
+    page_sizes: Sequence[int] = PAGE_SIZES,
+) -> None:
+    """Launch every kernel of inference on uninitialised tensors: for caches of `tokens` tokens a sequence."""
+    plan = _plan(package)
+    empty = _allocator(plan, device)
+    kernels, storage, decode = (_module(package, name) for name in ("kernels.append", "storage", "decode"))
+    widths = {name: (plan.kv_heads, plan.qk.size if "k" in name.split("_") else plan.v.size) for name in _keys(plan)}
+    for page_size in page_sizes:
+        pages = -(-tokens // page_size) if page_size else 0
+        table = empty(batch, pages, dtype=torch.int32) if page_size else None
+        layout = storage.new_layout(batch, tokens, page_size, table)
+        rows = compressed = (batch * pages, page_size) if page_size else (batch, tokens)
+        if plan.compressed:
+            compressed = (rows[0], layout.blocks_per_page if page_size else layout.compressed_capacity)
+        held = {name: compressed if name.endswith("_cmp") else rows for name in plan.cache_names}
+        layer = storage.Layer(**{name: empty(*held[name], *widths[name]) for name in plan.cache_names})
+        starts, lengths = empty(batch, dtype=torch.int32), empty(batch, dtype=torch.int32)
+        kernels.advance(starts, lengths, empty(batch, dtype=torch.int32), 1, layout)
+        for number in new_tokens:
+            new = {name: empty(batch, number, *widths[name]) for name in plan.append_names}
+            parameters = None
+            if plan.parameters:
+                fields = (_empty(empty, plan, parameter, {}) for parameter in plan.parameters)
+                parameters = package.CompressionParameters(*fields)
+            hidden = (None,) if any(side.kind == "mlp" for side in plan.phi_sides) else ()
+            kernels.append(new, layer._asdict(), parameters, *hidden, starts, lengths, layout)
+            gates = (empty(batch, number, plan.query_heads, len(plan.branches)),) if plan.gated else ()
+            lists: tuple[torch.Tensor | None, ...] = ()
+            if plan.selected and not plan.selects:
+                count = int(plan.selected.constants["COUNT"] or 0)
+                lists = (empty(batch, number, plan.kv_heads, count, dtype=torch.int32), None)
+            decode.decode_forward(
+                empty(batch, number, plan.query_heads, plan.qk.size),
+                *gates,
+                *(empty(plan.query_heads, dtype=torch.float32) for _ in plan.sinks),
+                layer,
+                *lists,
+                decode.DecodeWorkspace.allocate(layout, number, torch.device(device)),
+                empty(batch, number, plan.query_heads, plan.v.size),
+                starts,
+                lengths,
+                layout,
+            )
+
+
+def _module(package: ModuleType, name: str) -> Any:
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def _plan(package: ModuleType) -> Plan:
+    return lower(Spec.model_validate(dict(package.SPEC)))
+
+
+def _keys(plan: Plan) -> set[str]:
+    return {*plan.cache_names, *plan.append_names}
+
+
+def _allocator(plan: Plan, device: str) -> Callable[..., torch.Tensor]:
+    own: torch.dtype = getattr(torch, plan.dtype)
+
+    def empty(*sizes: int, dtype: torch.dtype = own) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    return empty
+
+
+def _empty(
+    empty: Callable[..., torch.Tensor], plan: Plan, argument: Argument, sizes: Mapping[str, int]
+) -> torch.Tensor:
+    known = {"Hq": plan.query_heads, "Hkv": plan.kv_heads, "Dk": plan.qk.size, "Dv": plan.v.size, **sizes}
+    shape = [known[dim] if dim in known else int(dim) for dim in argument.dims]
+    return empty(*shape) if argument.dtype == "spec" else empty(*shape, dtype=getattr(torch, argument.dtype))
+
+
+def _schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
+    """Put every schedule in force in turn; False where no other passes than the forward are run by it."""
+    override = _module(package, "configs").override
+    if not plan.hopper:
+        yield from _selected_schedules(package, plan)
+        return
+    # With Hopper's kernel, on the architecture that has it, and with the ordinary ones.
+    with override("banded_attention", HOPPER_TOKENS=ALWAYS):
+        yield False
+    with override("banded_attention", HOPPER_TOKENS=NEVER):
+        yield from _selected_schedules(package, plan)
+
+
+def _selected_schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
+    if not plan.selected:
+        yield True
+        return
+    for key_major, local in ((0, 0), (0, 1), (1, 0), (1, 1)) if plan.local_in_window else ((0, 0), (1, 0)):
+        chosen = {"KEY_MAJOR_FORWARD": key_major}
+        chosen |= {"KEY_MAJOR_DQ": key_major} if plan.backward else {}
+        chosen |= {"LOCAL_IN_WINDOW": local} if plan.local_in_window else {}
+        with _module(package, "configs").override("selected_attention", **chosen):
+            yield True
+
+
+def _trace_operator(
+    package: ModuleType, plan: Plan, arguments: tuple[Any, ...], sequences: Any, passes: Sequence[str]
+) -> None:
+    operator, q = _module(package, "operator"), arguments[0]
+    agreed: list[Any] = [sequences.cu_seqlens]
+    for name in plan.schema_constants:
+        if name == "recompute":
+            agreed.append("")
+        else:
+            chosen = {"chunk_tokens": "most_chunk_tokens", "local_in_window": "window_does_local"}[name]
+            agreed.append(getattr(_module(package, "kernels.selected_attention"), chosen)(q, sequences))
+    outputs = operator.attention_forward(*arguments, *agreed)
+    if not (plan.backward and "backward" in passes):
+        return
+    declared = _module(package, "ops").ATTENTION
+    named = dict(zip(declared.outputs, outputs, strict=True))
+    saved = [named[name] for name in declared.saved]
+    override = _module(package, "configs").override
+    has = {"banded_backward": plan.hopper_banded_backward, "selected_backward": plan.hopper_selected_backward}
+    for tokens in (ALWAYS, NEVER) if any(has.values()) else (None,):
+        # By Hopper's kernels, on the architecture that has them, and by the ordinary ones.
+        with ExitStack() as stack:
+            for name in has:
+                if has[name]:
+                    stack.enter_context(override(name, HOPPER_BACKWARD_TOKENS=tokens))
+            operator.attention_backward(torch.empty_like(outputs[0]), *arguments, *agreed, *saved)
+    # The steps alone launch one kernel that the whole operator does not.
+    _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])
