@@ -118,6 +118,11 @@ def read_kernels(package: str) -> None:
                 kernel.rewrite()
 
 
+def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Strides of batch entry, token and head of tensors (B, T, H, D), tensor by tensor, as kernels take them."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
 def observed() -> bool:
     """Whether launches are watched, replaced or changed by something that only Triton's own launch serves."""
     runtime = knobs.runtime

@@ -30,6 +30,11 @@ class Sequences(NamedTuple):
         return 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
+    def numbers(self) -> tuple[int, int, int]:
+        """What kernels take of a call: query and key tokens, and packed sequences."""
+        return self.tokens_q, self.tokens_kv, self.count
+
+    @property
     def bucket(self) -> Bucket:
         """Calls that are launched alike."""
         return bucket_of(self.tokens_kv, self.batch, self.packed)

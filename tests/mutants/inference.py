@@ -87,8 +87,8 @@ MUTANTS: tuple[Mutant, ...] = (
         TWO_TOKENS,
         ("o",),
         "kernels/decode_attend.py",
-        "tl.load(gates + 1, ",
-        "tl.load(gates + 0, ",
+        "(gates + 1, valid)",
+        "(gates + 0, valid)",
     ),
     _mutant(
         "compressed_block_of_rejected_tokens_seen",

@@ -207,7 +207,7 @@ MUTANTS = (
         "the heads of a group leave their parts in each other's rows",
         GROUPED,
         O_LSE,
-        (Edit(FORWARDS, "* GROUP + group_heads\n    tl.store(max_parts_ptr", "* GROUP\n    tl.store(max_parts_ptr"),),
+        (Edit(FORWARDS, "* GROUP + group_heads\n    tl.store(parts.row_max", "* GROUP\n    tl.store(parts.row_max"),),
     ),
     Mutant(
         "parts_of_another_head",

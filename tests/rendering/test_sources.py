@@ -181,6 +181,23 @@ def test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch(spec, m
         assert tiles <= taken | read, kernel.name
 
 
+MOST_ARGUMENTS = 14
+"""Of a device function. What belongs together is a NamedTuple; kernels are launched with flat lists, and are exempt."""
+
+
+def test_no_device_function_takes_more_than_fourteen_arguments(modules):
+    counts = {
+        f"{name}: {node.name}": len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        for name, tree in modules.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and not node.name.endswith("_kernel")
+        and any(ast.unparse(each).startswith(("triton.jit", "gluon.jit")) for each in node.decorator_list)
+    }
+    assert counts
+    assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
+
+
 def test_no_date_no_path_of_this_machine_and_no_leftover_of_a_template(spec, texts):
     private = [str(Path.home()), str(Path.cwd()), str(templates_dir()), "/tmp/", f"/{getpass.getuser()}/"]
     for name, text in texts.items():

@@ -13,7 +13,6 @@ from nsa_gen.rendering.environment import environment
 
 # Those that still assemble names or lists of arguments. None may be added; one that becomes Python is taken off.
 NOT_YET = {
-    "kernels/decode_attend.py.jinja",
     "package/steps.py.jinja",
     "package/arguments.py.jinja",
     "package/operator.py.jinja",

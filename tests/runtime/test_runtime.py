@@ -6,11 +6,14 @@ import ast
 import sys
 
 import pytest
+import torch
 
 from nsa_gen._resources import runtime_dir
 from nsa_gen.rendering import render
 from nsa_gen.runtime import sizes
+from nsa_gen.runtime.launch import strides
 from nsa_gen.runtime.pages import Pages
+from nsa_gen.runtime.sequences import Sequences
 from nsa_gen.spec import load_spec
 
 MODULES = sorted(path.name for path in runtime_dir().glob("*.py") if path.name != "__init__.py")
@@ -58,3 +61,10 @@ def test_a_page_that_two_sequences_use_is_copied_by_the_one_that_writes_and_free
     assert pages.needed([(1, 21, 49)]) == 2 > pages.free == 0
     pages.shrink(0, 0)
     assert pages.free == 2 and not pages.sharing
+
+
+def test_launches_take_strides_of_rows_and_sizes_of_a_call_in_the_order_of_kernels() -> None:
+    x, y = torch.empty(2, 3, 4, 5), torch.empty(2, 3, 4, 10)[..., :5]
+    assert strides(x, y) == (60, 20, 5, 120, 40, 10)
+    assert Sequences(2, 3, 7).numbers == (3, 7, 0)
+    assert Sequences(1, 9, 9, torch.tensor([0, 4, 9])).numbers == (9, 9, 2)
