@@ -141,7 +141,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=sink,
         holds=lambda v: v["version"] >= SINCE["window.sink"],
         at="window.sink",
-        message="window.sink: {window.sink} needs version: 2 of the spec language, but this spec has version {version}",
+        message="window.sink ({window.sink}) needs version: 2 of the spec language, but version is {version}",
         hint="write version: 2",
     ),
     Constraint(
