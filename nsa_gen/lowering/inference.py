@@ -185,12 +185,12 @@ class InferencePlan:
         if self.spec.compression:
             splits = "MOST_COMPRESSED_SPLITS"
             found += [
-                ("compressed_parts", "(rows, splits, Dv) fp32", f"floats(rows, {splits}, HEAD_DIM_V.value)"),
+                ("compressed_parts", "(rows, splits, Dv) fp32", f"floats(rows, {splits}, DV)"),
                 ("compressed_max", "(rows, splits) fp32, base 2", f"floats(rows, {splits})"),
                 ("compressed_sum", "(rows, splits) fp32", f"floats(rows, {splits})"),
             ]
         if self.decode_selects:
-            slots = "lists, shares, CANDIDATES.value"
+            slots = "lists, shares, CANDIDATES"
             found += [
                 ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
@@ -200,24 +200,24 @@ class InferencePlan:
             ]  # fmt: skip
         if self.spec.branches != ("cmp",):
             branches = len([branch for branch in self.spec.branches if branch != "cmp"])
-            parts = f"{branches}, lists, MOST_ATTEND_SPLITS, GROUP.value"
+            parts = f"{branches}, lists, MOST_ATTEND_SPLITS, HQ // HKV"
             found += [
-                ("parts", "(branches, lists, splits, heads, Dv) fp32", f"floats({parts}, HEAD_DIM_V.value)"),
+                ("parts", "(branches, lists, splits, heads, Dv) fp32", f"floats({parts}, DV)"),
                 ("max_parts", "(branches, lists, splits, heads) fp32, base 2", f"floats({parts})"),
                 ("sum_parts", "(branches, lists, splits, heads) fp32", f"floats({parts})"),
                 ("counters", "(lists,) int32, 0 between calls", "torch.zeros(lists, dtype=torch.int32, device=device)"),
             ]
         for branch in self.spec.branches:
-            output = f"torch.empty(*outputs, HEAD_DIM_V.value, dtype={dtype}, device=device)"
+            output = f"torch.empty(*outputs, DV, dtype={dtype}, device=device)"
             found += [
                 (f"o_{branch}", "(B, N, Hq, Dv)", output),
                 (f"lse_{branch}", "(B, N, Hq) fp32", "floats(*outputs)"),
             ]
         if self.selects:
-            lists = "layout.batch, tokens, KV_HEADS.value"
+            lists = "layout.batch, tokens, HKV"
             found += [
                 ("indices", "(B, N, Hkv, n) int32",
-                 f"torch.empty({lists}, SELECTION_COUNT.value, dtype=torch.int32, device=device)"),
+                 f"torch.empty({lists}, SELECTION_COUNT, dtype=torch.int32, device=device)"),
                 ("counts", "(B, N, Hkv) int32", f"torch.empty({lists}, dtype=torch.int32, device=device)"),
             ]  # fmt: skip
         return found

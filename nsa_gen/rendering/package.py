@@ -194,17 +194,9 @@ def _modules(program: Plan) -> list[str]:
     }  # fmt: skip
     kernels = {"__init__", "primitives"} | {kernel.module for kernel in program.kernels}
     runtime = {
-        "__init__",
-        "arguments",
-        "launch",
-        "lookup",
-        "registration",
-        "sequences",
-        "sizes",
-        "space",
-        "step_operators",
-        "tiles",
-    }
+        "__init__", "arguments", "launch", "layer", "lookup", "registration", "sequences", "sizes", "space",
+        "step_operators", "tiles",
+    }  # fmt: skip
     if program.hopper:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_banded_backward:

@@ -131,13 +131,11 @@ class Arguments:
             raise ValueError(f"{name}: expected at most {LARGEST_TOKENS} tokens, got {tensor.shape[1]}")
         return tensor
 
-    def with_batch(
-        self, name: str, tensor: torch.Tensor, cu_seqlens: torch.Tensor | None, *, cast: bool = True
-    ) -> torch.Tensor:
+    def with_batch(self, name: str, tensor: torch.Tensor, packed: bool, *, cast: bool = True) -> torch.Tensor:
         """A packed tensor with a batch dim of 1 in front, a batched one as it is; autocast's `cast` applied."""
         check_kind(name, tensor)
         tensor = self.autocasted(tensor) if cast else tensor
-        return tensor if cu_seqlens is None else tensor.unsqueeze(0)
+        return tensor.unsqueeze(0) if packed else tensor
 
     def autocasted(self, tensor: torch.Tensor) -> torch.Tensor:
         """A floating tensor in this package's dtype where autocast is on and has that dtype; any other as it is."""
@@ -169,7 +167,8 @@ class Arguments:
 
         `expected_tokens` is the Tkv of an earlier branch, which all branches share.
         """
-        k, v = self.with_batch(k_name, k, cu_seqlens), self.with_batch(v_name, v, cu_seqlens)
+        packed = cu_seqlens is not None
+        k, v = self.with_batch(k_name, k, packed), self.with_batch(v_name, v, packed)
         if k.dim() != 4:
             raise ValueError(f"{k_name}: expected as many dims as q, got shape {tuple(k.shape)}")
         tokens = k.shape[1]
@@ -189,7 +188,7 @@ class Arguments:
         """Check compressed keys or values: (B, Nc(Tkv), Hkv, D), packed (T_total // stride, Hkv, D)."""
         block, stride = self._compression
         rows = max(0, (tokens - block) // stride + 1) if cu_seqlens is None else tokens // stride
-        return self.check_heads(name, self.with_batch(name, tensor, cu_seqlens), rows, "Hkv", dim, q, "Nc")
+        return self.check_heads(name, self.with_batch(name, tensor, cu_seqlens is not None), rows, "Hkv", dim, q, "Nc")
 
     def check_selection(
         self, indices: torch.Tensor, counts: torch.Tensor | None, q: torch.Tensor, cu_seqlens: torch.Tensor | None
@@ -197,23 +196,23 @@ class Arguments:
         """Check indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), both int32, and return them contiguous."""
         shape = (*q.shape[:2], self.sizes["Hkv"], self.selected)
         dims = ("B", "Tq", "Hkv", "n")
-        indices = self.with_batch("indices", indices, cu_seqlens)
+        indices = self.with_batch("indices", indices, cu_seqlens is not None)
         indices = self.check_tensor("indices", indices, dims, shape, device=q.device, dtype=torch.int32)
         if counts is None:
             return indices.contiguous(), None
-        counts = self.with_batch("counts", counts, cu_seqlens)
+        counts = self.with_batch("counts", counts, cu_seqlens is not None)
         if isinstance(counts, torch.Tensor):
             counts = counts.contiguous()
         counts = self.check_tensor("counts", counts, dims[:-1], shape[:-1], device=q.device, dtype=torch.int32)
         return indices.contiguous(), counts
 
-    def check_gates(self, gates: torch.Tensor | None, q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def check_gates(self, gates: torch.Tensor | None, q: torch.Tensor, packed: bool) -> torch.Tensor:
         """Check gates (B, Tq, Hq, branches), in the order of `branches`."""
         if gates is None:
             order = ", ".join(self.branches)
             shape = f"(B, Tq, Hq, {len(self.branches)})"
             raise TypeError(f"gates: expected {self._gate} of shape {shape} in the order {order}, got None")
-        gates = self.with_batch("gates", gates, cu_seqlens)
+        gates = self.with_batch("gates", gates, packed)
         shape = (*q.shape[:3], len(self.branches))
         return self.check_tensor("gates", gates, ("B", "Tq", "Hq", "branches"), shape, device=q.device)
 

@@ -263,7 +263,7 @@ class Inference:
         counts: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         if self._gated:
-            gates = self._checks.check_gates(gates, q, None).detach()
+            gates = self._checks.check_gates(gates, q, packed=False).detach()
         if self._given_lists:
             indices, counts = self._checks.check_selection(indices, counts, q, None)
         return gates, indices, counts
