@@ -53,6 +53,6 @@ def _row(line: str) -> str:
 
 def _text(value: str) -> str:
     quoted = repr(value)
-    if quoted.startswith('"'):
+    if quoted.startswith('"') or value.count('"') > value.count("'"):  # as formatters choose: fewer backslashes
         return quoted
     return '"' + quoted[1:-1].replace('"', '\\"').replace("\\'", "'") + '"'
