@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .. import configs, spec
-from ..runtime.launch import lean
+from ..runtime.launch import lean, strides
 from ..runtime.sequences import Sequences
 from ..spec import GROUP, HEAD_DIM_V, LOCAL_BLOCKS, QUERY_HEADS, SELECTION_BLOCK
 from .primitives import (
@@ -314,12 +314,8 @@ def forward(
         lse,
         *(local or (None, None, None)),
         sequences.cu_seqlens,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        sequences.tokens_q,
-        sequences.tokens_kv,
-        sequences.count,
+        *strides(q, k, v),
+        *sequences.numbers,
         PACKED=sequences.packed,
         **band,
         **config,

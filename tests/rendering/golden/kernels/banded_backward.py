@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import configs
-from ..runtime.launch import lean
+from ..runtime.launch import lean, strides
 from ..runtime.sequences import Sequences
 from ..spec import GROUP, HEAD_DIM_QK, HEAD_DIM_V, KV_HEADS, LOCAL_BLOCKS, QUERY_HEADS, SCALE, SELECTION_BLOCK
 from .banded import (
@@ -400,15 +400,8 @@ def backward(
     """
     inputs = (q, k, v, do, lse, delta, gate, *(selected or (None, None, None)))
     gate_strides = (0, 0, 0) if gate is None else gate.stride()
-    sizes = (
-        sequences.cu_seqlens,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *gate_strides,
-        sequences.tokens_q,
-        sequences.tokens_kv,
-    )
+    tokens = (sequences.tokens_q, sequences.tokens_kv)
+    sizes = (sequences.cu_seqlens, *strides(q, k, v), *gate_strides, *tokens)
     config = configs.get(f"{branch}_backward_dq", q.device)
     grid = (sequences.tiles(sequences.tokens_q, config["QUERY_BLOCK"]), QUERY_HEADS.value, sequences.batch)
     banded_backward_dq_kernel[grid](

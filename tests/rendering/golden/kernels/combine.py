@@ -5,6 +5,8 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """Combination of the branches (Eq. 5): o = g_cmp o_cmp + g_slc o_slc + g_win o_win."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +18,38 @@ from ..spec import HEAD_DIM_V, QUERY_HEADS
 
 # Elements of a row, padded to a power of two.
 COLUMNS = sizes.next_power_of_2(HEAD_DIM_V.value)
+# Branches that are added, of the three that a kernel takes.
+BRANCHES = tl.constexpr(3)
+ABSENT = (None,) * (3 - BRANCHES.value)
+
+
+class OutputRows(NamedTuple):
+    """Rows of o, each a query head of a token: their numbers, which exist, offsets and mask of (rows, COLUMNS)."""
+
+    rows: Any
+    valid: Any
+    offsets: Any
+    mask: Any
 
 
 @triton.jit
-def gate_row_offsets(rows, tokens, stride_b, stride_t, stride_h):
+def locate_rows(rows_total, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The program's rows. The v parts of one are a single masked tile: nothing here is multiplied by a matrix."""
+    rows = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    columns = tl.arange(0, COLUMNS)
+    valid = rows < rows_total
+    mask = valid[:, None] & (columns < HEAD_DIM_V)[None, :]
+    return OutputRows(rows, valid, rows[:, None] * HEAD_DIM_V + columns[None, :], mask)
+
+
+@triton.jit
+def load_output(o_ptr, at):
+    """Rows of o or do, fp32."""
+    return tl.load(o_ptr + at.offsets, mask=at.mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def locate_gates(rows, tokens, stride_b, stride_t, stride_h):
     """Offset of each row's gates: row = (batch * tokens + token) * QUERY_HEADS + head."""
     pairs = rows // QUERY_HEADS
     return pairs // tokens * stride_b + pairs % tokens * stride_t + rows % QUERY_HEADS * stride_h
@@ -29,15 +59,16 @@ def gate_row_offsets(rows, tokens, stride_b, stride_t, stride_h):
 def load_gate_value(pointers, valid):
     """Gates of rows, fp32, from logits."""
     gate = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
-    return tl.sigmoid(gate)
+    gate = tl.sigmoid(gate)
+    return gate
 
 
 @lean
 @triton.jit(do_not_specialize=["rows_total", "tokens"])
 def combine_forward_kernel(
-    o_cmp_ptr,
-    o_slc_ptr,
-    o_win_ptr,
+    o_0_ptr,
+    o_1_ptr,
+    o_2_ptr,
     gates_ptr,
     o_ptr,
     rows_total,
@@ -49,33 +80,23 @@ def combine_forward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """o = g_cmp o_cmp + g_slc o_slc + g_win o_win for ROW_BLOCK rows."""
-    rows = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    columns = tl.arange(0, COLUMNS)
-    valid = rows < rows_total
-    mask = valid[:, None] & (columns < HEAD_DIM_V)[None, :]
-    offsets = rows[:, None] * HEAD_DIM_V + columns[None, :]
-    gate_offsets = gate_row_offsets(rows, tokens, stride_gb, stride_gt, stride_gh)
+    outputs = (o_0_ptr, o_1_ptr, o_2_ptr)
+    at = locate_rows(rows_total, ROW_BLOCK, COLUMNS)
+    gates = gates_ptr + locate_gates(at.rows, tokens, stride_gb, stride_gt, stride_gh)
     o = tl.zeros((ROW_BLOCK, COLUMNS), dtype=tl.float32)
-
-    o_cmp = tl.load(o_cmp_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    o += load_gate_value(gates_ptr + gate_offsets, valid)[:, None] * o_cmp
-
-    o_slc = tl.load(o_slc_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    o += load_gate_value(gates_ptr + gate_offsets + 1, valid)[:, None] * o_slc
-
-    o_win = tl.load(o_win_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    o += load_gate_value(gates_ptr + gate_offsets + 2, valid)[:, None] * o_win
-
-    tl.store(o_ptr + offsets, o.to(o_ptr.dtype.element_ty), mask=mask)
+    for branch in tl.static_range(BRANCHES):
+        part = load_output(outputs[branch], at)
+        o += load_gate_value(gates + branch, at.valid)[:, None] * part
+    tl.store(o_ptr + at.offsets, o.to(o_ptr.dtype.element_ty), mask=at.mask)
 
 
 @lean
 @triton.jit(do_not_specialize=["rows_total", "tokens"])
 def combine_backward_kernel(
     do_ptr,
-    o_cmp_ptr,
-    o_slc_ptr,
-    o_win_ptr,
+    o_0_ptr,
+    o_1_ptr,
+    o_2_ptr,
     gates_ptr,
     dgates_ptr,
     delta_ptr,
@@ -88,107 +109,52 @@ def combine_backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """delta[branch] = do . o_branch, which is also the gradient of the branch's gate, for ROW_BLOCK rows."""
-    rows = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    columns = tl.arange(0, COLUMNS)
-    valid = rows < rows_total
-    mask = valid[:, None] & (columns < HEAD_DIM_V)[None, :]
-    offsets = rows[:, None] * HEAD_DIM_V + columns[None, :]
-    gate_offsets = gate_row_offsets(rows, tokens, stride_gb, stride_gt, stride_gh)
+    outputs = (o_0_ptr, o_1_ptr, o_2_ptr)
+    at = locate_rows(rows_total, ROW_BLOCK, COLUMNS)
+    gates = gates_ptr + locate_gates(at.rows, tokens, stride_gb, stride_gt, stride_gh)
     branch_rows = tl.cast(rows_total, tl.int64)
-    do = tl.load(do_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
-    o_cmp = tl.load(o_cmp_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    delta_cmp = tl.sum(do * o_cmp, 1)
-    tl.store(delta_ptr + rows, delta_cmp, mask=valid)
-    gate_cmp = load_gate_value(gates_ptr + gate_offsets, valid)
-    dgate_cmp = delta_cmp * gate_cmp * (1.0 - gate_cmp)
-    dgates = dgates_ptr + rows * 3
-    tl.store(dgates, dgate_cmp.to(dgates_ptr.dtype.element_ty), mask=valid)
-
-    o_slc = tl.load(o_slc_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    delta_slc = tl.sum(do * o_slc, 1)
-    tl.store(delta_ptr + branch_rows + rows, delta_slc, mask=valid)
-    gate_slc = load_gate_value(gates_ptr + gate_offsets + 1, valid)
-    dgate_slc = delta_slc * gate_slc * (1.0 - gate_slc)
-    dgates = dgates_ptr + rows * 3 + 1
-    tl.store(dgates, dgate_slc.to(dgates_ptr.dtype.element_ty), mask=valid)
-
-    o_win = tl.load(o_win_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    delta_win = tl.sum(do * o_win, 1)
-    tl.store(delta_ptr + 2 * branch_rows + rows, delta_win, mask=valid)
-    gate_win = load_gate_value(gates_ptr + gate_offsets + 2, valid)
-    dgate_win = delta_win * gate_win * (1.0 - gate_win)
-    dgates = dgates_ptr + rows * 3 + 2
-    tl.store(dgates, dgate_win.to(dgates_ptr.dtype.element_ty), mask=valid)
+    do = load_output(do_ptr, at)
+    for branch in tl.static_range(BRANCHES):
+        delta = tl.sum(do * load_output(outputs[branch], at), 1)
+        tl.store(delta_ptr + branch * branch_rows + at.rows, delta, mask=at.valid)
+        gate = load_gate_value(gates + branch, at.valid)
+        delta = delta * gate * (1.0 - gate)
+        dgates = dgates_ptr + at.rows * BRANCHES + branch
+        tl.store(dgates, delta.to(dgates_ptr.dtype.element_ty), mask=at.valid)
 
 
 @lean
 @triton.jit(do_not_specialize=["rows_total"])
 def attention_delta_kernel(do_ptr, o_ptr, delta_ptr, rows_total, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """delta = do . o for ROW_BLOCK rows of one branch."""
-    rows = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    columns = tl.arange(0, COLUMNS)
-    valid = rows < rows_total
-    mask = valid[:, None] & (columns < HEAD_DIM_V)[None, :]
-    offsets = rows[:, None] * HEAD_DIM_V + columns[None, :]
-    do = tl.load(do_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    o = tl.load(o_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + rows, tl.sum(do * o, 1), mask=valid)
+    at = locate_rows(rows_total, ROW_BLOCK, COLUMNS)
+    tl.store(delta_ptr + at.rows, tl.sum(load_output(do_ptr, at) * load_output(o_ptr, at), 1), mask=at.valid)
 
 
-def combine_forward(
-    o_cmp: torch.Tensor,
-    o_slc: torch.Tensor,
-    o_win: torch.Tensor,
-    gates: torch.Tensor,
-) -> torch.Tensor:
+def combine_forward(*inputs: torch.Tensor) -> torch.Tensor:
     """Launch the sum: contiguous branch outputs (B, Tq, Hq, Dv) and gates (B, Tq, Hq, branches) -> o."""
-    o = torch.empty_like(o_cmp)
+    *outputs, gates = inputs
+    o = torch.empty_like(outputs[0])
     batch, tokens, heads, _ = o.shape
     rows = batch * tokens * heads
     config = configs.get("combine_forward", o.device)
-    combine_forward_kernel[(sizes.cdiv(rows, config["ROW_BLOCK"]),)](
-        o_cmp,
-        o_slc,
-        o_win,
-        gates,
-        o,
-        rows,
-        tokens,
-        *gates.stride()[:3],
-        COLUMNS=COLUMNS,
-        **config,
-    )
+    grid = (sizes.cdiv(rows, config["ROW_BLOCK"]),)
+    numbers = (rows, tokens, *gates.stride()[:3])
+    combine_forward_kernel[grid](*outputs, *ABSENT, gates, o, *numbers, COLUMNS=COLUMNS, **config)
     return o
 
 
-def combine_backward(
-    do: torch.Tensor,
-    o_cmp: torch.Tensor,
-    o_slc: torch.Tensor,
-    o_win: torch.Tensor,
-    gates: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def combine_backward(do: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the backward: delta (branches, B, Tq, Hq) float32 and the gradient of the gates, contiguous."""
+    *outputs, gates = inputs
     dgates = gates.new_empty(*gates.shape)
     batch, tokens, heads, _ = do.shape
-    delta = do.new_empty(3, batch, tokens, heads, dtype=torch.float32)
+    delta = do.new_empty(BRANCHES.value, batch, tokens, heads, dtype=torch.float32)
     rows = batch * tokens * heads
     config = configs.get("combine_backward", do.device)
-    combine_backward_kernel[(sizes.cdiv(rows, config["ROW_BLOCK"]),)](
-        do,
-        o_cmp,
-        o_slc,
-        o_win,
-        gates,
-        dgates,
-        delta,
-        rows,
-        tokens,
-        *gates.stride()[:3],
-        COLUMNS=COLUMNS,
-        **config,
-    )
+    grid = (sizes.cdiv(rows, config["ROW_BLOCK"]),)
+    numbers = (rows, tokens, *gates.stride()[:3])
+    combine_backward_kernel[grid](do, *outputs, *ABSENT, gates, dgates, delta, *numbers, COLUMNS=COLUMNS, **config)
     return delta, dgates
 
 

@@ -21,16 +21,13 @@ def new_rows(x: torch.Tensor, sequences: Sequences, size: int, dtype: torch.dtyp
     return allocate(sequences.batch, rows, x.shape[2], size, dtype=dtype)
 
 
-# Keys and values
-
-
 def compress_forward(
     k: torch.Tensor, v: torch.Tensor, parameters: None, sequences: Sequences
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """k (B, T, H, Dk), v (B, T, H, Dv) -> k_cmp (B, rows, H, Dk), v_cmp (B, rows, H, Dv), and what backward needs."""
     k_cmp = new_rows(k, sequences, k.shape[3], k.dtype)
-    pool_forward(k, k_cmp, sequences)
     v_cmp = new_rows(v, sequences, v.shape[3], v.dtype)
+    pool_forward(k, k_cmp, sequences)
     pool_forward(v, v_cmp, sequences)
     return k_cmp, v_cmp, ()
 

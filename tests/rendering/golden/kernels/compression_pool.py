@@ -16,7 +16,14 @@ from ..runtime.sequences import Sequences
 from ..spec import COMPRESSION_BLOCK, COMPRESSION_STRIDE, KV_HEADS
 from .primitives import complete_blocks, load_tile, locate_tile, row_base, store_tile
 
-# Pooling: y[i] = sum_j weight[j] * x[i * STRIDE + j]
+# Pooling: y[i] = sum_j weight[j] * x[i * STRIDE + j]. Keys and values launch the same kernels.
+
+
+@triton.jit
+def load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Token `element` of each block, fp32: (blocks, COLUMNS)."""
+    tokens = blocks * COMPRESSION_STRIDE + element
+    return load_tile(x_base, tokens, stride_xt, in_range, 0, COLUMNS, HEAD_DIM).to(tl.float32)
 
 
 @lean
@@ -53,8 +60,7 @@ def pool_forward_kernel(
 
     y = tl.zeros((BLOCK_TILE, COLUMNS), dtype=tl.float32)
     for element in range(0, COMPRESSION_BLOCK):
-        element_tokens = blocks * COMPRESSION_STRIDE + element
-        x = load_tile(x_base, element_tokens, stride_xt, in_range, 0, COLUMNS, HEAD_DIM).to(tl.float32)
+        x = load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM, COLUMNS)
         y += (1.0 / COMPRESSION_BLOCK) * x
 
     row_offsets = (rows_before + first_token // COMPRESSION_STRIDE + blocks) * KV_HEADS + kv_head
@@ -112,19 +118,10 @@ def pool_forward(
     _, tokens, kv_heads, size = x.shape
     config = configs.get("pool_forward", x.device)
     tiles = sequences.tiles(tokens, config["BLOCK_TILE"] * COMPRESSION_STRIDE.value)
-    pool_forward_kernel[tiles, kv_heads, sequences.batch](
-        x,
-        y,
-        sequences.cu_seqlens,
-        *x.stride()[:3],
-        tokens,
-        y.shape[1],
-        sequences.count,
-        HEAD_DIM=size,
-        COLUMNS=sizes.next_power_of_2(size),
-        PACKED=sequences.packed,
-        **config,
-    )
+    tensors = (x, y, sequences.cu_seqlens)
+    constants = {"HEAD_DIM": size, "COLUMNS": sizes.next_power_of_2(size), "PACKED": sequences.packed, **config}
+    numbers = (*x.stride()[:3], tokens, y.shape[1], sequences.count)
+    pool_forward_kernel[tiles, kv_heads, sequences.batch](*tensors, *numbers, **constants)
 
 
 def pool_backward_input(
@@ -134,18 +131,10 @@ def pool_backward_input(
     dx_before: torch.Tensor | None = None,
 ) -> None:
     """Write the gradient of x (B, T, H, D), contiguous, for dy (B, rows, H, D) fp32, with `dx_before` added."""
+    _, tokens, kv_heads, size = dx.shape
     config = configs.get("pool_backward_input", dx.device)
-    tiles = sequences.tiles(dx.shape[1], config["TOKEN_BLOCK"])
-    pool_backward_input_kernel[tiles, dx.shape[2], sequences.batch](
-        dy,
-        dx,
-        dx_before,
-        sequences.cu_seqlens,
-        dx.shape[1],
-        dy.shape[1],
-        sequences.count,
-        HEAD_DIM=dx.shape[3],
-        COLUMNS=sizes.next_power_of_2(dx.shape[3]),
-        PACKED=sequences.packed,
-        **config,
-    )
+    tiles = sequences.tiles(tokens, config["TOKEN_BLOCK"])
+    tensors = (dy, dx, dx_before, sequences.cu_seqlens)
+    constants = {"HEAD_DIM": size, "COLUMNS": sizes.next_power_of_2(size), "PACKED": sequences.packed, **config}
+    numbers = (tokens, dy.shape[1], sequences.count)
+    pool_backward_input_kernel[tiles, kv_heads, sequences.batch](*tensors, *numbers, **constants)

@@ -9,6 +9,8 @@ Where cu_seqlens ends before the last row, the rest pads the batch. Nobody knows
 one launch a pass looks, and writes to them alone: most calls have none.
 """
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
@@ -17,126 +19,83 @@ from .. import configs
 from ..runtime import sizes
 from ..runtime.launch import lean
 from ..runtime.sequences import Sequences
-from ..spec import HEAD_DIM_QK, HEAD_DIM_V, KV_HEADS, QUERY_HEADS, SLOTS_PER_TOKEN
 
 # Elements that a program stores at a time.
 ELEMENTS = tl.constexpr(4096)
 # Programs of a launch: so many at most, and one for so many rows of the tensors.
 MOST_PROGRAMS = 256
 ROWS_OF_PROGRAM = 64
+# Tensors that a launch may fill.
+MOST_TENSORS = 9
+# What a query that sees nothing has, by the first word of an output's name; 0 elsewhere.
+VALUES = {"lse": float("-inf"), "indices": -1}
 
 
 @triton.jit
 def fill_rows(pointer, first_row, rows, WIDTH: tl.constexpr, VALUE: tl.constexpr):
     """Store VALUE in rows [first_row, rows) of WIDTH elements; the programs of the grid share them out."""
-    if pointer is not None:
-        start = tl.cast(first_row, tl.int64) * WIDTH + tl.program_id(0) * ELEMENTS
-        end = tl.cast(rows, tl.int64) * WIDTH
-        while start < end:
-            offsets = start + tl.arange(0, ELEMENTS)
-            tl.store(pointer + offsets, tl.full((ELEMENTS,), VALUE, pointer.dtype.element_ty), mask=offsets < end)
-            start += tl.num_programs(0) * ELEMENTS
+    start = tl.cast(first_row, tl.int64) * WIDTH + tl.program_id(0) * ELEMENTS
+    end = tl.cast(rows, tl.int64) * WIDTH
+    while start < end:
+        offsets = start + tl.arange(0, ELEMENTS)
+        tl.store(pointer + offsets, tl.full((ELEMENTS,), VALUE, pointer.dtype.element_ty), mask=offsets < end)
+        start += tl.num_programs(0) * ELEMENTS
+
+
+def kernel_name(launch: SimpleNamespace) -> str:
+    """Name of the kernel in a forward or a backward, by which profilers and compilers show it."""
+    return f"pad_{'gradients' if launch.constants['GRADIENTS'] else 'outputs'}_kernel"
 
 
 @lean
-@triton.jit(do_not_specialize=["rows", "num_sequences"])
-def pad_outputs_kernel(
-    o_ptr,
-    o_cmp_ptr,
-    lse_cmp_ptr,
-    o_slc_ptr,
-    lse_slc_ptr,
-    o_win_ptr,
-    lse_win_ptr,
-    indices_ptr,
-    counts_ptr,
+@triton.jit(do_not_specialize=["rows", "num_sequences"], repr=kernel_name)
+def pad_rows_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    e_ptr,
+    f_ptr,
+    g_ptr,
+    h_ptr,
+    i_ptr,
     cu_seqlens,
     rows,
     num_sequences,
+    WIDTHS: tl.constexpr,
+    VALUES: tl.constexpr,
+    GRADIENTS: tl.constexpr,
 ):
-    """What a query that sees nothing has, in the rows that pad outputs."""
+    """VALUES in the rows that pad the first tensors, whose rows have WIDTHS elements."""
     first_row = tl.load(cu_seqlens + num_sequences)
-    fill_rows(o_ptr, first_row, rows, QUERY_HEADS * HEAD_DIM_V, 0.0)
-    fill_rows(o_cmp_ptr, first_row, rows, QUERY_HEADS * HEAD_DIM_V, 0.0)
-    fill_rows(lse_cmp_ptr, first_row, rows, QUERY_HEADS, float("-inf"))
-    fill_rows(o_slc_ptr, first_row, rows, QUERY_HEADS * HEAD_DIM_V, 0.0)
-    fill_rows(lse_slc_ptr, first_row, rows, QUERY_HEADS, float("-inf"))
-    fill_rows(o_win_ptr, first_row, rows, QUERY_HEADS * HEAD_DIM_V, 0.0)
-    fill_rows(lse_win_ptr, first_row, rows, QUERY_HEADS, float("-inf"))
-    fill_rows(indices_ptr, first_row, rows, SLOTS_PER_TOKEN, -1)
-    fill_rows(counts_ptr, first_row, rows, KV_HEADS, 0)
+    tensors = (a_ptr, b_ptr, c_ptr, d_ptr, e_ptr, f_ptr, g_ptr, h_ptr, i_ptr)
+    for i in tl.static_range(len(WIDTHS)):
+        fill_rows(tensors[i], first_row, rows, WIDTHS[i], VALUES[i])
 
 
-@lean
-@triton.jit(do_not_specialize=["rows", "num_sequences"])
-def pad_gradients_kernel(
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    dgates_ptr,
-    cu_seqlens,
-    rows,
-    num_sequences,
-):
-    """Zeros in the rows that pad gradients."""
-    first_row = tl.load(cu_seqlens + num_sequences)
-    fill_rows(dq_ptr, first_row, rows, QUERY_HEADS * HEAD_DIM_QK, 0.0)
-    fill_rows(dk_ptr, first_row, rows, KV_HEADS * HEAD_DIM_QK, 0.0)
-    fill_rows(dv_ptr, first_row, rows, KV_HEADS * HEAD_DIM_V, 0.0)
-    fill_rows(dgates_ptr, first_row, rows, QUERY_HEADS * 3, 0.0)
+def pad_outputs(sequences: Sequences, **outputs: torch.Tensor) -> None:
+    """Fill the rows behind the last packed sequence of the outputs given by name, (1, T_total, ...) and contiguous."""
+    values = tuple(VALUES.get(name.partition("_")[0], 0.0) for name in outputs)
+    pad_rows("pad_outputs", sequences, tuple(outputs.values()), values)
 
 
-def pad_outputs(
-    sequences: Sequences,
-    *,
-    o: torch.Tensor | None = None,
-    o_cmp: torch.Tensor | None = None,
-    lse_cmp: torch.Tensor | None = None,
-    o_slc: torch.Tensor | None = None,
-    lse_slc: torch.Tensor | None = None,
-    o_win: torch.Tensor | None = None,
-    lse_win: torch.Tensor | None = None,
-    indices: torch.Tensor | None = None,
-    counts: torch.Tensor | None = None,
-) -> None:
-    """Fill the rows behind the last packed sequence of the outputs given, (1, T_total, ...) and contiguous."""
+def pad_gradients(sequences: Sequences, **gradients: torch.Tensor) -> None:
+    """Fill the rows behind the last packed sequence of gradients with 0; they are (1, T_total, ...) and contiguous."""
+    pad_rows("pad_gradients", sequences, tuple(gradients.values()), (0.0,) * len(gradients))
+
+
+def pad_rows(kernel: str, sequences: Sequences, tensors: tuple[torch.Tensor, ...], values: tuple[float, ...]) -> None:
+    """Launch `kernel` for at most MOST_TENSORS tensors, each with its value."""
     assert sequences.cu_seqlens is not None
     programs = min(MOST_PROGRAMS, sizes.cdiv(sequences.tokens_q, ROWS_OF_PROGRAM))
-    pad_outputs_kernel[(programs,)](
-        o,
-        o_cmp,
-        lse_cmp,
-        o_slc,
-        lse_slc,
-        o_win,
-        lse_win,
-        indices,
-        counts,
+    pad_rows_kernel[(programs,)](
+        *tensors,
+        *(None,) * (MOST_TENSORS - len(tensors)),
         sequences.cu_seqlens,
         sequences.tokens_q,
         sequences.count,
-        **configs.get("pad_outputs", sequences.cu_seqlens.device),
-    )
-
-
-def pad_gradients(
-    sequences: Sequences,
-    *,
-    dq: torch.Tensor | None = None,
-    dk: torch.Tensor | None = None,
-    dv: torch.Tensor | None = None,
-    dgates: torch.Tensor | None = None,
-) -> None:
-    """Fill the rows behind the last packed sequence of the gradients given, (1, T_total, ...) and contiguous."""
-    assert sequences.cu_seqlens is not None
-    programs = min(MOST_PROGRAMS, sizes.cdiv(sequences.tokens_q, ROWS_OF_PROGRAM))
-    pad_gradients_kernel[(programs,)](
-        dq,
-        dk,
-        dv,
-        dgates,
-        sequences.cu_seqlens,
-        sequences.tokens_q,
-        sequences.count,
-        **configs.get("pad_gradients", sequences.cu_seqlens.device),
+        WIDTHS=tuple(x.shape[2:].numel() for x in tensors),
+        VALUES=values,
+        GRADIENTS=kernel == "pad_gradients",
+        **configs.get(kernel, sequences.cu_seqlens.device),
     )

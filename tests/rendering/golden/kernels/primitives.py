@@ -39,6 +39,14 @@ class Softmax(NamedTuple):
     row_sum: Any
 
 
+class Parts(NamedTuple):
+    """Addresses of softmaxes that programs leave for one that merges them: o, and base-2 maxima and sums, of rows."""
+
+    o: Any
+    row_max: Any
+    row_sum: Any
+
+
 class KeyTile(NamedTuple):
     """A tile of keys: their numbers, and rows of k and v."""
 

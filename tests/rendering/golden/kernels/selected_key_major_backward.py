@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .. import configs
 from ..runtime import sizes
-from ..runtime.launch import lean
+from ..runtime.launch import lean, strides
 from ..runtime.sequences import Sequences
 from ..spec import (
     GROUP,
@@ -45,7 +45,15 @@ from .primitives import (
     zero_qk_rows,
     zero_v_rows,
 )
-from .selected_key_major_lists import end_of_edge, end_of_list, end_of_piece, gathered_rows, load_slots, locate_list
+from .selected_key_major_lists import (
+    UNSPECIALIZED,
+    end_of_edge,
+    end_of_list,
+    end_of_piece,
+    gathered_rows,
+    load_slots,
+    locate_list,
+)
 from .selected_key_major_merge import COLUMNS_QK, COLUMNS_V, merge_dkdv_kernel, merge_dq_kernel
 
 
@@ -107,18 +115,7 @@ def differentiate_slots(
 
 
 @lean
-@triton.jit(
-    do_not_specialize=[
-        "tokens_q",
-        "tokens_kv",
-        "rows",
-        "chunk_tokens",
-        "blocks_per_batch",
-        "block_rows",
-        "chunk",
-        "num_sequences",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def selected_backward_dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -270,34 +267,14 @@ def backward(
     if dq is not None:
         part_rows = layout.chunk_slots * parts * GROUP.value
         dq_parts = q.new_empty(part_rows, HEAD_DIM_QK.value)
+    inputs = (q, k, v, sorted_keys, sorted_slots, do)
+    outputs = (dk, dv, dk_parts, dv_parts, dq_parts, sequences.cu_seqlens)
+    qkv = strides(q, k, v)
     for chunk in range(layout.chunks):
+        numbers = (sequences.tokens_q, sequences.tokens_kv, *layout.scalars, chunk, sequences.count)
+        rows = (lse, delta, gate)
         selected_backward_dkdv_kernel[(pieces, parts)](
-            q,
-            k,
-            v,
-            sorted_keys,
-            sorted_slots,
-            do,
-            lse,
-            delta,
-            gate,
-            dk,
-            dv,
-            dk_parts,
-            dv_parts,
-            dq_parts,
-            sequences.cu_seqlens,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *gate_strides,
-            sequences.tokens_q,
-            sequences.tokens_kv,
-            *layout.scalars,
-            chunk,
-            sequences.count,
-            PACKED=sequences.packed,
-            **config,
+            *inputs, *rows, *outputs, *qkv, *gate_strides, *numbers, PACKED=sequences.packed, **config
         )
         if pieces > 1:
             merge_dkdv_kernel[(pieces - 1,)](
@@ -307,11 +284,7 @@ def backward(
                 dk_parts,
                 dv_parts,
                 sequences.cu_seqlens,
-                sequences.tokens_q,
-                sequences.tokens_kv,
-                *layout.scalars,
-                chunk,
-                sequences.count,
+                *numbers,
                 PACKED=sequences.packed,
                 PIECE=piece,
                 COLUMNS_QK=COLUMNS_QK,

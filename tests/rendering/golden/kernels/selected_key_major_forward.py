@@ -9,13 +9,15 @@ Right where a group has few heads: one token's heads would fill a fraction of th
 would read its blocks alone. Every element is summed in a fixed order, without atomics.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import configs
 from ..runtime import sizes
-from ..runtime.launch import lean
+from ..runtime.launch import lean, strides
 from ..runtime.sequences import Sequences
 from ..spec import (
     GROUP,
@@ -31,6 +33,7 @@ from .banded import LocalPart
 from .inverted_index import Layout
 from .primitives import (
     KeyTile,
+    Parts,
     add_visible_values,
     dot_rows,
     load_qk_rows,
@@ -41,34 +44,38 @@ from .primitives import (
     store_v_rows,
     zero_v_rows,
 )
-from .selected_key_major_lists import end_of_edge, end_of_list, end_of_piece, gathered_rows, load_slots, locate_list
+from .selected_key_major_lists import (
+    UNSPECIALIZED,
+    end_of_edge,
+    end_of_list,
+    end_of_piece,
+    gathered_rows,
+    load_slots,
+    locate_list,
+)
 from .selected_key_major_merge import COLUMNS_V, merge_outputs_kernel
 
 
+class GroupQueries(NamedTuple):
+    """Queries of one KV head's group in a chunk of a sequence: address and position of the chunk's first."""
+
+    base: Any
+    stride_t: Any
+    stride_h: Any
+    first_position: Any
+
+
 @triton.jit
-def attend_slots(
-    slots,
-    group_heads,
-    first_position,
-    q_base,
-    stride_qt,
-    stride_qh,
-    tile,
-    part,
-    parts_ptr,
-    max_parts_ptr,
-    sum_parts_ptr,
-    PARTS: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def attend_slots(slots, group_heads, queries, tile, part, parts, PARTS: tl.constexpr, EDGE: tl.constexpr):
     """Parts of o of the query heads of some slots, with maximum and sum of their softmax; EDGE slots are masked."""
     valid = (slots >= 0) & (group_heads < GROUP)
     tokens = slots // SLOTS_PER_TOKEN
-    q = load_qk_rows(q_base, gathered_rows(tokens, group_heads, stride_qt, stride_qh), 1, valid)
+    q_rows = gathered_rows(tokens, group_heads, queries.stride_t, queries.stride_h)
+    q = load_qk_rows(queries.base, q_rows, 1, valid)
 
     visible = None
     if EDGE:
-        visible = tile.keys[None, :] <= (first_position + tokens)[:, None]
+        visible = tile.keys[None, :] <= (queries.first_position + tokens)[:, None]
     p, row_max, row_sum = softmax_tile(dot_rows(q, tile.k), visible)
     acc = zero_v_rows(slots.shape[0])
     acc = add_visible_values(p, visible, tile.v, acc)
@@ -76,24 +83,13 @@ def attend_slots(
     normaliser = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)
     acc = scale_rows(acc, normaliser[:, None])
     part_rows = (slots.to(tl.int64) * PARTS + part) * GROUP + group_heads
-    tl.store(max_parts_ptr + part_rows, row_max, mask=valid)
-    tl.store(sum_parts_ptr + part_rows, row_sum, mask=valid)
-    store_v_rows(parts_ptr, part_rows, HEAD_DIM_V, valid, acc)
+    tl.store(parts.row_max + part_rows, row_max, mask=valid)
+    tl.store(parts.row_sum + part_rows, row_sum, mask=valid)
+    store_v_rows(parts.o, part_rows, HEAD_DIM_V, valid, acc)
 
 
 @lean
-@triton.jit(
-    do_not_specialize=[
-        "tokens_q",
-        "tokens_kv",
-        "rows",
-        "chunk_tokens",
-        "blocks_per_batch",
-        "block_rows",
-        "chunk",
-        "num_sequences",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def selected_forward_key_major_kernel(
     q_ptr,
     k_ptr,
@@ -142,6 +138,7 @@ def selected_forward_key_major_kernel(
     start = tl.program_id(0) * PIECE
     end = end_of_piece(keys_ptr, start, rows, first_chunk_row, chunk_tokens, first_key + lists, PIECE)
 
+    parts = Parts(parts_ptr, max_parts_ptr, sum_parts_ptr)
     row_slots = tl.arange(0, TOKEN_BLOCK * GROUP_ROWS) // GROUP_ROWS
     group_heads = tl.arange(0, TOKEN_BLOCK * GROUP_ROWS) % GROUP_ROWS
     while start < end:
@@ -160,46 +157,19 @@ def selected_forward_key_major_kernel(
         k = load_qk_rows(k_base, keys, stride_kt, keys < sequence_kv)
         v = load_v_rows(v_base, keys, stride_vt, keys < sequence_kv)
         tile = KeyTile(keys, k, v)
+        queries = GroupQueries(q_base, stride_qt, stride_qh, first_position)
 
         last_key = block * SELECTION_BLOCK + (part + 1) * KEY_BLOCK - 1
         full_start = end_of_edge(slots_ptr, start, list_end, first_position, last_key, PIECE, TOKEN_BLOCK)
 
         for position in range(start, full_start, TOKEN_BLOCK):
             slots = load_slots(slots_ptr, position + row_slots, list_end)
-            attend_slots(
-                slots,
-                group_heads,
-                first_position,
-                q_base,
-                stride_qt,
-                stride_qh,
-                tile,
-                part,
-                parts_ptr,
-                max_parts_ptr,
-                sum_parts_ptr,
-                PARTS,
-                EDGE=True,
-            )
+            attend_slots(slots, group_heads, queries, tile, part, parts, PARTS, EDGE=True)
         next_slots = load_slots(slots_ptr, full_start + row_slots, list_end)
         for position in range(full_start, list_end, TOKEN_BLOCK):
             slots = next_slots
             next_slots = load_slots(slots_ptr, position + TOKEN_BLOCK + row_slots, list_end)
-            attend_slots(
-                slots,
-                group_heads,
-                first_position,
-                q_base,
-                stride_qt,
-                stride_qh,
-                tile,
-                part,
-                parts_ptr,
-                max_parts_ptr,
-                sum_parts_ptr,
-                PARTS,
-                EDGE=False,
-            )
+            attend_slots(slots, group_heads, queries, tile, part, parts, PARTS, EDGE=False)
         start = list_end
 
 
@@ -221,35 +191,16 @@ def forward(
     merge_config = configs.get("merge_outputs", q.device)
     parts = SELECTION_BLOCK.value // config["KEY_BLOCK"]
     part_rows = layout.chunk_slots * parts * GROUP.value
-    o_parts = q.new_empty(part_rows, HEAD_DIM_V.value)
     max_parts = q.new_empty(part_rows, dtype=torch.float32)
-    sum_parts = torch.empty_like(max_parts)
+    o_parts = (q.new_empty(part_rows, HEAD_DIM_V.value), max_parts, torch.empty_like(max_parts))
+    inputs = (q, k, v, sorted_keys, sorted_slots)
     for chunk in range(layout.chunks):
+        numbers = (sequences.tokens_q, sequences.tokens_kv, *layout.scalars, chunk, sequences.count)
         selected_forward_key_major_kernel[(sizes.cdiv(layout.chunk_slots, config["PIECE"]), parts)](
-            q,
-            k,
-            v,
-            sorted_keys,
-            sorted_slots,
-            o_parts,
-            max_parts,
-            sum_parts,
-            sequences.cu_seqlens,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            sequences.tokens_q,
-            sequences.tokens_kv,
-            *layout.scalars,
-            chunk,
-            sequences.count,
-            PACKED=sequences.packed,
-            **config,
+            *inputs, *o_parts, sequences.cu_seqlens, *strides(q, k, v), *numbers, PACKED=sequences.packed, **config
         )
         merge_outputs_kernel[(sizes.cdiv(layout.chunk_tokens * QUERY_HEADS.value, merge_config["ROW_BLOCK"]),)](
-            o_parts,
-            max_parts,
-            sum_parts,
+            *o_parts,
             slot_keys,
             *(local or (None, None, None)),
             o,

@@ -15,6 +15,10 @@ import triton.language as tl
 from ..spec import SELECTION_BLOCK, SLOTS_PER_TOKEN
 from .primitives import locate_tile
 
+# Sizes of a call and of its index, which kernels take as they come.
+UNSPECIALIZED = ["tokens_q", "tokens_kv", "rows", "chunk_tokens"]
+UNSPECIALIZED += ["blocks_per_batch", "block_rows", "chunk", "num_sequences"]
+
 
 @triton.jit
 def end_of_list(keys_ptr, start, end, key, PIECE: tl.constexpr):
@@ -41,15 +45,7 @@ def load_slots(slots_ptr, positions, end):
 
 
 @triton.jit
-def end_of_edge(
-    slots_ptr,
-    start,
-    end,
-    first_position,
-    last_key,
-    PIECE: tl.constexpr,
-    TOKEN_BLOCK: tl.constexpr,
-):
+def end_of_edge(slots_ptr, start, end, first_position, last_key, PIECE: tl.constexpr, TOKEN_BLOCK: tl.constexpr):
     """First tile of a list's slots whose tokens all see `last_key`; tokens come in order, so the others come first."""
     slots = load_slots(slots_ptr, start + tl.arange(0, PIECE), end)
     edge = (slots >= 0) & (first_position + slots // SLOTS_PER_TOKEN < last_key)
@@ -64,14 +60,9 @@ def locate_list(
     kv_head = list_number // block_rows
     block_row = list_number - kv_head * block_rows
     batch = block_row // blocks_per_batch
+    tile = block_row - batch * blocks_per_batch
     first_row, block, tokens_q, tokens_kv = locate_tile(
-        cu_seqlens,
-        num_sequences,
-        block_row - batch * blocks_per_batch,
-        tokens_q,
-        tokens_kv,
-        SELECTION_BLOCK,
-        PACKED,
+        cu_seqlens, num_sequences, tile, tokens_q, tokens_kv, SELECTION_BLOCK, PACKED
     )
     return kv_head, batch, first_row, block, tokens_q, tokens_kv
 

@@ -21,7 +21,7 @@ from ..spec import (
     SLOTS_PER_TOKEN,
 )
 from .primitives import finish_softmax
-from .selected_key_major_lists import locate_list
+from .selected_key_major_lists import UNSPECIALIZED, locate_list
 
 # Elements of a row, padded to a power of two.
 COLUMNS_V = sizes.next_power_of_2(HEAD_DIM_V.value)
@@ -135,18 +135,7 @@ def add_parts(
 
 
 @lean
-@triton.jit(
-    do_not_specialize=[
-        "tokens_q",
-        "tokens_kv",
-        "rows",
-        "chunk_tokens",
-        "blocks_per_batch",
-        "block_rows",
-        "chunk",
-        "num_sequences",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_dkdv_kernel(
     keys_ptr,
     dk_ptr,

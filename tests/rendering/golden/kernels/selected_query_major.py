@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import configs
-from ..runtime.launch import lean
+from ..runtime.launch import lean, strides
 from ..runtime.sequences import Sequences
 from ..spec import (
     GROUP,
@@ -260,26 +260,13 @@ def forward(
     local: LocalPart | None,
 ) -> None:
     """Launch the kernel that writes o (B, Tq, Hq, Dv) and lse (B, Tq, Hq) float32."""
+    config = configs.get("selected_forward", q.device)
     grid = (sequences.tiles(sequences.tokens_q, 1), KV_HEADS.value, sequences.batch)
+    inputs = (q, k, v, indices, counts)
+    inputs += tuple(local or (None, None, None))
+    numbers = (*strides(q, k, v), *sequences.numbers)
     selected_forward_kernel[grid](
-        q,
-        k,
-        v,
-        indices,
-        counts,
-        *(local or (None, None, None)),
-        o,
-        lse,
-        sequences.cu_seqlens,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        sequences.tokens_q,
-        sequences.tokens_kv,
-        sequences.count,
-        PACKED=sequences.packed,
-        ROWS=GROUP_TILE,
-        **configs.get("selected_forward", q.device),
+        *inputs, o, lse, sequences.cu_seqlens, *numbers, PACKED=sequences.packed, ROWS=GROUP_TILE, **config
     )
 
 
@@ -301,28 +288,8 @@ def backward_dq(
 ) -> None:
     """Launch the kernel that writes dq (B, Tq, Hq, Dk), with `dq_before` added if there is one."""
     gate_strides = (0, 0, 0) if gate is None else gate.stride()
-    selected_backward_dq_kernel[(sequences.tiles(sequences.tokens_q, 1), KV_HEADS.value, sequences.batch)](
-        q,
-        k,
-        v,
-        indices,
-        counts,
-        do,
-        lse,
-        delta,
-        gate,
-        dq,
-        dq_before,
-        sequences.cu_seqlens,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *gate_strides,
-        sequences.tokens_q,
-        sequences.tokens_kv,
-        sequences.count,
-        PACKED=sequences.packed,
-        ROWS=GROUP_TILE,
-        WITHOUT_LOCAL=without_local,
-        **configs.get("selected_backward_dq", q.device),
-    )
+    grid = (sequences.tiles(sequences.tokens_q, 1), KV_HEADS.value, sequences.batch)
+    constants = {"PACKED": sequences.packed, "ROWS": GROUP_TILE, **configs.get("selected_backward_dq", q.device)}
+    constants["WITHOUT_LOCAL"] = without_local
+    tensors = (q, k, v, indices, counts, do, lse, delta, gate, dq, dq_before, sequences.cu_seqlens)
+    selected_backward_dq_kernel[grid](*tensors, *strides(q, k, v), *gate_strides, *sequences.numbers, **constants)
