@@ -13,6 +13,8 @@ from torch import Tensor
 from nsa_gen.lowering import lower
 from nsa_gen.lowering.plan import HOPPER_ROWS
 from nsa_gen.rendering import render
+from nsa_gen.tuning.inputs import bucket_inputs, decode_inputs
+from nsa_gen.tuning.space import Bucket
 from nsa_gen.verification import Inputs
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
@@ -360,3 +362,16 @@ def test_a_layer_of_another_dtype_hands_its_sinks_on_in_float32() -> None:
     halved = layer.to(torch.float16)
     assert halved.sink_win.dtype == torch.float16
     assert torch.equal(halved(hidden), out)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_tuner_measures_an_operator_with_its_sinks(packed: bool) -> None:
+    op = operator("window alone", passes=("forward", "backward", "decode"))
+    bucket = Bucket(tokens=64, batch=1 if packed else 2, packed=packed)
+    inputs = bucket_inputs(op.spec, bucket, "correlated", device=DEVICE)
+    assert inputs.sink_win is not None and inputs.sink_win.shape == (4,) and inputs.sink_win.dtype == torch.float32
+    assert call(op, inputs).shape == inputs.do.shape
+    step = decode_inputs(op.spec, op.module, bucket, device=DEVICE)
+    step.out.fill_(math.nan)
+    step.step()
+    assert torch.isfinite(step.out).all()
