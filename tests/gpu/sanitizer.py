@@ -55,7 +55,19 @@ passes: [forward, backward, decode]
 """
 """Compressed blocks that the caller brings, which a cache only keeps."""
 
-SPECS = {"plain": PLAIN, "learned": LEARNED, "brought": BROUGHT}
+MEANS = """\
+version: 2
+name: means
+heads: {query: 4, kv: 2}
+head_dim: 16
+dtype: float16
+selection: {block: 16, count: 3, initial: 0, local: 1, scores: mean}
+window: {size: 24, sink: learned}
+passes: [forward, backward]
+"""
+"""Blocks chosen by their mean keys, and a window with a sink."""
+
+SPECS = {"plain": PLAIN, "learned": LEARNED, "brought": BROUGHT, "means": MEANS}
 """Specs that have every kernel between them, by name (a test holds them to it)."""
 SHAPES: dict[str, tuple[int | tuple[int, ...], ...]] = {
     "memcheck": (97, (33, 0, 1, 97)),

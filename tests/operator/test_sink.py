@@ -235,7 +235,8 @@ def test_a_package_without_a_sink_knows_no_such_argument() -> None:
     inputs = inputs_of(plain, 3)
     with pytest.raises(TypeError, match="sink_win"):
         plain.nsa_attention(inputs.q, inputs.k, inputs.v, sink_win=torch.zeros(4))
-    assert not any("sink" in text for text in render(small_spec("win")).values())
+    own = {name: text for name, text in render(small_spec("win")).items() if not name.startswith("runtime/")}
+    assert not any("sink" in text for text in own.values())
 
 
 STEPS = (
@@ -283,7 +284,7 @@ def test_hoppers_kernel_is_no_schedule_of_a_window_with_a_sink() -> None:
     offered = [[step.branch for step in lower(spec).attends if step.schedule(HOPPER_ROWS)] for spec in (plain, sunk)]
     assert offered == [["cmp", "win"], ["cmp"]]
     alone = small_spec("win", dims=(64, 64), dtype="float16", sink="learned")
-    assert not lower(alone).hopper and not any("hopper" in name for name in render(alone))
+    assert not lower(alone).hopper and "kernels/hopper_banded_forward.py" not in render(alone)
 
 
 def test_a_sink_is_a_read_with_a_gradient_and_a_constant_of_its_step() -> None:
