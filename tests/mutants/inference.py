@@ -141,10 +141,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "every sequence finds its tokens by the first one's row of the table",
         FORKED,
         ("o",),
-        "storage.py",
+        "runtime/storage.py",
         "entries = table_ptr + tl.cast(batch, tl.int64) * table_width",
         "entries = table_ptr + tl.cast(batch, tl.int64) * 0",
-        times=2,
     ),
     _mutant(
         "decode_ties_to_the_higher_block",
