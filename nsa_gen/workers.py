@@ -191,7 +191,7 @@ def share(
     results: dict[int, R] = {}
     lock, stop, troubles = threading.Lock(), threading.Event(), list[BaseException]()
 
-    def run(worker: Worker) -> None:
+    def run(worker: Worker, ended: threading.Event) -> None:
         try:
             while not stop.is_set():
                 number = waiting.get_nowait()
@@ -206,20 +206,25 @@ def share(
             stop.set()
         finally:
             worker.close()  # by the thread that started it, at whose end the kernel would kill it
+            ended.set()
 
-    threads = [threading.Thread(target=run, args=(worker,), daemon=True) for worker in workers[: len(items)]]
+    # An event tells a thread's end: until Python 3.13 `join` takes a thread for ended once a signal interrupted it.
+    ends = [threading.Event() for _ in workers[: len(items)]]
+    threads = [
+        threading.Thread(target=run, args=pair, daemon=True) for pair in zip(workers[: len(items)], ends, strict=True)
+    ]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        for ended in ends:
+            ended.wait()
     finally:
         stop.set()
         for worker in workers:
             worker.close()
-        for thread in threads:
+        for thread, ended in zip(threads, ends, strict=True):
             if thread.ident is not None:
-                thread.join()
+                ended.wait()
     if troubles:
         raise troubles[0]
     return [results[number] for number in range(len(items))]

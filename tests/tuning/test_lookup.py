@@ -304,7 +304,8 @@ def test_decode_is_looked_up_by_the_capacity_of_its_cache(cache: Path, monkeypat
     with op.configs.serving(CPU, lookup.bucket_of(1000, 3, False)):
         assert op.configs.get("decode_attend", CPU) == default, "a forward is not served by a decode's entry"
     seen = []
-    monkeypatch.setattr(op.configs, "serving", _noting(op.configs.serving, seen))
+    inference = importlib.import_module(f"{op.module.__name__}.inference_ops").INFERENCE
+    monkeypatch.setattr(inference, "_serving", _noting(op.configs.serving, seen))
     small = op.module.NSACache(batch=1, capacity=900, device="cpu")
     small.extend(1)
     new = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
