@@ -11,7 +11,8 @@ HOPPER_BACKWARD_TOKENS = "HOPPER_BACKWARD_TOKENS"
 _KEYS, _ROWS = 64, 64
 #: Head dims, of q and k and of v, whose accumulators fit the registers of one warpgroup together.
 _HEAD_DIMS = (64, 128)
-#: Query tokens of a call from which the kernel of selected blocks is the quicker.
+#: Query tokens of a call from which the kernel of selected blocks is the quicker; with fewer the host's part is
+#: longest, which is longer for it.
 _FROM_TOKENS = 2048
 #: Query rows, tokens times heads, of a call from which the kernel of banded attention is the quicker for both branches,
 #: and tokens from which it is so at any number of heads: on an H200 with 64, 32 and 16 heads from 4096, 8192 and 8192

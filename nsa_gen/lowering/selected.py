@@ -40,8 +40,6 @@ _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
 LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
-#: Query tokens of a call from which Hopper's kernel is the quicker; with fewer the host's part is longest, which is
-#: longer for it.
 #: Bound on what the key-major kernels of a chunk leave for a later sum.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
@@ -73,8 +71,7 @@ def schedules(spec: Spec) -> tuple[Decision, ...]:
     if local_in_window(spec):
         choices.append(Tunable(LOCAL_IN_WINDOW, (0, 1)))
     chunk = Tunable(CHUNK_TOKENS, (_FEWEST_CHUNK_TOKENS, *(2**power for power in range(7, 18))), size=True)
-    attention = Decision("selected_attention", (*choices, chunk))
-    return (attention,)
+    return (Decision("selected_attention", (*choices, chunk)),)
 
 
 def choose_schedule(
