@@ -216,6 +216,10 @@ class Arguments:
         shape = (*q.shape[:3], len(self.branches))
         return self.check_tensor("gates", gates, ("B", "Tq", "Hq", "branches"), shape, device=q.device)
 
+    def check_sink(self, name: str, sink: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """Check a sink: a logit per query head, (Hq,) float32."""
+        return self.check_tensor(name, sink, ("Hq",), (self.sizes["Hq"],), device=q.device, dtype=torch.float32)
+
     def check_parameters(
         self, parameters: tuple[torch.Tensor, ...] | None, like: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:

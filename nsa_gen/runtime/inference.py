@@ -151,11 +151,7 @@ class Inference:
     def new_outputs(self, q: torch.Tensor, *_: object) -> list[torch.Tensor]:
         """What a prefill returns for q (B, N, Hq, Dk), without values."""
         sizes = {"B": q.shape[0], "Tq": q.shape[1], **self._checks.sizes, "n": self._checks.selected}
-        shapes = ([sizes[dim] for dim in output.dims.split()] for output, _ in self._outputs)
-        return [
-            q.new_empty(shape, dtype=output.dtype or q.dtype)
-            for shape, (output, _) in zip(shapes, self._outputs, strict=True)
-        ]
+        return [output.allocate(q, sizes.__getitem__) for output, _ in self._outputs]
 
     def _layout_at(self, lengths: torch.Tensor, table: torch.Tensor | None, capacity: int, page_size: int) -> Layout:
         return self._layout(lengths.shape[0], capacity, page_size, table)
@@ -180,7 +176,7 @@ class Inference:
         if not 1 <= tokens <= most:
             raise ValueError(f"q: expected 1 to {most} tokens, the cache's max_new_tokens, got {tokens}")
         gates, indices, counts = self._check_others(q, gates, indices, counts)
-        sinks = self._check_sinks(q, sinks)
+        sinks = tuple(self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
         shape = (*q.shape[:3], self._checks.sizes["Dv"])
         if out is None:
             out = q.new_empty(shape)
@@ -226,7 +222,7 @@ class Inference:
         if q.shape[1] < max(cache.new_tokens):
             raise ValueError(f"q: expected at least the cache's {max(cache.new_tokens)} new tokens, got {q.shape[1]}")
         gates, indices, counts = self._check_others(q, gates, indices, counts)
-        sinks = self._check_sinks(q, sinks)
+        sinks = tuple(self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
         runs = runs_of(cache.tokens, cache.new_tokens)
         parts = []
         with torch.no_grad():
@@ -267,14 +263,6 @@ class Inference:
         if self._given_lists:
             indices, counts = self._checks.check_selection(indices, counts, q, None)
         return gates, indices, counts
-
-    def _check_sinks(self, q: torch.Tensor, sinks: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Check sinks (Hq,) float32 against the queries; detached."""
-        shape, named = (q.shape[2],), zip(self._sinks, sinks, strict=True)
-        check = self._checks.check_tensor
-        return tuple(
-            check(name, sink, ("Hq",), shape, device=q.device, dtype=torch.float32).detach() for name, sink in named
-        )
 
     def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
         """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""

@@ -32,6 +32,10 @@ class Output(NamedTuple):
     saved: bool = False
     branch: str = ""
 
+    def allocate(self, like: torch.Tensor, size: Callable[[str], int]) -> torch.Tensor:
+        """One without values on the device of `like`, the first input; `size` knows the dims."""
+        return like.new_empty([size(dim) for dim in self.dims.split()], dtype=self.dtype or like.dtype)
+
 
 class Operator(NamedTuple):
     """An operator whose backward is the operator `<name>_backward(*gradients of outputs, *inputs, *saved outputs)`.
@@ -309,11 +313,19 @@ def _refusal(reason: str) -> Callable:
 
 def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[tuple], Bucket]:
     """How the bucket of a call is read off an operator's arguments, of which `offset` come before its inputs."""
-    places = {name_of(name): offset + place for place, name in enumerate(inputs)}
-    keys, packed = places.get("tokens", places.get("k", offset)), places.get("cu_seqlens")
+    place, packed = sequence_places(inputs)
+    keys, counted = offset + place, name_of(inputs[place]) == "tokens"
+    ends = None if packed is None else offset + packed
 
     def bucket(arguments: tuple) -> Bucket:
-        rows = arguments[keys] if "tokens" in places else arguments[keys].shape[1]
-        return bucket_of(rows, arguments[offset].shape[0], packed is not None and arguments[packed] is not None)
+        rows = arguments[keys] if counted else arguments[keys].shape[1]
+        return bucket_of(rows, arguments[offset].shape[0], ends is not None and arguments[ends] is not None)
 
     return bucket
+
+
+def sequence_places(inputs: tuple[str, ...]) -> tuple[int, int | None]:
+    """Places of the input that tells a call's keys, raw ones or how many, else the first, and of `cu_seqlens`."""
+    names = [name_of(each) for each in inputs]
+    keys = next((names.index(name) for name in ("tokens", "k") if name in names), 0)
+    return keys, names.index("cu_seqlens") if "cu_seqlens" in names else None

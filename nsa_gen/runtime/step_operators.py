@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .registration import Library, Operator, Output, name_of
+from .registration import Library, Operator, Output, name_of, sequence_places
 from .sequences import Sequences
 
 Tensors = tuple[torch.Tensor, ...]
@@ -44,9 +44,7 @@ class StepOperators:
         return operator
 
     def _fake_of(self, operator: Operator) -> Callable:
-        names = [name_of(each) for each in operator.inputs]
-        keys = next((names.index(name) for name in ("tokens", "k") if name in names), 0)
-        packed = names.index("cu_seqlens") if "cu_seqlens" in names else None
+        keys, packed = sequence_places(operator.inputs)
 
         def fake(*arguments: Any) -> Any:
             """The outputs without values."""
@@ -61,10 +59,7 @@ class StepOperators:
                     return self._rows[dim](first, sequences)
                 return known[dim] if dim in known else int(dim)
 
-            outputs = tuple(
-                first.new_empty([size(dim) for dim in each.dims.split()], dtype=each.dtype or first.dtype)
-                for each in operator.returns
-            )
+            outputs = tuple(each.allocate(first, size) for each in operator.returns)
             return outputs[0] if len(outputs) == 1 else outputs
 
         return fake
