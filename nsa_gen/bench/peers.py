@@ -60,6 +60,8 @@ class _PublicPackage:
             return "compared at mean phi without learned positions only"
         if spec.selection.indices != "computed":
             return "it chooses the blocks itself, and the spec takes them as input"
+        if spec.selection.scores != "compression":
+            return "it scores blocks by the compressed keys"
         if spec.kv != "shared":
             return "its branches share one pair of keys and values"
         if spec.window.sink != "none":

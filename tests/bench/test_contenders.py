@@ -36,6 +36,7 @@ def selection(**changes: object) -> dict[str, object]:
         ({"selection": selection(indices="input")}, "as input"),
         ({"kv": "per_branch"}, "one pair"),
         ({"version": 2, "window": {"size": 512, "sink": "learned"}}, "no sink"),
+        ({"version": 2, "selection": {"block": 64, "count": 16, "scores": "mean"}}, "by the compressed keys"),
         ({"combine": {"gate": "none"}}, "sigmoid"),
         ({"dtype": "float32"}, "bfloat16 and float16"),
         ({"head_dim": {"qk": 192, "v": 128}}, "not 192 and 128"),
