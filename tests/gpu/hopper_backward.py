@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.gpu import hopper
 from tests.gpu.common import say
 
 KERNELS = {"hopper": 0, "ordinary": 2**31}
@@ -116,32 +117,17 @@ def _choose(
 def _differentiate(package: Package, call: Call, position: Tensor, first: Tensor) -> dict[str, Tensor]:
     """lse, delta and gradients in float64, from the definition."""
     q, k, v, do, gate, indices = (call[name] for name in ("q", "k", "v", "do", "gate", "indices"))
-    batch, rows, tokens = q.shape[0], q.shape[1], k.shape[1]
-    found = {name: torch.empty(q.shape[:3], device="cuda") for name in ("lse", "delta")}
-    for name, x in (("dq", q), ("dk", k), ("dv", v)):
-        found[name] = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
+    rows, tokens = q.shape[1], k.shape[1]
     blocks = -(-tokens // package.block)
-    local = torch.arange(tokens, device="cuda")[None] - first[:, None]
-    for b in range(batch):
-        for head in range(package.hq):
-            h = head // package.group
-            chosen = torch.zeros(rows, blocks + 1, dtype=torch.bool, device="cuda")
-            chosen.scatter_(1, indices[b, :, h].long().where(indices[b, :, h] >= 0, blocks), True)
-            seen = (local >= 0) & (local <= position[:, None])
-            seen &= chosen.gather(1, (local // package.block).clamp(0, blocks))
-            keys, values = k[b, :, h].double(), v[b, :, h].double()
-            scores = (q[b, :, head].double() @ keys.T * package.scale).masked_fill(~seen, -torch.inf)
-            lse = torch.logsumexp(scores, 1)
-            p, dp = torch.exp(scores - lse[:, None]), do[b, :, head].double() @ values.T
-            delta = (p * dp).sum(1)
-            found["lse"][b, :, head], found["delta"][b, :, head] = lse.float(), delta.float()
-            if gate is not None:
-                p = p * torch.sigmoid(gate[b, :, head].double())[:, None]
-            ds = p * (dp - delta[:, None])
-            found["dq"][b, :, head] = ds @ keys * package.scale
-            found["dk"][b, :, h] += ds.T @ q[b, :, head].double() * package.scale
-            found["dv"][b, :, h] += p.T @ do[b, :, head].double()
-    return found
+    local = torch.arange(tokens, device=q.device)[None] - first[:, None]
+
+    def seen(b: int, h: int) -> Tensor:
+        chosen = torch.zeros(rows, blocks + 1, dtype=torch.bool, device=q.device)
+        chosen.scatter_(1, indices[b, :, h].long().where(indices[b, :, h] >= 0, blocks), True)
+        visible = (local >= 0) & (local <= position[:, None])
+        return visible & chosen.gather(1, (local // package.block).clamp(0, blocks))
+
+    return hopper.differentiate(q, k, v, do, gate, package.scale, seen)
 
 
 def differentiate(
