@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nsa_gen._files import LOCKS, one_at_a_time
+from nsa_gen._resources import runtime_dir
 from nsa_gen.rendering import RefusedOverwriteError, differences, generate, render
 from nsa_gen.rendering.package import SIGNATURE
 from nsa_gen.spec import load_spec, shipped_specs
@@ -234,6 +235,23 @@ def test_files_are_readable_by_others_and_keep_their_mode(tmp_path):
 @pytest.mark.parametrize("name", shipped_specs())
 def test_what_is_committed_is_what_is_generated(name, project_root):
     assert differences(name, project_root / "generated") == []
+
+
+@pytest.mark.parametrize("name", shipped_specs())
+def test_a_committed_packages_runtime_is_the_generators_own_below_the_header(name, project_root):
+    runtime = project_root / "generated" / name / "runtime"
+    carried = {path.name for path in runtime.glob("*.py")}
+    assert {"__init__.py", "launch.py", "registration.py", "step_operators.py", "tiles.py"} <= carried
+    assert ("cache.py" in carried) is ("decode" in load_spec(name).passes)
+    for module in carried:
+        text = (runtime / module).read_text(encoding="utf-8")
+        assert text.split("\n", 4)[4] == (runtime_dir() / module).read_text(encoding="utf-8"), module
+
+
+def test_a_letter_more_in_a_module_is_a_difference(tmp_path):
+    module = generate("mha_16", tmp_path) / "operator.py"
+    module.write_text(f"{module.read_text(encoding='utf-8')}#", encoding="utf-8")
+    assert [line for diff in differences("mha_16", tmp_path) for line in diff.splitlines() if line == "-#"]
 
 
 def runs_what_is_written(package: Path) -> bool:
