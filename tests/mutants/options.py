@@ -124,7 +124,7 @@ MUTANTS = (
         "rows of packed compressed keys that belong to no block get whatever the shares' memory held",
         SHARES,
         ("dk_cmp", "dv_cmp"),
-        (Edit(BANDED_BACKWARD, "q.new_zeros if sequences.packed else q.new_empty", "q.new_empty"),),
+        (Edit(BANDED_BACKWARD, "total.new_zeros if sequences.packed else total.new_empty", "total.new_empty"),),
     ),
     # Where a packed sequence's compressed rows begin
     rounded_up(
