@@ -84,9 +84,14 @@ def draw_speed_ups(
     ax.set_yscale("log", base=2)
     ax.set_xticks(places, [text(each) for each in places])
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(lambda value, position: f"{value:g}x")
+    ax.yaxis.set_major_formatter(lambda value, position: ratio_text(value))
     ax.set_xlabel(label)
     ax.grid(alpha=0.6)
+
+
+def ratio_text(value: float) -> str:
+    """A ratio as a tick: 4x, 1x, 1/2x; short, where 0.0625x would be cut off at the left."""
+    return f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
 
 
 def draw_roofline(ax: Any, points: Sequence[tuple[str, float, float, Look]], *, peak: float, bandwidth: float) -> None:
@@ -107,18 +112,18 @@ def draw_roofline(ax: Any, points: Sequence[tuple[str, float, float, Look]], *, 
     ax.grid(alpha=0.6)
 
 
-def draw_bars(ax: Any, bars: Sequence[tuple[str, Sequence[tuple[str, float, Look]]]]) -> None:
-    """Horizontal bars of parts (name, milliseconds, look), one under the other, with their sums."""
+def draw_bars(ax: Any, bars: Sequence[tuple[str, Sequence[tuple[str, float, Look]]]], unit: str = "ms") -> None:
+    """Horizontal bars of parts (name, amount, look), one under the other, with their sums in `unit`."""
     for number, (_, parts) in enumerate(bars):
         left = 0.0
-        for name, ms, style in parts:
+        for name, amount, style in parts:
             colour = _PALETTE[style.colour]
-            ax.barh(number, ms, left=left, label=name, color=colour, edgecolor=_PALETTE["page"], height=0.7)
-            left += ms
-        ax.annotate(f"{left:.2f} ms", (left, number), (4, 0), textcoords="offset points", va="center")
+            ax.barh(number, amount, left=left, label=name, color=colour, edgecolor=_PALETTE["page"], height=0.7)
+            left += amount
+        ax.annotate(f"{left:.2f} {unit}", (left, number), (4, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.3 * max(sum(ms for _, ms, _ in parts) for _, parts in bars))
+    ax.set_xlim(0, 1.3 * max(sum(amount for _, amount, _ in parts) for _, parts in bars))
     ax.set_xticks([])
     for side in ("top", "right", "bottom"):
         ax.spines[side].set_visible(False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, stop, whole
+from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, require_output, show, stop, whole
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import KernelRow
@@ -42,6 +42,14 @@ def explain(
         ),
     ] = None,
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formulas of FLOPs and bytes as well.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=require_output,
+            help="Draw time and bytes by step, and the roofline: .png, .svg or .pdf.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a spec's kernels: why these, and what they cost.
@@ -54,12 +62,16 @@ def explain(
     Example:
       nsa-gen explain llama3_8b --tokens 65536 --gpu h100
       nsa-gen explain llama3_8b --measured results.json
+      nsa-gen explain llama3_8b --tokens 65536 --plot explain.svg
     """
     loaded = read_spec(spec, as_json=as_json)
     times, tokens = ({}, tokens or DEFAULT_TOKENS) if measured is None else _read_times(measured, loaded, tokens)
     from nsa_gen.lowering import lower
 
-    result = explain_result(lower(loaded), tokens=tokens, gpu=gpu, times=times, formulas=formulas)
+    plan = lower(loaded)
+    result = explain_result(plan, tokens=tokens, gpu=gpu, times=times, formulas=formulas)
+    if plot is not None:
+        _plot(plan, result, plot)
     if as_json:
         print_json(result)
         return
@@ -68,6 +80,20 @@ def explain(
     show(*explain_blocks(result))
     for row in result["kernels"] if formulas else ():
         print(f"{row['kernel']}\n  FLOPs = {row['flops_formula']}\n  bytes = {row['bytes_formula']}\n")
+
+
+def _plot(plan: Plan, result: dict[str, Any], path: Path) -> None:
+    """Write the picture, or say what is missing and end with exit code 1."""
+    from nsa_gen.bench.drawing import MatplotlibMissing
+    from nsa_gen.bench.explained import plot_explanation
+    from nsa_gen.hardware import gpu as known
+
+    try:
+        plot_explanation(plan, result, known(result["gpu"]), path)
+    except (MatplotlibMissing, ValueError, OSError) as error:
+        note(f"nsa-gen: no plot: {error}")
+        stop(False)
+    note(f"nsa-gen: wrote {path}")
 
 
 def explain_result(
