@@ -6,7 +6,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format generate check-generated check-schema pytest compile-versions clean distclean
+.PHONY: help install demo test lint format generate check-generated check-schema pytest compile-versions docs clean distclean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -56,6 +56,12 @@ $(TRITONS): $(VENV)/triton-%: | $(STAMP)
 compile-versions: $(STAMP) $(TRITONS) ## Compile with the oldest and the newest Triton
 	$(BIN)/python tools/compile_versions.py --specs tiny:batched --targets sm_80,sm_90,sm_100,sm_120,gfx942 $(TRITONS)
 	$(BIN)/python tools/compile_versions.py --specs llama3_8b:packed --targets sm_90,sm_100,gfx942 $(TRITONS)
+
+$(VENV)/.docs: pyproject.toml | $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' && touch $@
+
+docs: $(VENV)/.docs ## Build the documentation's site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## Remove built files and caches; keep the virtual environment
 	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
