@@ -88,9 +88,11 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
     if spec.window and spec.window.sink == "learned":
         arguments.append(Argument("sink_win", ("Hq",), dtype="float32"))
     arguments += compression_parameters(spec)
-    if spec.selection and spec.selection.indices == "input":
+    if spec.selection:
+        # Where the operator computes the selection, one that was made before may be given in its place.
+        given = spec.selection.indices == "input"
         dims = ("B", "Tq", "Hkv", str(spec.selection.count))
-        arguments.append(Argument("indices", dims, dtype="int32", differentiable=False))
+        arguments.append(Argument("indices", dims, dtype="int32", required=given, differentiable=False))
         arguments.append(Argument("counts", dims[:-1], dtype="int32", required=False, differentiable=False))
     return tuple(arguments)
 
