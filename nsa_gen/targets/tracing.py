@@ -46,7 +46,10 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
     if plan.external:
         assert plan.compressed is not None
         sizes["Nc"] = sequences.compressed_rows(plan.compressed.constants["BLOCK"], plan.compressed.constants["STRIDE"])
-    arguments = tuple(_empty(empty, plan, argument, sizes) for argument in plan.arguments)
+    chosen = ("indices", "counts") if plan.selects else ()
+    arguments = tuple(
+        None if argument.name in chosen else _empty(empty, plan, argument, sizes) for argument in plan.arguments
+    )
     for others in _schedules(package, plan):
         _trace_operator(package, plan, arguments, sequences, passes if others else ())
 
