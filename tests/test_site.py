@@ -92,8 +92,9 @@ def test_the_tour_names_files_and_functions_that_exist():
         source = (package / path).read_text(encoding="utf-8")
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"^(?:def|class) {name}\b", source, flags=re.MULTILINE), (path, name)
-    for path, lines in re.findall(r"`([\w/]+\.py)`\*\* \((\d+) lines\)", text):
-        assert len((package / path).read_text(encoding="utf-8").splitlines()) == int(lines), path
+    for path, lines in re.findall(r"`([\w/]+\.py)`\*\* \(about (\d+) lines\)", text):
+        there = len((package / path).read_text(encoding="utf-8").splitlines())
+        assert abs(there - int(lines)) <= 0.2 * there, path
 
 
 @pytest.fixture(scope="module")
