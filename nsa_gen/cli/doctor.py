@@ -233,7 +233,9 @@ def _compilers(torch: Any) -> list[Check]:
     """ptxas, with which Triton makes machine code, and a C compiler, with which it makes launchers on a GPU."""
     found = []
     path = _ptxas()
-    if path is None:
+    if path is None and importlib.util.find_spec("triton") is None:
+        found.append(Check("ptxas", "note", "none", "install triton, which brings it"))
+    elif path is None:
         found.append(
             Check("ptxas", "fault", "not found", "reinstall triton, which brings it, or set TRITON_PTXAS_PATH to one")
         )
