@@ -31,6 +31,7 @@ COMMANDS = (
     "bench",
     "report",
     "demo",
+    "doctor",
     "env",
     "cache",
 )
