@@ -213,7 +213,7 @@ def _modules(program: Plan) -> list[str]:
     if program.selected:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
-        modules |= {"cache", "decode", "inference", "inference_ops", "storage"}
+        modules |= {"cache", "decode", "inference", "inference_ops", "storage", "workspace"}
         runtime |= {"cache", "inference", "pages", "storage"}
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
     return [f"{path}.py" for path in sorted(paths)]

@@ -65,7 +65,8 @@ def trace_inference(
     """Launch every kernel of inference on uninitialised tensors: for caches of `tokens` tokens a sequence."""
     plan = _plan(package)
     empty = _allocator(plan, device)
-    kernels, storage, decode = (_module(package, name) for name in ("kernels.append", "storage", "decode"))
+    names = ("kernels.append", "storage", "decode", "workspace")
+    kernels, storage, decode, workspace = (_module(package, name) for name in names)
     widths = {name: (plan.kv_heads, plan.qk.size if "k" in name.split("_") else plan.v.size) for name in _keys(plan)}
     for page_size in page_sizes:
         pages = -(-tokens // page_size) if page_size else 0
@@ -97,7 +98,7 @@ def trace_inference(
                 *(empty(plan.query_heads, dtype=torch.float32) for _ in plan.sinks),
                 layer,
                 *lists,
-                decode.DecodeWorkspace.allocate(layout, number, torch.device(device)),
+                workspace.DecodeWorkspace.allocate(layout, number, torch.device(device)),
                 empty(batch, number, plan.query_heads, plan.v.size),
                 starts,
                 lengths,
