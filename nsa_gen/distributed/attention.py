@@ -45,9 +45,9 @@ class ContextParallel:
     Each rank calls `attention` with its queries, keys and values. Sequences that lie in one chunk are computed there.
     Of the others, each rank gathers keys and values, compresses the blocks that begin in its chunks (with the next
     rank's tokens where they straddle a bound), gathers the compressed ones, and attends with its own queries at their
-    place. The backward sums the gradients of what was gathered and hands each rank those of its rows. Parameters (phi's,
-    sinks, and those of the layers around) get each rank's part of the gradient: sum them over the ranks, as
-    DistributedDataParallel and FSDP2 do with the mean.
+    place. The backward sums the gradients of what was gathered and hands each rank those of its rows. Parameters
+    (phi's, sinks, and those of the layers around) get each rank's part of the gradient: sum them over the ranks, or
+    take the mean, as DistributedDataParallel and FSDP2 do.
 
     Outputs and gradients are those of one process up to rounding. The same blocks are chosen, as long as the compressed
     attention has the same tiles for a part of the keys as for all: tuned tiles may differ between buckets of lengths,
@@ -101,8 +101,8 @@ class ContextParallel:
     def shards(self, tokens: int, cu_seqlens: Sequence[int] | Tensor | None = None) -> Shards:
         """How sequences of `tokens` tokens, or packed ones of that many in all, are dealt out in this group.
 
-        cu_seqlens (N + 1,) are the bounds of packed sequences in the whole batch, the same on every rank; of a tensor on
-        a GPU the values are waited for. Make it once for all layers of a step.
+        cu_seqlens (N + 1,) are the bounds of packed sequences in the whole batch, the same on every rank; the values of
+        a tensor on a GPU are waited for. Make it once for all layers of a step.
         """
         if isinstance(cu_seqlens, Tensor):
             if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1:
@@ -166,7 +166,7 @@ class ContextParallel:
             compression: phi's parameters, the same on every rank.
             return_aux: also return, of this rank's queries, the branches' outputs, lse, indices and counts.
             recompute: branches whose forward the backward runs again, see `nsa_attention`.
-            more: the spec's other arguments: k_slc and v_slc, k_win and v_win, indices and counts of its queries, sinks.
+            more: the spec's other arguments: k_slc, v_slc, k_win and v_win, indices and counts of its queries, sinks.
 
         Returns:
             o (B, rows, Hq, Dv), and with `return_aux` a named tuple of the others.

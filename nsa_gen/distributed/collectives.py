@@ -109,7 +109,7 @@ class Route:
         return found
 
     def scatter(self, gradients: Sequence[tuple[Part, Tensor]], into: Tensor) -> None:
-        """Add gradients (B, end - first, ...) of parts to the rows `into` (ranks * `rows`, B, ...) of those they are of."""
+        """Add gradients (B, end - first, ...) of parts to `into`, that of what was gathered."""
         places = self.places()
         for part, gradient in gradients:
             for each, at in places[part.span]:

@@ -6,6 +6,7 @@ ranks; a *piece* is one call of the operator, and a *segment* the rows of a span
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -128,7 +129,7 @@ class Shards:
         bounds = (0, self.tokens) if self.bounds is None else self.bounds
         return tuple(
             (start, end)
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, end in itertools.pairwise(bounds)
             if start < end and not any(chunk.start <= start and end <= chunk.end for chunk in self.chunks)
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -27,9 +28,7 @@ def tokens_of(shards: Shards, rank: int) -> list[int]:
 def sequence_of(shards: Shards, token: int) -> tuple[int, int] | None:
     """First and end token of the sequence of a token, None for padding."""
     bounds = (0, shards.tokens) if shards.bounds is None else shards.bounds
-    return next(
-        ((first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True) if first <= token < end), None
-    )
+    return next(((first, end) for first, end in itertools.pairwise(bounds) if first <= token < end), None)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -76,7 +75,7 @@ def test_pieces_cover_a_ranks_rows_and_see_what_precedes_them_in_their_sequence(
             bounds = (0, len(queries)) if piece.bounds is None else piece.bounds
             for place, token in enumerate(queries):
                 sequence = sequence_of(shards, token)
-                within = [(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a <= place < b]
+                within = [(a, b) for a, b in itertools.pairwise(bounds) if a <= place < b]
                 if sequence is None:
                     assert not within
                 else:
