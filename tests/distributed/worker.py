@@ -47,12 +47,12 @@ class Case:
 
 FAST = {"branches": "cmp win"}
 CASES = {
-    "whole": Case(2, 39, {"phi": "weighted", "count": 2, "initial": 0}),
+    "whole": Case(2, 21, {"phi": "weighted", "count": 1, "initial": 0, "local": 0}),
     "packed": Case(
         3,
-        40,
+        24,
         {"branches": "cmp slc", "count": 1, "initial": 0, "local": 0},
-        bounds=(0, 3, 3, 25, 38),
+        bounds=(0, 3, 3, 22),
         order="contiguous",
         reduction="reduce_scatter",
     ),
@@ -64,7 +64,7 @@ CASES = {
     "within_chunks": Case(2, 24, FAST, bounds=(0, 12, 20, 24), order="contiguous"),
     "per_branch": Case(2, 21, {**FAST, "kv": "per_branch"}),
     "compressed_alone": Case(2, 21, {"branches": "cmp", "phi": "weighted", "gate": "none"}),
-    "mean_scores": Case(2, 18, {"branches": "slc", "scores": "mean", "count": 2}),
+    "mean_scores": Case(2, 34, {"branches": "slc", "scores": "mean", "count": 2, "initial": 0}),
     "given_indices": Case(2, 18, {"branches": "slc", "indices": "input", "count": 2}),
     "compiled": Case(2, 21, {**FAST, "phi": "weighted"}, bounds=(0, 4, 17, 21), compiled=True),
 }
