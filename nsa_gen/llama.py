@@ -48,7 +48,11 @@ IGNORED = frozenset(
 """Keyword arguments that layers get and that attention without a cache has no use for."""
 
 
-def use_sparse_attention(model: Any, op: Any) -> Any:
+LATENT = ("q_a_", "q_b_", "kv_a_", "kv_b_")
+"""How the names of parts of latent attention begin."""
+
+
+def use_sparse_attention(model: Any, op: Any, kind: type[SparseAttention] | None = None) -> Any:
     """Replace the attention of every layer of a Llama-like model by a generated package's; the model is changed.
 
     The model's projections, their biases, q_norm and k_norm, and the rotary embedding are kept; gates, and phi's
@@ -67,6 +71,7 @@ def use_sparse_attention(model: Any, op: Any) -> Any:
         model: with `model.layers[...].self_attn` (q_proj, k_proj, v_proj, o_proj) and `model.rotary_emb`, such as
             LlamaForCausalLM with `attn_implementation="sdpa"`.
         op: a generated package of the model's heads, head dim, scale and dtype, whose branches share keys.
+        kind: what layers get; `SparseAttention` if None.
 
     Returns:
         the model.
@@ -90,7 +95,7 @@ def use_sparse_attention(model: Any, op: Any) -> Any:
         where = f"model.layers.{number}.self_attn"
         attention = getattr(layer, "self_attn", None)
         _check_settings(where, attention, getattr(attention, "config", None) or model.config)
-        sparse = SparseAttention(where, attention, op, rotary_embedding, packing)
+        sparse = (kind or SparseAttention)(where, attention, op, rotary_embedding, packing)
         _check_result(where, attention, sparse, op, drawn)
         replaced.append(sparse)
     for layer, sparse in zip(layers, replaced, strict=True):
@@ -108,6 +113,11 @@ def _check_settings(where: str, attention: Any, config: Any) -> None:
     children = {name: child for name, child in attention.named_children() if not _does_nothing(child)}
     own = {name for name, x in (*attention._parameters.items(), *attention._buffers.items()) if x is not None}
     for name in (*children, *sorted(own)):
+        if name.startswith(LATENT):
+            raise ValueError(
+                f"{where}.{name}: expected keys and values a head; latent attention (MLA) makes all heads' from one "
+                "vector, which the operator does not do"
+            )
         if name not in (*PARTS, *NORMS, "rotary_emb"):
             raise ValueError(f"{where}.{name}: the operator has no such part, so it cannot stand for this attention")
     for name in PARTS:

@@ -27,13 +27,14 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 
 ELSEWHERE = {
     ("README.md", "python"): "test_the_readme_s_python_runs_in_small, below",
+    ("docs/spec-examples.md", "yaml"): "tests/test_readme.py",
     ("docs/architecture.md", "python"): "test_the_page_on_architecture_prints_what_it_says, below",
     ("docs/bench.md", "python"): "test_the_adapter_of_the_page_on_benchmarks_can_be_timed, below",
+    ("docs/debugging.md", "python"): "test_the_page_on_debugging_prints_what_it_says, below",
+    ("docs/distributed.md", "python"): "tests/distributed/test_docs.py",
     ("docs/inference.md", "python"): "tests/inference/test_docs.py and, of graphs, below",
     ("docs/pytorch.md", "python"): "tests/pytorch/test_docs.py",
     ("docs/verification.md", "python"): "tests/verification/test_drawn_specs.py",
-    ("docs/debugging.md", "python"): "test_the_page_on_debugging_prints_what_it_says, below",
-    ("docs/spec-examples.md", "yaml"): "tests/test_readme.py",
 }
 """Who runs the Python of a page, and reads YAML that is no whole spec."""
 

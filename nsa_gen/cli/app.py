@@ -17,6 +17,7 @@ from nsa_gen.cli.demo import demo
 from nsa_gen.cli.doctor import doctor
 from nsa_gen.cli.env import env
 from nsa_gen.cli.explain import explain
+from nsa_gen.cli.export import export
 from nsa_gen.cli.generate import generate
 from nsa_gen.cli.new import new
 from nsa_gen.cli.report import report
@@ -94,3 +95,4 @@ for _name, _command in (
 ):
     app.command(_name)(_command)
 app.add_typer(cache, name="cache")
+app.add_typer(export, name="export")

@@ -1,0 +1,6 @@
+"""Generated operators on sequences that are dealt out to several processes, on torch.distributed."""
+
+from nsa_gen.distributed.attention import ContextParallel
+from nsa_gen.distributed.sharding import Shards
+
+__all__ = ["ContextParallel", "Shards"]

@@ -1,0 +1,215 @@
+"""Which rank holds which tokens, and what it computes with whose keys: whole numbers alone, no tensors.
+
+Words used here: a *chunk* is a run of tokens that one rank holds; a *span* is a sequence that lies in chunks of several
+ranks; a *piece* is one call of the operator, and a *segment* the rows of a span that one chunk holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Order = Literal["head_tail", "contiguous"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, end) of the batch, rows [offset, offset + end - start) of the shard of `rank`."""
+
+    rank: int
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [first, first + count) of a span, rows [offset, offset + count) of those of `rank`."""
+
+    rank: int
+    first: int
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One call of the operator: queries are rows [begin, end) of the shard.
+
+    With `span`, keys are the first `keys` of that span, and queries are the last of these. Without, they are the rows'
+    own, of the sequences that `bounds` part as cu_seqlens does; of one sequence a batch entry if `bounds` is None.
+    """
+
+    begin: int
+    end: int
+    span: int | None = None
+    keys: int = 0
+    bounds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A batch's tokens dealt out to the ranks.
+
+    `head_tail` cuts the tokens into 2 * ranks chunks and gives rank r the chunks r and 2 * ranks - 1 - r, so that each
+    has as many keys to see in causal attention; `contiguous` cuts them into one chunk a rank. Chunks differ by at most
+    a token, and any number of tokens can be dealt out.
+
+    Attributes:
+        tokens: of a sequence (B, T, H, D), or T_total of packed ones (T_total, H, D).
+        ranks: number of ranks.
+        order: see above.
+        bounds: of packed sequences, as cu_seqlens: N + 1 numbers that rise from 0 to at most `tokens`.
+        chunks: in the order of tokens; neighbours of one rank are one chunk, and none is empty.
+        spans: first and end token of each sequence that lies in several chunks.
+        segments: of each span, the tokens that the chunks hold; offsets are those of the ranks' shards.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    tokens: int
+    ranks: int
+    order: Order = "head_tail"
+    bounds: tuple[int, ...] | None = None
+    chunks: tuple[Chunk, ...] = field(init=False, repr=False, compare=False)
+    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    segments: tuple[tuple[Segment, ...], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 0), ("ranks", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.order not in get_args(Order):
+            raise ValueError(f"order: expected {' or '.join(get_args(Order))}, got {self.order!r}")
+        if self.bounds is not None:
+            self._check_bounds(self.bounds)
+        # Made now, as torch.compile does not follow a cached property.
+        object.__setattr__(self, "chunks", self._chunks())
+        object.__setattr__(self, "spans", self._spans())
+        object.__setattr__(self, "segments", tuple(self._segments(start, end) for start, end in self.spans))
+
+    def _check_bounds(self, bounds: object) -> None:
+        if not isinstance(bounds, tuple) or any(isinstance(x, bool) or not isinstance(x, int) for x in bounds):
+            raise TypeError(f"bounds: expected a tuple of ints, got {type(bounds).__name__} {bounds!r:.80}")
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] > self.tokens or list(bounds) != sorted(bounds):
+            raise ValueError(
+                f"bounds: expected two or more, rising from 0 to at most tokens={self.tokens}, got {bounds!r:.80}"
+            )
+
+    def _chunks(self) -> tuple[Chunk, ...]:
+        count = self.ranks if self.order == "contiguous" else 2 * self.ranks
+        rows, found = [0] * self.ranks, []
+        for number in range(count):
+            start, end = (each * self.tokens // count for each in (number, number + 1))
+            rank = min(number, 2 * self.ranks - 1 - number)
+            if found and found[-1].rank == rank:
+                last = found.pop()
+                start, offset = last.start, last.offset
+            else:
+                offset = rows[rank]
+            rows[rank] = offset + end - start
+            found.append(Chunk(rank, start, end, offset))
+        return tuple(chunk for chunk in found if chunk.end > chunk.start)
+
+    def chunks_of(self, rank: int) -> tuple[Chunk, ...]:
+        """The chunks of a rank, in the order of tokens, which is that of its shard's rows."""
+        return tuple(chunk for chunk in self.chunks if chunk.rank == rank)
+
+    def rows(self, rank: int) -> int:
+        """Tokens that a rank holds."""
+        return sum(chunk.end - chunk.start for chunk in self.chunks_of(rank))
+
+    def _spans(self) -> tuple[tuple[int, int], ...]:
+        bounds = (0, self.tokens) if self.bounds is None else self.bounds
+        return tuple(
+            (start, end)
+            for start, end in itertools.pairwise(bounds)
+            if start < end and not any(chunk.start <= start and end <= chunk.end for chunk in self.chunks)
+        )
+
+    def _segments(self, start: int, end: int) -> tuple[Segment, ...]:
+        found = []
+        for chunk in self.chunks:
+            first, last = max(start, chunk.start), min(end, chunk.end)
+            if first < last:
+                offset = chunk.offset + first - chunk.start
+                found.append(Segment(chunk.rank, first - start, last - first, offset))
+        return tuple(found)
+
+    def positions(self, rank: int) -> list[int]:
+        """The position in its sequence of each token of a rank; behind the last sequence, counted from its end."""
+        bounds = (0,) if self.bounds is None else self.bounds
+        found, number = [], 0
+        for chunk in self.chunks_of(rank):
+            for token in range(chunk.start, chunk.end):
+                while number + 1 < len(bounds) and bounds[number + 1] <= token:
+                    number += 1
+                found.append(token - bounds[number])
+        return found
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The calls of a rank, in the order of its rows, each of which is a query of one of them."""
+        return tuple(piece for chunk in self.chunks_of(rank) for piece in self._pieces(chunk))
+
+    def _pieces(self, chunk: Chunk) -> Iterator[Piece]:
+        """Those of a chunk: of the span that it begins in, of the sequences within it, of the span that it ends in."""
+
+        def local(token: int) -> int:
+            return chunk.offset + token - chunk.start
+
+        done = chunk.start
+        for number, (start, end) in enumerate(self.spans):
+            first, last = max(start, chunk.start), min(end, chunk.end)
+            if first >= last:
+                continue
+            if done < first:
+                yield Piece(local(done), local(first), bounds=self._bounds_within(done, first))
+            yield Piece(local(first), local(last), span=number, keys=last - start)
+            done = last
+        if done < chunk.end:
+            yield Piece(local(done), local(chunk.end), bounds=self._bounds_within(done, chunk.end))
+
+    def _bounds_within(self, first: int, end: int) -> tuple[int, ...] | None:
+        """cu_seqlens of tokens [first, end), in which sequences lie whole; what is behind the last is padding."""
+        if self.bounds is None:
+            return None
+        inside = [bound - first for bound in self.bounds if first <= bound <= end]
+        return tuple(inside) if len(inside) > 1 else (0, 0)
+
+    def block_segments(self, block: int, stride: int) -> tuple[tuple[Segment, ...], ...]:
+        """Of each span, the compressed blocks whose first token a chunk holds; offsets count the rank's own blocks.
+
+        Block i covers tokens [i * stride, i * stride + block) of the span, and the next chunks' tokens where it
+        straddles their bounds; only complete blocks exist.
+        """
+        rows = [0] * self.ranks
+        found = []
+        for (start, end), segments in zip(self.spans, self.segments, strict=True):
+            complete = blocks_in(end - start, block, stride)
+            some = []
+            for each in segments:
+                first = min(complete, -(-each.first // stride))
+                count = min(complete, -(-(each.first + each.count) // stride)) - first
+                some.append(Segment(each.rank, first, count, rows[each.rank]))
+                rows[each.rank] += count
+            found.append(tuple(each for each in some if each.count))
+        return tuple(found)
+
+
+def blocks_in(tokens: int, block: int, stride: int) -> int:
+    """Complete blocks of a sequence: max(0, (tokens - block) // stride + 1)."""
+    return max(0, (tokens - block) // stride + 1)
+
+
+def gathered_rows(segments: Sequence[Sequence[Segment]], ranks: int) -> int:
+    """The most rows of `segments` that a rank has, which each sends in a gather."""
+    rows = [0] * ranks
+    for each in (segment for span in segments for segment in span):
+        rows[each.rank] += each.count
+    return max(rows)
