@@ -6,7 +6,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format generate check-generated check-schema pytest compile-versions docs clean distclean
+.PHONY: help install demo test lint format generate check-generated check-schema pytest nightly compile-versions docs clean distclean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,9 @@ check-schema: $(STAMP) ## Check that the JSON Schema is what the models say
 
 pytest: $(STAMP) ## Run the tests alone (PYTEST_ARGS="-k window")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+nightly: $(STAMP) ## Run the tests that a run of all leaves out (tests/nightly.py)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m nightly
 
 $(TRITONS): $(VENV)/triton-%: | $(STAMP)
 	rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
