@@ -1,4 +1,4 @@
-"""The scripts in examples/ run and show what they say; `generate.py` is run by tests/inference/test_docs.py."""
+"""The scripts in examples/ run and show what they say; those of a page of docs/ are run by the tests of the page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_script_says_how_it_is_run_and_is_run_by_a_test():
-    run = (Path(__file__).read_text(), (ROOT / "tests" / "inference" / "test_docs.py").read_text())
+    run = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         source = path.read_text(encoding="utf-8")

@@ -63,7 +63,3 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
     drawing.pyplot.cache_clear()
     with pytest.raises(drawing.MatplotlibMissing, match=r"nsa-gen\[bench\]"):
         plots.plot_by_length(sample_results(), tmp_path / "x.png")
-
-
-def test_ticks_of_ratios_are_short():
-    assert [drawing.ratio_text(2.0**power) for power in (-4, -1, 0, 2)] == ["1/16x", "1/2x", "1x", "4x"]
