@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import torch
+
 from nsa_gen.lowering import lower
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import kinds_of
+from nsa_gen.verification.inputs import Inputs, kinds_of, make_inputs
 from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.schedules import Variation, most_unlike_the_defaults, variations, with_chunks
 
@@ -62,6 +64,20 @@ class Case:
     def rows(self) -> int:
         """Query tokens of all its sequences."""
         return sum(self.tokens) if isinstance(self.tokens, tuple) else self.tokens * self.batch
+
+
+def inputs_of(spec: Any, case: Case, seed: int, device: str | torch.device) -> Inputs:
+    """The inputs of a case, in the spec's dtype."""
+    return make_inputs(
+        spec,
+        batch=case.batch,
+        tokens=case.tokens,
+        tokens_kv=case.tokens_kv,
+        dtype=getattr(torch, spec.dtype),
+        device=device,
+        seed=seed,
+        kind=case.kind,  # type: ignore[arg-type]
+    )
 
 
 def boundary_lengths(p: OracleParameters) -> list[int]:

@@ -28,6 +28,9 @@ INTERPRETER_QUERIES = 10
 INTERPRETER_KEYS = 260
 GPU_TOKENS = 1100
 
+Build = Callable[["Spec"], Any]
+"""Makes and imports the package of a spec."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -42,6 +45,17 @@ class Example:
         """Property and call in words that `parse_example` reads: `oracle: B=2 T=21 spread`."""
         batch = "" if isinstance(self.case.tokens, tuple) else f"B={self.case.batch} "
         return f"{self.property}: {batch}{self.case.label}"
+
+    @property
+    def label(self) -> str:
+        """What a row of the report calls it."""
+        return self.case.label
+
+    def check(self, spec: Spec, module: Any, device: torch.device, build: Build | None) -> list[Row]:
+        """Its rows, by schedules drawn from its seed."""
+        trial = Trial(spec, module, self.case, self.seed, device.type, build)
+        with drawn_schedules(module, device, self.seed):
+            return PROPERTIES[self.property].check(trial)
 
     def applies(self, p: OracleParameters, device: str) -> bool:
         """Whether a spec can have this call, and the property says something of it on a device."""
@@ -150,19 +164,12 @@ def drawn_example(spec: Spec, seed: int, device: str) -> Example:
     return Example(drawn_property(p, case, pick, device), case, seed)
 
 
-def run_example(
-    spec: Spec, module: Any, example: Example, device: str, build: Callable[[Spec], Any] | None = None
-) -> ExampleResult:
-    """Check an example, by schedules drawn from its seed.
-
-    An exception, of the package or of a CUDA device, is a failure that tells it.
-    """
-    trial = Trial(spec, module, example.case, example.seed, device, build)
+def run_example(spec: Spec, module: Any, example: Example, device: str, build: Build | None = None) -> ExampleResult:
+    """Check an example; an exception, of the package or of a CUDA device, is a failure that tells it."""
     try:
-        with drawn_schedules(module, torch.device(device), example.seed):
-            rows = PROPERTIES[example.property].check(trial)
+        rows = example.check(spec, module, torch.device(device), build)
     except Exception as error:
-        rows = [raised(example.case.label, error)]
+        rows = [raised(example.label, error)]
     return ExampleResult(example, tuple(rows))
 
 

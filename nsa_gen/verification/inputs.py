@@ -57,6 +57,10 @@ class Inputs:
         """Keyword arguments of `reference_attention`, all of them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "do"}
 
+    def raw_keys(self) -> Tensor:
+        """A tensor with a row for each raw key; q, as there are as many, where no branch reads them."""
+        return next((x for x in (self.k, self.k_slc, self.k_win) if x is not None), self.q)
+
     def differentiable(self) -> dict[str, Tensor]:
         """What has a gradient, by name; phi's parameters as `compression.<name>`."""
         skipped = {"do", "compression", "indices", "counts", "cu_seqlens"}

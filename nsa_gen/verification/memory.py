@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nsa_gen.verification.calls import arguments_of
 from nsa_gen.verification.dense import OracleParameters
@@ -104,16 +103,11 @@ def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
     packed = inputs.cu_seqlens is not None
     sequences = inputs.cu_seqlens.numel() if inputs.cu_seqlens is not None else inputs.q.shape[0]
     rows = inputs.q.shape[0] if packed else inputs.q.shape[0] * inputs.q.shape[1]
-    keys = rows if packed else _keys(inputs).shape[1]
+    keys = rows if packed else inputs.raw_keys().shape[1]
     token_bytes = FLOAT32 * p.kv_heads * -(-keys // p.selection_block)
     padding = sequences * LARGEST_TILE
     means = token_bytes * p.head_dim_qk * (1 if packed else sequences) if p.scores == "mean" else 0
     return token_bytes * (min(rows, max(SCORE_BYTES // max(1, token_bytes), SCORE_TOKENS)) + padding) + means
-
-
-def _keys(inputs: Inputs) -> Tensor:
-    """A tensor with a row a raw key; q where there is none."""
-    return next((x for x in (inputs.k, inputs.k_slc, inputs.k_win) if x is not None), inputs.q)
 
 
 def _compressed_rows(p: OracleParameters, inputs: Inputs) -> int:
@@ -122,7 +116,7 @@ def _compressed_rows(p: OracleParameters, inputs: Inputs) -> int:
         return 0
     if inputs.cu_seqlens is not None:
         return inputs.q.shape[0] // p.compression_stride
-    keys = _keys(inputs)
+    keys = inputs.raw_keys()
     return keys.shape[0] * p.compressed_blocks(keys.shape[1])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.examples import Example, ExampleResult, run_example
+from nsa_gen.verification.examples import Example, ExampleResult
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -33,83 +33,54 @@ class Shrunk:
 
 def shrink(
     spec: Spec,
-    module: Any,
     failed: ExampleResult,
     device: str,
+    run: Callable[[Spec, Example], ExampleResult],
     *,
-    build: Callable[[Spec], Any] | None = None,
-    run: Callable[[Spec, Example], ExampleResult] | None = None,
     vary_spec: bool = False,
     seconds: float = SECONDS,
     progress: Callable[[str], None] | None = None,
 ) -> Shrunk:
-    """Shrink a failed example of a package.
+    """Shrink a failed example of a package; `run` runs an example of a spec.
 
-    `build` makes the package of another spec, where a property needs one; `run` takes the place of both `module` and
-    `build`: it runs an example of a spec. With `vary_spec` the spec becomes simpler
-    too: right where the generator made the package, so that its fault will be in other packages; a package of unknown
-    making keeps its spec.
+    With `vary_spec` the spec becomes simpler too: right where the generator made the package, so that its fault will
+    be in other packages; a package of unknown making keeps its spec.
     """
+    until = time.monotonic() + seconds
+    best = Shrunk(spec, failed, 0)
 
-    def run_here(other: Spec, example: Example) -> ExampleResult:
-        package = module
-        if other is not spec:
-            assert build is not None
-            package = build(other)
-        return run_example(other, package, example, device, build)
-
-    search = _Search(spec, failed, device, run or run_here, time.monotonic() + seconds, progress)
-    search.descend(search.smaller_calls)
-    if vary_spec and (build is not None or run is not None) and search.descend(search.simpler_specs):
-        search.descend(search.smaller_calls)
-    return Shrunk(search.spec, search.best, search.tries)
-
-
-class _Search:
-    """The best example so far, and the ways on from there."""
-
-    def __init__(
-        self,
-        spec: Spec,
-        failed: ExampleResult,
-        device: str,
-        run: Callable[[Spec, Example], ExampleResult],
-        until: float,
-        progress: Callable[[str], None] | None,
-    ) -> None:
-        self.spec, self.best, self.device = spec, failed, device
-        self.wanted = failed.failing
-        self.run, self.until, self.progress = run, until, progress
-        self.tries = 0
-
-    def descend(self, candidates: Callable[[], Iterator[tuple[Spec, Example]]]) -> bool:
-        """Take the first candidate that fails until none does; whether any did."""
-        moved = False
-        while any(self._fails(spec, example) for spec, example in candidates()):
-            moved = True
-        return moved
-
-    def _fails(self, spec: Spec, example: Example) -> bool:
-        if time.monotonic() >= self.until or not example.applies(OracleParameters.from_spec(spec), self.device):
+    def fails(other: Spec, example: Example) -> bool:
+        nonlocal best
+        if time.monotonic() >= until or not example.applies(OracleParameters.from_spec(other), device):
             return False
-        self.tries += 1
-        if self.progress is not None:
-            self.progress(f"{spec.name}: smaller? try {self.tries}: {example.text}")
-        found = self.run(spec, example)
-        if not found.failing & self.wanted:
+        best = replace(best, tries=best.tries + 1)
+        if progress is not None:
+            progress(f"{other.name}: smaller? try {best.tries}: {example.text}")
+        found = run(other, example)
+        if not found.failing & failed.failing:
             return False
-        self.spec, self.best = spec, found
+        best = replace(best, spec=other, result=found)
         return True
 
-    def smaller_calls(self) -> Iterator[tuple[Spec, Example]]:
-        """The same spec with smaller calls, the smallest first."""
-        for case in smaller_cases(self.best.example.case):
-            yield self.spec, replace(self.best.example, case=case)
+    def smaller_calls() -> Iterator[tuple[Spec, Example]]:
+        example = best.result.example
+        return ((best.spec, replace(example, case=case)) for case in smaller_cases(example.case))
 
-    def simpler_specs(self) -> Iterator[tuple[Spec, Example]]:
-        """The same call of simpler specs."""
-        for spec in simpler_specs(self.spec):
-            yield spec, self.best.example
+    def with_simpler_specs() -> Iterator[tuple[Spec, Example]]:
+        example = best.result.example
+        return ((simpler, example) for simpler in simpler_specs(best.spec))
+
+    def descend(candidates: Callable[[], Iterator[tuple[Spec, Example]]]) -> bool:
+        """Take the first candidate that fails until none does; whether any did."""
+        before = best.result
+        while any(fails(other, example) for other, example in candidates()):
+            pass
+        return best.result is not before
+
+    descend(smaller_calls)
+    if vary_spec and descend(with_simpler_specs):
+        descend(smaller_calls)
+    return best
 
 
 def smaller_cases(case: Case) -> Iterator[Case]:

@@ -126,16 +126,11 @@ class _Checker:
         """The smallest example that fails in the same way, where there is time to look for it."""
         if self.lost():
             return None
-        found = shrink(
-            self.spec,
-            self.module,
-            failed,
-            self.device,
-            build=self.build,
-            vary_spec=False,
-            seconds=SHRINK_SECONDS,
-            progress=say,
-        )
+
+        def run(spec: Spec, example: Example) -> ExampleResult:
+            return run_example(spec, self.module, example, self.device, self.build)
+
+        found = shrink(self.spec, failed, self.device, run, seconds=SHRINK_SECONDS, progress=say)
         return {**_failure(found.spec, found.result, self.device), "tries": found.tries}
 
     def lost(self) -> bool:

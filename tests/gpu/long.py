@@ -134,10 +134,10 @@ def check_rows(p: OracleParameters, inputs: Inputs, call: Any, start: int, end: 
     for name, wanted in truth.outputs.tensors().items():
         if name == "o" or (name in call.aux and name.startswith(("o_", "lse_"))):
             actual = call.tensors()[name][:, start:end]
-            noise, drift = truth.output_noise.get(name), truth.output_drift.get(name)
+            noise, drift = truth.noise.get(name), truth.drift.get(name)
             add(name, actual, wanted, base.outputs.tensors()[name], noise, drift)
     for name, wanted in truth.gradients.items():
-        near, noise, drift = base.gradients[name], truth.gradient_noise[name], truth.gradient_drift[name]
+        near, noise, drift = base.gradients[name], truth.noise[f"d{name}"], truth.drift[f"d{name}"]
         if name in ROWWISE:
             add(f"d{name}", call.gradients[name][:, start:end], wanted, near, noise, drift)
         elif last and "." not in name:

@@ -38,7 +38,14 @@ def shrunk(case: Case, build: Callable[[Spec], Any] = too_wide, name: str = "ora
     spec = more.pop("spec", None) or spec_of()
     failed = run_example(spec, build(spec), Example(name, case, 3), "cpu", build)
     assert not failed.ok
-    return shrink(spec, build(spec), failed, "cpu", build=build, **more)
+    packages = {spec: build(spec)}
+
+    def run(other: Spec, example: Example) -> ExampleResult:
+        if other not in packages:
+            packages[other] = build(other)
+        return run_example(other, packages[other], example, "cpu", build)
+
+    return shrink(spec, failed, "cpu", run, **more)
 
 
 def test_a_call_shrinks_to_the_length_at_which_the_mistake_begins() -> None:
