@@ -154,13 +154,7 @@ def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) 
 
 def comparison_row(case: str, quantity: str, comparison: Comparison) -> Row:
     """A comparison as a row of a report: the measure that came nearest to its bound."""
-    measures = {
-        "row": (comparison.row_error, comparison.row_bound),
-        "norm": (comparison.norm_error, comparison.norm_bound),
-        "bias": (comparison.bias_error, comparison.bias_bound),
-    }
-    name = max(measures, key=lambda measure: measures[measure][0] / measures[measure][1])
-    error, bound = measures[name]
+    name, (error, bound) = comparison.worst
     return Row(case, quantity, name, error, bound, comparison.ok, comparison.problem)
 
 

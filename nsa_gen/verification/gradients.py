@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nsa_gen.verification import drift, noise
+from nsa_gen.verification import rounding
 from nsa_gen.verification.dense import OracleParameters, compress, exact_dtype
 from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import (
@@ -24,6 +24,7 @@ from nsa_gen.verification.oracle import (
     Pair,
     Sequence,
     attend_rows,
+    mapped,
     reference_attention,
     row_chunks,
     split_sequences,
@@ -33,6 +34,7 @@ from nsa_gen.verification.tolerance import unit_roundoff
 
 Choice = tuple[Tensor | None, Tensor | None]
 """Indices and counts, None where the oracle chooses or nothing is chosen."""
+WITHOUT_GRADIENT = ("indices", "counts", "do")
 CHUNK_BYTES = 1 << 27
 """Bytes of one score matrix in the backward pass; about ten such live at the peak (measured: 1.0 GB for a group of 16
 heads and 8192 keys in float64, the noise scale included)."""
@@ -43,7 +45,7 @@ class Reference:
     """Outputs and gradients on given indices, by the names of `OracleResult` and of `Inputs.differentiable()`.
 
     `noise` and `drift` are those of both by name, of the gradient of x as dx; they are empty unless asked for. Noise is
-    in units of the dtype's roundoff (see `noise`), drift a standard deviation in units of float32's (see `drift`).
+    in units of the dtype's roundoff, drift a standard deviation in units of float32's (see `rounding`).
     """
 
     outputs: OracleResult
@@ -125,7 +127,7 @@ def _finish(p: OracleParameters, sequences: list[Sequence], sums: Inputs, drifts
     totals, terms = sums.differentiable(), squares.differentiable()
     for name, x in drifts.differentiable().items():
         if "." in name or name in SINKS:
-            x.add_(drift.chain(rows if name in SINKS else blocks, totals[name].square(), terms[name]))
+            x.add_(rounding.chain(rows if name in SINKS else blocks, totals[name].square(), terms[name]))
 
 
 def _roots(squares: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,10 +170,10 @@ class _Head:
                 for each in [getattr(self, name)]
             },
         )
-        sides: list[drift.PhiSide] = []
+        sides: list[rounding.PhiSide] = []
         if self.noise_unit is not None:
             for side, x, name in zip(("key", "value"), raw, ("k_cmp", "v_cmp"), strict=True):
-                sides.append(drift.phi_side(p, side, x, learned, self.noise_unit))
+                sides.append(rounding.phi_side(p, side, x, learned, self.noise_unit))
                 self.output_noise[name][:, 0].add_(sides[-1].noise)
                 self.output_drift[name][:, 0].add_(sides[-1].variance)
         work._add_attention(chunk_bytes, sides)
@@ -184,23 +186,23 @@ class _Head:
         if self.noise_unit is None:
             return
         raw_noise = _given(self.noise.raw_cmp)
-        noise.add_compression(p, raw, learned, work.noise.cmp, raw_noise, self.noise.learned)
+        rounding.add_compression(p, raw, learned, work.noise.cmp, raw_noise, self.noise.learned)
         raw_drift = _given(self.drift.raw_cmp)
         for side, g, variance, target in zip(sides, cotangents, work.drift.cmp, raw_drift, strict=True):
             blocks, parameters = side.gradients(g[:, 0], variance[:, 0])
-            drift.add_blocks(p, blocks, target)
+            rounding.add_blocks(p, blocks, target)
             for name in parameters.keys() & learned.keys():
                 self.drift.learned[name][0].add_(parameters[name][0])
                 self.squares.learned[name][0].add_(parameters[name][1])
 
-    def _add_attention(self, chunk_bytes: int, sides: list[drift.PhiSide] | None = None) -> None:
+    def _add_attention(self, chunk_bytes: int, sides: list[rounding.PhiSide] | None = None) -> None:
         """Add the part of attention, whose K_cmp and V_cmp are known; `sides` have their noise and drift."""
         p, values = self.p, self.values
         cmp_noise = _pair(side.noise[:, None] for side in sides) if sides else None
         cmp_drift = _pair(side.variance[:, None] for side in sides) if sides else None
-        sums_of: dict[str, drift.Sums] = {}
+        sums_of: dict[str, rounding.Sums] = {}
         if self.with_gradients and self.noise_unit is not None:
-            sums_of = {branch: drift.Sums.like(getattr(values, branch)) for branch in p.branches}
+            sums_of = {branch: rounding.Sums.like(getattr(values, branch)) for branch in p.branches}
         for start, stop in row_chunks(p, values, chunk_bytes) if values.q.shape[0] else ():
             here, sums, noises, drifts = (
                 take_rows(p, each, start, stop) for each in (values, self.sums, self.noise, self.drift)
@@ -209,13 +211,16 @@ class _Head:
                 _add_gradients(p, here, sums)
             if self.noise_unit is None:
                 continue
-            assert here.do is not None
-            outputs = {name: x[start:stop] for name, x in self.output_noise.items() if name[0] == "o"}
-            more = noises if self.with_gradients else None
-            noise.add_rows(p, here, more, here.do, outputs, self.noise_unit, cmp_noise)
-            outputs = {name: x[start:stop] for name, x in self.output_drift.items() if name[0] in "ol"}
-            more = drifts if self.with_gradients else None
-            drift.add_rows(p, here, cmp_drift, more, sums_of, self.squares, here.do, outputs)
+            # K_cmp and V_cmp are no rows of queries.
+            outputs = (
+                {name: x[start:stop] for name, x in each.items() if name[0] in "ol"}
+                for each in (self.output_noise, self.output_drift)
+            )
+            noise = rounding.Squares(next(outputs), noises if self.with_gradients else None, cmp_noise)
+            drift = rounding.Squares(next(outputs), drifts if self.with_gradients else None, cmp_drift)
+            for rows in rounding.branch_rows(p, here):
+                rounding.add_noise(rows, noise, self.noise_unit)
+                rounding.add_drift(rows, drift, sums_of, self.squares)
         for branch, found_sums in sums_of.items():
             found_sums.finish(getattr(self.drift, branch))
 
@@ -242,19 +247,19 @@ def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence) -> Non
     targets: list[Tensor] = []
 
     def leaf(name: str, x: Tensor) -> Tensor:
-        if name in ("indices", "counts", "do", "learned"):
-            return x
-        leaves.append(x.detach().requires_grad_())
-        return leaves[-1]
+        if name not in WITHOUT_GRADIENT:
+            x = x.detach().requires_grad_()
+            leaves.append(x)
+        return x
 
     def target(name: str, x: Tensor) -> Tensor:
-        if name not in ("indices", "counts", "do", "learned"):
+        if name not in WITHOUT_GRADIENT:
             targets.append(x)
         return x
 
-    sums.mapped(target)
+    mapped(sums, target)
     with torch.enable_grad():
-        o = attend_rows(p, values.mapped(leaf)).o
+        o = attend_rows(p, mapped(values, leaf)).o
     assert values.do is not None
     _add(torch.autograd.grad(o, leaves, values.do.to(o.dtype), allow_unused=True), targets)
 
@@ -289,13 +294,13 @@ def _head(s: Sequence, p: OracleParameters, head: int) -> Sequence:
     group, own = slice(head * p.group, (head + 1) * p.group), slice(head, head + 1)
 
     def cut(name: str, x: Tensor) -> Tensor:
-        if name == "learned":
+        if name in s.learned:
             return x[own]
         if name in SINKS:
             return x[group]
         return x[:, group if name in ("q", "gates", "do") else own]
 
-    return s.mapped(cut)
+    return mapped(s, cut)
 
 
 def truth_and_baseline(

@@ -100,18 +100,22 @@ class Sequence:
         sink = self.sink_win if branch == "win" else None
         return None if sink is None else sink.unflatten(0, (kv_heads, -1))
 
-    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Sequence:
-        """The sequence with `change(field, tensor)` in the place of each tensor, those of pairs and `learned` too."""
-        changed: dict[str, Any] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, Tensor):
-                changed[each.name] = change(each.name, value)
-            elif isinstance(value, tuple):
-                changed[each.name] = tuple(change(each.name, x) for x in value)
-            elif isinstance(value, Mapping):
-                changed[each.name] = {name: change(each.name, x) for name, x in value.items()}
-        return replace(self, **changed)
+
+def mapped(record: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """A dataclass with `change(name, tensor)` in the place of each tensor, those in its tuples and mappings too.
+
+    The name is that of the field, or the key in a mapping.
+    """
+    changed: dict[str, Any] = {}
+    for each in fields(record):
+        value = getattr(record, each.name)
+        if isinstance(value, Tensor):
+            changed[each.name] = change(each.name, value)
+        elif isinstance(value, tuple):
+            changed[each.name] = tuple(change(each.name, x) for x in value)
+        elif isinstance(value, Mapping):
+            changed[each.name] = {name: change(name, x) for name, x in value.items()}
+    return replace(record, **changed)
 
 
 # Sections 6 and 7: the operator
@@ -147,8 +151,8 @@ def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequen
         **dict.fromkeys(("slc", "win"), slice(tokens)),
         "cmp": slice(p.compressed_blocks(tokens)),
     }
-    part = replace(s, tokens=tokens, raw_cmp=None)
-    return part.mapped(lambda name, x: x[kept[name]] if name in kept else x)
+    part = replace(s, tokens=tokens, raw_cmp=None, learned={})
+    return mapped(part, lambda name, x: x[kept[name]] if name in kept else x)
 
 
 def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:

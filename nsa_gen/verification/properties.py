@@ -20,9 +20,8 @@ from nsa_gen.verification.cases import FORWARD_ONLY, Case, inputs_of
 from nsa_gen.verification.checking import bits_row, check_case, compare_result, comparison_row, written
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import truth_and_baseline
-from nsa_gen.verification.hygiene import GuardBands, synchronises
+from nsa_gen.verification.hygiene import ALLOCATOR_BYTES, GuardBands, measured, memory_bound, synchronises
 from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.memory import ALLOCATOR_BYTES, measured, memory_bound
 from nsa_gen.verification.oracle import argument_suffixes, padding_value
 from nsa_gen.verification.report import Row
 
@@ -236,7 +235,7 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     all others double.
     """
     p, inputs = trial.parameters, trial.inputs()
-    doubled = relations.mapped(
+    doubled = relations.changed(
         inputs, lambda name, x: 2 * x if name.split("_")[0] == "v" or name == "value_position" else x
     )
     half = inputs.q.dtype == torch.float16

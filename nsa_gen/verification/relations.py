@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,32 +15,20 @@ from nsa_gen.verification.checking import COMPRESSED, compare_result, comparison
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import truth_and_baseline
 from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import SINKS, compressed_rows
+from nsa_gen.verification.oracle import SINKS, compressed_rows, mapped
 from nsa_gen.verification.report import Row
 
 BY_QUERY = ("q", "do", "gates", "indices", "counts")
 
 
-def mapped(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks.
-
-    phi's parameters go by their own names.
-    """
-    changed: dict[str, object] = {}
-    for field in fields(inputs):
-        value = getattr(inputs, field.name)
-        if field.name in SINKS:
-            continue
-        if isinstance(value, Tensor):
-            changed[field.name] = change(field.name, value)
-        elif value is not None:
-            changed[field.name] = {name: change(name, x) for name, x in value.items()}
-    return replace(inputs, **changed)  # type: ignore[arg-type]
+def changed(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks; phi's parameters by their names."""
+    return mapped(inputs, lambda name, x: x if name in SINKS else change(name, x))
 
 
 def of_tokens(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """As `mapped`, with phi's parameters as they are."""
-    return replace(mapped(replace(inputs, compression=None), change), compression=inputs.compression)
+    """As `changed`, with phi's parameters as they are."""
+    return replace(changed(replace(inputs, compression=None), change), compression=inputs.compression)
 
 
 def normal(x: Tensor) -> Tensor:
@@ -107,7 +95,7 @@ def mixed(inputs: Inputs, others: Inputs, keep: Kept) -> Inputs:
         mask, other = keep.of(name), getattr(others, name, None)
         return x if mask is None or other is None else torch.where(_column(mask, x, keep.dim), x, other)
 
-    return mapped(inputs, change)
+    return changed(inputs, change)
 
 
 def torn(inputs: Inputs, keep: Kept) -> Inputs:
@@ -117,7 +105,7 @@ def torn(inputs: Inputs, keep: Kept) -> Inputs:
         mask = None if name in BY_QUERY else keep.of(name)
         return x if mask is None else x.masked_fill(~_column(mask, x, keep.dim), torch.nan)
 
-    return mapped(inputs, change)
+    return changed(inputs, change)
 
 
 def past(call: Call, keep: Kept) -> dict[str, Tensor]:
@@ -219,7 +207,7 @@ def repeated(inputs: Inputs, group: int) -> Inputs:
         dim = 0 if learned else x.dim() - (1 if name == "counts" else 2)
         return x.repeat_interleave(group, dim).contiguous()
 
-    return mapped(inputs, change)
+    return changed(inputs, change)
 
 
 def rejoined(

@@ -82,18 +82,13 @@ class Environment:
 def environment(device: torch.device) -> Environment:
     """The machine and versions a report was made with."""
     import torch
+    import triton
 
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
     gpu = driver = ""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
         driver = f"hip {torch.version.hip}" if torch.version.hip else _nvidia_driver()
-    return Environment(str(device), gpu, driver, torch.__version__, triton_version, platform.python_version())
+    return Environment(str(device), gpu, driver, torch.__version__, triton.__version__, platform.python_version())
 
 
 def _nvidia_driver() -> str:

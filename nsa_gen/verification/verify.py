@@ -19,18 +19,20 @@ from nsa_gen.verification.cases import Case, default_cases
 from nsa_gen.verification.coverage import coverage
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.examples import (
+    SECONDS,
     Build,
     Example,
     ExampleResult,
+    Shrunk,
     drawn_example,
     reproduction,
     require_example,
+    shrink,
 )
 from nsa_gen.verification.inference import SCENARIOS, Scenario, fixed_scenarios, scenario_of_seed
 from nsa_gen.verification.report import ExampleRecord, Reproduction, Row, VerifyReport, environment
 from nsa_gen.verification.running import CaseCheck, InProcess, Isolated, Runner, ScenarioCheck
 from nsa_gen.verification.schedules import Variation, decode_variation
-from nsa_gen.verification.shrinking import SECONDS, Shrunk, shrink
 
 if TYPE_CHECKING:
     from nsa_gen.lowering.plan import Plan

@@ -12,9 +12,8 @@ import torch
 
 from nsa_gen.spec import Spec
 from nsa_gen.verification.drawing import spec_of_seed
-from nsa_gen.verification.examples import Example, ExampleResult, drawn_example, reproduction, run_example
+from nsa_gen.verification.examples import Example, ExampleResult, drawn_example, reproduction, run_example, shrink
 from nsa_gen.verification.report import Row, environment
-from nsa_gen.verification.shrinking import shrink
 from nsa_gen.verification.verify import adapt
 from tests.gpu.common import release, save, say
 from tests.gpu.support import builder, memory_slot, spec_of_request

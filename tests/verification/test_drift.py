@@ -14,8 +14,8 @@ from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Sp
 from nsa_gen.verification import Comparison, Inputs, OracleParameters, Reference, compare, make_inputs
 from nsa_gen.verification.checking import compare_result
 from nsa_gen.verification.dense import gelu, round_to_tf32
-from nsa_gen.verification.drift import chain
 from nsa_gen.verification.gradients import reference_gradients, truth_and_baseline
+from nsa_gen.verification.rounding import chain
 from tests.verification.verification_specs import spec_of
 
 UNIT = 2.0**-24
@@ -267,5 +267,5 @@ def test_drift_is_not_seen_beside_the_rounding_of_bfloat16() -> None:
         bounds = []
         for drift in (None, truth.drift[f"d{name}"]):
             found = compare(near, gradient, near, dtype=torch.bfloat16, noise=noise, drift=drift)
-            bounds.append((found.row_bound, found.norm_bound, found.bias_bound))
+            bounds.append((found.row.bound, found.norm.bound, found.bias.bound))
         assert all(with_drift < 1.01 * without for without, with_drift in zip(*bounds, strict=True)), (name, bounds)

@@ -17,9 +17,16 @@ from nsa_gen.rendering import generate, import_package
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.verification import verify
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.examples import Example, ExampleResult, run_example
+from nsa_gen.verification.examples import (
+    Example,
+    ExampleResult,
+    Shrunk,
+    run_example,
+    shrink,
+    simpler_specs,
+    smaller_cases,
+)
 from nsa_gen.verification.running import InProcess
-from nsa_gen.verification.shrinking import Shrunk, shrink, simpler_specs, smaller_cases
 from tests.support import GPU, small_spec
 from tests.verification.test_verify import package
 from tests.verification.verification_specs import spec_of
