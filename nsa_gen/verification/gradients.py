@@ -100,10 +100,9 @@ def reference_gradients(
     one = parameters.for_one_kv_head()
     for *sequences, noise_rows, drift_rows in zip(*split, *views, strict=True):
         for head in range(parameters.kv_heads):
-            values, sums_here, *rounding = (_head(each, parameters, head) for each in sequences)
-            rows = [_head_of(each, one.query_heads, head) for each in (noise_rows, drift_rows)]
-            work = _Head(one, values, sums_here, *rounding, *rows, with_gradients, noise_unit)
-            work.run(chunk_bytes)
+            parts = (_head(each, parameters, head) for each in sequences)
+            rows = (_head_of(each, one.query_heads, head) for each in (noise_rows, drift_rows))
+            _Head(one, *parts, *rows, with_gradients, noise_unit).run(chunk_bytes)
     if noise_unit is not None and with_gradients:
         _finish(parameters, split[0], sums, drifts, squares)
         noise_of |= _as_gradients(noises.differentiable())
@@ -164,11 +163,9 @@ class _Head:
         work = replace(
             self,
             values=replace(self.values, cmp=_pair(x.detach() for x in compressed)),
-            **{
-                name: replace(each, cmp=_pair(torch.zeros_like(x, dtype=each.q.dtype) for x in compressed))
-                for name in ("sums", "noise", "drift", "squares")
-                for each in [getattr(self, name)]
-            },
+            sums=_with_zeros(self.sums, compressed),
+            noise=_with_zeros(self.noise, compressed),
+            drift=_with_zeros(self.drift, compressed),
         )
         sides: list[rounding.PhiSide] = []
         if self.noise_unit is not None:
@@ -223,6 +220,11 @@ class _Head:
                 rounding.add_drift(rows, drift, sums_of, self.squares)
         for branch, found_sums in sums_of.items():
             found_sums.finish(getattr(self.drift, branch))
+
+
+def _with_zeros(s: Sequence, compressed: Pair) -> Sequence:
+    """A sequence with zeros for its K_cmp and V_cmp."""
+    return replace(s, cmp=_pair(torch.zeros_like(x, dtype=s.q.dtype) for x in compressed))
 
 
 def _pair(tensors: Iterable[Tensor]) -> Pair:

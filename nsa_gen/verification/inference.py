@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification.calls import Call, steady_products
-from nsa_gen.verification.cases import Case, boundary_lengths
+from nsa_gen.verification.cases import Case, boundary_lengths, inputs_of
 from nsa_gen.verification.checking import check_call
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.gradients import References
-from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
+from nsa_gen.verification.inputs import Inputs, make_indices
 from nsa_gen.verification.oracle import SINKS, argument_suffixes, reference_attention
 from nsa_gen.verification.report import Row
 
@@ -163,53 +163,42 @@ class _Sequence:
 
 
 class _Source:
-    """An endless supply of tokens for a spec, drawn a pool at a time."""
+    """An endless supply of tokens for a spec, drawn a pool at a time; tied keys are of one pool and repeat by position.
+
+    `parameters` are phi's, `sinks` the spec's, both of the first pool.
+    """
 
     def __init__(self, spec: Spec, scenario: Scenario, device: str) -> None:
         self._spec, self._scenario, self._device = spec, scenario, device
         self._pools = 0
-        self._rows = 0
-        self._parts: list[dict[str, Tensor]] = []
         self.generator = torch.Generator().manual_seed(scenario.seed)
-        pool = self._pool()
-        self.parameters = pool.compression
-        self.sinks = {name: x for name in SINKS if (x := getattr(pool, name)) is not None}
+        made = self._draw()
+        self.parameters = made.compression
+        self.sinks = {name: x for name in SINKS if (x := getattr(made, name)) is not None}
 
-    def _pool(self) -> Inputs:
+    @property
+    def _tied(self) -> bool:
+        return self._scenario.kind == "ties"
+
+    def _draw(self) -> Inputs:
         self._pools += 1
-        kind = self._scenario.kind
-        made = make_inputs(
-            self._spec,
-            batch=1,
-            tokens=POOL,
-            dtype=getattr(torch, self._spec.dtype),
-            device=self._device,
-            # Tied blocks are those of one draw, whose keys repeat.
-            seed=self._scenario.seed if kind == "ties" else self._scenario.seed + 7919 * self._pools,
-            kind=kind,  # type: ignore[arg-type]
-        )
+        seed = self._scenario.seed + (0 if self._tied else 7919 * self._pools)
+        made = inputs_of(self._spec, Case(POOL, kind=self._scenario.kind, batch=1), seed, self._device)
         skipped = {"do", "compression", "indices", "counts", "cu_seqlens", *SINKS}
-        tensors = {name: x[0] for name, x in made.arguments().items() if x is not None and name not in skipped}
-        self._parts.append(tensors)
+        self._pool = {name: x[0] for name, x in made.arguments().items() if x is not None and name not in skipped}
+        self._used = 0
         return made
 
     def take(self, position: int, tokens: int, blocks: int) -> dict[str, Tensor]:
-        """Tensors of new tokens, and of the compressed blocks that they complete; tied keys repeat by position."""
-        if self._scenario.kind == "ties":
-            pool = self._parts[0]
-            first = {name: position % (POOL // 2) for name in pool}
-        else:
-            pool = self._parts[-1]
-            if self._rows + tokens > POOL:
-                self._pool()
-                pool, self._rows = self._parts[-1], 0
-            first = dict.fromkeys(pool, self._rows)
-            self._rows += tokens
+        """Tensors of new tokens, and of the compressed blocks that they complete."""
+        if not self._tied and self._used + tokens > POOL:
+            self._draw()
+        first = position % (POOL // 2) if self._tied else self._used
+        self._used += tokens
         taken = {}
-        for name, x in pool.items():
-            count = blocks if name.endswith("_cmp") else tokens
-            rows = (torch.arange(count, device=x.device) + first[name]) % x.shape[0]
-            taken[name] = x[rows]
+        for name, x in self._pool.items():
+            rows = torch.arange(blocks if name.endswith("_cmp") else tokens, device=x.device)
+            taken[name] = x[(rows + first) % x.shape[0]]
         return taken
 
 
