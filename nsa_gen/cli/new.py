@@ -18,10 +18,10 @@ def _require_name(name: str) -> str:
     """Refuse what cannot be the name of a package."""
     from pydantic_core import PydanticCustomError
 
-    from nsa_gen.spec.fields import PackageName
+    from nsa_gen.spec.fields import PACKAGE_NAME
 
     try:
-        return PackageName().check(name)
+        return PACKAGE_NAME.check(name)
     except PydanticCustomError as error:
         raise typer.BadParameter(error.message()) from None
 
