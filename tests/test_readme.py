@@ -71,6 +71,7 @@ def test_every_command_is_in_the_table_with_options_that_exist(capsys):
         "verify",
         "tune",
         "cache",
+        "export",
         "bench",
         "report",
         "demo",
