@@ -19,7 +19,7 @@ from rich.console import Console
 from nsa_gen.cli.app import app
 from nsa_gen.cli.blocks import Table, to_terminal
 
-NO_JSON = {("cache",), ("cache", "export"), ("cache", "clear")}
+NO_JSON = {("cache",), ("export",), ("cache", "export"), ("cache", "clear")}
 COMMANDS = (
     "new",
     "check",
@@ -33,6 +33,7 @@ COMMANDS = (
     "demo",
     "env",
     "cache",
+    "export",
 )
 
 
