@@ -74,7 +74,7 @@ def remove_sparse_attention(model: Any) -> Any:
 def new_cache(model: Any, *, batch: int, capacity: int, **more: Any) -> Any:
     """A transformers `Cache` of the operator's own, for ``model.generate(..., cache=cache, use_cache=True)``.
 
-    Versions of transformers before 5.20 call it past_key_values. A cache serves one `generate`.
+    Versions of transformers whose models take no `cache` call it past_key_values. A cache serves one `generate`.
 
     Args:
         model: of `apply_sparse_attention`, with a spec whose passes have decode.

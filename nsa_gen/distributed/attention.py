@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,29 +13,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from nsa_gen.distributed.collectives import Anchor, Gather, Part, Reduction, Route, name_of, start
+from nsa_gen.distributed.calls import Call, operators_of, routes_of
+from nsa_gen.distributed.collectives import Reduction
 from nsa_gen.distributed.sharding import Order, Piece, Shards
-from nsa_gen.loading import load
-from nsa_gen.lowering import Plan, lower
 from nsa_gen.spec import Spec, load_spec
-
-ROWS = ("q", "gates", "indices", "counts")
-"""Arguments that belong to queries: a rank has those of its own."""
-
-
-@dataclass(frozen=True)
-class _Operators:
-    """The packages that a spec's pieces run.
-
-    `whole` is the spec's own, `given` the same operator with compressed keys and values as arguments; None where they
-    are computed within. `auxiliary` is a named tuple of the outputs besides o that belong to queries.
-    """
-
-    plan: Plan
-    whole: ModuleType
-    given_plan: Plan | None
-    given: ModuleType | None
-    auxiliary: Any
 
 
 class ContextParallel:
@@ -95,8 +75,16 @@ class ContextParallel:
             )
         self.order: Order = order
         self.head_groups, self.reduction = head_groups, reduction
-        self._operators = _operators_of(self.spec, head_groups, self.ranks)
+        self._operators = operators_of(
+            self.spec, head_groups, self.ranks, spec if isinstance(spec, ModuleType) else None
+        )
         self._bounds: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The specs whose packages run, for `nsa_gen.tune`: that of a group of heads, and with given blocks."""
+        plans = self._operators.plan, self._operators.given_plan
+        return tuple(plan.spec for plan in plans if plan is not None)
 
     def shards(self, tokens: int, cu_seqlens: Sequence[int] | Tensor | None = None) -> Shards:
         """How sequences of `tokens` tokens, or packed ones of that many in all, are dealt out in this group.
@@ -180,8 +168,10 @@ class ContextParallel:
             raise ValueError(f"shards: expected those of {self.ranks} ranks, got {shards.ranks}")
         given = {"q": q, "k": k, "v": v, "gates": gates, **more}
         tensors = self._checked(given, shards)
-        pieces = shards.pieces(self.rank)
-        call = _Call(self, shards, pieces, bool(return_aux), tuple(recompute), self._bounds_of(pieces, q.device))
+        make = routes_of.__wrapped__ if torch.compiler.is_compiling() else routes_of
+        routes = make(shards, self.rank, self.group.group_name, self.reduction, self._operators.travelling)
+        bounds = self._bounds_of(routes.pieces, q.device)
+        call = Call(self._operators, routes, bool(return_aux), tuple(recompute), bounds)
         count = self.head_groups
         several = [_group_arguments(tensors, compression, self.spec, number, count) for number in range(count)]
         waiting = [call.start(several[0][0])] if shards.spans else [None]
@@ -236,164 +226,6 @@ class ContextParallel:
         return found
 
 
-class _Started(NamedTuple):
-    """Gathers under way: the names of the tensors, the parts wanted of each, and the buffers."""
-
-    names: list[str]
-    parts: tuple[tuple[Part, ...], ...]
-    buffers: list[Tensor]
-
-
-class _Call:
-    """One call of `ContextParallel.attention`: what it wants of other ranks, and its pieces."""
-
-    def __init__(
-        self,
-        parallel: ContextParallel,
-        shards: Shards,
-        pieces: Sequence[Piece],
-        return_aux: bool,
-        recompute: tuple[str, ...],
-        bounds: Mapping[tuple[int, ...], Tensor],
-    ) -> None:
-        self._spec, self._operators = parallel.spec, parallel._operators
-        self._shards, self._pieces, self._rank = shards, pieces, parallel.rank
-        self._return_aux, self._bounds = return_aux, bounds
-        self._recompute = {"recompute": recompute} if recompute else {}
-        where = parallel.rank, parallel.ranks, name_of(parallel.group), parallel.reduction
-        self._route = Route(shards.segments, *where)
-        self._spanning = [piece for piece in pieces if piece.span is not None]
-        self._block_route = None
-        if self._operators.given is not None:
-            compression = self._spec.compression
-            assert compression is not None
-            self._block, self._stride = compression.block, compression.stride
-            self._block_route = Route(shards.block_segments(self._block, self._stride), *where)
-
-    def start(self, tensors: Mapping[str, Tensor]) -> _Started:
-        """Begin to gather raw keys and values."""
-        plan, given = self._operators.plan, self._operators.given_plan
-        whole = [Part(piece.span, 0, piece.keys) for piece in self._spanning if piece.span is not None]
-        blocks = self._tokens_of_blocks()
-        read = plan.raw_names if given is None else [name for branch in given.raw_branches for name in plan.kv(branch)]
-        compressed = () if given is None else plan.kv("cmp")
-        parts = tuple(
-            (*(whole if name in read else ()), *(blocks if name in compressed else ()), Part(0, 0, 0))
-            for name in plan.raw_names
-        )
-        names = list(plan.raw_names)
-        return _Started(names, parts, start(self._route, [tensors[name] for name in names]))
-
-    def _tokens_of_blocks(self) -> list[Part]:
-        """The tokens of each run of compressed blocks that this rank makes."""
-        if self._block_route is None:
-            return []
-        return [
-            Part(span, each.first * self._stride, (each.first + each.count - 1) * self._stride + self._block)
-            for span, segments in enumerate(self._block_route.segments)
-            for each in segments
-            if each.rank == self._rank
-        ]
-
-    def run(
-        self, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, started: _Started | None
-    ) -> list[Tensor]:
-        """o, and with return_aux the other outputs, of this rank's queries (B, rows, H, ...)."""
-        anchors: list[Tensor] = []
-        gathered: dict[str, list[Tensor]] = {}
-        if started is not None:
-            own = [tensors[name] for name in started.names]
-            *parts, anchor = Gather.apply(self._route, started.parts, started.buffers, *own)
-            anchors.append(anchor)
-            for name, wanted in zip(started.names, started.parts, strict=True):
-                gathered[name], parts = parts[: len(wanted)], parts[len(wanted) :]
-            if self._block_route is not None:
-                anchors.append(self._compress(gathered, parameters))
-        found, spanning = [], 0
-        for piece in self._pieces:
-            if piece.span is None:
-                found.append(self._within(piece, tensors, parameters))
-            else:
-                found.append(self._across(piece, spanning, tensors, parameters, gathered))
-                spanning += 1
-        if not found:  # a rank without a token
-            found.append(self._within(Piece(0, 0), tensors, parameters))
-        outputs = [each[0] if len(found) == 1 else torch.cat(each, 1) for each in zip(*found, strict=True)]
-        if anchors:
-            outputs[0] = Anchor.apply(outputs[0], *anchors)
-        return outputs
-
-    def _compress(self, gathered: dict[str, list[Tensor]], parameters: tuple[Tensor, ...] | None) -> Tensor:
-        """Compress the blocks that are this rank's and gather all: `gathered` gets k_cmp and v_cmp of each piece."""
-        assert self._block_route is not None
-        runs = len(self._tokens_of_blocks())
-        own = []
-        names = self._operators.plan.kv("cmp")
-        # The last part of each is empty: it leads the gradient on where a rank has no block.
-        keys, values = (gathered[name][len(gathered[name]) - 1 - runs :] for name in names)
-        compressed = [(keys[-1], values[-1])]
-        for k, v in zip(keys[:-1], values[:-1], strict=True):
-            compressed.append(self._operators.whole.compress(k, v, parameters))
-        own = [torch.cat(each, 1) for each in zip(*compressed, strict=True)]
-        wanted = []
-        for piece in self._spanning:
-            assert piece.span is not None
-            wanted.append(Part(piece.span, 0, max(0, (piece.keys - self._block) // self._stride + 1)))
-        found = Gather.apply(self._block_route, (tuple(wanted),) * 2, start(self._block_route, own), *own)
-        count = len(wanted)
-        gathered["k_cmp"], gathered["v_cmp"] = list(found[:count]), list(found[count : 2 * count])
-        return found[-1]
-
-    def _within(
-        self, piece: Piece, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None
-    ) -> list[Tensor]:
-        """Sequences of which this rank holds every token."""
-        plan = self._operators.plan
-        whole = piece.begin == 0 and piece.end == tensors["q"].shape[1]
-        some = {
-            name: x if whole or name in plan.sinks else x[:, piece.begin : piece.end] for name, x in tensors.items()
-        }
-        if piece.bounds is not None:
-            some = {name: x if name in plan.sinks else x[0] for name, x in some.items()}
-            some["cu_seqlens"] = self._bounds[piece.bounds]
-        if parameters is not None:
-            some["compression"] = parameters
-        found = self._attend(self._operators.whole, some)
-        return found if piece.bounds is None else [x[None] for x in found]
-
-    def _across(
-        self,
-        piece: Piece,
-        number: int,
-        tensors: Mapping[str, Tensor],
-        parameters: tuple[Tensor, ...] | None,
-        gathered: Mapping[str, list[Tensor]],
-    ) -> list[Tensor]:
-        """Queries of a sequence that other ranks hold tokens of."""
-        plan, given = self._operators.plan, self._operators.given_plan
-        some = {name: tensors[name][:, piece.begin : piece.end] for name in ROWS if name in tensors}
-        some |= {name: tensors[name] for name in plan.sinks if name in tensors}
-        if given is None:
-            some |= {name: gathered[name][number] for name in plan.raw_names}
-            if parameters is not None:
-                some["compression"] = parameters
-            return self._attend(self._operators.whole, some)
-        for branch in given.raw_branches:
-            for name, source in zip(given.kv(branch), plan.kv(branch), strict=True):
-                some[name] = gathered[source][number]
-        some["k_cmp"], some["v_cmp"] = gathered["k_cmp"][number], gathered["v_cmp"][number]
-        assert self._operators.given is not None
-        return self._attend(self._operators.given, some)
-
-    def _attend(self, package: ModuleType, arguments: dict[str, Any]) -> list[Tensor]:
-        q, k, v = (arguments.pop(name, None) for name in ("q", "k", "v"))
-        found = package.nsa_attention(q, k, v, return_aux=self._return_aux, **arguments, **self._recompute)
-        if not self._return_aux:
-            return [found]
-        o, auxiliary = found
-        return [o, *(getattr(auxiliary, name) for name in self._operators.auxiliary._fields)]
-
-
 def _group_arguments(
     tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, spec: Spec, number: int, count: int
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...] | None]:
@@ -436,28 +268,3 @@ def _group_of(mesh: Any) -> ProcessGroup:
     if isinstance(mesh, ProcessGroup):
         return mesh
     raise TypeError(f"mesh: expected a DeviceMesh of one dim or a process group, got {type(mesh).__name__}")
-
-
-def _operators_of(spec: Spec, head_groups: int, ranks: int) -> _Operators:
-    """The packages of a spec, for a group of its heads."""
-    some = spec
-    if head_groups > 1:
-        heads = {"query": spec.heads.query // head_groups, "kv": spec.heads.kv // head_groups}
-        some = spec.replace(name=f"{spec.name}_heads_{heads['query']}", heads=heads)
-    plan = lower(some)
-    given = _with_given_blocks(some) if plan.compresses and ranks > 1 else None
-    given_plan = None if given is None else lower(given)
-    if given_plan is not None and not given_plan.raw_names:  # nothing would say how many keys there are
-        given = given_plan = None
-    whole = load(some)
-    of_queries = [name for name in whole.Auxiliary._fields if name not in ("k_cmp", "v_cmp")]
-    auxiliary = NamedTuple("Auxiliary", [(name, Tensor) for name in of_queries])
-    return _Operators(plan, whole, given_plan, None if given is None else load(given), auxiliary)
-
-
-def _with_given_blocks(spec: Spec) -> Spec:
-    """The spec whose compressed keys and values are arguments."""
-    assert spec.compression is not None
-    compression = {"block": spec.compression.block, "stride": spec.compression.stride, "phi": "external"}
-    passes = tuple(each for each in spec.passes if each != "decode")
-    return spec.replace(name=f"{spec.name}_given_blocks", compression=compression, passes=passes)

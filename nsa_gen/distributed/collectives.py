@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from nsa_gen.distributed.sharding import Segment, gathered_rows
 
@@ -38,42 +37,40 @@ class Route:
     """How rows of one kind, tokens or compressed blocks, travel between the ranks of a group.
 
     Attributes:
-        segments: of each span, which rows each rank has, in order and without gaps.
         rank, ranks: this rank, and how many there are.
         group: name of the process group.
         reduction: how gradients are summed; see `ContextParallel`.
+        rows: rows that each rank sends: those of the rank with most, the others' padded.
+        own: this rank's segments, in the order in which it sends them.
+        places: of each span, its segments in order with the row of the gathered buffer at which each begins.
     """
 
-    segments: tuple[tuple[Segment, ...], ...]
     rank: int
     ranks: int
     group: str
     reduction: Reduction
+    rows: int
+    own: tuple[Segment, ...]
+    places: tuple[tuple[tuple[Segment, int], ...], ...]
 
-    @property
-    def rows(self) -> int:
-        """Rows that each rank sends: those of the rank with most, the others' padded."""
-        return gathered_rows(self.segments, self.ranks)
-
-    def own(self) -> list[Segment]:
-        """This rank's segments, in the order in which it sends them."""
-        return [each for span in self.segments for each in span if each.rank == self.rank]
-
-    def places(self) -> list[list[tuple[Segment, int]]]:
-        """Of each span, its segments with the row of the gathered buffer at which each begins."""
-        sent = [0] * self.ranks
-        found = []
-        for span in self.segments:
+    @staticmethod
+    def of(segments: Sequence[Sequence[Segment]], rank: int, ranks: int, group: str, reduction: Reduction) -> Route:
+        """The route of the segments of each span: which rows each rank has, in order and without gaps."""
+        rows = gathered_rows(segments, ranks)
+        sent = [0] * ranks
+        places = []
+        for span in segments:
             some = []
             for each in span:
-                some.append((each, each.rank * self.rows + sent[each.rank]))
+                some.append((each, each.rank * rows + sent[each.rank]))
                 sent[each.rank] += each.count
-            found.append(some)
-        return found
+            places.append(tuple(some))
+        own = tuple(each for span in segments for each in span if each.rank == rank)
+        return Route(rank, ranks, group, reduction, rows, own, tuple(places))
 
     def pack(self, x: Tensor) -> Tensor:
         """What this rank sends of its x (B, rows, ...): (`rows`, B, ...)."""
-        parts = [x[:, each.offset : each.offset + each.count].transpose(0, 1) for each in self.own()]
+        parts = [x[:, each.offset : each.offset + each.count].transpose(0, 1) for each in self.own]
         padding = self.rows - sum(part.shape[0] for part in parts)
         if padding or not parts:
             parts.append(x.new_zeros(padding, x.shape[0], *x.shape[2:]))
@@ -83,7 +80,7 @@ class Route:
         """The gradient (B, local_rows, ...) of x from that (`rows`, B, ...) of what `pack` made; 0 of what stayed."""
         whole = rows.new_zeros(local_rows, *rows.shape[1:])
         at = 0
-        for each in self.own():
+        for each in self.own:
             whole[each.offset : each.offset + each.count] = rows[at : at + each.count]
             at += each.count
         return whole.transpose(0, 1)
@@ -94,7 +91,7 @@ class Route:
         They are views where the rows lie in order.
         """
         found = []
-        for placed, end in zip(self.places(), ends, strict=True):
+        for placed, end in zip(self.places, ends, strict=True):
             runs: list[list[int]] = []
             for each, at in placed:
                 count = min(each.count, end - each.first)
@@ -110,9 +107,8 @@ class Route:
 
     def scatter(self, gradients: Sequence[tuple[Part, Tensor]], into: Tensor) -> None:
         """Add gradients (B, end - first, ...) of parts to `into`, that of what was gathered."""
-        places = self.places()
         for part, gradient in gradients:
-            for each, at in places[part.span]:
+            for each, at in self.places[part.span]:
                 first, last = max(each.first, part.first), min(each.first + each.count, part.end)
                 if first < last:
                     rows = gradient[:, first - part.first : last - part.first].transpose(0, 1)
@@ -169,7 +165,7 @@ class Gather(torch.autograd.Function):
         found: list[Tensor] = []
         for wanted, buffer in zip(parts, started, strict=True):
             gathered = _ops.wait_tensor(buffer) if route.rows else buffer
-            ends = [max([0, *(x.end for x in wanted if x.span == span)]) for span in range(len(route.segments))]
+            ends = [max([0, *(x.end for x in wanted if x.span == span)]) for span in range(len(route.places))]
             spans = route.spans(gathered, ends)
             found += [spans[x.span][:, x.first : x.end] for x in wanted]
         return (*found, tensors[0].new_empty(0))
@@ -198,8 +194,3 @@ class Anchor(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """The gradient as it is, and empty ones."""
         return (gradients[0], *(torch.empty_like(each) for each in ctx.saved_tensors))
-
-
-def name_of(group: ProcessGroup) -> str:
-    """The name by which PyTorch's functional collectives know a group."""
-    return group.group_name

@@ -100,6 +100,7 @@ def test_one_rank_alone_runs_the_package_as_it_is(one_rank: None) -> None:
     bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
     o = parallel.attention(q, k, v, gates, shards=shards)
     assert torch.equal(o, op.module.nsa_attention(q, k, v, gates, cu_seqlens=bounds))
+    assert parallel.specs == (op.spec,)
     assert torch.equal(parallel.unshard(parallel.shard(q, shards), shards), q)
 
 

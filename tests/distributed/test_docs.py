@@ -44,7 +44,7 @@ def test_two_ranks_train_the_example_s_model_as_one_does(tmp_path: Path) -> None
     spec.write_text(small_spec("cmp win").resolved_yaml())
     losses = {}
     for ranks in (1, 2):
-        more = ("--spec", str(spec), "--tokens", "20", "--layers", "1", "--steps", "2")
+        more = ("--spec", str(spec), "--tokens", "12", "--width", "32", "--layers", "1", "--steps", "2")
         said = run("examples/context_parallel.py", "--ranks", str(ranks), *more)
         losses[ranks] = [float(x) for x in re.fullmatch(rf"{ranks} ranks, losses: (\S+) (\S+)\n", said).groups()]  # type: ignore[union-attr]
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)

@@ -55,7 +55,7 @@ def test_a_model_runs_with_it(kind: str, changes: dict[str, Any], spec: dict[str
         ("Cohere", {}, "CohereAttention computes something else"),
         ("Glm", {}, "GlmAttention computes something else"),
         ("Mistral", {"sliding_window": 4096}, "sliding_window"),
-        ("Gemma2", {"layer_types": ["full_attention"] * 2}, "attn_logit_softcapping"),
+        ("Gemma2", {"layer_types": ["full_attention"] * 2, "attn_implementation": "eager"}, "attn_logit_softcapping"),
         ("Olmo", {"clip_qkv": 8.0}, "clip_qkv"),
         ("Llama", {"attention_dropout": 0.1}, "attention_dropout"),
     ],

@@ -1,0 +1,247 @@
+"""One call of context parallelism: the packages that it runs, what it gathers, and its pieces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_gen.distributed.collectives import Anchor, Gather, Part, Reduction, Route, start
+from nsa_gen.distributed.sharding import Piece, Shards, blocks_in
+from nsa_gen.loading import load
+from nsa_gen.lowering import Plan, lower
+from nsa_gen.spec import Spec
+
+ROWS = ("q", "gates", "indices", "counts")
+"""Arguments that belong to queries: a rank has those of its own."""
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The packages that a spec's pieces run.
+
+    `whole` is the spec's own, `given` the same operator with compressed keys and values as arguments; None where they
+    are computed within. `auxiliary` is a named tuple of the outputs besides o that belong to queries.
+    """
+
+    plan: Plan
+    whole: ModuleType
+    given_plan: Plan | None
+    given: ModuleType | None
+    auxiliary: Any
+
+    @property
+    def travelling(self) -> tuple[int, int] | None:
+        """Block and stride, where compressed blocks travel between ranks."""
+        compression = self.plan.spec.compression
+        return None if self.given is None or compression is None else (compression.block, compression.stride)
+
+
+def operators_of(spec: Spec, head_groups: int, ranks: int, package: ModuleType | None) -> Operators:
+    """The packages of a spec, for a group of its heads; `package` is the spec's own, if the caller has one."""
+    some = spec
+    if head_groups > 1:
+        heads = {"query": spec.heads.query // head_groups, "kv": spec.heads.kv // head_groups}
+        some = spec.replace(name=f"{spec.name}_heads_{heads['query']}", heads=heads)
+    plan = lower(some)
+    given = _with_given_blocks(some) if plan.compresses and ranks > 1 else None
+    given_plan = None if given is None else lower(given)
+    if given_plan is not None and not given_plan.raw_names:  # nothing would say how many keys there are
+        given = given_plan = None
+    whole = load(some) if package is None or head_groups > 1 else package
+    of_queries = [name for name in whole.Auxiliary._fields if name not in ("k_cmp", "v_cmp")]
+    auxiliary = NamedTuple("Auxiliary", [(name, Tensor) for name in of_queries])
+    return Operators(plan, whole, given_plan, None if given is None else load(given), auxiliary)
+
+
+def _with_given_blocks(spec: Spec) -> Spec:
+    """The spec whose compressed keys and values are arguments."""
+    assert spec.compression is not None
+    compression = {"block": spec.compression.block, "stride": spec.compression.stride, "phi": "external"}
+    passes = tuple(each for each in spec.passes if each != "decode")
+    return spec.replace(name=f"{spec.name}_given_blocks", compression=compression, passes=passes)
+
+
+class Started(NamedTuple):
+    """Gathers under way: the names of the tensors, the parts wanted of each, and the buffers."""
+
+    names: list[str]
+    parts: tuple[tuple[Part, ...], ...]
+    buffers: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What a rank computes of a batch, and what it wants of other ranks for it.
+
+    Attributes:
+        pieces: its calls.
+        tokens: the route of tokens.
+        blocks: that of compressed blocks, None where they do not travel.
+        whole: of each piece that has a span, its keys.
+        whole_blocks: of each, the compressed blocks among them.
+        tokens_of_blocks: the tokens of each run of blocks that this rank compresses.
+    """
+
+    pieces: tuple[Piece, ...]
+    tokens: Route
+    blocks: Route | None
+    whole: tuple[Part, ...]
+    whole_blocks: tuple[Part, ...]
+    tokens_of_blocks: tuple[Part, ...]
+
+
+@functools.lru_cache(maxsize=64)
+def routes_of(
+    shards: Shards, rank: int, group: str, reduction: Reduction, compression: tuple[int, int] | None
+) -> Routes:
+    """The routes of a rank; `compression` is block and stride where compressed blocks travel."""
+    pieces = shards.pieces(rank)
+    where = rank, shards.ranks, group, reduction
+    tokens = Route.of(shards.segments, *where)
+    whole = tuple(Part(piece.span, 0, piece.keys) for piece in pieces if piece.span is not None)
+    if compression is None:
+        return Routes(pieces, tokens, None, whole, (), ())
+    block, stride = compression
+    segments = shards.block_segments(block, stride)
+    return Routes(
+        pieces,
+        tokens,
+        Route.of(segments, *where),
+        whole,
+        tuple(Part(each.span, 0, blocks_in(each.end, block, stride)) for each in whole),
+        tuple(
+            Part(span, each.first * stride, (each.first + each.count - 1) * stride + block)
+            for span, some in enumerate(segments)
+            for each in some
+            if each.rank == rank
+        ),
+    )
+
+
+class Call:
+    """One call of `ContextParallel.attention`: its gathers and its pieces."""
+
+    def __init__(
+        self,
+        operators: Operators,
+        routes: Routes,
+        return_aux: bool,
+        recompute: tuple[str, ...],
+        bounds: Mapping[tuple[int, ...], Tensor],
+    ) -> None:
+        self._operators, self._routes = operators, routes
+        self._return_aux, self._bounds = return_aux, bounds
+        self._recompute = {"recompute": recompute} if recompute else {}
+
+    def start(self, tensors: Mapping[str, Tensor]) -> Started:
+        """Begin to gather raw keys and values."""
+        plan, given = self._operators.plan, self._operators.given_plan
+        whole, blocks = self._routes.whole, self._routes.tokens_of_blocks
+        read = plan.raw_names if given is None else [name for branch in given.raw_branches for name in plan.kv(branch)]
+        compressed = () if given is None else plan.kv("cmp")
+        parts = tuple(
+            (*(whole if name in read else ()), *(blocks if name in compressed else ()), Part(0, 0, 0))
+            for name in plan.raw_names
+        )
+        names = list(plan.raw_names)
+        return Started(names, parts, start(self._routes.tokens, [tensors[name] for name in names]))
+
+    def run(
+        self, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, started: Started | None
+    ) -> list[Tensor]:
+        """o, and with return_aux the other outputs, of this rank's queries (B, rows, H, ...)."""
+        anchors: list[Tensor] = []
+        gathered: dict[str, list[Tensor]] = {}
+        if started is not None:
+            own = [tensors[name] for name in started.names]
+            *parts, anchor = Gather.apply(self._routes.tokens, started.parts, started.buffers, *own)
+            anchors.append(anchor)
+            for name, wanted in zip(started.names, started.parts, strict=True):
+                gathered[name], parts = parts[: len(wanted)], parts[len(wanted) :]
+            if self._routes.blocks is not None:
+                anchors.append(self._compress(gathered, parameters))
+        found, spanning = [], 0
+        for piece in self._routes.pieces:
+            if piece.span is None:
+                found.append(self._within(piece, tensors, parameters))
+            else:
+                found.append(self._across(piece, spanning, tensors, parameters, gathered))
+                spanning += 1
+        if not found:  # a rank without a token
+            found.append(self._within(Piece(0, 0), tensors, parameters))
+        outputs = [each[0] if len(found) == 1 else torch.cat(each, 1) for each in zip(*found, strict=True)]
+        if anchors:
+            outputs[0] = Anchor.apply(outputs[0], *anchors)
+        return outputs
+
+    def _compress(self, gathered: dict[str, list[Tensor]], parameters: tuple[Tensor, ...] | None) -> Tensor:
+        """Compress the blocks that are this rank's and gather all: `gathered` gets k_cmp and v_cmp of each piece."""
+        route, wanted = self._routes.blocks, self._routes.whole_blocks
+        assert route is not None
+        runs = len(self._routes.tokens_of_blocks)
+        names = self._operators.plan.kv("cmp")
+        # The last part of each is empty: it leads the gradient on where a rank has no block.
+        keys, values = (gathered[name][len(gathered[name]) - 1 - runs :] for name in names)
+        compressed = [(keys[-1], values[-1])]
+        for k, v in zip(keys[:-1], values[:-1], strict=True):
+            compressed.append(self._operators.whole.compress(k, v, parameters))
+        own = [torch.cat(each, 1) for each in zip(*compressed, strict=True)]
+        found = Gather.apply(route, (wanted, wanted), start(route, own), *own)
+        count = len(wanted)
+        gathered["k_cmp"], gathered["v_cmp"] = list(found[:count]), list(found[count : 2 * count])
+        return found[-1]
+
+    def _within(
+        self, piece: Piece, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None
+    ) -> list[Tensor]:
+        """Sequences of which this rank holds every token."""
+        plan = self._operators.plan
+        whole = piece.begin == 0 and piece.end == tensors["q"].shape[1]
+        some = {
+            name: x if whole or name in plan.sinks else x[:, piece.begin : piece.end] for name, x in tensors.items()
+        }
+        if piece.bounds is not None:
+            some = {name: x if name in plan.sinks else x[0] for name, x in some.items()}
+            some["cu_seqlens"] = self._bounds[piece.bounds]
+        if parameters is not None:
+            some["compression"] = parameters
+        found = self._attend(self._operators.whole, some)
+        return found if piece.bounds is None else [x[None] for x in found]
+
+    def _across(
+        self,
+        piece: Piece,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        parameters: tuple[Tensor, ...] | None,
+        gathered: Mapping[str, list[Tensor]],
+    ) -> list[Tensor]:
+        """Queries of a sequence that other ranks hold tokens of."""
+        plan, given = self._operators.plan, self._operators.given_plan
+        some = {name: tensors[name][:, piece.begin : piece.end] for name in ROWS if name in tensors}
+        some |= {name: tensors[name] for name in plan.sinks if name in tensors}
+        if given is None:
+            some |= {name: gathered[name][number] for name in plan.raw_names}
+            if parameters is not None:
+                some["compression"] = parameters
+            return self._attend(self._operators.whole, some)
+        for branch in given.raw_branches:
+            for name, source in zip(given.kv(branch), plan.kv(branch), strict=True):
+                some[name] = gathered[source][number]
+        some["k_cmp"], some["v_cmp"] = gathered["k_cmp"][number], gathered["v_cmp"][number]
+        assert self._operators.given is not None
+        return self._attend(self._operators.given, some)
+
+    def _attend(self, package: ModuleType, arguments: dict[str, Any]) -> list[Tensor]:
+        q, k, v = (arguments.pop(name, None) for name in ("q", "k", "v"))
+        found = package.nsa_attention(q, k, v, return_aux=self._return_aux, **arguments, **self._recompute)
+        if not self._return_aux:
+            return [found]
+        o, auxiliary = found
+        return [o, *(getattr(auxiliary, name) for name in self._operators.auxiliary._fields)]
