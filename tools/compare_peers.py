@@ -22,11 +22,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from nsa_gen._files import write_whole  # noqa: E402
-from nsa_gen.bench.contenders import OURS  # noqa: E402
 from nsa_gen.bench.drawing import MatplotlibMissing  # noqa: E402
-from nsa_gen.bench.plots import plot_by_group, plot_by_length  # noqa: E402
+from nsa_gen.bench.figures import plot_by_group, plot_by_length  # noqa: E402
+from nsa_gen.bench.peers import DEFAULT_NAMES, choose  # noqa: E402
 from nsa_gen.bench.records import Results, merge, read_results, write_json  # noqa: E402
-from nsa_gen.bench.registry import DEFAULT_NAMES, choose  # noqa: E402
 from nsa_gen.bench.session import Session, run_session  # noqa: E402
 from nsa_gen.bench.workloads import comparison_tasks, parts  # noqa: E402
 from nsa_gen.cli.bench_report import report_blocks  # noqa: E402
@@ -56,14 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blocks = report_blocks(results)
     write_whole(out / "comparison.md", to_markdown(blocks))
     show(*blocks)
-    for name, draw in (("by_length.png", _draw_lengths), ("by_group.png", plot_by_group)):
+    for name, draw in (("by_length.png", plot_by_length), ("by_group.png", plot_by_group)):
         try:
             draw(results, out / name)
         except (MatplotlibMissing, ValueError) as error:
             say(f"no {name}: {error}")
-    mine = [row for row in results.rows if row.contender == OURS]
-    complete = bool(mine) and all(row.median_ms is not None for row in mine)
-    return 0 if complete and all(task.status == "ok" for task in results.tasks) else 1
+    return 0 if results.ours_is_timed else 1
 
 
 def _measure(options: argparse.Namespace) -> Results:
@@ -80,11 +77,6 @@ def _measure(options: argparse.Namespace) -> Results:
             progress=say,
         )
         return run_session(session, tasks, {"parts": list(options.only), "contenders": names})
-
-
-def _draw_lengths(results: Results, path: Path) -> None:
-    left_out = {row.workload for row in results.rows if row.part in ("groups", "breakeven")}
-    plot_by_length(results, path, workloads=[row.workload for row in results.rows if row.workload not in left_out])
 
 
 def say(line: str) -> None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.bench.contenders import OURS
-from nsa_gen.bench.records import CheckRow, Record, Results, Row, TaskRow, from_line, to_line
+from nsa_gen.bench.records import OURS, CheckRow, Record, Results, Row, TaskRow, from_line, to_line
 from nsa_gen.bench.worker import task_fields
 from nsa_gen.bench.workloads import Task
 from nsa_gen.machine import machine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -147,37 +147,21 @@ def profiles(kernels: Iterable[KernelRow]) -> list[list[KernelRow]]:
     return list(groups.values())
 
 
-def short(value: float) -> str:
-    """A length as axes show it: 8k for 8192."""
-    whole = int(value)
-    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"
-
-
-@dataclass(frozen=True)
-class BranchTime:
-    """The kernels of one branch in one pass, added up. `floor_ms` is None where the GPU's peaks are not known."""
-
-    branch: str
-    direction: str
-    ms: float
-    flops: float
-    bytes: float
-    floor_ms: float | None
-
-
-def branch_times(kernels: Iterable[KernelRow]) -> list[BranchTime]:
-    """Kernels of one profiled task by branch and pass."""
+def branch_times(kernels: Iterable[KernelRow]) -> list[KernelRow]:
+    """Kernels of one profiled task added up, a row a branch and pass, which is named after the branch."""
     groups: dict[tuple[str, str], list[KernelRow]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.branch, kernel.direction), []).append(kernel)
     return [
-        BranchTime(
-            branch,
-            direction,
-            sum(kernel.ms for kernel in found),
-            sum(kernel.flops for kernel in found),
-            sum(kernel.bytes for kernel in found),
-            None if all(k.floor_ms is None for k in found) else sum(k.floor_ms or 0.0 for k in found),
+        replace(
+            found[0],
+            kernel=branch,
+            ms=sum(kernel.ms for kernel in found),
+            launches=sum(kernel.launches for kernel in found),
+            flops=sum(kernel.flops for kernel in found),
+            bytes=sum(kernel.bytes for kernel in found),
+            floor_ms=None if all(k.floor_ms is None for k in found) else sum(k.floor_ms or 0.0 for k in found),
+            limited_by="",
         )
-        for (branch, direction), found in groups.items()
+        for (branch, _), found in groups.items()
     ]

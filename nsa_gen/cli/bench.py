@@ -119,7 +119,7 @@ def bench(
     wanted = tuple(passes) or tuple(name for name in loaded.passes if name != "decode")
     if missing := [name for name in wanted if name not in loaded.passes]:
         raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
-    from nsa_gen.bench.registry import DEFAULT_NAMES, choose
+    from nsa_gen.bench.peers import DEFAULT_NAMES, choose
 
     names = [] if against == ["none"] else against or list(DEFAULT_NAMES)
     try:
@@ -153,7 +153,7 @@ def bench(
         show(*report_blocks(results))
     if plot is not None:
         _plot(results, plot)
-    stop(_ours_is_timed(results))
+    stop(results.ours_is_timed)
 
 
 def _keep(results: Results, path: Path, journal: Path) -> None:
@@ -176,20 +176,10 @@ def _require_gpu(spec: str) -> None:
         raise typer.Exit(2)
 
 
-def _ours_is_timed(results: Results) -> bool:
-    """Whether our operator was right and has a time for everything that was asked for."""
-    from nsa_gen.bench.contenders import OURS
-
-    mine = [row for row in results.rows if row.contender == OURS]
-    return (
-        bool(mine) and all(row.median_ms is not None for row in mine) and all(t.status == "ok" for t in results.tasks)
-    )
-
-
 def _plot(results: Results, path: Path) -> None:
     """Draw, or say why not: figures that took minutes are not thrown away for a missing library."""
     from nsa_gen.bench.drawing import MatplotlibMissing
-    from nsa_gen.bench.plots import plot_by_length
+    from nsa_gen.bench.figures import plot_by_length
 
     try:
         plot_by_length(results, path)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nsa_gen.bench.contenders import OURS
-from nsa_gen.bench.records import KernelRow, Results, Row
+from nsa_gen.bench.records import OURS, KernelRow, Results, Row
 from nsa_gen.bench.summary import (
     BOTH,
     DIRECTIONS,
     TITLES,
-    BranchTime,
     Entry,
     Key,
     branch_times,
@@ -150,7 +148,7 @@ def branch_table(kernels: Sequence[KernelRow]) -> Table:
     )
 
 
-def _pass_cells(passes: dict[str, BranchTime], direction: str) -> tuple[str, str, str]:
+def _pass_cells(passes: dict[str, KernelRow], direction: str) -> tuple[str, str, str]:
     one = passes.get(direction)
     if one is None:
         return "-", "-", "-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from nsa_gen.cli.common import command_line
 from nsa_gen.cli.tables import branch_table, compile_matrix, explain_blocks, failures, verify_blocks
 
 if TYPE_CHECKING:
-    from nsa_gen.bench import DenseComparison
     from nsa_gen.cli.demo import Step
 
 
@@ -89,28 +88,19 @@ def verified(step: Step) -> list[Block]:
     return [Heading(f"Verified on {device}"), _commands(step), *verify_blocks(step.result)]
 
 
-def timed(comparisons: Sequence[DenseComparison], gpu: str) -> list[Block]:
+def timed(step: Step, gpu: str) -> list[Block]:
     """Milliseconds beside dense causal attention."""
-    rows = [
-        (
-            f"{one.tokens:,}",
-            f"{one.forward_ms:.2f}",
-            f"{one.dense_forward_ms:.2f}",
-            f"{one.dense_forward_ms / one.forward_ms:.2f}x",
-            f"{one.backward_ms:.2f}",
-            f"{one.dense_backward_ms:.2f}",
-            f"{one.dense_backward_ms / one.backward_ms:.2f}x",
-        )
-        for one in comparisons
-    ]
-    columns = (">tokens", ">forward ms", ">dense ms", ">ratio", ">backward ms", ">dense ms", ">ratio")
+    from nsa_gen.bench.records import Results
+    from nsa_gen.cli.bench_report import report_blocks
+
     return [
         Heading(f"Beside dense causal attention on {gpu}"),
+        _commands(step),
         Text(
-            "One sequence, medians of up to twenty calls. Dense is torch's scaled_dot_product_attention with the same "
-            "heads; it computes another function. Tile sizes are untuned: they are the cost model's choice."
+            "Dense is torch's scaled_dot_product_attention with the same heads; it computes another function. Tile "
+            "sizes are the cost model's choice unless the operator was tuned on this machine."
         ),
-        Table(columns, rows),
+        *report_blocks(Results.from_document(step.result)),
     ]
 
 
