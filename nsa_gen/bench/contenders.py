@@ -38,6 +38,7 @@ class Prepared:
         do: the gradient of the output, of the output's shape and dtype.
         note: what a reader of the row must know, such as parts that are left out; empty if nothing.
         within: surrounds each forward with its backward, and the capture of a graph of them.
+        share: how often a call does the work that is timed; times are divided by it.
     """
 
     call: Callable[[], Tensor]
@@ -45,6 +46,7 @@ class Prepared:
     do: Tensor
     note: str = ""
     within: Callable[[], AbstractContextManager[None]] = nullcontext
+    share: int = 1
 
 
 class Contender(Protocol):
@@ -56,35 +58,27 @@ class Contender(Protocol):
     """
 
     name: str
-    dense: bool
+    dense: bool = False
 
     def missing(self) -> str:
         """Why it cannot run on this machine (a package that cannot be imported), or "" if it can."""
-        ...
+        return ""
 
     def refuses(self, spec: Spec, tokens: int) -> str:
         """Why it cannot compute this spec's shapes at this length, or "" if it can, as far as can be told untried."""
-        ...
+        return ""
 
     def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
         """The call for these inputs, one sequence. Whatever it raises becomes the error of its row."""
         ...
 
 
-class Operator:
+class Operator(Contender):
     """The operator of a package that nsa_gen generated."""
-
-    dense = False
 
     def __init__(self, package: ModuleType, name: str = OURS) -> None:
         self.name = name
         self._package = package
-
-    def missing(self) -> str:
-        return ""
-
-    def refuses(self, spec: Spec, tokens: int) -> str:
-        return ""
 
     def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
@@ -122,7 +116,7 @@ def _found(module: str) -> bool:
         return False
 
 
-class Sdpa:
+class Sdpa(Contender):
     """One backend of torch's scaled_dot_product_attention, by the name it has in torch.nn.attention.SDPBackend.
 
     KV heads are handed over as they are where the backend takes fewer of them than query heads, and are repeated
@@ -178,7 +172,7 @@ class Sdpa:
         return Prepared(call, tuple(leaves), inputs.do.transpose(1, 2).contiguous(), note)
 
 
-class FlashAttention4:
+class FlashAttention4(Contender):
     """FlashAttention-4 of the package flash-attn-4 (its CuTe kernels), which serves Hopper and Blackwell."""
 
     name = "fa4"
@@ -202,7 +196,7 @@ class FlashAttention4:
         return Prepared(call, tuple(leaves), inputs.do)
 
 
-class FlexAttention:
+class FlexAttention(Contender):
     """torch's FlexAttention, compiled, with a causal block mask."""
 
     name = "flex"
@@ -210,9 +204,6 @@ class FlexAttention:
 
     def missing(self) -> str:
         return not_importable(("torch.nn.attention.flex_attention",), "torch with FlexAttention")
-
-    def refuses(self, spec: Spec, tokens: int) -> str:
-        return ""
 
     def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

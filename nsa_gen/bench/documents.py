@@ -59,13 +59,13 @@ class Job:
 class Document:
     """What one file holds: a benchmark's results, one verification, tuned entries, or the jobs of a suite.
 
-    `tuned` is the JSON of a file of the tuner, for `nsa_gen.tuning.store` to read.
+    `tuned` says that it is a file of the tuner, which `nsa_gen.tuning.store` reads.
     """
 
     path: Path
     results: Results | None = None
     verification: Mapping[str, Any] | None = None
-    tuned: Mapping[str, Any] | None = None
+    tuned: bool = False
     machine: Mapping[str, Any] | None = None
     jobs: tuple[Job, ...] = ()
 
@@ -96,7 +96,7 @@ def _document(path: Path, found: Any) -> Document:
     if {"machine", "rows", "kernels"} <= found.keys():
         return Document(path, results=Results.from_document(found))
     if "schema" in found and ("identity" in found or "entries" in found):
-        return Document(path, tuned=found)
+        return Document(path, tuned=True)
     raise ValueError(f"got an object of {', '.join(list(found)[:8]) or 'nothing'}")
 
 

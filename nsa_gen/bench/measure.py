@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
+"""The passes of a contender: its call, and the gradients of what the call returned."""
 Times = dict[str, float]
 """Milliseconds by pass."""
 
@@ -139,7 +140,7 @@ class Graphs:
 
         return cls(captured(forward), captured(both) if backward else None)
 
-    def milliseconds(self, clock: Clock) -> Times:
+    def milliseconds(self, clock: Clock) -> list[float]:
         """Milliseconds of each pass; the backward is what the two take beyond the forward."""
         marks = [clock.mark()]
         for graph in filter(None, (self.forward, self.both)):
@@ -147,10 +148,10 @@ class Graphs:
                 graph.replay()
             marks.append(clock.mark())
         found = [ms / REPLAYS for ms in clock.milliseconds(marks)]
-        return {"forward": found[0]} if self.both is None else {"forward": found[0], "backward": found[1] - found[0]}
+        return found if self.both is None else [found[0], found[1] - found[0]]
 
 
-def captured(action: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(action: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """A graph of an action, which is run once before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -192,22 +193,24 @@ class _Runner:
         if min(self.samples[-1].values()) < graph_below_ms:
             try:
                 with self.prepared.within():
-                    self.graphs = Graphs.capture(self.prepared, "backward" in self.passes)
+                    self.graphs = Graphs.capture(self.prepared, len(self.passes) == 2)
             except Exception as error:
                 clock.recover()
                 self.notes.append(f"timed without a CUDA graph: {first_line(error)}")
         clock.recover()
 
     def sample(self, clock: Clock) -> None:
-        """One forward and one backward. An error of the backward ends the backwards alone."""
+        """One call and, where there are two passes, one backward."""
         assert self.prepared is not None
         if self.graphs is not None:
-            self.samples.append(self.graphs.milliseconds(clock))
-            return
-        with self.prepared.within():
-            self.samples.append(self._launched(self.prepared, clock))
+            found = self.graphs.milliseconds(clock)
+        else:
+            with self.prepared.within():
+                found = self._launched(self.prepared, clock)
+        self.samples.append({name: ms / self.prepared.share for name, ms in zip(self.passes, found, strict=True)})
 
-    def _launched(self, prepared: Prepared, clock: Clock) -> Times:
+    def _launched(self, prepared: Prepared, clock: Clock) -> list[float]:
+        """Milliseconds of each pass. An error of the backward ends the backwards alone."""
         before = clock.allocated_bytes()
         clock.reset_peak()
         marks = [clock.mark()]
@@ -216,19 +219,20 @@ class _Runner:
             marks.append(clock.mark())
             self.peaks[name] = max(self.peaks.get(name, 0), clock.peak_bytes() - before)
 
-        with torch.set_grad_enabled("backward" in self.passes):
+        first, *second = self.passes
+        with torch.set_grad_enabled(bool(second)):
             o = prepared.call()
-        end("forward")
-        if "backward" in self.passes:
+        end(first)
+        if second:
             try:
                 torch.autograd.grad(o, prepared.leaves, prepared.do, allow_unused=True)
-                end("backward")
+                end(*second)
             except Exception as error:
-                self.errors["backward"] = first_line(error)
-                self.passes = ("forward",)
+                self.errors |= dict.fromkeys(second, first_line(error))
+                self.passes = (first,)
                 del o
                 clock.recover()
-        return dict(zip(PASSES, clock.milliseconds(marks), strict=False))
+        return clock.milliseconds(marks)
 
     def result(self) -> Measurement:
         """What became of it."""
@@ -258,12 +262,12 @@ def race(
 
     There are at most 20 and at least 3 rounds, as many as `seconds` allow. A contender that refuses the shapes is not
     tried; one that raises is left out of the rounds and keeps its error. A backward follows the forward it belongs to,
-    as in training; with `passes` of "forward" alone nothing is kept for it.
+    as in training; with one of `passes` alone nothing is kept for it.
 
     Args:
         contenders: what is timed.
         spec, inputs: what they are prepared for.
-        passes: names of PASSES.
+        passes: the name of the call's pass and, for gradients, that of the backward.
         seconds: time for the rounds.
         clock: the current CUDA device's if None.
         announce: hears each contender's name each time before anything of it runs.
@@ -277,8 +281,7 @@ def race(
     clock = clock or Clock()
     tokens = inputs.q.shape[1]
     refusals = {each.name: each.missing() or each.refuses(spec, tokens) for each in contenders}
-    wanted = tuple(name for name in passes if name in PASSES)
-    runners = [_Runner(each, () if refusals[each.name] else wanted, refusals[each.name]) for each in contenders]
+    runners = [_Runner(each, () if refusals[each.name] else tuple(passes), refusals[each.name]) for each in contenders]
 
     def guarded(runner: _Runner, action: Callable[[], None]) -> None:
         """Do something with a contender; an error takes it out of the race, which goes on unless the device is lost."""

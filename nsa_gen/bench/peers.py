@@ -50,11 +50,9 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> 
     return found[0]
 
 
-class _PublicPackage:
+class _PublicPackage(Contender):
     """What the adapters share: what none of the packages computes, and the leaves q, k, v and gates."""
 
-    name = ""
-    dense = False
     modules: tuple[str, ...] = ()
     package = ""
 

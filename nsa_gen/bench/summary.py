@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
 from nsa_gen.bench.records import KernelRow, Row
 
@@ -103,22 +102,13 @@ def speed_up(found: Sequence[Entry], contender: str, direction: str) -> float | 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a contender begins to be quicker than the best dense attention.
+    """Where a contender begins to be quicker than the best dense attention, also in words.
 
-    `tokens` is None where the lengths measured do not hold it: `side` says whether it lies "below" the shortest or
-    "above" the longest, and is "at" where it was found.
+    `tokens` is None where it lies below the shortest of the lengths measured, or above the longest.
     """
 
-    side: Literal["below", "at", "above"]
     tokens: float | None
-    shortest: int
-    longest: int
-
-    def __str__(self) -> str:
-        if self.tokens is not None:
-            return f"{self.tokens:,.0f} tokens"
-        edge = self.shortest if self.side == "below" else self.longest
-        return f"{self.side} {edge:,} tokens"
+    text: str
 
 
 def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
@@ -129,14 +119,13 @@ def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
     if not speed_ups:
         return None
     points = sorted(speed_ups.items())
-    shortest, longest = points[0][0], points[-1][0]
     if points[-1][1] < 1:
-        return Crossing("above", None, shortest, longest)
+        return Crossing(None, f"above {points[-1][0]:,} tokens")
     for (short, low), (long, high) in reversed(list(pairwise(points))):
         if low < 1:
-            share = math.log(1 / low) / math.log(high / low)
-            return Crossing("at", short * (long / short) ** share, shortest, longest)
-    return Crossing("below", None, shortest, longest)
+            tokens = short * (long / short) ** (math.log(1 / low) / math.log(high / low))
+            return Crossing(tokens, f"{tokens:,.0f} tokens")
+    return Crossing(None, f"below {points[0][0]:,} tokens")
 
 
 def profiles(kernels: Iterable[KernelRow]) -> list[list[KernelRow]]:
