@@ -29,8 +29,8 @@ from nsa_gen.bench.records import Results, merge, read_results, write_json  # no
 from nsa_gen.bench.session import Session, run_session  # noqa: E402
 from nsa_gen.bench.workloads import comparison_tasks, parts  # noqa: E402
 from nsa_gen.cli.bench_report import report_blocks  # noqa: E402
-from nsa_gen.cli.blocks import to_markdown  # noqa: E402
-from nsa_gen.cli.common import show  # noqa: E402
+from nsa_gen.cli.blocks import show, to_markdown  # noqa: E402
+from nsa_gen.cli.common import note  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             results = merge([read_results(path) for path in options.source])
         except (OSError, ValueError) as error:
-            say(f"compare_peers: {error}")
+            note(f"compare_peers: {error}")
             return 2
     else:
         import torch
 
         if not torch.cuda.is_available():
-            say("compare_peers: torch sees no GPU; --from FILE draws the report of an earlier run")
+            note("compare_peers: torch sees no GPU; --from FILE draws the report of an earlier run")
             return 2
         results = _measure(options)
     write_json(out / "comparison.json", results)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             draw(results, out / name)
         except (MatplotlibMissing, ValueError) as error:
-            say(f"no {name}: {error}")
+            note(f"no {name}: {error}")
     return 0 if results.ours_is_timed else 1
 
 
@@ -68,20 +68,9 @@ def _measure(options: argparse.Namespace) -> Results:
     names = [each.name for each in choose(options.against)]
     tasks = comparison_tasks(chosen, names, seconds=options.seconds)
     with tempfile.TemporaryDirectory(prefix="nsa_gen_compare_") as folder:
-        session = Session(
-            Path(folder),
-            options.budget,
-            options.seed,
-            journal=options.out / "records.jsonl",
-            workers=options.workers,
-            progress=say,
-        )
+        journal, workers = options.out / "records.jsonl", options.workers
+        session = Session(Path(folder), options.budget, options.seed, journal, workers, progress=note)
         return run_session(session, tasks, {"parts": list(options.only), "contenders": names})
-
-
-def say(line: str) -> None:
-    """A line of progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
