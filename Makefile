@@ -57,8 +57,9 @@ $(TRITONS): $(VENV)/triton-%: | $(STAMP)
 	rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
 
 compile-versions: $(STAMP) $(TRITONS) ## Compile with the oldest and the newest Triton
-	$(BIN)/python tools/compile_versions.py --specs tiny:batched --targets sm_80,sm_90,sm_100,sm_120,gfx942 $(TRITONS)
-	$(BIN)/python tools/compile_versions.py --specs llama3_8b:packed --targets sm_90,sm_100,gfx942 $(TRITONS)
+	for folder in $(TRITONS); do \
+	    $(BIN)/nsa-gen compile tiny --triton $$folder --calls batched --target sm_80,sm_90,sm_100,sm_120,gfx942 && \
+	    $(BIN)/nsa-gen compile llama3_8b --triton $$folder --calls packed --target sm_90,sm_100,gfx942 || exit 1; done
 
 $(VENV)/.docs: pyproject.toml | $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' && touch $@

@@ -147,7 +147,7 @@ def test_every_file_and_name_on_the_pages_for_contributors_exists(page):
 
 def test_the_adapter_of_the_page_on_benchmarks_can_be_timed(monkeypatch):
     """On the CPU, with the clock that only fakes move: it is prepared, called and asked for gradients."""
-    from nsa_gen.bench import contenders, inputs, measure, registry
+    from nsa_gen.bench import contenders, inputs, measure, peers
     from nsa_gen.bench.workloads import nsa_spec
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
@@ -165,7 +165,7 @@ def test_the_adapter_of_the_page_on_benchmarks_can_be_timed(monkeypatch):
     monkeypatch.setattr(adapter, "missing", lambda: "", raising=False)
     (found,) = measure.race([adapter], spec, drawn, clock=FakeClock())
     assert found.problem == "" and set(found.timings) == {"forward", "backward"}
-    assert registry.CONTENDERS.keys() >= {"cudnn", "fla"}
+    assert peers.CONTENDERS.keys() >= {"cudnn", "fla"}
 
 
 @pytest.mark.gpu
@@ -227,7 +227,7 @@ def test_the_readme_s_tour_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
 
 def test_the_rows_of_the_comparison_are_shown_by_what_they_name():
     """The right column is what the adapters say; the third names files and commands that exist."""
-    from nsa_gen.bench.registry import CONTENDERS
+    from nsa_gen.bench.peers import CONTENDERS
     from nsa_gen.bench.workloads import nsa_spec
 
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How it compares")[2].partition("\n## ")[0]

@@ -65,9 +65,13 @@ _PALETTE = {
 }  # fmt: skip
 
 
-def draw_speed_ups(
-    ax: Any, series: Mapping[str, tuple[Sequence[tuple[float, float]], Look]], label: str, text: Callable[[float], str]
-) -> None:
+def short(value: float) -> str:
+    """A length as axes show it: 8k for 8192."""
+    whole = int(value)
+    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"
+
+
+def draw_speed_ups(ax: Any, series: Mapping[str, tuple[Sequence[tuple[float, float]], Look]], label: str) -> None:
     """Lines of (place, ratio) on two logarithmic axes, and a dashed line at 1."""
     places = sorted({x for points, _ in series.values() for x, _ in points})
     for name, (points, style) in series.items():
@@ -82,7 +86,7 @@ def draw_speed_ups(
     ax.axhline(1, color=_PALETTE["soft"], linewidth=0.8, linestyle="--")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
-    ax.set_xticks(places, [text(each) for each in places])
+    ax.set_xticks(places, [short(each) for each in places])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter(lambda value, position: ratio_text(value))
     ax.set_xlabel(label)
@@ -144,6 +148,16 @@ def draw_heat_map(ax: Any, shares: Sequence[Sequence[float]], *, extent: str) ->
     ax.set_ylabel(f"query, {extent} to 0")
 
 
+def add_legend(figure: Any, columns: int, **look: Any) -> None:
+    """A legend below a figure of what is drawn with a label on any of its axes, each label once."""
+    handles: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if handles:
+        columns = min(columns, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, **look)
+
+
 def chart(key: str, title: str, description: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str:
     """A chart as an SVG element: an image to a screen reader, with `title` and `description` in words.
 
@@ -157,11 +171,7 @@ def chart(key: str, title: str, description: str, draw: Callable[[Any], None], h
     with _settings():
         figure, ax = pyplot().subplots(figsize=(_WIDTH, height), layout="constrained")
         draw(ax)
-        legend = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        if legend:
-            figure.legend(
-                legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7
-            )
+        add_legend(figure, columns=3, frameon=False, fontsize=7)
         words = f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-text">{escape(description)}</desc>'
         view, drawn = _svg(figure, key)
     return f'<svg {view} role="img" aria-labelledby="{key}-title {key}-text">{words}{drawn}</svg>'

@@ -1,20 +1,35 @@
-"""What candidates are measured on: inputs of a bucket, drawn on the GPU, and steps of decode on a full cache."""
+"""What is timed of candidates: whole passes, steps of decode on a full cache, kernels alone; and on which inputs.
+
+A generated package has one function a launch (or a few launches that share buffers), which reads its own configurations
+and allocates what they need. So the arguments that a whole pass hands it serve every candidate of a kernel, and a
+kernel of 0.5 ms is compared in milliseconds instead of the 100 of its pass.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nsa_gen.bench.contenders import Operator, Prepared
 from nsa_gen.bench.inputs import InputKind, draw_inputs
+from nsa_gen.bench.measure import captured
+from nsa_gen.targets.launches import name_with
 from nsa_gen.tuning.space import Bucket
+from nsa_gen.tuning.store import Configs
 from nsa_gen.verification.inference import Scenario, Step
 from nsa_gen.verification.inputs import make_inputs
 from nsa_gen.verification.oracle import SINKS, OracleParameters
 
 if TYPE_CHECKING:
+    from nsa_gen.lowering import Kernel
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
 
@@ -124,30 +139,111 @@ def decode_inputs(spec: Spec, package: Any, bucket: Bucket, *, device: torch.dev
     return DecodeInputs(package, cache, q, arguments, out, layers)
 
 
-class DecodeStep(Operator):
-    """Steps of decode under a candidate's configurations: captured once, replayed as its call."""
-
-    def __init__(self, inputs: DecodeInputs, number: int, within: Any) -> None:
-        super().__init__(inputs.package, str(number))
-        self._inputs, self._within = inputs, within
-
-    def prepare(self, spec: Spec, inputs: Any) -> Prepared:
-        """Capture a graph; on the CPU the step is called as it is."""
-        if not self._inputs.q.is_cuda:
-            return Prepared(self._inputs.step, (), self._inputs.out, within=self._within)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), self._within(), torch.cuda.stream(side):
-            self._inputs.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), self._within(), torch.cuda.graph(graph):
-            self._inputs.step()
-        return Prepared(graph.replay, (), self._inputs.out)
-
-
 def check_scenario(tokens: int, batch: int, seed: int = 0) -> Scenario:
     """What candidates are checked with: caches that end inside tiles of every size, then one token and two."""
     held = (tokens - 3, tokens // 2 + 5)[:batch]
     steps = (Step("fill", held), Step("decode", (1,) * batch), Step("decode", (2,) * batch))
     return Scenario(batch, tokens, None, steps, seed=seed)
+
+
+@contextmanager
+def overridden(package: Any, configs: Configs) -> Iterator[None]:
+    """Within the block a package launches with these configurations in place of its own."""
+    with ExitStack() as stack:
+        for name, values in configs.items():
+            stack.enter_context(package.configs.override(name, **values))
+        yield
+
+
+class Tuned(Operator):
+    """The whole operator under a candidate's configurations, as a contender that is named by a number."""
+
+    def __init__(self, package: Any, number: int, configs: Configs) -> None:
+        super().__init__(package, str(number))
+        self._within = functools.partial(overridden, package, configs)
+
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        return replace(super().prepare(spec, inputs), within=self._within)
+
+
+class DecodeStep(Tuned):
+    """Steps of decode under a candidate's configurations: captured once, replayed as its call."""
+
+    def __init__(self, inputs: DecodeInputs, number: int, configs: Configs) -> None:
+        super().__init__(inputs.package, number, configs)
+        self._inputs = inputs
+
+    def prepare(self, spec: Spec, inputs: Any) -> Prepared:
+        """Capture a graph; on the CPU the step is called as it is."""
+        if not self._inputs.q.is_cuda:
+            return Prepared(self._inputs.step, (), self._inputs.out, within=self._within, share=self._inputs.layers)
+        with torch.no_grad(), self._within():
+            graph = captured(self._inputs.step)
+        return Prepared(graph.replay, (), self._inputs.out, share=self._inputs.layers)
+
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+"""A function of the package and the arguments it was called with."""
+
+
+class NoLaunch(RuntimeError):
+    """A pass went by without a launch of the kernel."""
+
+
+@contextmanager
+def noted_launches(package: ModuleType, kernel: Kernel) -> Iterator[list[Call]]:
+    """Within the block, the list it gives holds the latest call of the function that launches a kernel.
+
+    The latest of several, as those of chunks are: keeping all would keep their buffers.
+    """
+    launched = getattr(sys.modules[f"{package.__name__}.kernels.{kernel.module}"], f"{kernel.function}_kernel")
+    # The package's wrapper of it, where it is launched past Triton's dispatcher. Triton's own have None there.
+    launched = getattr(launched, "kernel", None) or launched
+    kind = type(launched)
+    original = kind.run
+    found: list[Call] = []
+
+    def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self is launched and name_with(self, keywords) == f"{kernel.name}_kernel":
+            found[:] = [_call_of(sys._getframe(1), package.__name__)]
+        return original(self, *arguments, **keywords)
+
+    kind.run = run
+    try:
+        yield found
+    finally:
+        kind.run = original
+
+
+def _call_of(frame: FrameType | None, package: str) -> Call:
+    """The package's function that asked for the launch on top of the stack, with its arguments as they are now."""
+    while frame is not None and not _asks(frame.f_globals.get("__name__", ""), package):
+        frame = frame.f_back
+    assert frame is not None, "a launch of the package comes from the package"
+    code = frame.f_code
+    function = getattr(sys.modules[frame.f_globals["__name__"]], code.co_name)
+    named = code.co_argcount + code.co_kwonlyargcount
+    names = code.co_varnames[:named]
+    if code.co_flags & inspect.CO_VARARGS:
+        first, names = names[: code.co_argcount], names[code.co_argcount :]
+        rest = frame.f_locals[code.co_varnames[named]]
+        bound = functools.partial(function, *(frame.f_locals[name] for name in first), *rest)
+        function = functools.update_wrapper(bound, function)
+    return function, {name: frame.f_locals[name] for name in names}
+
+
+def _asks(module: str, package: str) -> bool:
+    """Whether a module is one of the package's, and not the one through which all launches go."""
+    return module.startswith(f"{package}.") and module != f"{package}.runtime.launch"
+
+
+class Solo(Tuned):
+    """A noted call under a candidate's configurations."""
+
+    def __init__(self, package: Any, number: int, configs: Configs, call: Call) -> None:
+        super().__init__(package, number, configs)
+        self._call = call
+
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        function, arguments = self._call
+        return Prepared(lambda: function(**arguments), (), inputs.do, within=self._within)
