@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, require_folder, whole
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    number_option,
+    output_option,
+    print_json,
+    read_spec,
+    require_folder,
+)
 
 export = typer.Typer(
     no_args_is_help=True,
@@ -25,19 +34,14 @@ def _export() -> None:
 @export.command("hub")
 def hub(
     spec: SpecArgument,
-    out_dir: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", callback=require_folder, help="Folder of the repositories."),
-    ] = Path("hub"),
+    out_dir: Annotated[Path, output_option("Folder of the repositories.", require_folder)] = Path("hub"),
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What verify SPEC --json printed, for the card.")
     ] = None,
     tuned: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Tuned tables to carry; the shipped ones when left out.")
     ] = None,
-    version: Annotated[
-        int, typer.Option("--kernel-version", parser=whole(1, 10**6), metavar="N", help="Its version on the hub.")
-    ] = 1,
+    version: Annotated[int, number_option("Its version on the hub.", most=10**6, names=("--kernel-version",))] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Write a repository for the Hugging Face kernels library.
