@@ -6,7 +6,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format generate check-generated check-schema pytest compile-versions clean distclean
+.PHONY: help install demo test lint format generate check-generated check-schema pytest nightly compile-versions docs clean distclean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -50,12 +50,22 @@ check-schema: $(STAMP) ## Check that the JSON Schema is what the models say
 pytest: $(STAMP) ## Run the tests alone (PYTEST_ARGS="-k window")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+nightly: $(STAMP) ## Run the tests that a run of all leaves out (tests/nightly.py)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m nightly
+
 $(TRITONS): $(VENV)/triton-%: | $(STAMP)
 	rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
 
 compile-versions: $(STAMP) $(TRITONS) ## Compile with the oldest and the newest Triton
-	$(BIN)/python tools/compile_versions.py --specs tiny:batched --targets sm_80,sm_90,sm_100,sm_120,gfx942 $(TRITONS)
-	$(BIN)/python tools/compile_versions.py --specs llama3_8b:packed --targets sm_90,sm_100,gfx942 $(TRITONS)
+	for folder in $(TRITONS); do \
+	    $(BIN)/nsa-gen compile tiny --triton $$folder --calls batched --target sm_80,sm_90,sm_100,sm_120,gfx942 && \
+	    $(BIN)/nsa-gen compile llama3_8b --triton $$folder --calls packed --target sm_90,sm_100,gfx942 || exit 1; done
+
+$(VENV)/.docs: pyproject.toml | $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' && touch $@
+
+docs: $(VENV)/.docs ## Build the documentation's site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## Remove built files and caches; keep the virtual environment
 	rm -rf build dist .hypothesis .pytest_cache .ruff_cache

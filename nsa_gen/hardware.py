@@ -11,7 +11,7 @@ the time, never a prediction.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Backend = Literal["cuda", "hip"]
 TENSOR_MEMORY_COLUMNS = 512
@@ -64,174 +64,76 @@ class Gpu:
         return SHARED_TABLES.get(self.target, self.target)
 
 
-_KIB = 1024
-_MIB = 1024 * 1024
+_BOARDS = (
+    # key, name, product, target, KiB of shared memory a multiprocessor, multiprocessors, TFLOP/s, TB/s, MiB of L2
+    ("a100", "A100 SXM 80 GB", "A100", "sm_80", 164, 108, 312.0, 2.039, 40),
+    ("rtx3090", "GeForce RTX 3090", "RTX 3090", "sm_86", 100, 82, 71.0, 0.936, 6),
+    # Half of the 85 TOPS of dense int8 products that the brief gives.
+    ("orin", "Jetson AGX Orin 64 GB", "Orin", "sm_87", 164, 16, 42.5, 0.2048, 4),
+    ("rtx4090", "GeForce RTX 4090", "RTX 4090", "sm_89", 100, 128, 165.2, 1.008, 72),
+    ("h100", "H100 SXM", "H100", "sm_90", 228, 132, 989.4, 3.35, 50),
+    ("h200", "H200 SXM", "H200", "sm_90", 228, 132, 989.4, 4.8, 60),
+    ("b200", "B200", "B200", "sm_100", 228, 148, 2250.0, 8.0, 126),
+    ("b300", "B300", "B300", "sm_103", 228, 160, 2250.0, 8.0, 126),
+    ("rtx5090", "GeForce RTX 5090", "RTX 5090", "sm_120", 100, 170, 209.5, 1.792, 96),
+    # An eighth of the petaFLOP of sparse FP4 products that the data sheet gives.
+    ("gb10", "GB10 (DGX Spark)", "GB10", "sm_121", 100, 48, 125.0, 0.273, 24),
+    ("mi300x", "Instinct MI300X", "MI300X", "gfx942", 64, 304, 1307.4, 5.3, 32),
+    ("mi355x", "Instinct MI355X", "MI355X", "gfx950", 160, 256, 2516.6, 8.0, 32),
+)
+_SOURCES = {
+    "a100": "NVIDIA A100 Tensor Core GPU data sheet",
+    "rtx3090": "NVIDIA Ampere GA102 GPU Architecture white paper",
+    "orin": "NVIDIA Jetson AGX Orin Series Technical Brief",
+    "rtx4090": "NVIDIA Ada GPU Architecture white paper",
+    "h100": "NVIDIA H100 Tensor Core GPU data sheet",
+    "h200": "NVIDIA H200 Tensor Core GPU data sheet",
+    "b200": "NVIDIA HGX B200 data sheet; Blackwell Tuning Guide",
+    "b300": "NVIDIA HGX B300 data sheet; Inside NVIDIA Blackwell Ultra (NVIDIA Technical Blog)",
+    "rtx5090": "NVIDIA RTX Blackwell GPU Architecture white paper",
+    "gb10": "NVIDIA DGX Spark data sheet",
+    "mi300x": "AMD Instinct MI300X data sheet",
+    "mi355x": "AMD Instinct MI355X data sheet",
+}
 
 
-def _nvidia(*, shared_memory_per_sm: int, **facts: Any) -> Gpu:
-    """A CUDA device of compute capability 8.0 or newer: a block may use all shared memory but 1 KiB."""
-    limits = {"warp_size": 32, "registers_per_sm": 65_536, "registers_per_thread": 255, "threads_per_block": 1024}
-    a_block = shared_memory_per_sm - _KIB
+def _gpu(
+    key: str,
+    name: str,
+    product: str,
+    target: str,
+    shared_kib: int,
+    sm_count: int,
+    bf16_tflops: float,
+    bandwidth_tbs: float,
+    l2_mib: int,
+) -> Gpu:
+    """A board with the limits of its vendor: CUDA's from compute capability 8.0 on, and HIP's from CDNA 3 on.
+
+    A block may use all shared memory of an AMD multiprocessor, and all but 1 KiB of an NVIDIA one.
+    """
+    amd = target.startswith("gfx")
     return Gpu(
-        backend="cuda", shared_memory_per_block=a_block, shared_memory_per_sm=shared_memory_per_sm, **limits, **facts
+        key=key,
+        name=name,
+        product=product,
+        target=target,
+        backend="hip" if amd else "cuda",
+        warp_size=64 if amd else 32,
+        shared_memory_per_block=(shared_kib - (0 if amd else 1)) * 1024,
+        shared_memory_per_sm=shared_kib * 1024,
+        registers_per_sm=131_072 if amd else 65_536,
+        registers_per_thread=512 if amd else 255,
+        threads_per_block=1024,
+        sm_count=sm_count,
+        bf16_tflops=bf16_tflops,
+        bandwidth_tbs=bandwidth_tbs,
+        l2_bytes=l2_mib * 2**20,
+        source=_SOURCES[key],
     )
 
 
-def _amd(*, shared_memory_per_sm: int, **facts: Any) -> Gpu:
-    """A HIP device of CDNA 3 or newer: a block may use all of the LDS."""
-    limits = {"warp_size": 64, "registers_per_sm": 131_072, "registers_per_thread": 512, "threads_per_block": 1024}
-    memory = {"shared_memory_per_block": shared_memory_per_sm, "shared_memory_per_sm": shared_memory_per_sm}
-    return Gpu(backend="hip", **memory, **limits, **facts)
-
-
-GPUS: tuple[Gpu, ...] = (
-    _nvidia(
-        key="a100",
-        name="A100 SXM 80 GB",
-        product="A100",
-        target="sm_80",
-        shared_memory_per_sm=164 * _KIB,
-        sm_count=108,
-        bf16_tflops=312.0,
-        bandwidth_tbs=2.039,
-        l2_bytes=40 * _MIB,
-        source="NVIDIA A100 Tensor Core GPU data sheet",
-    ),
-    _nvidia(
-        key="rtx3090",
-        name="GeForce RTX 3090",
-        product="RTX 3090",
-        target="sm_86",
-        shared_memory_per_sm=100 * _KIB,
-        sm_count=82,
-        bf16_tflops=71.0,
-        bandwidth_tbs=0.936,
-        l2_bytes=6 * _MIB,
-        source="NVIDIA Ampere GA102 GPU Architecture white paper",
-    ),
-    _nvidia(
-        key="orin",
-        name="Jetson AGX Orin 64 GB",
-        product="Orin",
-        target="sm_87",
-        shared_memory_per_sm=164 * _KIB,
-        sm_count=16,
-        # Half of the 85 TOPS of dense int8 products that the brief gives.
-        bf16_tflops=42.5,
-        bandwidth_tbs=0.2048,
-        l2_bytes=4 * _MIB,
-        source="NVIDIA Jetson AGX Orin Series Technical Brief",
-    ),
-    _nvidia(
-        key="rtx4090",
-        name="GeForce RTX 4090",
-        product="RTX 4090",
-        target="sm_89",
-        shared_memory_per_sm=100 * _KIB,
-        sm_count=128,
-        bf16_tflops=165.2,
-        bandwidth_tbs=1.008,
-        l2_bytes=72 * _MIB,
-        source="NVIDIA Ada GPU Architecture white paper",
-    ),
-    _nvidia(
-        key="h100",
-        name="H100 SXM",
-        product="H100",
-        target="sm_90",
-        shared_memory_per_sm=228 * _KIB,
-        sm_count=132,
-        bf16_tflops=989.4,
-        bandwidth_tbs=3.35,
-        l2_bytes=50 * _MIB,
-        source="NVIDIA H100 Tensor Core GPU data sheet",
-    ),
-    _nvidia(
-        key="h200",
-        name="H200 SXM",
-        product="H200",
-        target="sm_90",
-        shared_memory_per_sm=228 * _KIB,
-        sm_count=132,
-        bf16_tflops=989.4,
-        bandwidth_tbs=4.8,
-        l2_bytes=60 * _MIB,
-        source="NVIDIA H200 Tensor Core GPU data sheet",
-    ),
-    _nvidia(
-        key="b200",
-        name="B200",
-        product="B200",
-        target="sm_100",
-        shared_memory_per_sm=228 * _KIB,
-        sm_count=148,
-        bf16_tflops=2250.0,
-        bandwidth_tbs=8.0,
-        l2_bytes=126 * _MIB,
-        source="NVIDIA HGX B200 data sheet; Blackwell Tuning Guide",
-    ),
-    _nvidia(
-        key="b300",
-        name="B300",
-        product="B300",
-        target="sm_103",
-        shared_memory_per_sm=228 * _KIB,
-        sm_count=160,
-        bf16_tflops=2250.0,
-        bandwidth_tbs=8.0,
-        l2_bytes=126 * _MIB,
-        source="NVIDIA HGX B300 data sheet; Inside NVIDIA Blackwell Ultra (NVIDIA Technical Blog)",
-    ),
-    _nvidia(
-        key="rtx5090",
-        name="GeForce RTX 5090",
-        product="RTX 5090",
-        target="sm_120",
-        shared_memory_per_sm=100 * _KIB,
-        sm_count=170,
-        bf16_tflops=209.5,
-        bandwidth_tbs=1.792,
-        l2_bytes=96 * _MIB,
-        source="NVIDIA RTX Blackwell GPU Architecture white paper",
-    ),
-    _nvidia(
-        key="gb10",
-        name="GB10 (DGX Spark)",
-        product="GB10",
-        target="sm_121",
-        shared_memory_per_sm=100 * _KIB,
-        sm_count=48,
-        # An eighth of the petaFLOP of sparse FP4 products that the data sheet gives.
-        bf16_tflops=125.0,
-        bandwidth_tbs=0.273,
-        l2_bytes=24 * _MIB,
-        source="NVIDIA DGX Spark data sheet",
-    ),
-    _amd(
-        key="mi300x",
-        name="Instinct MI300X",
-        product="MI300X",
-        target="gfx942",
-        shared_memory_per_sm=64 * _KIB,
-        sm_count=304,
-        bf16_tflops=1307.4,
-        bandwidth_tbs=5.3,
-        l2_bytes=32 * _MIB,
-        source="AMD Instinct MI300X data sheet",
-    ),
-    _amd(
-        key="mi355x",
-        name="Instinct MI355X",
-        product="MI355X",
-        target="gfx950",
-        shared_memory_per_sm=160 * _KIB,
-        sm_count=256,
-        bf16_tflops=2516.6,
-        bandwidth_tbs=8.0,
-        l2_bytes=32 * _MIB,
-        source="AMD Instinct MI355X data sheet",
-    ),
-)
+GPUS: tuple[Gpu, ...] = tuple(_gpu(*board) for board in _BOARDS)
 """Every device known, oldest first, those of one vendor together."""
 
 SHARED_TABLES: dict[str, str] = {
@@ -255,6 +157,10 @@ TABLES: tuple[str, ...] = tuple(target for target in TARGETS if target not in SH
 """The architectures that have default configurations of their own: compiled for where none is named."""
 
 
+_KEYS = {gpu.key: gpu for gpu in GPUS}
+_FIRST_OF_TARGET = {gpu.target: gpu for gpu in reversed(GPUS)}
+
+
 class UnknownGpuError(ValueError):
     """A name is neither a known device nor a known architecture; the message lists the known ones."""
 
@@ -265,10 +171,7 @@ def gpu(key: str) -> Gpu:
     Raises:
         UnknownGpuError: no such key.
     """
-    for candidate in GPUS:
-        if candidate.key == key.strip().lower():
-            return candidate
-    raise UnknownGpuError(f"gpu: expected one of {', '.join(g.key for g in GPUS)}, got {key!r:.60}")
+    return _named(key, f"gpu: expected one of {', '.join(_KEYS)}", _KEYS)
 
 
 def gpu_for_target(target: str) -> Gpu:
@@ -277,10 +180,7 @@ def gpu_for_target(target: str) -> Gpu:
     Raises:
         UnknownGpuError: no such architecture.
     """
-    for candidate in GPUS:
-        if candidate.target == target.strip().lower():
-            return candidate
-    raise UnknownGpuError(f"target: expected one of {', '.join(TARGETS)}, got {target!r:.60}")
+    return _named(target, f"target: expected one of {', '.join(TARGETS)}", _FIRST_OF_TARGET)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -289,15 +189,16 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         UnknownGpuError: neither.
     """
-    wanted = name.strip().lower()
-    for candidate in GPUS:
-        if wanted == candidate.key:
-            return candidate
-    for candidate in GPUS:
-        if wanted == candidate.target:
-            return candidate
-    devices, architectures = ", ".join(g.key for g in GPUS), ", ".join(TARGETS)
-    raise UnknownGpuError(f"gpu: expected a device ({devices}) or an architecture ({architectures}), got {name!r:.60}")
+    devices, architectures = ", ".join(_KEYS), ", ".join(TARGETS)
+    expected = f"gpu: expected a device ({devices}) or an architecture ({architectures})"
+    return _named(name, expected, {**_FIRST_OF_TARGET, **_KEYS})
+
+
+def _named(name: str, expected: str, known: dict[str, Gpu]) -> Gpu:
+    found = known.get(name.strip().lower())
+    if found is None:
+        raise UnknownGpuError(f"{expected}, got {name!r:.60}")
+    return found
 
 
 def gpu_for_device(device_name: str) -> Gpu | None:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from nsa_gen import loaded
+from nsa_gen._files import replacing
 from nsa_gen._resources import CACHE_VARIABLE, cache_dir, tuned_dir
 
 if TYPE_CHECKING:
@@ -90,13 +91,8 @@ def _bring_tuned(package: Path) -> None:
         text = table.read_bytes()
         if target.is_file() and target.read_bytes() == text:
             continue
-        target.parent.mkdir(exist_ok=True)
-        # Replaced in one step, as another process may be reading it.
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{table.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        with replacing(target) as scratch:  # in one step, as another process may be reading it
+            scratch.write_bytes(text)
 
 
 def _generate_into(package: Path, spec: Spec, files: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import nightly
 from tests.machine import GPU
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +52,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     quick_device_functions()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave nightly tests out of a run of everything; skip those marked `gpu` on a machine without one."""
+    nightly.mark(items)
+    if runs_everything(config):
+        left_out = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     if GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU")
@@ -60,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not (interpreted and item.path.parent.name == "gpu"):
             item.add_marker(skip)
+
+
+def runs_everything(config: pytest.Config) -> bool:
+    """Whether nothing narrower than all tests was asked for."""
+    folders = {Path(PROJECT_ROOT, argument).resolve() for argument in config.args}
+    return folders == {PROJECT_ROOT / "tests"} and not (config.option.keyword or config.option.markexpr)
 
 
 @pytest.fixture

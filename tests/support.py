@@ -150,10 +150,13 @@ def call(op: Operator, inputs: Inputs, **more: Any) -> Any:
     return op.nsa_attention(*first, **arguments, **more)
 
 
-def call_with_gradients(op: Operator, inputs: Inputs) -> dict[str, Tensor]:
-    """o, the auxiliary outputs and every gradient for inputs.do, by name; gradients begin with a d."""
+def call_with_gradients(op: Operator, inputs: Inputs, **more: Any) -> dict[str, Tensor]:
+    """o, the auxiliary outputs and every gradient for inputs.do, by name; gradients begin with a d.
+
+    `more` goes to `nsa_attention`.
+    """
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
-    o, aux = call(op, inputs.replace_differentiable(leaves), return_aux=True)
+    o, aux = call(op, inputs.replace_differentiable(leaves), return_aux=True, **more)
     found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
     gradients = {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
     return {"o": o.detach(), **aux._asdict(), **gradients}

@@ -27,15 +27,16 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 
 ELSEWHERE = {
     ("README.md", "python"): "test_the_readme_s_python_runs_in_small, below",
-    ("README.md", "yaml"): "tests/test_readme.py",
+    ("docs/spec-examples.md", "yaml"): "tests/test_readme.py",
     ("docs/architecture.md", "python"): "test_the_page_on_architecture_prints_what_it_says, below",
     ("docs/bench.md", "python"): "test_the_adapter_of_the_page_on_benchmarks_can_be_timed, below",
+    ("docs/debugging.md", "python"): "test_the_page_on_debugging_prints_what_it_says, below",
     ("docs/distributed.md", "python"): "tests/distributed/test_docs.py",
     ("docs/inference.md", "python"): "tests/inference/test_docs.py and, of graphs, below",
     ("docs/pytorch.md", "python"): "tests/pytorch/test_docs.py",
     ("docs/verification.md", "python"): "tests/verification/test_drawn_specs.py",
 }
-"""Who runs the Python of a page, and the YAML of the README."""
+"""Who runs the Python of a page, and reads YAML that is no whole spec."""
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
@@ -100,7 +101,7 @@ def _check_call(arguments: list[str]) -> None:
     assert options <= known, (arguments, options - known)
 
 
-@pytest.mark.parametrize(("page", "text"), [each for each in of("yaml") if each.values[0] != "README.md"])
+@pytest.mark.parametrize(("page", "text"), [each for each in of("yaml") if (each.values[0], "yaml") not in ELSEWHERE])
 def test_a_spec_of_a_page_is_valid(page, text):
     if any(line and not line.startswith("#") for line in text.splitlines()):
         parse_spec(text)
@@ -125,8 +126,17 @@ def test_the_page_on_architecture_prints_what_it_says():
     assert said.getvalue().splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, flags=re.MULTILINE)
 
 
-def test_every_file_and_name_on_the_page_on_architecture_exists():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+def test_the_page_on_debugging_prints_what_it_says():
+    code = "\n".join(text for kind, text in blocks(ROOT / "docs" / "debugging.md") if kind == "python")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "docs/debugging.md", "exec"), {})
+    assert said.getvalue().splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["architecture", "extending"])
+def test_every_file_and_name_on_the_pages_for_contributors_exists(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     for path in re.findall(r"`((?:nsa_gen|templates|tests|tools)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
     everything = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nsa_gen").rglob("*.py"))
@@ -137,7 +147,7 @@ def test_every_file_and_name_on_the_page_on_architecture_exists():
 
 def test_the_adapter_of_the_page_on_benchmarks_can_be_timed(monkeypatch):
     """On the CPU, with the clock that only fakes move: it is prepared, called and asked for gradients."""
-    from nsa_gen.bench import contenders, inputs, measure, registry
+    from nsa_gen.bench import contenders, inputs, measure, peers
     from nsa_gen.bench.workloads import nsa_spec
     from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
@@ -155,7 +165,7 @@ def test_the_adapter_of_the_page_on_benchmarks_can_be_timed(monkeypatch):
     monkeypatch.setattr(adapter, "missing", lambda: "", raising=False)
     (found,) = measure.race([adapter], spec, drawn, clock=FakeClock())
     assert found.problem == "" and set(found.timings) == {"forward", "backward"}
-    assert registry.CONTENDERS.keys() >= {"cudnn", "fla"}
+    assert peers.CONTENDERS.keys() >= {"cudnn", "fla"}
 
 
 @pytest.mark.gpu
@@ -203,8 +213,8 @@ def test_the_readme_s_tour_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
     seen = []
     for kind, text in blocks(ROOT / "README.md"):
         for line in commands_of(text) if kind == "sh" else []:
-            words = shlex.split(line.replace("specs/llama3_8b.yaml", "my_attention.yaml").replace("llama3_8b", "tiny"))
-            if words[0] != "nsa-gen" or words[1] in seen or words[1] in ("verify", "tune", "compile"):
+            words = shlex.split(line.replace("llama3_8b", "tiny"))
+            if words[0] != "nsa-gen" or words[1] in ("compile", "verify", "tune", "bench"):
                 continue
             seen.append(words[1])
             assert main(words[1:]) == 0, line
@@ -217,17 +227,36 @@ def test_the_readme_s_tour_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
 
 def test_the_rows_of_the_comparison_are_shown_by_what_they_name():
     """The right column is what the adapters say; the third names files and commands that exist."""
-    from nsa_gen.bench.registry import CONTENDERS
+    from nsa_gen.bench.peers import CONTENDERS
     from nsa_gen.bench.workloads import nsa_spec
 
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How it compares")[2].partition("\n## ")[0]
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) >= 10
-    for _, _, shown, _ in rows:
-        for path in re.findall(r"`(tests/\S+)`", shown):
+    answers = {}
+    for what, here, shown, fla, others in rows:
+        paths, commands = re.findall(r"`(tests/\S+)`", shown), re.findall(r"`nsa-gen ([^`]*)`", shown)
+        assert paths or commands, what
+        for path in paths:
             assert (ROOT / path).exists(), path
-        for command in re.findall(r"`nsa-gen ([^`]*)`", shown):
+        for command in commands:
             _check_call(shlex.split(command))
+        answers[what.strip()] = tuple(cell.strip().partition(":")[0].partition(",")[0] for cell in (here, fla, others))
+        assert set(answers[what.strip()]) <= {"yes", "no", "not compared"}, what
+    # What the adapters say, of specs that have what a row asks for.
+    base = nsa_spec("base", 64, 4)
+    asked = {
+        "Any group size": nsa_spec("four", 32, 8),
+        "Different head dims of keys and values": nsa_spec("unequal", 64, 4, 192, 128),
+        "Branches left out, or alone": base.replace(window=None),
+        "float32": base.replace(dtype="float32"),
+        "Keys and values of each branch its own": base.replace(kv="per_branch"),
+    }
+    for what, spec in asked.items():
+        _, fla, others = answers[what]
+        assert (fla == "yes") == (not CONTENDERS["fla"].refuses(spec, 4096)), what
+        for name in ("sfnsa", "nsa-triton", "fsa"):
+            assert (others == "yes") == (not CONTENDERS[name].refuses(spec, 4096)), (what, name)
     by_four, unequal = nsa_spec("four", 32, 8), nsa_spec("unequal", 64, 4, 192, 128)
     assert "groups of 16" in CONTENDERS["fla"].refuses(by_four, 4096)
     peers = [CONTENDERS[name] for name in ("fla", "sfnsa", "nsa-triton", "fsa")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -58,6 +60,42 @@ def test_the_wheel_carries_the_code_and_the_licence_and_no_tests(wheel, project_
         assert module.relative_to(project_root).as_posix() in names
     assert [name for name in names if name.endswith("licenses/LICENSE")]
     assert not [name for name in names if name.startswith(("tests/", "generated/", "tools/"))]
+
+
+def test_the_wheel_is_small_and_carries_no_generated_package_but_tuned_tables(wheel, project_root):
+    names = zipfile.ZipFile(wheel).namelist()
+    tables = {f"nsa_gen/_data/{path.relative_to(project_root).as_posix()}" for path in
+              project_root.glob("generated/*/tuned/*.json")}  # fmt: skip
+    assert {name for name in names if name.startswith("nsa_gen/_data/generated/")} == tables
+    assert wheel.stat().st_size < 1_000_000
+
+
+def test_a_tuned_table_of_a_spec_is_in_the_wheel(tmp_path, project_root):
+    """Of a copy of the project, in which one spec has a table: where `tuned_dir` looks for it."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(project_root / name, tmp_path)
+    for name in ("nsa_gen", "templates", "specs", "tools"):
+        shutil.copytree(project_root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "generated" / "tiny" / "tuned").mkdir(parents=True)
+    (tmp_path / "generated" / "tiny" / "tuned" / "board.json").write_text("{}")
+    (tmp_path / "generated" / "tiny" / "operator.py").write_text("")
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", "out", "."]
+    built = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if "/generated/" in name]
+    assert names == ["nsa_gen/_data/generated/tiny/tuned/board.json"]
+
+
+def test_the_version_stands_in_one_place(project_root):
+    import tomllib
+
+    project = tomllib.loads((project_root / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    assert project["tool"]["hatch"]["version"]["path"] == "nsa_gen/__init__.py"
+    assert "version:" not in re.sub(r"^cff-version:.*$", "", (project_root / "CITATION.cff").read_text(), flags=re.M)
+    first = next(line for line in (project_root / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert first.split()[1] == nsa_gen.__version__
 
 
 def test_the_wheel_s_version_is_the_package_s(wheel):

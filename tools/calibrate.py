@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -21,10 +20,14 @@ sys.path.insert(0, str(PROJECT))
 
 from nsa_gen._files import write_whole  # noqa: E402
 from nsa_gen.bench.records import KernelRow, merge, read_results  # noqa: E402
-from nsa_gen.cli.blocks import Table, Text, to_markdown  # noqa: E402
-from nsa_gen.cli.common import show  # noqa: E402
+from nsa_gen.cli.blocks import (  # noqa: E402
+    Table,
+    Text,
+    show,
+    to_markdown,
+)
 from nsa_gen.hardware import gpu_for_device  # noqa: E402
-from nsa_gen.lowering import Plan, lower  # noqa: E402
+from nsa_gen.lowering import lower  # noqa: E402
 from nsa_gen.lowering.prediction import calibrate, predict_kernel_seconds  # noqa: E402
 from nsa_gen.spec import load_spec, shipped_specs  # noqa: E402
 
@@ -51,19 +54,6 @@ well unseen kernels are foretold. The worst is {worst:.2f}x off.
 """
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A measured kernel with what the factors predict for it, in milliseconds."""
-
-    row: KernelRow
-    predicted_ms: float
-
-    @property
-    def ratio(self) -> float:
-        """Predicted over measured."""
-        return self.predicted_ms / self.row.ms
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print, and write if asked to, the factors of the results that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -79,12 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"the results are of {found.machine.get('gpu')}, which the hardware table does not have")
     programs = {name: lower(load_spec(name)) for name in shipped_specs()}
     rows = [row for row in found.kernels if row.workload in programs and row.inputs == "independent"]
-    factors = calibrate(_measured(rows, programs), device.key)
+    measured = [(programs[row.workload], row.kernel, row.tokens, row.ms / 1000) for row in rows]
+    factors = calibrate(measured, device.key)
     if not factors:
         parser.error("the results have no profiled kernels of a shipped spec")
-    compared = _compare(rows, programs, factors, device.key)
-    worst = max(max(one.ratio, 1 / one.ratio) for one in compared)
-    table = _table(compared)
+    predicted = {
+        row: 1000 * seconds
+        for row, (plan, *call, _) in zip(rows, measured, strict=True)
+        if (seconds := predict_kernel_seconds(plan, *call, device.key, factors)) is not None
+    }
+    worst = max(max(ms / row.ms, row.ms / ms) for row, ms in predicted.items())
+    table = _table(predicted)
     show(table, Text(f"The worst is {worst:.2f}x off."))
     if options.write:
         lines = "".join(f'    "{name}": {factor},\n' for name, factor in factors.items())
@@ -97,36 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if worst <= 2 else 1
 
 
-def _measured(rows: Sequence[KernelRow], programs: dict[str, Plan]) -> list[tuple[Plan, str, int, float]]:
-    return [(programs[row.workload], row.kernel, row.tokens, row.ms / 1000) for row in rows]
-
-
-def _compare(
-    rows: Sequence[KernelRow], programs: dict[str, Plan], factors: dict[str, float], gpu_key: str
-) -> list[Compared]:
-    found = []
-    for row in rows:
-        seconds = predict_kernel_seconds(programs[row.workload], row.kernel, row.tokens, gpu_key, factors)
-        if seconds is not None:
-            found.append(Compared(row, 1000 * seconds))
-    return found
-
-
-def _table(compared: Sequence[Compared]) -> Table:
-    ordered = sorted(compared, key=lambda one: (one.row.workload, one.row.tokens, one.row.direction, -one.row.ms))
-    rows = [
-        (
-            one.row.workload,
-            f"{one.row.tokens:,}",
-            one.row.direction,
-            one.row.kernel,
-            f"{one.row.ms:.3f}",
-            f"{one.predicted_ms:.3f}",
-            f"{one.ratio:.2f}x",
-        )
-        for one in ordered
-    ]
-    return Table(("spec", ">tokens", "pass", "kernel", ">measured ms", ">predicted ms", ">ratio"), rows)
+def _table(predicted: Mapping[KernelRow, float]) -> Table:
+    """A row a kernel whose time in milliseconds is predicted."""
+    ordered = sorted(predicted, key=lambda row: (row.workload, row.tokens, row.direction, -row.ms))
+    cells = []
+    for row in ordered:
+        times = (f"{row.ms:.3f}", f"{predicted[row]:.3f}", f"{predicted[row] / row.ms:.2f}x")
+        cells.append((row.workload, f"{row.tokens:,}", row.direction, row.kernel, *times))
+    return Table(("spec", ">tokens", "pass", "kernel", ">measured ms", ">predicted ms", ">ratio"), cells)
 
 
 if __name__ == "__main__":

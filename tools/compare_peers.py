@@ -22,16 +22,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from nsa_gen._files import write_whole  # noqa: E402
-from nsa_gen.bench.contenders import OURS  # noqa: E402
 from nsa_gen.bench.drawing import MatplotlibMissing  # noqa: E402
-from nsa_gen.bench.plots import plot_by_group, plot_by_length  # noqa: E402
+from nsa_gen.bench.figures import plot_by_group, plot_by_length  # noqa: E402
+from nsa_gen.bench.peers import DEFAULT_NAMES, choose  # noqa: E402
 from nsa_gen.bench.records import Results, merge, read_results, write_json  # noqa: E402
-from nsa_gen.bench.registry import DEFAULT_NAMES, choose  # noqa: E402
 from nsa_gen.bench.session import Session, run_session  # noqa: E402
 from nsa_gen.bench.workloads import comparison_tasks, parts  # noqa: E402
 from nsa_gen.cli.bench_report import report_blocks  # noqa: E402
-from nsa_gen.cli.blocks import to_markdown  # noqa: E402
-from nsa_gen.cli.common import show  # noqa: E402
+from nsa_gen.cli.blocks import show, to_markdown  # noqa: E402
+from nsa_gen.cli.common import note  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,27 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             results = merge([read_results(path) for path in options.source])
         except (OSError, ValueError) as error:
-            say(f"compare_peers: {error}")
+            note(f"compare_peers: {error}")
             return 2
     else:
         import torch
 
         if not torch.cuda.is_available():
-            say("compare_peers: torch sees no GPU; --from FILE draws the report of an earlier run")
+            note("compare_peers: torch sees no GPU; --from FILE draws the report of an earlier run")
             return 2
         results = _measure(options)
     write_json(out / "comparison.json", results)
     blocks = report_blocks(results)
     write_whole(out / "comparison.md", to_markdown(blocks))
     show(*blocks)
-    for name, draw in (("by_length.png", _draw_lengths), ("by_group.png", plot_by_group)):
+    for name, draw in (("by_length.png", plot_by_length), ("by_group.png", plot_by_group)):
         try:
             draw(results, out / name)
         except (MatplotlibMissing, ValueError) as error:
-            say(f"no {name}: {error}")
-    mine = [row for row in results.rows if row.contender == OURS]
-    complete = bool(mine) and all(row.median_ms is not None for row in mine)
-    return 0 if complete and all(task.status == "ok" for task in results.tasks) else 1
+            note(f"no {name}: {error}")
+    return 0 if results.ours_is_timed else 1
 
 
 def _measure(options: argparse.Namespace) -> Results:
@@ -71,25 +68,9 @@ def _measure(options: argparse.Namespace) -> Results:
     names = [each.name for each in choose(options.against)]
     tasks = comparison_tasks(chosen, names, seconds=options.seconds)
     with tempfile.TemporaryDirectory(prefix="nsa_gen_compare_") as folder:
-        session = Session(
-            Path(folder),
-            options.budget,
-            options.seed,
-            journal=options.out / "records.jsonl",
-            workers=options.workers,
-            progress=say,
-        )
+        journal, workers = options.out / "records.jsonl", options.workers
+        session = Session(Path(folder), options.budget, options.seed, journal, workers, progress=note)
         return run_session(session, tasks, {"parts": list(options.only), "contenders": names})
-
-
-def _draw_lengths(results: Results, path: Path) -> None:
-    left_out = {row.workload for row in results.rows if row.part in ("groups", "breakeven")}
-    plot_by_length(results, path, workloads=[row.workload for row in results.rows if row.workload not in left_out])
-
-
-def say(line: str) -> None:
-    """A line of progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

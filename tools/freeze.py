@@ -22,9 +22,9 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +132,6 @@ def operator_calls(spec: Spec) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
-def schedule(module: Any, choices: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
-    """Within the block the schedules have the values given."""
-    with ExitStack() as stack:
-        for name, values in choices.items():
-            stack.enter_context(module.configs.override(name, **values))
-        yield
-
-
 def schedules_of(module: Any) -> dict[str, dict[str, dict[str, int]]]:
     """The default, and each schedule's choices all off and all on, with chunks of which a short call has several."""
     import torch
@@ -160,6 +151,7 @@ def freeze_bits(name: str) -> Record:
     import torch
 
     from nsa_gen.rendering import generate, import_package
+    from nsa_gen.tuning.timed import overridden
     from nsa_gen.verification.calls import call_package
     from nsa_gen.verification.inputs import make_inputs
 
@@ -171,7 +163,7 @@ def freeze_bits(name: str) -> Record:
         for call, arguments in operator_calls(spec).items():
             inputs = make_inputs(spec, dtype=torch.float32, device=torch.device("cpu"), seed=20, **arguments)
             for label, choices in schedules_of(module).items():
-                with schedule(module, choices):
+                with overridden(module, choices):
                     record[f"{call}, {label}"] = bits(call_package(module, inputs, "backward" in spec.passes).tensors())
         if "decode" in spec.passes:
             for page_size in (None, 64):
@@ -290,38 +282,29 @@ def main() -> int:
         chosen[option] = getattr(options, option).split(",")
         if unknown := [name for name in chosen[option] if name not in allowed]:
             parser.error(f"--{option}: expected names of {', '.join(allowed)}, got {', '.join(unknown)}")
+    specs, targets, parts = chosen.values()
+    jobs = max(1, options.jobs)
     if options.do == "record":
-        record = freeze(
-            chosen["specs"], chosen["targets"], None, options.resources, chosen["parts"], max(1, options.jobs)
-        )
+        record = freeze(specs, targets, None, options.resources, parts, jobs)
         write_whole(options.file, json.dumps(record, indent=0, sort_keys=True) + "\n")
         return 0
-    before = json.loads(options.file.read_text())
-    here = environment()
+    before, here = json.loads(options.file.read_text()), environment()
     if here["triton"] != before["environment"]["triton"]:
         print(f"recorded with Triton {before['environment']['triton']}, this is {here['triton']}", file=sys.stderr)
         return 2
     if here != before["environment"]:
         print(f"recorded on {before['environment']}, this is {here}: bits may differ for that", file=sys.stderr)
-    kept = {
-        "kernels": {
-            spec: {target: rows for target, rows in targets.items() if target in chosen["targets"]}
-            for spec, targets in before["kernels"].items()
-            if spec in chosen["specs"] and "kernels" in chosen["parts"]
-        },
-        "bits": {
-            spec: calls
-            for spec, calls in before["bits"].items()
-            if spec in chosen["specs"] and "bits" in chosen["parts"]
-        },
+    kernels = {
+        spec: {target: rows for target, rows in of_spec.items() if target in targets}
+        for spec, of_spec in before["kernels"].items()
+        if spec in specs and "kernels" in parts
     }
-    specs = sorted({*kept["kernels"], *kept["bits"]})
-    targets = sorted({target for rows in kept["kernels"].values() for target in rows})
-    with_resources = any(
-        row[1] is not None for rows in kept["kernels"].values() for kernels in rows.values() for row in kernels.values()
-    )
-    record = freeze(specs, targets, before, with_resources, chosen["parts"], max(1, options.jobs))
-    found = differences(kept, {part: record[part] for part in kept})
+    bits_before = {spec: calls for spec, calls in before["bits"].items() if spec in specs and "bits" in parts}
+    every = [row for of_spec in kernels.values() for rows in of_spec.values() for row in rows.values()]
+    compared = sorted({target for of_spec in kernels.values() for target in of_spec})
+    with_resources = any(row[1] is not None for row in every)
+    record = freeze(sorted({*kernels, *bits_before}), compared, before, with_resources, parts, jobs)
+    found = differences({"kernels": kernels, "bits": bits_before}, {name: record[name] for name in ("kernels", "bits")})
     print("\n".join(found) if found else "nothing differs")
     return 1 if found else 0
 

@@ -65,9 +65,13 @@ _PALETTE = {
 }  # fmt: skip
 
 
-def draw_speed_ups(
-    ax: Any, series: Mapping[str, tuple[Sequence[tuple[float, float]], Look]], label: str, text: Callable[[float], str]
-) -> None:
+def short(value: float) -> str:
+    """A length as axes show it: 8k for 8192."""
+    whole = int(value)
+    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"
+
+
+def draw_speed_ups(ax: Any, series: Mapping[str, tuple[Sequence[tuple[float, float]], Look]], label: str) -> None:
     """Lines of (place, ratio) on two logarithmic axes, and a dashed line at 1."""
     places = sorted({x for points, _ in series.values() for x, _ in points})
     for name, (points, style) in series.items():
@@ -82,11 +86,16 @@ def draw_speed_ups(
     ax.axhline(1, color=_PALETTE["soft"], linewidth=0.8, linestyle="--")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
-    ax.set_xticks(places, [text(each) for each in places])
+    ax.set_xticks(places, [short(each) for each in places])
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(lambda value, position: f"{value:g}x")
+    ax.yaxis.set_major_formatter(lambda value, position: ratio_text(value))
     ax.set_xlabel(label)
     ax.grid(alpha=0.6)
+
+
+def ratio_text(value: float) -> str:
+    """A ratio as a tick: 4x, 1x, 1/2x; short, where 0.0625x would be cut off at the left."""
+    return f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
 
 
 def draw_roofline(ax: Any, points: Sequence[tuple[str, float, float, Look]], *, peak: float, bandwidth: float) -> None:
@@ -107,18 +116,18 @@ def draw_roofline(ax: Any, points: Sequence[tuple[str, float, float, Look]], *, 
     ax.grid(alpha=0.6)
 
 
-def draw_bars(ax: Any, bars: Sequence[tuple[str, Sequence[tuple[str, float, Look]]]]) -> None:
-    """Horizontal bars of parts (name, milliseconds, look), one under the other, with their sums."""
+def draw_bars(ax: Any, bars: Sequence[tuple[str, Sequence[tuple[str, float, Look]]]], unit: str = "ms") -> None:
+    """Horizontal bars of parts (name, amount, look), one under the other, with their sums in `unit`."""
     for number, (_, parts) in enumerate(bars):
         left = 0.0
-        for name, ms, style in parts:
+        for name, amount, style in parts:
             colour = _PALETTE[style.colour]
-            ax.barh(number, ms, left=left, label=name, color=colour, edgecolor=_PALETTE["page"], height=0.7)
-            left += ms
-        ax.annotate(f"{left:.2f} ms", (left, number), (4, 0), textcoords="offset points", va="center")
+            ax.barh(number, amount, left=left, label=name, color=colour, edgecolor=_PALETTE["page"], height=0.7)
+            left += amount
+        ax.annotate(f"{left:.2f} {unit}", (left, number), (4, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.3 * max(sum(ms for _, ms, _ in parts) for _, parts in bars))
+    ax.set_xlim(0, 1.3 * max(sum(amount for _, amount, _ in parts) for _, parts in bars))
     ax.set_xticks([])
     for side in ("top", "right", "bottom"):
         ax.spines[side].set_visible(False)
@@ -139,6 +148,16 @@ def draw_heat_map(ax: Any, shares: Sequence[Sequence[float]], *, extent: str) ->
     ax.set_ylabel(f"query, {extent} to 0")
 
 
+def add_legend(figure: Any, columns: int, **look: Any) -> None:
+    """A legend below a figure of what is drawn with a label on any of its axes, each label once."""
+    handles: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if handles:
+        columns = min(columns, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, **look)
+
+
 def chart(key: str, title: str, description: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str:
     """A chart as an SVG element: an image to a screen reader, with `title` and `description` in words.
 
@@ -152,11 +171,7 @@ def chart(key: str, title: str, description: str, draw: Callable[[Any], None], h
     with _settings():
         figure, ax = pyplot().subplots(figsize=(_WIDTH, height), layout="constrained")
         draw(ax)
-        legend = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        if legend:
-            figure.legend(
-                legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7
-            )
+        add_legend(figure, columns=3, frameon=False, fontsize=7)
         words = f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-text">{escape(description)}</desc>'
         view, drawn = _svg(figure, key)
     return f'<svg {view} role="img" aria-labelledby="{key}-title {key}-text">{words}{drawn}</svg>'

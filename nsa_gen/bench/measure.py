@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from nsa_gen.bench.contenders import Contender, Prepared
-from nsa_gen.bench.graphs import Graphs
 from nsa_gen.verification.inputs import Inputs
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
+    from nsa_gen.verification.report import Row
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
+"""The passes of a contender: its call, and the gradients of what the call returned."""
+Times = dict[str, float]
+"""Milliseconds by pass."""
 
 WARM_UP = 2
 REPEATS = (3, 20)
@@ -29,6 +32,8 @@ SLOW_SECONDS = 8.0
 """A contender whose forward and backward take longer than this is not asked again: its warm-up is its one sample."""
 GRAPH_BELOW_MS = 0.05
 """Passes quicker than this are timed as replays of a CUDA graph: launching them takes as long as running them."""
+REPLAYS = 10
+"""Replays of a graph in a row, timed as one: a single one is near the resolution of CUDA events."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,6 @@ class Timing:
     median_ms: float
     low_ms: float
     high_ms: float
-    least_ms: float
-    most_ms: float
     repeats: int
     peak_bytes: int
     graph: bool = False
@@ -80,76 +83,90 @@ class DeviceLost(RuntimeError):
         self.contender, self.measurements = contender, list(measurements)
 
 
-class Clock(Protocol):
-    """What measuring needs of a device. `CudaClock` is the real one."""
+class Clock:
+    """What measuring needs of the current CUDA device: events, and torch's allocator."""
 
     def mark(self) -> Any:
         """A point in the device's stream of work."""
-        ...
-
-    def milliseconds(self, marks: Sequence[Any]) -> list[float]:
-        """The times between successive marks; waits for the last."""
-        ...
-
-    def allocated_bytes(self) -> int:
-        """Memory in use now."""
-        ...
-
-    def reset_peak(self) -> None:
-        """Forget the peak so far."""
-        ...
-
-    def peak_bytes(self) -> int:
-        """Most memory in use since `reset_peak`."""
-        ...
-
-    def recover(self) -> None:
-        """Wait for the device and free what nobody holds. Raises RuntimeError if the device is lost."""
-        ...
-
-
-class CudaClock:
-    """CUDA events and torch's allocator, on the current device."""
-
-    def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def milliseconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
+    def milliseconds(self, marks: Sequence[Any]) -> list[float]:
+        """The times between successive marks; waits for the last."""
         marks[-1].synchronize()
         return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
     def allocated_bytes(self) -> int:
+        """Memory in use now."""
         return torch.cuda.memory_allocated()
 
     def reset_peak(self) -> None:
+        """Forget the peak so far."""
         torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
+        """Most memory in use since `reset_peak`."""
         return torch.cuda.max_memory_allocated()
 
     def recover(self) -> None:
+        """Wait for the device and free what nobody holds. Raises RuntimeError if the device is lost."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-@dataclass
-class _Sample:
-    """Milliseconds and peak memory of a forward and a backward; None for a pass that was not run."""
+@dataclass(frozen=True)
+class Graphs:
+    """CUDA graphs of the forward, and of the forward and backward together where there is a backward."""
 
-    ms: dict[str, float]
-    peaks: dict[str, int]
+    forward: torch.cuda.CUDAGraph
+    both: torch.cuda.CUDAGraph | None
 
-    @property
-    def seconds(self) -> float:
-        return sum(self.ms.values()) / 1000
+    @classmethod
+    def capture(cls, prepared: Prepared, backward: bool) -> Graphs:
+        """Capture a contender's passes.
+
+        Raises:
+            RuntimeError: it does something that cannot be captured, such as waiting for the GPU.
+        """
+
+        def forward() -> None:
+            with torch.set_grad_enabled(backward):
+                prepared.call()
+
+        def both() -> None:
+            torch.autograd.grad(prepared.call(), prepared.leaves, prepared.do, allow_unused=True)
+
+        return cls(captured(forward), captured(both) if backward else None)
+
+    def milliseconds(self, clock: Clock) -> list[float]:
+        """Milliseconds of each pass; the backward is what the two take beyond the forward."""
+        marks = [clock.mark()]
+        for graph in filter(None, (self.forward, self.both)):
+            for _ in range(REPLAYS):
+                graph.replay()
+            marks.append(clock.mark())
+        found = [ms / REPLAYS for ms in clock.milliseconds(marks)]
+        return found if self.both is None else [found[0], found[1] - found[0]]
+
+
+def captured(action: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A graph of an action, which is run once before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        action()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph
 
 
 @dataclass
 class _Runner:
-    """A contender while it is measured."""
+    """A contender while it is measured; `samples` are milliseconds by pass, `peaks` the most memory in any of them."""
 
     contender: Contender
     passes: tuple[str, ...]
@@ -157,50 +174,72 @@ class _Runner:
     prepared: Prepared | None = None
     graphs: Graphs | None = None
     peaks: dict[str, int] = field(default_factory=dict)
-    samples: list[_Sample] = field(default_factory=list)
+    samples: list[Times] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def latest(self) -> dict[str, float] | None:
-        """Milliseconds of its last sample; None once it is out."""
-        return self.samples[-1].ms if self.passes and self.samples else None
+    def seconds(self) -> float:
+        """Seconds of the last sample, all passes together."""
+        return sum(self.samples[-1].values()) / 1000
 
-    def sample(self, clock: Clock) -> _Sample:
-        """One forward and one backward. An error of the backward ends the backwards alone."""
+    def warm_up(self, spec: Spec, inputs: Inputs, clock: Clock, graph_below_ms: float) -> None:
+        """Prepare and run it, and capture its graphs if it is quick; the last run is its first sample."""
+        self.prepared = self.contender.prepare(spec, inputs)
+        self.notes.append(self.prepared.note)
+        for _ in range(WARM_UP):
+            self.samples, self.peaks = [], {}
+            self.sample(clock)
+        if min(self.samples[-1].values()) < graph_below_ms:
+            try:
+                with self.prepared.within():
+                    self.graphs = Graphs.capture(self.prepared, len(self.passes) == 2)
+            except Exception as error:
+                clock.recover()
+                self.notes.append(f"timed without a CUDA graph: {first_line(error)}")
+        clock.recover()
+
+    def sample(self, clock: Clock) -> None:
+        """One call and, where there are two passes, one backward."""
         assert self.prepared is not None
         if self.graphs is not None:
-            return _Sample(self.graphs.milliseconds(clock), self.peaks)
-        with self.prepared.within():
-            return self._launched(self.prepared, clock)
+            found = self.graphs.milliseconds(clock)
+        else:
+            with self.prepared.within():
+                found = self._launched(self.prepared, clock)
+        self.samples.append({name: ms / self.prepared.share for name, ms in zip(self.passes, found, strict=True)})
 
-    def _launched(self, prepared: Prepared, clock: Clock) -> _Sample:
+    def _launched(self, prepared: Prepared, clock: Clock) -> list[float]:
+        """Milliseconds of each pass. An error of the backward ends the backwards alone."""
         before = clock.allocated_bytes()
         clock.reset_peak()
         marks = [clock.mark()]
-        with torch.set_grad_enabled("backward" in self.passes):
+
+        def end(name: str) -> None:
+            marks.append(clock.mark())
+            self.peaks[name] = max(self.peaks.get(name, 0), clock.peak_bytes() - before)
+
+        first, *second = self.passes
+        with torch.set_grad_enabled(bool(second)):
             o = prepared.call()
-        marks.append(clock.mark())
-        peaks = {"forward": clock.peak_bytes() - before}
-        if "backward" in self.passes:
+        end(first)
+        if second:
             try:
                 torch.autograd.grad(o, prepared.leaves, prepared.do, allow_unused=True)
-                marks.append(clock.mark())
-                peaks["backward"] = clock.peak_bytes() - before
+                end(*second)
             except Exception as error:
-                self.errors["backward"] = first_line(error)
-                self.passes = ("forward",)
+                self.errors |= dict.fromkeys(second, first_line(error))
+                self.passes = (first,)
                 del o
                 clock.recover()
-        return _Sample(dict(zip(PASSES, clock.milliseconds(marks), strict=False)), peaks)
+        return clock.milliseconds(marks)
 
     def result(self) -> Measurement:
+        """What became of it."""
         timings = {
-            name: _timing(
-                [s.ms[name] for s in self.samples], max(s.peaks.get(name, 0) for s in self.samples), self.graphs
-            )
+            name: _timing([sample[name] for sample in self.samples], self.peaks.get(name, 0), self.graphs is not None)
             for name in self.passes
-            if self.samples and name not in self.errors and all(name in s.ms for s in self.samples)
+            if self.samples and name not in self.errors and all(name in sample for sample in self.samples)
         }
         notes = "; ".join(filter(None, self.notes))
         return Measurement(self.contender.name, timings, dict(self.errors), notes, self.refusal)
@@ -216,23 +255,22 @@ def race(
     clock: Clock | None = None,
     announce: Callable[[str], None] = lambda name: None,
     graph_below_ms: float = GRAPH_BELOW_MS,
-    earlier: Sequence[Sequence[dict[str, float] | None]] = (),
-    hear: Callable[[list[dict[str, float] | None]], None] = lambda times: None,
+    earlier: Sequence[Sequence[Times | None]] = (),
+    hear: Callable[[list[Times | None]], None] = lambda times: None,
 ) -> list[Measurement]:
     """Time contenders in turn on the same inputs: warm-up of each, then rounds of all.
 
     There are at most 20 and at least 3 rounds, as many as `seconds` allow. A contender that refuses the shapes is not
-    tried; one that raises is left out of the rounds and keeps its error. `announce` is called with a contender's name
-    each time before anything of it runs. A backward follows the forward it belongs to, as in training; with `passes`
-    of "forward" alone nothing is kept for it.
+    tried; one that raises is left out of the rounds and keeps its error. A backward follows the forward it belongs to,
+    as in training; with one of `passes` alone nothing is kept for it.
 
     Args:
         contenders: what is timed.
         spec, inputs: what they are prepared for.
-        passes: names of PASSES.
+        passes: the name of the call's pass and, for gradients, that of the backward.
         seconds: time for the rounds.
-        clock: the device's; a `CudaClock` if None.
-        announce: hears of each contender before it runs.
+        clock: the current CUDA device's if None.
+        announce: hears each contender's name each time before anything of it runs.
         graph_below_ms: passes quicker than this are timed as replays of a CUDA graph.
         earlier: rounds of the same race that was interrupted, milliseconds by pass a contender, which count.
         hear: hears of each round's times as it ends, in the same form.
@@ -240,71 +278,55 @@ def race(
     Raises:
         DeviceLost: a contender's error outlived it.
     """
-    clock = CudaClock() if clock is None else clock
+    clock = clock or Clock()
     tokens = inputs.q.shape[1]
     refusals = {each.name: each.missing() or each.refuses(spec, tokens) for each in contenders}
-    timed_passes = tuple(name for name in passes if name in PASSES)
-    runners = [_Runner(each, () if refusals[each.name] else timed_passes, refusals[each.name]) for each in contenders]
-    for runner in (runner for runner in runners if runner.passes):
+    runners = [_Runner(each, () if refusals[each.name] else tuple(passes), refusals[each.name]) for each in contenders]
+
+    def guarded(runner: _Runner, action: Callable[[], None]) -> None:
+        """Do something with a contender; an error takes it out of the race, which goes on unless the device is lost."""
         announce(runner.contender.name)
-        _guarded(runner, runners, clock, partial(_warm_up, runner, spec, inputs, clock, graph_below_ms))
-    timed = [runner for runner in runners if runner.passes and runner.samples[-1].seconds <= SLOW_SECONDS]
+        try:
+            action()
+        except Exception as error:
+            runner.errors |= dict.fromkeys(runner.passes, first_line(error))
+            runner.passes, runner.prepared, runner.graphs, runner.samples = (), None, None, []
+        else:
+            return
+        try:
+            clock.recover()
+        except RuntimeError as error:
+            found = [each.result() for each in runners]
+            raise DeviceLost(runner.contender.name, first_line(error), found) from error
+
+    for runner in [runner for runner in runners if runner.passes]:
+        guarded(runner, partial(runner.warm_up, spec, inputs, clock, graph_below_ms))
+    timed = [runner for runner in runners if runner.passes and runner.seconds <= SLOW_SECONDS]
     for runner in (runner for runner in runners if runner.passes and runner not in timed):
         runner.notes.append("one sample after warm-up: it is slow")
-    round_seconds = sum(runner.samples[-1].seconds for runner in timed)
+    round_seconds = sum(runner.seconds for runner in timed)
     repeats = min(REPEATS[1], max(REPEATS[0], int(seconds / max(round_seconds, 1e-6))))
     for number, runner in enumerate(runners):
         if runner in timed:
-            runner.samples = [_Sample(dict(ms), {}) for times in earlier if (ms := times[number]) is not None]
+            runner.samples = [dict(ms) for times in earlier if (ms := times[number]) is not None]
     for _ in range(repeats - len(earlier) if timed else 0):
         for runner in [runner for runner in timed if runner.passes]:
-            announce(runner.contender.name)
-            _guarded(runner, runners, clock, partial(_add_sample, runner, clock))
-        hear([runner.latest if runner in timed else None for runner in runners])
+            guarded(runner, partial(runner.sample, clock))
+        hear([runner.samples[-1] if runner in timed and runner.passes else None for runner in runners])
     return [runner.result() for runner in runners]
 
 
-def _add_sample(runner: _Runner, clock: Clock) -> None:
-    runner.samples.append(runner.sample(clock))
-
-
-def _warm_up(runner: _Runner, spec: Spec, inputs: Inputs, clock: Clock, graph_below_ms: float) -> None:
-    runner.prepared = runner.contender.prepare(spec, inputs)
-    runner.notes.append(runner.prepared.note)
-    for _ in range(WARM_UP):
-        runner.samples = [runner.sample(clock)]
-    runner.peaks = runner.samples[-1].peaks
-    if min(runner.samples[-1].ms.values()) < graph_below_ms:
-        try:
-            with runner.prepared.within():
-                runner.graphs = Graphs.capture(runner.prepared, "backward" in runner.passes)
-        except Exception as error:
-            clock.recover()
-            runner.notes.append(f"timed without a CUDA graph: {first_line(error)}")
-    clock.recover()
-
-
-def _guarded(runner: _Runner, runners: Sequence[_Runner], clock: Clock, action: Callable[[], None]) -> None:
-    """Do something with a contender; an error takes it out of the race, and the race on unless the device is lost."""
-    try:
-        action()
-    except Exception as error:
-        runner.errors |= dict.fromkeys(runner.passes, first_line(error))
-        runner.passes, runner.prepared, runner.graphs, runner.samples = (), None, None, []
-    else:
-        return
-    try:
-        clock.recover()
-    except RuntimeError as error:
-        raise DeviceLost(runner.contender.name, first_line(error), [each.result() for each in runners]) from error
-
-
-def _timing(ms: Sequence[float], peak_bytes: int, graphs: Graphs | None) -> Timing:
+def _timing(ms: Sequence[float], peak_bytes: int, graph: bool) -> Timing:
     low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
-    return Timing(statistics.median(ms), low, high, min(ms), max(ms), len(ms), peak_bytes, graphs is not None)
+    return Timing(statistics.median(ms), low, high, len(ms), peak_bytes, graph)
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
     """An error as one line: its type and the first line of what it says."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {said[0]}"[:limit] if said else type(error).__name__
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+    """What is wrong with an operator, from the rows of its verification; empty if nothing."""
+    return [f"{row.quantity} {row.error:.3g} of {row.bound:.3g} {row.problem}".strip() for row in rows if not row.ok]

@@ -1,4 +1,4 @@
-"""The public packages of native sparse attention, each as its own documentation composes it.
+"""The public packages of native sparse attention, each as its own documentation composes it; all contenders by name.
 
 They take one sequence as (T, H, D) with cumulative lengths, mean phi, sigmoid gates and one pair of keys and values.
 The window branch of every one of them calls flash-attn 2; here it is torch's build of the same kernels
@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_gen.bench.contenders import Prepared, keys_and_values, leaves_of, not_importable
+from nsa_gen.bench.contenders import (
+    Contender,
+    FlashAttention4,
+    FlexAttention,
+    Prepared,
+    Sdpa,
+    keys_and_values,
+    leaves_of,
+    not_importable,
+)
 from nsa_gen.verification.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -41,11 +50,9 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> 
     return found[0]
 
 
-class _PublicPackage:
+class _PublicPackage(Contender):
     """What the adapters share: what none of the packages computes, and the leaves q, k, v and gates."""
 
-    name = ""
-    dense = False
     modules: tuple[str, ...] = ()
     package = ""
 
@@ -213,3 +220,29 @@ def _ends(q: Tensor) -> Tensor:
 
 
 PEERS: Sequence[_PublicPackage] = (FlashLinearAttention(), ScalableFlashNsa(), NsaTriton(), FlashSparseAttention())
+DENSE: Sequence[Contender] = (
+    Sdpa("cudnn", "CUDNN_ATTENTION"),
+    Sdpa("fa2", "FLASH_ATTENTION"),
+    Sdpa("efficient", "EFFICIENT_ATTENTION"),
+    FlashAttention4(),
+    FlexAttention(),
+)
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*DENSE, *PEERS)}
+"""The contenders besides nsa_gen's own operator, by the names that the command line gives them."""
+
+DEFAULT_NAMES = ("cudnn", "fa2", "fa4", *(peer.name for peer in PEERS))
+"""What an operator is timed against where nothing else is asked for; those that are not installed are left out."""
+
+
+def choose(names: Sequence[str]) -> list[Contender]:
+    """The contenders of these names, in the order of the registry; "dense" and "peers" stand for several.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    groups = {"dense": ("cudnn", "fa2", "fa4"), "peers": tuple(peer.name for peer in PEERS)}
+    wanted = {one for name in names for one in groups.get(name, (name,))}
+    if unknown := sorted(wanted - CONTENDERS.keys()):
+        known = ", ".join((*groups, *CONTENDERS))
+        raise ValueError(f"contenders: expected some of {known}, got {', '.join(unknown):.60}")
+    return [contender for name, contender in CONTENDERS.items() if name in wanted]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nsa_gen._files import parse_json, read_json, read_text, write_whole
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
     from nsa_gen.spec import Spec
+
+T = TypeVar("T")
+
+OURS = "nsa_gen"
+"""The contender that is the operator of a generated package."""
+OTHER = "other"
+"""The branch of kernels that are not the package's: copies, fills and sorts of torch."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,19 @@ class Row:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One kernel of our operator in one profiled pass; see `nsa_gen.bench.breakdown.KernelTime`."""
+    """GPU time of one kernel of our operator in one profiled pass of one call.
+
+    Attributes:
+        workload, inputs, tokens: the task it belongs to.
+        kernel: the name of the package's kernel, or torch's.
+        branch: "cmp", "slc", "win", "all", or "other" for what is not the package's.
+        direction: "forward" or "backward".
+        ms: GPU milliseconds, all launches together.
+        launches: how many there were.
+        flops, bytes: what no schedule avoids, by the cost model; 0 for kernels it does not know.
+        floor_ms: the least time for these at the peaks of the GPU; None where the GPU is not in the hardware table.
+        limited_by: "matrix units" or "memory"; "" where there is no floor.
+    """
 
     workload: str
     inputs: str
@@ -81,10 +100,10 @@ class KernelRow:
     direction: str
     ms: float
     launches: int
-    flops: float
-    bytes: float
-    floor_ms: float | None
-    limited_by: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    floor_ms: float | None = None
+    limited_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,16 +166,9 @@ _KINDS: dict[str, type[Any]] = {
     "check": CheckRow,
     "task": TaskRow,
 }
-_LISTS = {
-    "row": "rows",
-    "kernel": "kernels",
-    "overlap": "overlaps",
-    "selection": "selections",
-    "check": "checks",
-    "task": "tasks",
-}
-_LATER = ("selections",)
-"""Lists that results of earlier versions do not have."""
+"""Records by what a journal's line calls them; with an s, it is the name of their list in `Results`."""
+_LATER = ("selection",)
+"""Kinds that results of earlier versions do not have."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +184,23 @@ class Results:
     tasks: tuple[TaskRow, ...] = ()
     selections: tuple[SelectionRow, ...] = ()
 
+    @property
+    def ours_is_timed(self) -> bool:
+        """Whether our operator was right and has a time for everything that was asked for."""
+        mine = [row for row in self.rows if row.contender == OURS]
+        timed = bool(mine) and all(row.median_ms is not None for row in mine)
+        return timed and all(task.status == "ok" for task in self.tasks)
+
     @classmethod
     def of(cls, records: Iterable[Record], machine: Mapping[str, Any], settings: Mapping[str, Any]) -> Results:
         """Sort records by kind."""
-        lists: dict[str, list[Any]] = {name: [] for name in _LISTS.values()}
-        for record in records:
-            lists[_LISTS[_kind(record)]].append(record)
-        return cls(machine, settings, **{name: tuple(found) for name, found in lists.items()})
+        records = list(records)
+        lists = {f"{name}s": tuple(one for one in records if isinstance(one, kind)) for name, kind in _KINDS.items()}
+        return cls(machine, settings, **lists)
 
     def to_document(self) -> dict[str, Any]:
         """The results as JSON has them."""
-        lists = {name: [_without_defaults(record) for record in getattr(self, name)] for name in _LISTS.values()}
+        lists = {f"{name}s": [_without_defaults(one) for one in getattr(self, f"{name}s")] for name in _KINDS}
         return {"machine": dict(self.machine), "settings": dict(self.settings), **lists}
 
     @classmethod
@@ -190,9 +208,9 @@ class Results:
         """The opposite of `to_document`. Raises ValueError for what is no such document."""
         try:
             lists = {
-                name: tuple(_from_json(_KINDS[kind], record) for record in document[name])
-                for kind, name in _LISTS.items()
-                if name in document or name not in _LATER
+                f"{name}s": tuple(_from_json(kind, record) for record in document[f"{name}s"])
+                for name, kind in _KINDS.items()
+                if f"{name}s" in document or name not in _LATER
             }
             return cls(document["machine"], document["settings"], **lists)
         except (AttributeError, KeyError, TypeError) as error:
@@ -201,7 +219,8 @@ class Results:
 
 def to_line(record: Record) -> str:
     """A record as one line of JSON."""
-    return json.dumps({"record": _kind(record), **asdict(record)}, allow_nan=False)
+    kind = next(name for name, each in _KINDS.items() if isinstance(record, each))
+    return json.dumps({"record": kind, **asdict(record)}, allow_nan=False)
 
 
 def from_line(line: str) -> Record:
@@ -247,11 +266,13 @@ def merge(several: Sequence[Results]) -> Results:
     names = {str(each.machine.get("gpu")) for each in several}
     if len(names) > 1:
         raise ValueError(f"results: expected those of one GPU, got {' and '.join(sorted(names))}")
-    lists: dict[str, tuple[Any, ...]] = {}
-    for name in _LISTS.values():
-        last = {_identity(record): record for each in several for record in getattr(each, name)}
-        lists[name] = tuple(last.values())
-    return Results(several[0].machine, several[0].settings, **lists)
+    last = {
+        (type(record), *_subject(record)): record
+        for each in several
+        for name in _KINDS
+        for record in getattr(each, f"{name}s")
+    }
+    return Results.of(last.values(), several[0].machine, several[0].settings)
 
 
 def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
@@ -266,18 +287,14 @@ def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
     return [row for row in found if row.inputs == "independent"]
 
 
-def _identity(record: Record) -> tuple[Any, ...]:
-    """What a record is about: two with the same are two answers to one question."""
+def _subject(record: Record) -> tuple[Any, ...]:
+    """What a record is about: two of a kind with the same subject are two answers to one question."""
     names = ("part", "workload", "inputs", "tokens", "contender", "direction", "kernel")
     return tuple(getattr(record, name, None) for name in names)
 
 
-def _kind(record: Record) -> str:
-    return next(kind for kind, each in _KINDS.items() if isinstance(record, each))
-
-
 def _without_defaults(record: Record) -> dict[str, Any]:
-    """A record's fields, those left out that say nothing."""
+    """A record's fields, those left out that have their default."""
     defaults = {each.name: each.default for each in fields(record)}
     return {name: value for name, value in asdict(record).items() if value != defaults[name]}
 
@@ -289,15 +306,20 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
-    """A record from its fields, lists as tuples. Raises ValueError where one is unknown, missing or of another type."""
+def validated(kind: type[T], found: Mapping[str, Any], place: str = "") -> T:
+    """A dataclass from its fields; ValueError, naming `place` and field, where one is missing or of another type."""
     from pydantic import ValidationError
 
-    if unknown := set(found) - {each.name for each in fields(kind)}:
-        raise ValueError(f"{kind.__name__}: expected no {', '.join(sorted(unknown))}")
     try:
         return _adapter(kind).validate_python(dict(found))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{kind.__name__}.{place}: {first['msg'].lower()}, got {first['input']!r:.60}") from None
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}{name}: {first['msg'].lower()}, got {first['input']!r:.60}") from None
+
+
+def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
+    """A record from its fields, lists as tuples. Raises ValueError where one is unknown, missing or of another type."""
+    if unknown := set(found) - {each.name for each in fields(kind)}:
+        raise ValueError(f"{kind.__name__}: expected no {', '.join(sorted(unknown))}")
+    return validated(kind, found, f"{kind.__name__}.")

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.bench.contenders import OURS
-from nsa_gen.bench.records import CheckRow, Record, Results, Row, TaskRow, from_line, to_line
+from nsa_gen.bench.records import OURS, CheckRow, Record, Results, Row, TaskRow, from_line, to_line
 from nsa_gen.bench.worker import task_fields
 from nsa_gen.bench.workloads import Task
 from nsa_gen.machine import machine
@@ -53,40 +52,41 @@ class Session:
 
     def __post_init__(self) -> None:
         self._writing, self._deadline = threading.Lock(), 0.0
+        self._records: list[Record] = []
+        # Contenders that are tried no more on a spec at a length or above it: (digest, tokens, name, reason).
+        self._bans: list[tuple[str, int, str, str]] = []
 
     def run(self, tasks: Sequence[Task]) -> list[Record]:
         """Do all tasks, checks first, and return their records. Our operator is not timed where its check failed."""
         self._deadline = time.monotonic() + self.budget
         checks = [task for task in tasks if task.check]
-        count = max(1, min(self.workers, len(checks)))
-        lanes = [_Lane(checks[number::count]) for number in range(count) if checks]
-        self._run_lanes(lanes)
-        timed = _Lane([task for task in tasks if not task.check])
-        timed.bans = [ban for lane in lanes for ban in lane.bans]
-        wrong = _wrong(checks, [record for lane in lanes for record in lane.records])
-        timed.bans += [(digest, 0, {OURS: reason}) for digest, reason in wrong.items()]
-        if timed.tasks:
-            self._run_lanes([timed])
-        return [record for lane in (*lanes, timed) for record in lane.records]
+        self._run(checks, self.workers)
+        self._bans += [(digest, 0, OURS, reason) for digest, reason in _wrong(checks, self._records).items()]
+        self._run([task for task in tasks if not task.check], 1)
+        return self._records
 
-    def _run_lanes(self, lanes: Sequence[_Lane]) -> None:
-        """Run lanes side by side, each by a worker, until all of their tasks are done."""
-        workers = [Worker(self.command, self._environment(), {"seed": self.seed}) for _ in lanes]
-        share(workers, lanes, self._run_lane)
+    def _run(self, tasks: Sequence[Task], workers: int) -> None:
+        """Do tasks, each by whichever worker is free."""
+        started = [Worker(self.command, self._environment(), {"seed": self.seed}) for _ in tasks[:workers]]
+        labels = [f"[{number}/{len(tasks)}]" for number in range(1, len(tasks) + 1)]
+        share(started, list(zip(labels, tasks, strict=True)), self._do_once)
 
-    def _run_lane(self, worker: Worker, lane: _Lane) -> None:
-        for number, task in enumerate(lane.tasks):
-            if time.monotonic() >= self._deadline:
-                self._end(lane, task, "not run", SPENT)
-                continue
-            self.progress(f"[{number + 1}/{len(lane.tasks)}] {task.label}")
-            started = time.monotonic()
-            status, reason = self._do(worker, lane, task)
-            self._end(lane, task, status, reason, time.monotonic() - started)
+    def _do_once(self, worker: Worker, item: tuple[str, Task]) -> None:
+        """Do a task in the time that is left, and record how it ended."""
+        number, task = item
+        status, reason, started = "not run", SPENT, time.monotonic()
+        if started < self._deadline:
+            self.progress(f"{number} {task.label}")
+            status, reason = self._do(worker, task)
+        seconds = time.monotonic() - started if started < self._deadline else 0.0
+        self._keep(TaskRow(task.workload, task.inputs, task.tokens, status, reason, seconds))
+        if status != "ok":
+            self.progress(f"{task.label}: {status}: {reason}")
 
-    def _do(self, worker: Worker, lane: _Lane, task: Task) -> tuple[str, str]:
+    def _do(self, worker: Worker, task: Task) -> tuple[str, str]:
         """Do a task, again without each contender that ends the process: its status, and the reason."""
-        first = len(lane.records)
+        digest = task.spec.digest()
+        found: list[Record] = []
         while True:
             at = ""
 
@@ -94,22 +94,23 @@ class Session:
                 nonlocal at
                 at = said.get("at", at)
                 if "record" in said:
-                    self._keep(lane, from_line(said["record"]))
+                    found.append(from_line(said["record"]))
+                    self._keep(found[-1])
                 return self._patience()
 
-            known = [r.contender for r in lane.records[first:] if isinstance(r, CheckRow)]
-            banned = lane.banned(task)
+            known = [record.contender for record in found if isinstance(record, CheckRow)]
+            banned = {name: why for spec, tokens, name, why in self._bans if spec == digest and task.tokens >= tokens}
             try:
                 worker.ask({"task": task_fields(task), "banned": banned, "known": known}, self._patience(), hear)
                 return "ok", ""
             except WorkerDied as died:
                 if died.hung and time.monotonic() >= self._deadline + GRACE_SECONDS:
                     return "not run", SPENT
-                if any(isinstance(record, Row) for record in lane.records[first:]):
+                if any(isinstance(record, Row) for record in found):
                     return "failed", f"after its times were taken: {died}"
                 if not at or at in banned:
                     return "failed", str(died)
-                lane.bans.append((task.spec.digest(), task.tokens, {at: str(died)}))
+                self._bans.append((digest, task.tokens, at, str(died)))
                 self.progress(f"{task.label}: {at} {died}")
             except WorkerFailure as failure:
                 return "failed", str(failure)
@@ -118,16 +119,12 @@ class Session:
         """How long a worker may be silent from now on."""
         return min(self.silence, max(0.1, self._deadline + GRACE_SECONDS - time.monotonic()))
 
-    def _end(self, lane: _Lane, task: Task, status: str, reason: str, seconds: float = 0.0) -> None:
-        self._keep(lane, TaskRow(task.workload, task.inputs, task.tokens, status, reason, seconds))
-        if status != "ok":
-            self.progress(f"{task.label}: {status}: {reason}")
-
-    def _keep(self, lane: _Lane, record: Record) -> None:
-        lane.records.append(record)
-        if self.journal is not None:
-            with self._writing, self.journal.open("a", encoding="utf-8") as file:
-                file.write(to_line(record) + "\n")
+    def _keep(self, record: Record) -> None:
+        with self._writing:
+            self._records.append(record)
+            if self.journal is not None:
+                with self.journal.open("a", encoding="utf-8") as file:
+                    file.write(to_line(record) + "\n")
 
     def _environment(self) -> dict[str, str]:
         """Never the interpreter; packages generated into the session's folder."""
@@ -138,26 +135,6 @@ class Session:
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             **self.environment,
         }
-
-
-@dataclass
-class _Lane:
-    """Tasks that one worker does in turn, and what they found.
-
-    `bans` are contenders that are tried no more on a spec at a length or above it: (digest, tokens, reason by name).
-    """
-
-    tasks: Sequence[Task]
-    records: list[Record] = field(default_factory=list)
-    bans: list[tuple[str, int, Mapping[str, str]]] = field(default_factory=list)
-
-    def banned(self, task: Task) -> dict[str, str]:
-        """The contenders that a task must not try, with the reasons."""
-        found: dict[str, str] = {}
-        for digest, tokens, reasons in self.bans:
-            if digest == task.spec.digest() and task.tokens >= tokens:
-                found |= reasons
-        return found
 
 
 def _wrong(checks: Sequence[Task], records: Iterable[Record]) -> dict[str, str]:

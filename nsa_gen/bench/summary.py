@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
 from nsa_gen.bench.records import KernelRow, Row
 
@@ -103,22 +102,13 @@ def speed_up(found: Sequence[Entry], contender: str, direction: str) -> float | 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a contender begins to be quicker than the best dense attention.
+    """Where a contender begins to be quicker than the best dense attention, also in words.
 
-    `tokens` is None where the lengths measured do not hold it: `side` says whether it lies "below" the shortest or
-    "above" the longest, and is "at" where it was found.
+    `tokens` is None where it lies below the shortest of the lengths measured, or above the longest.
     """
 
-    side: Literal["below", "at", "above"]
     tokens: float | None
-    shortest: int
-    longest: int
-
-    def __str__(self) -> str:
-        if self.tokens is not None:
-            return f"{self.tokens:,.0f} tokens"
-        edge = self.shortest if self.side == "below" else self.longest
-        return f"{self.side} {edge:,} tokens"
+    text: str
 
 
 def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
@@ -129,14 +119,13 @@ def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
     if not speed_ups:
         return None
     points = sorted(speed_ups.items())
-    shortest, longest = points[0][0], points[-1][0]
     if points[-1][1] < 1:
-        return Crossing("above", None, shortest, longest)
+        return Crossing(None, f"above {points[-1][0]:,} tokens")
     for (short, low), (long, high) in reversed(list(pairwise(points))):
         if low < 1:
-            share = math.log(1 / low) / math.log(high / low)
-            return Crossing("at", short * (long / short) ** share, shortest, longest)
-    return Crossing("below", None, shortest, longest)
+            tokens = short * (long / short) ** (math.log(1 / low) / math.log(high / low))
+            return Crossing(tokens, f"{tokens:,.0f} tokens")
+    return Crossing(None, f"below {points[0][0]:,} tokens")
 
 
 def profiles(kernels: Iterable[KernelRow]) -> list[list[KernelRow]]:
@@ -147,37 +136,21 @@ def profiles(kernels: Iterable[KernelRow]) -> list[list[KernelRow]]:
     return list(groups.values())
 
 
-def short(value: float) -> str:
-    """A length as axes show it: 8k for 8192."""
-    whole = int(value)
-    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"
-
-
-@dataclass(frozen=True)
-class BranchTime:
-    """The kernels of one branch in one pass, added up. `floor_ms` is None where the GPU's peaks are not known."""
-
-    branch: str
-    direction: str
-    ms: float
-    flops: float
-    bytes: float
-    floor_ms: float | None
-
-
-def branch_times(kernels: Iterable[KernelRow]) -> list[BranchTime]:
-    """Kernels of one profiled task by branch and pass."""
+def branch_times(kernels: Iterable[KernelRow]) -> list[KernelRow]:
+    """Kernels of one profiled task added up, a row a branch and pass, which is named after the branch."""
     groups: dict[tuple[str, str], list[KernelRow]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.branch, kernel.direction), []).append(kernel)
     return [
-        BranchTime(
-            branch,
-            direction,
-            sum(kernel.ms for kernel in found),
-            sum(kernel.flops for kernel in found),
-            sum(kernel.bytes for kernel in found),
-            None if all(k.floor_ms is None for k in found) else sum(k.floor_ms or 0.0 for k in found),
+        replace(
+            found[0],
+            kernel=branch,
+            ms=sum(kernel.ms for kernel in found),
+            launches=sum(kernel.launches for kernel in found),
+            flops=sum(kernel.flops for kernel in found),
+            bytes=sum(kernel.bytes for kernel in found),
+            floor_ms=None if all(k.floor_ms is None for k in found) else sum(k.floor_ms or 0.0 for k in found),
+            limited_by="",
         )
-        for (branch, direction), found in groups.items()
+        for (branch, _), found in groups.items()
     ]

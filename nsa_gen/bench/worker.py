@@ -6,8 +6,9 @@ It is a worker (`nsa_gen.workers`), because a contender may exhaust memory, read
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 
 import nsa_gen
-from nsa_gen.bench.breakdown import breakdown, estimates
-from nsa_gen.bench.contenders import OURS, Contender, Operator, Prepared
-from nsa_gen.bench.correct import faults
+from nsa_gen.bench.contenders import Contender, Operator, Prepared
 from nsa_gen.bench.inputs import draw_inputs, selection_overlap, selection_shares
-from nsa_gen.bench.measure import PASSES, DeviceLost, Measurement, first_line, race
+from nsa_gen.bench.measure import PASSES, DeviceLost, Measurement, faults, first_line, race
+from nsa_gen.bench.peers import CONTENDERS
 from nsa_gen.bench.records import (
+    OTHER,
+    OURS,
     CheckRow,
     KernelRow,
     OverlapRow,
@@ -29,12 +31,19 @@ from nsa_gen.bench.records import (
     SelectionRow,
     to_line,
 )
-from nsa_gen.bench.registry import CONTENDERS
 from nsa_gen.bench.workloads import Task
 from nsa_gen.hardware import gpu_for_device
+from nsa_gen.lowering import KernelEstimate, Plan, explain, lower
 from nsa_gen.spec import Spec, parse_spec
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.calls import arguments_of
+from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import check_case
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.workers import Handle, Lost, Say, note_launches, serve
+
+RAGGED = 511
+"""The length at which our operator is held against the oracle: it ends inside every kind of block."""
 
 
 class TaskRunner:
@@ -79,23 +88,14 @@ class TaskRunner:
 
     def _contenders(self, task: Task, banned: Mapping[str, str]) -> list[Contender]:
         """Ours and those the task names, without the banned."""
-        everyone: list[Contender] = [
-            Operator(self._package(task.spec)),
-            *(CONTENDERS[name] for name in task.contenders),
-        ]
+        everyone = [Operator(self._package(task.spec)), *(CONTENDERS[name] for name in task.contenders)]
         return [each for each in everyone if each.name not in banned]
 
     def _time(self, task: Task, banned: Mapping[str, str]) -> None:
         contenders = self._contenders(task, banned)
         inputs = draw_inputs(task.spec, task.tokens, device="cuda", seed=self._seed, kind=task.inputs)  # type: ignore[arg-type]
-        found = race(
-            contenders,
-            task.spec,
-            inputs,
-            passes=task.passes,
-            seconds=task.seconds,
-            announce=self._announce,
-        )
+        options: dict[str, Any] = {"passes": task.passes, "seconds": task.seconds, "announce": self._announce}
+        found = race(contenders, task.spec, inputs, **options)
         found += [Measurement(name, errors=dict.fromkeys(task.passes, why)) for name, why in banned.items()]
         for row in rows_of(task, found, _gpu_key()):
             self._emit(row)
@@ -110,8 +110,8 @@ class TaskRunner:
         if indices is not None and task.profile and task.spec.selection is not None:
             self._emit(SelectionRow(*place, selection_shares(indices, task.spec.selection.block)))
         if task.profile:
-            for one in breakdown(ours.prepare(task.spec, inputs), task.spec, task.tokens, _gpu_key()):
-                self._emit(KernelRow(task.workload, task.inputs, task.tokens, **asdict(one)))
+            for one in breakdown(ours.prepare(task.spec, inputs), task, _gpu_key()):
+                self._emit(one)
 
     def _check(self, task: Task, banned: Mapping[str, str], known: set[str]) -> None:
         """Verify our operator, then run every contender once: its kernels are compiled, and its output is compared."""
@@ -129,7 +129,7 @@ class TaskRunner:
             difference, error = None, ""
             try:
                 if each.name == OURS:
-                    wrong = tuple(faults(self._package(task.spec), task.spec, seed=self._seed))
+                    wrong = tuple(self._faults(task.spec))
                 o = _run_once(each.prepare(task.spec, inputs), task.passes)
                 if each.name == OURS:
                     expected = o.float()
@@ -142,31 +142,29 @@ class TaskRunner:
             if error:
                 _synchronize(each.name, error)
 
+    def _faults(self, spec: Spec) -> list[str]:
+        """What is wrong with our operator's outputs, gradients and selection at a ragged length."""
+        case, dtype = Case(RAGGED, batch=1, twice=False), getattr(torch, spec.dtype)
+        inputs = make_inputs(spec, batch=1, tokens=RAGGED, dtype=dtype, device="cuda", seed=self._seed)
+        p, backward = OracleParameters.from_spec(spec), "backward" in spec.passes
+        return faults(check_case(self._package(spec), p, case, inputs, with_gradients=backward))
+
 
 def rows_of(task: Task, found: list[Measurement], gpu_key: str | None) -> list[Row]:
     """A row for each contender and pass, with what our operator must do beside its own."""
     spec = task.spec
-    common: dict[str, Any] = {
-        "workload": task.workload,
-        "part": task.part,
-        "inputs": task.inputs,
-        "tokens": task.tokens,
-        "heads": (spec.heads.query, spec.heads.kv),
-        "head_dim": (spec.head_dim.qk, spec.head_dim.v),
-        "dtype": spec.dtype,
-    }
+    shape = ((spec.heads.query, spec.heads.kv), (spec.head_dim.qk, spec.head_dim.v), spec.dtype)
+    place = (task.workload, task.part, task.inputs, task.tokens, *shape)
     rows = []
     for one in found:
         dense = one.contender in CONTENDERS and CONTENDERS[one.contender].dense
         for direction in task.passes:
             said: dict[str, Any] = {"note": one.note, "refusal": one.refusal, "error": one.errors.get(direction, "")}
             if (timing := one.timings.get(direction)) is not None:
-                measured = asdict(timing)
-                del measured["least_ms"], measured["most_ms"]
-                said |= measured
+                said |= asdict(timing)
                 if one.contender == OURS:
                     said |= _necessary(spec, task.tokens, direction, gpu_key)
-            rows.append(Row(**common, contender=one.contender, dense=dense, direction=direction, **said))
+            rows.append(Row(*place, one.contender, dense, direction, **said))
     return rows
 
 
@@ -206,14 +204,67 @@ def _errors(lost: DeviceLost) -> list[str]:
 
 def _selected(package: Any, inputs: Inputs) -> torch.Tensor | None:
     """The blocks that our operator chooses, (1, T, Hkv, n) int32; None without a choice of its own."""
-    arguments = {name: x for name, x in inputs.arguments().items() if x is not None}
-    if "compression" in arguments:
-        arguments["compression"] = package.CompressionParameters(**arguments["compression"])
-    positional = [arguments.pop(name, None) for name in ("q", "k", "v")]
+    if inputs.indices is not None:
+        return None
+    positional, arguments = arguments_of(package, inputs)
     with torch.no_grad():
         _, aux = package.nsa_attention(*positional, **arguments, return_aux=True)
-    indices = getattr(aux, "indices", None)
-    return None if inputs.indices is not None else indices
+    return getattr(aux, "indices", None)
+
+
+def estimates(spec: Spec, tokens: int, gpu_key: str | None) -> dict[str, KernelEstimate]:
+    """The cost model's estimate of each kernel of a spec, by kernel; FLOPs and bytes are those of any GPU.
+
+    `gpu_key` decides the floors; the H100's are taken for None, and are not to be used then.
+    """
+    return {one.kernel: one for one in explain(_lowered(spec), tokens=tokens, gpu_key=gpu_key or "h100")}
+
+
+@functools.lru_cache(maxsize=32)
+def _lowered(spec: Spec) -> Plan:
+    """A spec's plan: lowering takes half a second, and a benchmark asks for each of a few specs many times."""
+    return lower(spec)
+
+
+def breakdown(prepared: Prepared, task: Task, gpu_key: str | None) -> list[KernelRow]:
+    """Profile one forward and, where the spec has one, one backward of our operator; the longest kernels first."""
+    backward = "backward" in task.spec.passes
+    found: dict[str, Any] = {}
+
+    def forward() -> None:
+        with torch.set_grad_enabled(backward):
+            found["o"] = prepared.call()
+
+    rows = _profiled(forward, "forward", task, gpu_key)
+    if backward:
+        arguments = prepared.leaves, prepared.do
+        rows += _profiled(
+            lambda: torch.autograd.grad(found.pop("o"), *arguments, allow_unused=True), "backward", task, gpu_key
+        )
+    return sorted(rows, key=lambda one: -one.ms)
+
+
+def _profiled(action: Callable[[], Any], direction: str, task: Task, gpu_key: str | None) -> list[KernelRow]:
+    """Every kernel that runs in an action, with what the cost model knows of it."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        action()
+        torch.cuda.synchronize()
+    known = estimates(task.spec, task.tokens, gpu_key)
+    rows = []
+    for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.self_device_time_total <= 0:
+            continue
+        one = known.get(event.key.removesuffix("_kernel"))
+        name, branch = (event.key[:120], OTHER) if one is None else (one.kernel, one.branch)
+        costs: tuple[Any, ...] = ()
+        if one is not None:
+            floor = (None, "") if gpu_key is None else (1000 * one.seconds_floor, one.limited_by)
+            costs = (one.flops, one.bytes, *floor)
+        time = (event.self_device_time_total / 1000, event.count)
+        rows.append(KernelRow(task.workload, task.inputs, task.tokens, name, branch, direction, *time, *costs))
+    return rows
 
 
 def _gpu_key() -> str | None:

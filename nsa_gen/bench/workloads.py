@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from nsa_gen.spec import Spec
 
@@ -20,7 +20,7 @@ class Task:
         spec: the operator.
         tokens: length of the sequence.
         inputs: kind of inputs, see `nsa_gen.bench.inputs.draw_inputs`.
-        contenders: names in `nsa_gen.bench.registry.CONTENDERS`; our own operator always comes first.
+        contenders: names in `nsa_gen.bench.peers.CONTENDERS`; our own operator always comes first.
         passes: "forward", "backward".
         seconds: time for the timed rounds.
         profile: whether our kernels are profiled one by one.
@@ -64,15 +64,15 @@ def nsa_spec(name: str, query_heads: int, kv_heads: int, qk: int = 128, v: int =
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the comparison with other packages: specs by workload, lengths, kinds of inputs.
+    """A part of the comparison with other packages: specs by workload, at each length with each kind of inputs.
 
-    `lengths_of_inputs` gives the lengths of each kind of inputs; our kernels are profiled where `profiled` says so.
+    Our kernels are profiled at the lengths of `profiled`, with independent inputs.
     """
 
     name: str
-    title: str
-    specs: tuple[tuple[str, Spec], ...]
-    lengths_of_inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    specs: Mapping[str, Spec]
+    lengths: tuple[int, ...]
+    inputs: tuple[str, ...] = ("independent",)
     profiled: tuple[int, ...] = ()
 
 
@@ -91,80 +91,41 @@ def parts() -> dict[str, Part]:
     """The parts of the comparison, by name, in the order they are run."""
     long = (32 * KIB, 64 * KIB, 8 * KIB, 128 * KIB)
     both = ("independent", "correlated")
+    groups = {f"G{group}": _shape(group * kv, kv) for group, kv in GROUPS}
+    even = {"even16": _shape(64, 4), "even4": _shape(32, 8)}
     found = (
-        Part(
-            "A",
-            "A: 64 query and 4 KV heads, head dim 128 (groups of 16)",
-            (("A", _shape(64, 4)),),
-            tuple((kind, long) for kind in both),
-            (8 * KIB, 64 * KIB),
-        ),
-        Part(
-            "B",
-            "B: 32 query and 8 KV heads, head dim 128 (groups of 4)",
-            (("B", _shape(32, 8)),),
-            tuple((kind, long) for kind in both),
-            (8 * KIB, 64 * KIB),
-        ),
-        Part(
-            "C",
-            "C: 16 query and 16 KV heads, head dim 128 (groups of 1)",
-            (("C", _shape(16, 16)),),
-            tuple((kind, (32 * KIB, 8 * KIB)) for kind in both),
-            (32 * KIB,),
-        ),
-        Part(
-            "D",
-            "D: 64 query and 4 KV heads, head dims 192 and 128, the paper's",
-            (("D", nsa_spec("bench_64x4_192", 64, 4, 192, 128)),),
-            tuple((kind, (64 * KIB, 8 * KIB)) for kind in both),
-            (64 * KIB,),
-        ),
-        Part(
-            "groups",
-            f"Group sizes at {GROUP_TOKENS:,} tokens, head dim 128",
-            tuple((f"G{group}", _shape(group * kv, kv)) for group, kv in GROUPS),
-            (("independent", (GROUP_TOKENS,)),),
-        ),
-        Part(
-            "breakeven",
-            "Break-even length, head dim 128",
-            (("even16", _shape(64, 4)), ("even4", _shape(32, 8))),
-            (("independent", BREAK_EVEN_LENGTHS),),
-        ),
+        Part("A", {"A": _shape(64, 4)}, long, both, profiled=(8 * KIB, 64 * KIB)),
+        Part("B", {"B": _shape(32, 8)}, long, both, profiled=(8 * KIB, 64 * KIB)),
+        Part("C", {"C": _shape(16, 16)}, (32 * KIB, 8 * KIB), both, profiled=(32 * KIB,)),
+        # The paper's head dims.
+        Part("D", {"D": nsa_spec("bench_64x4_192", 64, 4, 192, 128)}, (64 * KIB, 8 * KIB), both, profiled=(64 * KIB,)),
+        Part("groups", groups, (GROUP_TOKENS,)),
+        Part("breakeven", even, BREAK_EVEN_LENGTHS),
     )
     return {part.name: part for part in found}
 
 
-def comparison_tasks(chosen: Iterable[Part], contenders: Sequence[str], *, seconds: float = 4.0) -> list[Task]:
-    """The tasks of parts of the comparison: one check of each spec first, then all that is timed."""
-    chosen = list(chosen)
-    first: dict[str, Task] = {}
-    for part in chosen:
-        for workload, spec in part.specs:
-            check = Task(workload, part.name, spec, CHECK_TOKENS, contenders=tuple(contenders), check=True)
-            first.setdefault(spec.digest(), check)
-    timed = [
-        Task(
-            workload,
-            part.name,
-            spec,
-            tokens,
-            kind,
-            tuple(contenders),
-            seconds=seconds,
-            profile=kind == "independent" and tokens in part.profiled,
-        )
-        for part in chosen
-        for kind, lengths in part.lengths_of_inputs
-        for workload, spec in part.specs
-        for tokens in lengths
-    ]
-    return [*first.values(), *timed]
-
-
 CHECK_TOKENS = 2 * KIB
 """Where the outputs of other packages are compared with ours: long enough that most blocks are left out."""
+
+
+def comparison_tasks(chosen: Iterable[Part], contenders: Sequence[str], *, seconds: float = 4.0) -> list[Task]:
+    """The tasks of parts of the comparison: one check of each spec first, then all that is timed."""
+    chosen, names = list(chosen), tuple(contenders)
+    checks: dict[str, Task] = {}
+    for part in chosen:
+        for workload, spec in part.specs.items():
+            check = Task(workload, part.name, spec, CHECK_TOKENS, contenders=names, check=True)
+            checks.setdefault(spec.digest(), check)
+    timed = [
+        Task(workload, part.name, spec, tokens, kind, names, seconds=seconds, profile=profile)
+        for part in chosen
+        for kind in part.inputs
+        for workload, spec in part.specs.items()
+        for tokens in part.lengths
+        for profile in [kind == "independent" and tokens in part.profiled]
+    ]
+    return [*checks.values(), *timed]
 
 
 def spec_tasks(
@@ -177,19 +138,13 @@ def spec_tasks(
     seconds: float = 4.0,
 ) -> list[Task]:
     """The tasks of one spec: a check, then each kind of inputs at each length; the longest one is profiled."""
-    common = {"contenders": tuple(contenders), "passes": tuple(passes)}
+    check = Task(
+        spec.name, spec.name, spec, CHECK_TOKENS, contenders=tuple(contenders), passes=tuple(passes), check=True
+    )
     timed = [
-        Task(
-            spec.name,
-            spec.name,
-            spec,
-            tokens,
-            kind,
-            **common,
-            seconds=seconds,
-            profile=tokens == max(lengths) and kind == inputs[0],
-        )
+        replace(check, tokens=tokens, inputs=kind, seconds=seconds, profile=profile, check=False)
         for kind in inputs
         for tokens in lengths
+        for profile in [tokens == max(lengths) and kind == inputs[0]]
     ]
-    return [Task(spec.name, spec.name, spec, CHECK_TOKENS, **common, check=True), *timed]
+    return [check, *timed]

@@ -14,6 +14,7 @@ from nsa_gen.cli.cache import cache
 from nsa_gen.cli.check import check
 from nsa_gen.cli.compile import compile_
 from nsa_gen.cli.demo import demo
+from nsa_gen.cli.doctor import doctor
 from nsa_gen.cli.env import env
 from nsa_gen.cli.explain import explain
 from nsa_gen.cli.export import export
@@ -89,6 +90,7 @@ for _name, _command in (
     ("bench", bench),
     ("report", report),
     ("demo", demo),
+    ("doctor", doctor),
     ("env", env),
 ):
     app.command(_name)(_command)

@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 import tempfile
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nsa_gen.cli.common import (
-    MOST_SEED,
+    BudgetOption,
     JsonOption,
+    SeedOption,
     SpecArgument,
+    lengths_option,
+    names_option,
     note,
+    output_option,
     print_json,
     read_spec,
-    require_lengths,
     require_output,
+    require_pass,
     require_passes,
-    require_some,
-    seconds,
-    show,
+    some_of,
     split_list,
     stop,
-    whole,
 )
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import Results
 
 DEFAULT_LENGTHS = (8192, 32768, 65536)
-
-
-class InputKind(StrEnum):
-    """Kinds of random inputs."""
-
-    independent = "independent"
-    correlated = "correlated"
-
-
-def _require_inputs(values: list[str]) -> list[str]:
-    return require_some(InputKind, values)
+CONTENDERS = "Contenders: dense (cudnn, fa2, fa4), flex, efficient, peers (fla, sfnsa, nsa-triton, fsa), none."
+INPUTS = ("independent", "correlated")
 
 
 def _require_json(path: Path | None) -> Path | None:
@@ -53,53 +44,22 @@ def _require_json(path: Path | None) -> Path | None:
 
 def bench(
     spec: SpecArgument,
-    against: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAMES",
-            callback=split_list,
-            help="Contenders: dense (cudnn, fa2, fa4), flex, efficient, peers (fla, sfnsa, nsa-triton, fsa), none.",
-            show_default="dense and peers that are installed",
-        ),
-    ] = [],  # noqa: B006  typer copies it
-    tokens: Annotated[
-        list[str],
-        typer.Option(metavar="N[,N]", callback=require_lengths, help="Lengths.", show_default="8192,32768,65536"),
-    ] = [],  # noqa: B006
-    passes: Annotated[
-        list[str],
-        typer.Option(metavar="NAMES", callback=require_passes, help="Passes to time.", show_default="the spec's"),
-    ] = [],  # noqa: B006
+    against: Annotated[list[str], names_option(CONTENDERS, split_list, "dense and peers that are installed")] = [],
+    tokens: Annotated[list[str], lengths_option("Lengths.", "8192,32768,65536")] = [],
+    passes: Annotated[list[str], names_option("Passes to time.", require_passes, "the spec's")] = [],
     inputs: Annotated[
         list[str],
-        typer.Option(
-            metavar="KINDS",
-            callback=_require_inputs,
-            help="Random inputs: independent, correlated (as in a model).",
-            show_default="independent",
-        ),
-    ] = [],  # noqa: B006
+        names_option("Random inputs: independent, correlated (as in a model).", some_of(INPUTS), "independent"),
+    ] = [],
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", callback=require_output, help="Draw speed-ups by length: .png, .svg or .pdf."),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            callback=_require_json,
-            help="Keep the results: JSON for report and explain.",
-        ),
+        Path | None, output_option("Keep the results: JSON for report and explain.", _require_json)
     ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="TIME", parser=seconds, help="Start nothing new after 90s, 5m, 1h.", show_default="no limit"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
+    budget: BudgetOption = None,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Time an operator beside dense attention and other packages.
@@ -117,9 +77,8 @@ def bench(
     """
     loaded = read_spec(spec, as_json=as_json)
     wanted = tuple(passes) or tuple(name for name in loaded.passes if name != "decode")
-    if missing := [name for name in wanted if name not in loaded.passes]:
-        raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
-    from nsa_gen.bench.registry import DEFAULT_NAMES, choose
+    require_pass(loaded, wanted)
+    from nsa_gen.bench.peers import DEFAULT_NAMES, choose
 
     names = [] if against == ["none"] else against or list(DEFAULT_NAMES)
     try:
@@ -129,6 +88,7 @@ def bench(
     if not against:
         contenders = [each for each in contenders if not each.missing()]
     _require_gpu(str(spec))
+    from nsa_gen.bench.records import write_json
     from nsa_gen.bench.session import Session, run_session
     from nsa_gen.bench.workloads import spec_tasks
 
@@ -144,25 +104,19 @@ def bench(
         session = Session(Path(folder), 1e9 if budget is None else budget, seed, journal, progress=note)
         results = run_session(session, tasks, {"spec": loaded.resolved_yaml()})
     if output is not None and journal is not None:
-        _keep(results, output, journal)
+        write_json(output, results)
+        journal.unlink(missing_ok=True)
+        note(f"wrote {output}; to look at it: nsa-gen report {output}")
     if as_json:
         print_json(results.to_document())
     else:
         from nsa_gen.cli.bench_report import report_blocks
+        from nsa_gen.cli.blocks import show
 
         show(*report_blocks(results))
     if plot is not None:
         _plot(results, plot)
-    stop(_ours_is_timed(results))
-
-
-def _keep(results: Results, path: Path, journal: Path) -> None:
-    """Write the results whole; the journal that stood in for them goes."""
-    from nsa_gen.bench.records import write_json
-
-    write_json(path, results)
-    journal.unlink(missing_ok=True)
-    note(f"wrote {path}; to look at it: nsa-gen report {path}")
+    stop(results.ours_is_timed)
 
 
 def _require_gpu(spec: str) -> None:
@@ -176,20 +130,10 @@ def _require_gpu(spec: str) -> None:
         raise typer.Exit(2)
 
 
-def _ours_is_timed(results: Results) -> bool:
-    """Whether our operator was right and has a time for everything that was asked for."""
-    from nsa_gen.bench.contenders import OURS
-
-    mine = [row for row in results.rows if row.contender == OURS]
-    return (
-        bool(mine) and all(row.median_ms is not None for row in mine) and all(t.status == "ok" for t in results.tasks)
-    )
-
-
 def _plot(results: Results, path: Path) -> None:
     """Draw, or say why not: figures that took minutes are not thrown away for a missing library."""
     from nsa_gen.bench.drawing import MatplotlibMissing
-    from nsa_gen.bench.plots import plot_by_length
+    from nsa_gen.bench.figures import plot_by_length
 
     try:
         plot_by_length(results, path)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nsa_gen.bench.contenders import OURS
-from nsa_gen.bench.records import KernelRow, Results, Row
+from nsa_gen.bench.records import OURS, KernelRow, Results, Row
 from nsa_gen.bench.summary import (
     BOTH,
     DIRECTIONS,
     TITLES,
-    BranchTime,
     Entry,
     Key,
     branch_times,
@@ -19,7 +17,7 @@ from nsa_gen.bench.summary import (
     profiles,
     speed_up,
 )
-from nsa_gen.cli.blocks import Block, Heading, Table, Text
+from nsa_gen.cli.blocks import Block, Heading, Table, Text, bullets
 from nsa_gen.lowering.plan import BRANCH_NAMES
 
 
@@ -32,7 +30,7 @@ def report_blocks(results: Results) -> list[Block]:
         blocks.append(Heading(_title(workload, mine)))
         for inputs in dict.fromkeys(key.inputs for key in mine):
             blocks.append(times_table({key: each for key, each in mine.items() if key.inputs == inputs}, results))
-        blocks += _if_any(cost_table(row for row in results.rows if row.workload == workload))
+        blocks += cost_blocks(row for row in results.rows if row.workload == workload)
         for kernels in profiles(row for row in results.kernels if row.workload == workload):
             blocks.append(branch_table(kernels))
     blocks += group_blocks(results) + crossing_blocks(results)
@@ -77,57 +75,30 @@ def times_table(found: dict[Key, list[Entry]], results: Results) -> Table:
             shares.append(f"{100 * overlap:.0f}% at {key.tokens:,}")
         timed = [each for each in found[key] if any(row.median_ms is not None for row in each.rows.values())]
         for number, each in enumerate(timed):
-            rows.append(
-                (
-                    f"{key.tokens:,}" if number == 0 else "",
-                    each.contender,
-                    *(_ms(each.ms(direction)) for direction in DIRECTIONS),
-                    *(_ratio(speed_up(found[key], each.contender, direction)) for direction in DIRECTIONS),
-                    "-" if each.spread is None else f"{100 * each.spread:.1f}%",
-                    "-" if each.peak_bytes is None else f"{each.peak_bytes / 2**30:.2f}",
-                )
-            )
+            place = f"{key.tokens:,}" if number == 0 else ""
+            ms = (_ms(each.ms(direction)) for direction in DIRECTIONS)
+            ratios = (_ratio(speed_up(found[key], each.contender, direction)) for direction in DIRECTIONS)
+            spread = "-" if each.spread is None else f"{100 * each.spread:.1f}%"
+            peak = "-" if each.peak_bytes is None else f"{each.peak_bytes / 2**30:.2f}"
+            rows.append((place, each.contender, *ms, *ratios, spread, peak))
     said = f"; neighbouring queries share {', '.join(shares)} of their blocks" if shares else ""
-    return Table(
-        (
-            ">tokens",
-            "contender",
-            ">forward ms",
-            ">backward ms",
-            ">both ms",
-            ">forward",
-            ">backward",
-            ">both",
-            ">spread",
-            ">peak GiB",
-        ),
-        rows,
-        title=f"{inputs} inputs{said}",
-    )
+    columns = (">tokens", "contender", *(f">{name}{unit}" for unit in (" ms", "") for name in DIRECTIONS))
+    return Table((*columns, ">spread", ">peak GiB"), rows, title=f"{inputs} inputs{said}")
 
 
-def cost_table(rows: Iterable[Row]) -> Table | None:
-    """Achieved arithmetic and traffic of our operator, and its share of the floor; None where it has no time."""
+def cost_blocks(rows: Iterable[Row]) -> list[Block]:
+    """Achieved arithmetic and traffic of our operator, and its share of the floor; nothing where it has no time."""
     cells = []
     for row in sorted(rows, key=lambda row: (row.inputs, row.tokens)):
         if row.median_ms is None or row.flops is None or row.bytes is None:
             continue
         seconds = row.median_ms / 1000
-        cells.append(
-            (
-                row.inputs,
-                f"{row.tokens:,}",
-                row.direction,
-                _ms(row.median_ms),
-                f"{row.flops / seconds / 1e12:.0f}",
-                f"{row.bytes / seconds / 1e12:.2f}",
-                _ms(row.floor_ms),
-                "-" if row.floor_ms is None else f"{100 * row.floor_ms / row.median_ms:.0f}%",
-            )
-        )
+        rates = (f"{row.flops / seconds / 1e12:.0f}", f"{row.bytes / seconds / 1e12:.2f}")
+        floor = (_ms(row.floor_ms), _share(row.floor_ms, row.median_ms))
+        cells.append((row.inputs, f"{row.tokens:,}", row.direction, _ms(row.median_ms), *rates, *floor))
     columns = ("inputs", ">tokens", "pass", ">ms", ">TFLOP/s", ">TB/s", ">floor ms", ">of the floor")
     title = f"{OURS}: what no schedule avoids, over the time taken; the floor is what the GPU's peaks allow"
-    return Table(columns, cells, title=title) if cells else None
+    return [Table(columns, cells, title=title)] if cells else []
 
 
 def branch_table(kernels: Sequence[KernelRow]) -> Table:
@@ -150,12 +121,12 @@ def branch_table(kernels: Sequence[KernelRow]) -> Table:
     )
 
 
-def _pass_cells(passes: dict[str, BranchTime], direction: str) -> tuple[str, str, str]:
+def _pass_cells(passes: dict[str, KernelRow], direction: str) -> tuple[str, str, str]:
     one = passes.get(direction)
     if one is None:
         return "-", "-", "-"
     rate = f"{one.flops / one.ms / 1e9:.0f}" if one.flops else "-"
-    return _ms(one.ms), rate, "-" if one.floor_ms is None else f"{100 * one.floor_ms / one.ms:.0f}%"
+    return _ms(one.ms), rate, _share(one.floor_ms, one.ms)
 
 
 def group_blocks(results: Results) -> list[Block]:
@@ -190,7 +161,7 @@ def crossing_blocks(results: Results) -> list[Block]:
                 cells.append(crossing({tokens: ratio for tokens, ratio in ratios.items() if ratio is not None}))
             if any(cells):
                 heads = f"{row.heads[0]}/{row.heads[1]}"
-                rows.append((f"{row.group}", heads, name, *(str(cell or "-") for cell in cells)))
+                rows.append((f"{row.group}", heads, name, *(cell.text if cell else "-" for cell in cells)))
     if not rows:
         return []
     columns = (">group", ">heads", "contender", ">forward", ">backward", ">both")
@@ -227,7 +198,7 @@ def closing_blocks(results: Results) -> list[Block]:
         for task in results.tasks
         if task.status != "ok"
     ]
-    return [Heading("Notes"), Text("\n".join(f"- {line}" for line in lines))] if lines else []
+    return bullets(lines, "Notes")
 
 
 def _places(places: Sequence[str], most: int = 4) -> str:
@@ -236,14 +207,14 @@ def _places(places: Sequence[str], most: int = 4) -> str:
     return ", ".join(shown[:most]) + more
 
 
-def _if_any(block: Block | None) -> list[Block]:
-    return [] if block is None else [block]
-
-
 def _ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _share(floor_ms: float | None, ms: float) -> str:
+    return "-" if floor_ms is None else f"{100 * floor_ms / ms:.0f}%"
 
 
 def _ratio(value: float | None) -> str:

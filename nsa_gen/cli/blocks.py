@@ -1,10 +1,16 @@
-"""A report as a list of blocks, shown on a terminal or written as Markdown: said once, printed twice."""
+"""What commands show: a report as a list of blocks, on a terminal or as Markdown, and how far something is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from nsa_gen.cli.common import note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +63,12 @@ class Table:
 
 
 Block = Heading | Text | Code | Table
+
+
+def bullets(lines: Iterable[str], heading: str = "") -> list[Block]:
+    """A list, a dash before each line, below a heading if one is given; nothing where there are no lines."""
+    text = "\n".join(f"- {line}" for line in lines)
+    return [*([Heading(heading)] if heading else []), Text(text)] if text else []
 
 
 def to_markdown(blocks: Iterable[Block]) -> str:
@@ -158,3 +170,56 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+# Where it is shown
+
+
+def output_console() -> Console:
+    """A rich console on stdout. Where stdout is no terminal, tables are as wide as they need to be rather than cut."""
+    from rich.console import Console
+
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end with exit code 1, which here means "the answer is no"
+
+    console = PipedConsole(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = PipedConsole(highlight=False, width=200)
+    return console
+
+
+def show(*blocks: Block) -> None:
+    """Print blocks of a report on stdout."""
+    to_terminal(blocks, output_console())
+
+
+LINE_SECONDS = 10.0
+"""Time between lines of progress where there is no terminal."""
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how far something is: a bar on a terminal's stderr, elsewhere a line now and then, the last one always.
+
+    Gives a function to call with (done, total, what was just done).
+    """
+    if not sys.stderr.isatty():
+        next_line = 0.0
+
+        def say(done: int, total: int, what: str) -> None:
+            nonlocal next_line
+            if (now := time.monotonic()) >= next_line or done == total:
+                next_line = now + LINE_SECONDS
+                note(f"{label}: {done}/{total} {what}")
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    detail = TextColumn("{task.fields[what]}", style="dim")
+    with Progress(*columns, detail, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None, what="")
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nsa_gen.cli.blocks import Heading, Text, show
 from nsa_gen.cli.common import (
     JsonOption,
     SpecArgument,
     note,
     noted_warnings,
+    number_option,
     print_json,
     read_spec,
+    read_specs,
+    refuse,
     require_output,
-    show,
+    require_pass,
+    require_spec,
     stop,
-    whole,
 )
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
-    from nsa_gen.tuning.cache import Explanation, Verdict
-    from nsa_gen.tuning.identity import Device
-    from nsa_gen.tuning.store import Entry
+    from nsa_gen.tuning.cache import Verdict
+    from nsa_gen.tuning.store import Device, Entry, Store
 
 cache = typer.Typer(
     no_args_is_help=True,
@@ -37,8 +42,13 @@ NamesArgument = Annotated[
 ]
 
 
+def _named(store: Store, names: Sequence[str]) -> list[tuple[Path, Entry]]:
+    """The entries of specs of some names, or all, with their files."""
+    return [(path, entry) for path, entry in store.all() if not names or entry.identity.spec in names]
+
+
 @cache.command("list")
-def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # noqa: B006  typer copies it
+def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:
     """Show what is tuned.
 
     Of specs that are shipped it also says which entries a package refuses, because their values are not legal.
@@ -47,27 +57,27 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # no
     Example:
       nsa-gen cache list llama3_8b
     """
+    from nsa_gen.cli.tables import entries_table
     from nsa_gen.spec import load_spec, shipped_specs
     from nsa_gen.tuning.cache import refusals
     from nsa_gen.tuning.store import Store
 
+    store = Store()
     with noted_warnings():
-        found = [(path, entry) for path, entry in Store().all() if not names or entry.identity.spec in names]
-    tuned = {entry.identity.spec for _, entry in found} & set(shipped_specs())
-    refused = refusals([entry for _, entry in found], {name: load_spec(name) for name in tuned})
+        found = _named(store, names)
+    entries = [entry for _, entry in found]
+    tuned = {entry.identity.spec for entry in entries} & set(shipped_specs())
+    refused = refusals(entries, {name: load_spec(name) for name in tuned})
     if as_json:
         rows = zip(found, refused, strict=True)
-        entries = [{"path": str(path), **entry.to_json(), "refused": said or None} for (path, entry), said in rows]
-        print_json({"ok": True, "entries": entries})
+        listed = [{"path": str(path), **entry.to_json(), "refused": said or None} for (path, entry), said in rows]
+        print_json({"ok": True, "entries": listed})
         return
-    from nsa_gen.cli.blocks import Text
-    from nsa_gen.cli.tune_report import entries_table
-
     if not found:
         what = f"Nothing of {', '.join(names)}" if names else "Nothing"
-        show(Text(f"{what} is tuned in {Store().root}. To tune: nsa-gen tune SPEC"))
+        show(Text(f"{what} is tuned in {store.root}. To tune: nsa-gen tune SPEC"))
         return
-    show(entries_table(entry for _, entry in found), Text(f"In {Store().root}."))
+    show(entries_table(entries), Text(f"In {store.root}."))
     for (path, _), said in zip(found, refused, strict=True):
         if said:
             note(f"nsa-gen: {path} is refused by the package: {said}")
@@ -76,8 +86,8 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:  # no
 @cache.command("why")
 def why(
     spec: SpecArgument,
-    tokens: Annotated[int, typer.Option(metavar="N", parser=whole(), help="Key tokens of the call.")] = 8192,
-    batch: Annotated[int, typer.Option(metavar="N", parser=whole(), help="Sequences of the call.")] = 1,
+    tokens: Annotated[int, number_option("Key tokens of the call.")] = 8192,
+    batch: Annotated[int, number_option("Sequences of the call.")] = 1,
     packed: Annotated[bool, typer.Option("--packed", help="The call is of packed sequences.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="The call decodes; N is the cache's capacity.")] = False,
     gpu: Annotated[
@@ -85,8 +95,7 @@ def why(
         typer.Option(metavar="NAME", help='The GPU, such as "NVIDIA H100 80GB HBM3".', show_default="this machine's"),
     ] = None,
     package: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The generated package.", show_default="generated/NAME"),
+        Path | None, typer.Option(metavar="DIR", help="The generated package.", show_default="generated/NAME")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,8 +108,7 @@ def why(
       nsa-gen cache why llama3_8b --tokens 8192
     """
     loaded = read_spec(spec, as_json=as_json)
-    if decode and "decode" not in loaded.passes:
-        raise typer.BadParameter(f"--decode: the spec has no decode pass; it has {', '.join(loaded.passes)}")
+    require_pass(loaded, ["decode"] if decode else [], "--decode")
     from nsa_gen.tuning.cache import why as explain
     from nsa_gen.tuning.space import Bucket
 
@@ -110,46 +118,36 @@ def why(
         raise typer.BadParameter(str(error)) from None
     folder = (package if package is not None else Path("generated") / loaded.name) / "tuned"
     found = explain(loaded, _device(gpu), bucket, shipped=folder)
-    if as_json:
-        verdicts = [each.to_json() for each in found.verdicts]
-        answer = {"ok": found.chosen is not None, "wanted": found.wanted.to_json(), "note": found.note}
-        print_json({**answer, "entries": verdicts})
-    else:
-        _show_explanation(found)
-    stop(found.chosen is not None)
-
-
-def _show_explanation(found: Explanation) -> None:
-    from nsa_gen.cli.blocks import Heading, Text
-
     wanted = found.wanted
-    show(
-        Text(
+    if as_json:
+        answer = {"ok": found.chosen is not None, "wanted": asdict(wanted), "note": found.note}
+        print_json({**answer, "entries": [each.to_json() for each in found.verdicts]})
+    else:
+        opening = Text(
             f"Wanted: {wanted.spec}, kernels {wanted.kernels}, space {wanted.space}, {wanted.dtype}, measurement "
             f"{wanted.measurement}, {wanted.gpu} ({wanted.multiprocessors} multiprocessors, {wanted.architecture}), "
             f"bucket {wanted.bucket.name}."
         )
-    )
-    for verdict in found.verdicts:
-        show(Heading(str(verdict.path), 3), *(Text(line) for line in _lines(verdict)))
-    if found.note:
-        show(Text(found.note))
+        verdicts = [block for each in found.verdicts for block in (Heading(str(each.path), 3), *_verdict(each))]
+        show(opening, *verdicts, *([Text(found.note)] if found.note else []))
+    stop(found.chosen is not None)
 
 
-def _lines(verdict: Verdict) -> list[str]:
+def _verdict(verdict: Verdict) -> list[Text]:
     from nsa_gen.tuning.cache import LEVELS
 
     state = "used" if verdict.used else "not used"
     bucket = "" if verdict.entry is None else f", bucket {verdict.entry.identity.bucket.name}"
     lines = [f"{state} ({LEVELS[verdict.level]}{bucket}): {verdict.reason}"]
     lines += [f"  {'no' if each.fatal else 'ok'}  {each}" for each in verdict.differences]
-    return lines + [f"  warning: tuned with {each.field} {each.found}, now {each.wanted}" for each in verdict.drift]
+    lines += [f"  warning: tuned with {each.field} {each.found}, now {each.wanted}" for each in verdict.drift]
+    return [Text(line) for line in lines]
 
 
 def _device(name: str | None) -> Device:
     """The GPU of a name, or this machine's."""
     from nsa_gen.hardware import UnknownGpuError, find_gpu, gpu_for_device
-    from nsa_gen.tuning.identity import Device
+    from nsa_gen.tuning.store import Device
 
     if name is not None:
         try:
@@ -173,7 +171,7 @@ def _device(name: str | None) -> Device:
 @cache.command("export")
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", callback=require_output, help="The file to write.")],
-    names: NamesArgument = [],  # noqa: B006
+    names: NamesArgument = [],
 ) -> None:
     """Write entries to one file, for another machine like this.
 
@@ -190,8 +188,7 @@ def export(
         try:
             count = write(Store(), file, names)
         except OSError as error:
-            note(f"nsa-gen: {file} cannot be written: {error}")
-            stop(False)
+            refuse(f"{file} cannot be written: {error}")
     note(f"{count} entries written to {file}" if count else "nothing to export")
     stop(count > 0)
 
@@ -201,7 +198,7 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="What export wrote.")],
     specs: Annotated[
         list[str], typer.Argument(metavar="SPEC", help="Specs that are not shipped.", show_default=False)
-    ] = [],  # noqa: B006
+    ] = [],
     as_json: JsonOption = False,
 ) -> None:
     """Take entries of a file into the cache.
@@ -213,7 +210,6 @@ def import_(
     Example:
       nsa-gen cache import tuned.json my_operator.yaml
     """
-    from nsa_gen.cli.common import read_specs, require_spec
     from nsa_gen.spec import load_spec, shipped_specs
     from nsa_gen.tuning.cache import import_entries
     from nsa_gen.tuning.store import Store, Unreadable
@@ -223,29 +219,29 @@ def import_(
     try:
         found = import_entries(Store(), file, known)
     except (Unreadable, OSError) as error:
-        note(f"nsa-gen: {error}")
-        raise typer.Exit(1) from None
+        refuse(str(error))
     if as_json:
         refused = [
-            {**({} if entry is None else entry.identity.to_json()), "reason": reason} for entry, reason in found.refused
+            {**({} if entry is None else asdict(entry.identity)), "reason": reason} for entry, reason in found.refused
         ]
-        saved = [entry.identity.to_json() for entry in found.saved]
-        print_json({"ok": not refused, "saved": saved, "refused": refused})
+        print_json({"ok": not refused, "saved": [asdict(each.identity) for each in found.saved], "refused": refused})
     else:
         for entry in found.saved:
             print(f"saved {_name(entry)}")
         for entry, reason in found.refused:
-            note(f"refused {'an entry' if entry is None else _name(entry)}: {reason}")
+            note(f"refused {_name(entry)}: {reason}")
     stop(not found.refused)
 
 
-def _name(entry: Entry) -> str:
+def _name(entry: Entry | None) -> str:
+    if entry is None:
+        return "an entry"
     return f"{entry.identity.spec} {entry.identity.bucket.name} on {entry.identity.gpu}"
 
 
 @cache.command("clear")
 def clear(
-    names: NamesArgument = [],  # noqa: B006
+    names: NamesArgument = [],
     stale: Annotated[bool, typer.Option("--stale", help="Only entries that no package uses any more.")] = False,
 ) -> None:
     """Delete entries. Those set aside as .bad stay.
@@ -254,31 +250,14 @@ def clear(
     Example:
       nsa-gen cache clear --stale
     """
+    from nsa_gen.tuning.cache import is_stale
     from nsa_gen.tuning.store import Store
 
     store = Store()
     with noted_warnings():
-        found = [(path, entry) for path, entry in store.all() if not names or entry.identity.spec in names]
-        if stale:
-            found = [(path, entry) for path, entry in found if _is_stale(entry)]
+        paths = [path for path, entry in _named(store, names) if not stale or is_stale(entry)]
         try:
-            count = store.remove(path for path, _ in found)
+            count = store.remove(paths)
         except OSError as error:
-            note(f"nsa-gen: the cache cannot be written: {error}")
-            raise typer.Exit(1) from None
+            refuse(f"the cache cannot be written: {error}")
     note(f"{count} entries deleted from {store.root}")
-
-
-def _is_stale(entry: Entry) -> bool:
-    """Whether a shipped spec's kernels are no longer those of an entry; specs that are not shipped are not judged."""
-    from nsa_gen.rendering import render
-    from nsa_gen.spec import load_spec, shipped_specs
-    from nsa_gen.tuning.identity import kernels_of
-
-    name, decode = entry.identity.spec, entry.identity.bucket.decode
-    if name not in shipped_specs():
-        return False
-    spec = load_spec(name)
-    if decode and "decode" not in spec.passes:
-        return True
-    return kernels_of(render(spec), decode=decode) != entry.identity.kernels

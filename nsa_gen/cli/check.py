@@ -15,20 +15,13 @@ def check(specs: SpecsArgument, as_json: JsonOption = False) -> None:
       nsa-gen check specs/llama3_8b.yaml
     """
     results = []
-    valid = True
     for argument in specs:
         spec, problems = try_spec(argument)
-        valid = valid and not problems
-        results.append(
-            {
-                "spec": argument,
-                "ok": not problems,
-                "name": spec.name if spec else None,
-                "problems": [problem_as_dict(problem) for problem in problems],
-            }
-        )
+        name, mistakes = spec.name if spec else None, [problem_as_dict(problem) for problem in problems]
+        results.append({"spec": argument, "ok": not problems, "name": name, "problems": mistakes})
         if not as_json:
             print("\n".join(map(str, problems)) if problems else f"{argument}: ok")
+    valid = all(result["ok"] for result in results)
     if as_json:
         print_json({"ok": valid, "specs": results})
     stop(valid)

@@ -1,4 +1,7 @@
-"""What the commands share: the SPEC argument, the forms of output, and reading a spec or refusing it."""
+"""What the commands share: arguments and options, their checks, and reading a spec or refusing it.
+
+What a person writes as an argument is refused here, before any work: exit code 2, with what was expected and what came.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ import json
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,50 +22,17 @@ import typer
 from nsa_gen.cli import ANSWER_IS_NO
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from nsa_gen.cli.blocks import Block
     from nsa_gen.spec import Problem, Spec
 
-
-def require_spec(argument: str) -> str:
-    """Refuse a SPEC that is neither an existing file nor the name of a shipped spec: exit code 2, with a suggestion."""
-    if os.path.isfile(argument):  # False, too, for what can be no path
-        if not os.access(argument, os.R_OK):
-            raise typer.BadParameter(f"{argument} cannot be read: permission denied")
-        return argument
-    from nsa_gen.spec import shipped_specs
-
-    shipped = shipped_specs()
-    if argument in shipped:
-        return argument
-    if os.path.exists(argument):
-        kind = "a folder" if os.path.isdir(argument) else "no regular file"
-        raise typer.BadParameter(f"{argument} is {kind}; expected a spec's file, or one of {', '.join(shipped)}")
-    from difflib import get_close_matches
-
-    close = get_close_matches(Path(argument).stem, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped specs: {', '.join(shipped)}"
-    raise typer.BadParameter(f"no file {argument}, and no shipped spec of that name; {hint}")
+MOST_TOKENS = 2**31 - 1
+"""Positions are 32-bit numbers in the kernels."""
+MOST_SEED = 2**62
+"""Seeds are counted on from, and torch takes 64 bits."""
+MOST_JOBS, MOST_EXAMPLES = 1024, 10**6
+PASSES = ("forward", "backward")
 
 
-def _require_specs(arguments: list[str]) -> list[str]:
-    return [require_spec(argument) for argument in arguments]
-
-
-SpecArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC", callback=require_spec, help="A spec's path, or a shipped spec's name.", show_default=False
-    ),
-]
-SpecsArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SPEC", callback=_require_specs, help="Specs: paths, or names of shipped ones.", show_default=False
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+# Output
 
 
 def print_json(result: Any) -> None:
@@ -91,6 +60,24 @@ def stop(yes: bool) -> None:
         raise typer.Exit(ANSWER_IS_NO)
 
 
+def refuse(reason: str, result: dict[str, Any] | None = None) -> NoReturn:
+    """End the command with exit code 1 and a line on stderr; print `result` as JSON where one was asked for."""
+    if result is not None:
+        print_json({"ok": False, **result})
+    note(f"nsa-gen: {reason}")
+    raise typer.Exit(ANSWER_IS_NO)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """A command of nsa-gen as one would type it."""
+    import shlex
+
+    return shlex.join(["nsa-gen", *arguments])
+
+
+# Specs
+
+
 def read_spec(argument: str, *, as_json: bool) -> Spec:
     """Load a spec, or print every problem with it and end with exit code 1.
 
@@ -103,25 +90,10 @@ def read_spec(argument: str, *, as_json: bool) -> Spec:
 
 def read_specs(arguments: Sequence[str], *, as_json: bool) -> list[Spec]:
     """Load several specs, or print the problems of all of them and end with exit code 1."""
-    specs: list[Spec] = []
-    problems: list[Problem] = []
-    for argument in arguments:
-        spec, found = try_spec(argument)
-        problems += found
-        if spec is not None:
-            specs.append(spec)
-    if problems:
+    found = [try_spec(argument) for argument in arguments]
+    if problems := [problem for _, mistakes in found for problem in mistakes]:
         refuse_problems(problems, as_json=as_json)
-    return specs
-
-
-def refuse_problems(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:
-    """Print problems, as JSON on stdout or as lines on stderr, and end with exit code 1."""
-    if as_json:
-        print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
-    else:
-        note("\n".join(map(str, problems)))
-    raise typer.Exit(ANSWER_IS_NO)
+    return [spec for spec, _ in found if spec is not None]
 
 
 def try_spec(argument: str) -> tuple[Spec | None, tuple[Problem, ...]]:
@@ -134,25 +106,53 @@ def try_spec(argument: str) -> tuple[Spec | None, tuple[Problem, ...]]:
         return None, error.problems
 
 
+def refuse_problems(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:
+    """Print problems, as JSON on stdout or as lines on stderr, and end with exit code 1."""
+    if as_json:
+        print_json({"ok": False, "problems": [problem_as_dict(problem) for problem in problems]})
+    else:
+        note("\n".join(map(str, problems)))
+    raise typer.Exit(ANSWER_IS_NO)
+
+
 def problem_as_dict(problem: Problem) -> dict[str, Any]:
     """A problem with its position, for `--json`."""
-    return {
-        "file": str(problem.file),
-        "line": problem.line,
-        "column": problem.column,
-        "field": problem.field,
-        "message": problem.message,
-        "hint": problem.hint,
-    }
+    return {**asdict(problem), "file": str(problem.file)}
 
 
-MOST_TOKENS = 2**31 - 1
-"""Positions are 32-bit numbers in the kernels."""
+def require_spec(argument: str) -> str:
+    """Refuse a SPEC that is neither an existing file nor the name of a shipped spec, with a suggestion."""
+    if os.path.isfile(argument):  # False, too, for what can be no path
+        if not os.access(argument, os.R_OK):
+            raise typer.BadParameter(f"{argument} cannot be read: permission denied")
+        return argument
+    from nsa_gen.spec import shipped_specs
+
+    shipped = shipped_specs()
+    if argument in shipped:
+        return argument
+    if os.path.exists(argument):
+        kind = "a folder" if os.path.isdir(argument) else "no regular file"
+        raise typer.BadParameter(f"{argument} is {kind}; expected a spec's file, or one of {', '.join(shipped)}")
+    from difflib import get_close_matches
+
+    close = get_close_matches(Path(argument).stem, shipped, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"shipped specs: {', '.join(shipped)}"
+    raise typer.BadParameter(f"no file {argument}, and no shipped spec of that name; {hint}")
 
 
-MOST_SEED = 2**62
-"""Seeds are counted on from, and torch takes 64 bits."""
-MOST_JOBS, MOST_EXAMPLES = 1024, 10**6
+def require_pass(spec: Spec, wanted: Sequence[str], option: str = "--passes") -> None:
+    """Refuse a pass that a spec does not have."""
+    if missing := [name for name in wanted if name not in spec.passes]:
+        raise typer.BadParameter(f"{option}: the spec has no {missing[0]} pass; it has {', '.join(spec.passes)}")
+
+
+# Values
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """A text for an error message: its beginning, where it is long."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def split_list(values: Sequence[str]) -> list[str]:
@@ -166,6 +166,27 @@ def split_list(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(items))
 
 
+def some_of(known: Sequence[str]) -> Callable[[list[str]], list[str]]:
+    """The callback of an option that takes some of several names: refuses others, and keeps the order given."""
+
+    def require(values: list[str]) -> list[str]:
+        items = split_list(values)
+        for item in items:
+            if item not in known:
+                raise typer.BadParameter(f"expected some of {', '.join(known)}, got {shortened(item)!r}")
+        return items
+
+    return require
+
+
+def require_passes(values: list[str]) -> list[str]:
+    """Split `forward,backward`, refuse what is no pass, and a backward alone."""
+    found = some_of(PASSES)(values)
+    if found == ["backward"]:
+        raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
+    return [name for name in PASSES if name in found]
+
+
 def parse_whole(text: str, least: int = 1, most: int = MOST_TOKENS) -> int:
     """A whole number written in the digits 0 to 9, within bounds."""
     digits = text.strip()
@@ -174,11 +195,6 @@ def parse_whole(text: str, least: int = 1, most: int = MOST_TOKENS) -> int:
     if not right or not least <= int(number) <= most:
         raise typer.BadParameter(f"expected a number of at least {least} and at most {most}, got {shortened(text)!r}")
     return int(number)
-
-
-def whole(least: int = 1, most: int = MOST_TOKENS) -> Callable[[str | int], int]:
-    """The parser of an option that takes one whole number; a default passes through it, too."""
-    return lambda value: parse_whole(value, least, most) if isinstance(value, str) else value
 
 
 def require_lengths(values: list[str]) -> list[int]:
@@ -201,7 +217,7 @@ def seconds(value: str | float) -> float:
 
 
 def require_output(path: Path | None) -> Path | None:
-    """Refuse, before any work, a file to write that is a pipe, a device or a folder."""
+    """Refuse a file to write that is a pipe, a device or a folder."""
     from nsa_gen._files import require_replaceable
 
     if path is not None:
@@ -213,7 +229,7 @@ def require_output(path: Path | None) -> Path | None:
 
 
 def require_folder(path: Path | None) -> Path | None:
-    """Refuse, before any work, a folder to write into that is something else, or can never be one."""
+    """Refuse a folder to write into that is something else, or can never be one."""
     if path is None or os.path.isdir(path):
         return path
     broken = [str(one) for one in (path, *path.parents) if os.path.islink(one) and not os.path.exists(one)]
@@ -228,97 +244,69 @@ def require_folder(path: Path | None) -> Path | None:
     raise typer.BadParameter(f"{path}: expected a folder or a new one, got a file, a pipe or a device")
 
 
-def shortened(text: str, most: int = 40) -> str:
-    """A text for an error message: its beginning, where it is long."""
-    return text if len(text) <= most else f"{text[:most]}..."
+def require_gpu_name(name: str) -> str:
+    """Refuse a GPU that the hardware table does not know; its key there, for its key or architecture."""
+    from nsa_gen.hardware import UnknownGpuError, find_gpu
+
+    try:
+        return find_gpu(name).key
+    except UnknownGpuError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
-def require_some(kind: type[StrEnum], values: list[str]) -> list[str]:
-    """Split `a,b` and refuse what is no member of an enumeration."""
-    items = split_list(values)
-    for item in items:
-        if item not in list(kind):
-            raise typer.BadParameter(f"expected some of {', '.join(kind)}, got {shortened(item)!r}")
-    return list(dict.fromkeys(items))
+# Arguments and options
 
 
-class Pass(StrEnum):
-    """Passes that can be timed."""
+def number_option(
+    help: str, least: int = 1, most: int = MOST_TOKENS, default: str | bool = True, names: Sequence[str] = ()
+) -> Any:
+    """An option that takes one whole number; a default passes through its parser, too."""
 
-    forward = "forward"
-    backward = "backward"
+    def parse(value: str | int) -> int:
+        return parse_whole(value, least, most) if isinstance(value, str) else value
 
-
-def require_passes(values: list[str]) -> list[str]:
-    """Split `forward,backward`, refuse what is no pass, and a backward alone."""
-    found = require_some(Pass, values)
-    if found == [Pass.backward]:
-        raise typer.BadParameter("a backward needs its forward: expected forward or forward,backward")
-    return [name for name in Pass if name in found]
+    return typer.Option(*names, metavar="N", parser=parse, help=help, show_default=default)
 
 
-def command_line(arguments: Sequence[str]) -> str:
-    """A command of nsa-gen as one would type it."""
-    import shlex
-
-    return shlex.join(["nsa-gen", *arguments])
+def lengths_option(help: str, default: str) -> Any:
+    """An option that takes several positive numbers."""
+    return typer.Option(metavar="N[,N]", callback=require_lengths, help=help, show_default=default)
 
 
-def output_console() -> Console:
-    """A rich console on stdout. Where stdout is no terminal, tables are as wide as they need to be rather than cut."""
-    from rich.console import Console
-
-    class PipedConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would end with exit code 1, which here means "the answer is no"
-
-    console = PipedConsole(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = PipedConsole(highlight=False, width=200)
-    return console
+def names_option(help: str, callback: Callable[[list[str]], list[str]], default: str | bool) -> Any:
+    """An option that takes several names."""
+    return typer.Option(metavar="NAME[,NAME]", callback=callback, help=help, show_default=default)
 
 
-def show(*blocks: Block) -> None:
-    """Print blocks of a report on stdout."""
-    from nsa_gen.cli.blocks import to_terminal
-
-    to_terminal(blocks, output_console())
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show how far something is: a bar on a terminal's stderr, elsewhere a line now and then.
-
-    Gives a function to call with (done, total, what was just done).
-    """
-    if not sys.stderr.isatty():
-        yield _LineProgress(label)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    detail = TextColumn("{task.fields[what]}", style="dim")
-    with Progress(*columns, detail, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None, what="")
-
-        def update(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=what)
-
-        yield update
+def output_option(help: str, callback: Callable[[Path | None], Path | None], default: str | bool = True) -> Any:
+    """--output: a file or a folder to be written."""
+    metavar = "DIR" if callback is require_folder else "FILE"
+    return typer.Option("--output", "-o", metavar=metavar, callback=callback, help=help, show_default=default)
 
 
-class _LineProgress:
-    """Progress for a log: the first, the last, and one line every ten seconds in between."""
+def _require_specs(arguments: list[str]) -> list[str]:
+    return [require_spec(argument) for argument in arguments]
 
-    INTERVAL = 10.0
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
-        if now >= self._next or done == total:
-            self._next = now + self.INTERVAL
-            note(f"{self._label}: {done}/{total} {what}")
+SpecArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC", callback=require_spec, help="A spec's path, or a shipped spec's name.", show_default=False
+    ),
+]
+SpecsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SPEC", callback=_require_specs, help="Specs: paths, or names of shipped ones.", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SeedOption = Annotated[int, number_option("Seed of the random inputs.", 0, MOST_SEED)]
+JobsOption = Annotated[
+    int, number_option("Kernels compiled at the same time.", 1, MOST_JOBS, "number of cores", ("--jobs", "-j"))
+]
+CORES = os.cpu_count() or 1
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(metavar="TIME", parser=seconds, help="Begin nothing new after 90s, 5m, 1h.", show_default="no limit"),
+]

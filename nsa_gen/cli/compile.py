@@ -3,86 +3,67 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nsa_gen.cli.common import (
-    MOST_JOBS,
+    CORES,
+    JobsOption,
     JsonOption,
     SpecsArgument,
+    names_option,
     noted_warnings,
-    output_console,
     print_json,
-    progress_bar,
     read_specs,
-    require_some,
+    some_of,
     split_list,
     stop,
-    whole,
 )
 from nsa_gen.hardware import TABLES, TARGETS
 
+CALLS = ("batched", "packed")
+"""Calls that launch kernels of their own, as `nsa_gen.targets.VARIANTS` names them."""
+ARCHITECTURES = (
+    f"Architectures: {', '.join(TARGETS)}; when left out, those with configurations of their own: {', '.join(TABLES)}."
+)
+
 
 def require_targets(values: list[str]) -> list[str]:
-    """Split `sm_90,gfx942`, refuse unknown names; the targets with tables of their own when none is given."""
+    """Split `sm_90,gfx942`, and refuse unknown names."""
     from nsa_gen.hardware import UnknownGpuError, gpu_for_target
 
     try:
-        named = dict.fromkeys(gpu_for_target(name).target for name in split_list(values))
+        return list(dict.fromkeys(gpu_for_target(name).target for name in split_list(values)))
     except UnknownGpuError as error:
         raise typer.BadParameter(str(error)) from None
-    return list(named or TABLES)
 
 
-class Call(StrEnum):
-    """Calls that launch kernels of their own, as `nsa_gen.targets.VARIANTS` names them."""
-
-    batched = "batched"
-    packed = "packed"
-
-
-def require_calls(values: list[str]) -> list[str]:
-    """Split `batched,packed`, refuse what is no call; both when none is given."""
-    return require_some(Call, values) or list(Call)
-
-
-TargetOption = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME[,NAME]",
-        callback=require_targets,
-        help=f"Architectures: {', '.join(TARGETS)}; when left out, those with configurations of their own: "
-        f"{', '.join(TABLES)}.",
-        show_default=False,
-    ),
-]
+def _require_triton(folder: Path | None) -> Path | None:
+    """Refuse a folder that has no Triton in it."""
+    if folder is not None and not (folder / "triton").is_dir():
+        raise typer.BadParameter(f"expected a folder with a triton package in it, got {folder}")
+    return folder
 
 
 def compile_(
     specs: SpecsArgument,
-    target: TargetOption = [],  # noqa: B006  typer copies it
+    target: Annotated[list[str], names_option(ARCHITECTURES, require_targets, False)] = [],
     calls: Annotated[
         list[str],
+        names_option(f"Calls whose launches are compiled: {', '.join(CALLS)}.", some_of(CALLS), "both"),
+    ] = [],
+    jobs: JobsOption = CORES,
+    triton: Annotated[
+        Path | None,
         typer.Option(
-            metavar="NAME[,NAME]",
-            callback=require_calls,
-            help=f"Calls whose launches are compiled: {', '.join(Call)}.",
-            show_default="both",
+            metavar="DIR",
+            callback=_require_triton,
+            help="Another Triton, as pip install --no-deps --target DIR leaves it.",
+            show_default="the one installed",
         ),
-    ] = [],  # noqa: B006  typer copies it
-    jobs: Annotated[
-        int,
-        typer.Option(
-            "--jobs",
-            "-j",
-            metavar="N",
-            parser=whole(1, MOST_JOBS),
-            help="Kernels compiled at the same time.",
-            show_default="number of cores",
-        ),
-    ] = os.cpu_count() or 1,
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compile kernels for GPUs that are not here.
@@ -97,12 +78,14 @@ def compile_(
     loaded = read_specs(specs, as_json=as_json)
     # Triton's interpreter would replace the compiler; whatever the caller's shell says, this command compiles.
     os.environ.pop("TRITON_INTERPRET", None)
+    from nsa_gen.cli.blocks import output_console, progress_bar
     from nsa_gen.targets import compile_spec, print_report
 
+    options = {"variants": calls or CALLS, "triton_path": triton}
     reports = []
     for spec in loaded:
         with noted_warnings(), progress_bar(f"compiling {spec.name}") as progress:
-            report = compile_spec(spec, target, jobs=jobs, progress=progress, variants=calls)
+            report = compile_spec(spec, target or TABLES, jobs=jobs, progress=progress, **options)
         reports.append(report)
         if not as_json:
             print_report(report, output_console())

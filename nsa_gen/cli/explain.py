@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli.common import JsonOption, SpecArgument, note, print_json, read_spec, show, stop, whole
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecArgument,
+    note,
+    number_option,
+    print_json,
+    read_spec,
+    refuse,
+    require_gpu_name,
+    require_output,
+    stop,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import KernelRow
     from nsa_gen.lowering import KernelEstimate, Plan
-    from nsa_gen.lowering.prediction import Alternative, Prediction
+    from nsa_gen.lowering.prediction import Prediction
     from nsa_gen.spec import Spec
 
 DEFAULT_TOKENS = 65536
 
 
-def require_gpu(key: str) -> str:
-    """Refuse a GPU that the hardware table does not know."""
-    from nsa_gen.hardware import UnknownGpuError, gpu
-
-    try:
-        return gpu(key).key
-    except UnknownGpuError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def explain(
     spec: SpecArgument,
-    tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", parser=whole(), help="Length of the one sequence.", show_default=f"{DEFAULT_TOKENS}"),
-    ] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", callback=require_gpu, help="The GPU it is for.")] = "h100",
+    tokens: Annotated[int | None, number_option("Length of the one sequence.", default=f"{DEFAULT_TOKENS}")] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", callback=require_gpu_name, help="The GPU it is for.")] = "h100",
     measured: Annotated[
         Path | None,
         typer.Option(
@@ -42,6 +41,14 @@ def explain(
         ),
     ] = None,
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formulas of FLOPs and bytes as well.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=require_output,
+            help="Draw time and bytes by step, and the roofline: .png, .svg or .pdf.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a spec's kernels: why these, and what they cost.
@@ -54,20 +61,39 @@ def explain(
     Example:
       nsa-gen explain llama3_8b --tokens 65536 --gpu h100
       nsa-gen explain llama3_8b --measured results.json
+      nsa-gen explain llama3_8b --tokens 65536 --plot explain.svg
     """
     loaded = read_spec(spec, as_json=as_json)
     times, tokens = ({}, tokens or DEFAULT_TOKENS) if measured is None else _read_times(measured, loaded, tokens)
     from nsa_gen.lowering import lower
 
-    result = explain_result(lower(loaded), tokens=tokens, gpu=gpu, times=times, formulas=formulas)
+    plan = lower(loaded)
+    result = explain_result(plan, tokens=tokens, gpu=gpu, times=times, formulas=formulas)
+    if plot is not None:
+        _plot(plan, result, plot)
     if as_json:
         print_json(result)
         return
+    from nsa_gen.cli.blocks import show
     from nsa_gen.cli.tables import explain_blocks
 
     show(*explain_blocks(result))
     for row in result["kernels"] if formulas else ():
         print(f"{row['kernel']}\n  FLOPs = {row['flops_formula']}\n  bytes = {row['bytes_formula']}\n")
+
+
+def _plot(plan: Plan, result: dict[str, Any], path: Path) -> None:
+    """Write the picture, or say what is missing and end with exit code 1."""
+    from nsa_gen.bench.drawing import MatplotlibMissing
+    from nsa_gen.bench.explained import plot_explanation
+    from nsa_gen.hardware import gpu as known
+
+    try:
+        plot_explanation(plan, result, known(result["gpu"]), path)
+    except (MatplotlibMissing, ValueError, OSError) as error:
+        note(f"nsa-gen: no plot: {error}")
+        stop(False)
+    note(f"nsa-gen: wrote {path}")
 
 
 def explain_result(
@@ -86,7 +112,7 @@ def explain_result(
         "tokens": tokens,
         "gpu": gpu,
         "kernels": rows,
-        "choices": [_choice(each) for each in alternatives(program, gpu)],
+        "choices": [asdict(each) for each in alternatives(program, gpu)],
         "unpredicted": [
             {"kernel": row.kernel, "direction": row.direction, "measured_seconds": row.ms / 1000}
             for name, row in times.items()
@@ -97,17 +123,9 @@ def explain_result(
 
 def _row(one: KernelEstimate, prediction: Prediction, time: KernelRow | None, *, formulas: bool) -> dict[str, Any]:
     """One kernel for `--json`: FLOPs and bytes of one call, times in seconds; `error` is predicted over measured."""
-    row: dict[str, Any] = {
-        "kernel": one.kernel,
-        "branch": one.branch,
-        "direction": one.direction,
-        "purpose": one.purpose,
-        "schedule": one.schedule,
-        "flops": one.flops,
-        "bytes": one.bytes,
-        "seconds_floor": one.seconds_floor,
-        "limited_by": one.limited_by,
-        "config": one.config,
+    row = asdict(one)
+    texts = {name: row.pop(name) for name in ("flops_formula", "bytes_formula")}
+    row |= {
         "executed_flops": prediction.flops,
         "traffic": prediction.traffic,
         "legal_configs": prediction.legal,
@@ -118,20 +136,7 @@ def _row(one: KernelEstimate, prediction: Prediction, time: KernelRow | None, *,
     }
     if time is not None:
         row |= {"measured_seconds": time.ms / 1000, "error": 1000 * prediction.seconds / time.ms}
-    if formulas:
-        row |= {"flops_formula": one.flops_formula, "bytes_formula": one.bytes_formula}
-    return row
-
-
-def _choice(one: Alternative) -> dict[str, Any]:
-    return {
-        "choice": one.choice,
-        "value": one.value,
-        "chosen": list(one.chosen),
-        "chosen_seconds": one.chosen_seconds,
-        "other": list(one.other),
-        "other_seconds": one.other_seconds,
-    }
+    return row | texts if formulas else row
 
 
 def _read_times(path: Path, spec: Spec, tokens: int | None) -> tuple[dict[str, KernelRow], int]:
@@ -141,12 +146,10 @@ def _read_times(path: Path, spec: Spec, tokens: int | None) -> tuple[dict[str, K
     try:
         rows = kernels_of(read_results(path), spec)
     except (OSError, ValueError) as error:
-        note(f"nsa-gen: {path}: {error}")
-        raise typer.Exit(1) from None
+        refuse(f"{path}: {error}")
     lengths = sorted({row.tokens for row in rows})
     wanted = tokens if tokens is not None else max(lengths, default=DEFAULT_TOKENS)
     if wanted not in lengths:
         there = f"profiled are {', '.join(map(str, lengths))} tokens" if lengths else "no kernels of this spec"
-        note(f"nsa-gen: {path}: expected kernels of {spec.name} at {wanted} tokens; {there}")
-        stop(False)
+        refuse(f"{path}: expected kernels of {spec.name} at {wanted} tokens; {there}")
     return {row.kernel: row for row in rows if row.tokens == wanted}, wanted

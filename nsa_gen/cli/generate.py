@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, SpecsArgument, note, print_json, read_specs, require_folder, stop
+from nsa_gen.cli.common import (
+    JsonOption,
+    SpecsArgument,
+    note,
+    output_option,
+    print_json,
+    read_specs,
+    refuse,
+    require_folder,
+    stop,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,12 +28,7 @@ if TYPE_CHECKING:
 
 def generate(
     specs: SpecsArgument,
-    out_dir: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", callback=require_folder, help="Folder the packages are written into."
-        ),
-    ] = Path("generated"),
+    out_dir: Annotated[Path, output_option("Folder of the packages.", require_folder)] = Path("generated"),
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit 1 and list the files that are out of date.")
     ] = False,
@@ -60,15 +64,10 @@ def _write(specs: Sequence[Spec], out_dir: Path, *, as_json: bool) -> None:
         try:
             package = generate_package(spec, out_dir)
         except RefusedOverwriteError as error:
-            if as_json:
-                print_json({"ok": False, "packages": packages, "refused": str(error)})
-            note(f"nsa-gen: {error}")
-            raise typer.Exit(ANSWER_IS_NO) from None
+            refuse(str(error), {"packages": packages, "refused": str(error)} if as_json else None)
         except OSError as error:
-            if as_json:
-                print_json({"ok": False, "packages": packages, "problem": str(error)})
-            note(f"nsa-gen: {out_dir} cannot be written: {error}")
-            raise typer.Exit(ANSWER_IS_NO) from None
+            result = {"packages": packages, "problem": str(error)}
+            refuse(f"{out_dir} cannot be written: {error}", result if as_json else None)
         packages.append({"name": spec.name, "digest": spec.digest(), "path": str(package)})
         if not as_json:
             print(package)
@@ -83,10 +82,10 @@ def _compare(specs: Sequence[Spec], out_dir: Path, *, show: bool, as_json: bool)
     packages = []
     for spec in specs:
         diffs = differences(spec, out_dir)
-        files = [_file_of(text) for text in diffs]
-        packages.append(
-            {"name": spec.name, "ok": not diffs, "out_of_date": files, **({"diffs": list(diffs)} if show else {})}
-        )
+        # The first line of a unified diff is `--- FILE (on disk)`.
+        files = [text.splitlines()[0].removeprefix("--- ").removesuffix(" (on disk)") for text in diffs]
+        package = {"name": spec.name, "ok": not diffs, "out_of_date": files}
+        packages.append({**package, "diffs": list(diffs)} if show else package)
         if not as_json:
             for text, file in zip(diffs, files, strict=True):
                 print(text if show else file)
@@ -98,11 +97,6 @@ def _compare(specs: Sequence[Spec], out_dir: Path, *, show: bool, as_json: bool)
         target = "" if out_dir == Path("generated") else f" -o {out_dir}"
         note(f"out of date: {', '.join(names)}; write anew with: nsa-gen generate SPEC{target}")
     stop(current)
-
-
-def _file_of(diff: str) -> str:
-    """The file a unified diff of `nsa_gen.rendering.differences` is about: its first line is `--- FILE (on disk)`."""
-    return diff.splitlines()[0].removeprefix("--- ").removesuffix(" (on disk)")
 
 
 def _refuse_equal_names(specs: Sequence[Spec]) -> None:

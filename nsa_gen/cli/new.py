@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, note, print_json, read_spec, refuse_problems, require_output, require_spec
+from nsa_gen.cli.common import (
+    JsonOption,
+    note,
+    output_option,
+    print_json,
+    read_spec,
+    refuse,
+    refuse_problems,
+    require_output,
+    require_spec,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.spec.huggingface import ModelShape
@@ -18,10 +27,10 @@ def _require_name(name: str) -> str:
     """Refuse what cannot be the name of a package."""
     from pydantic_core import PydanticCustomError
 
-    from nsa_gen.spec.fields import PackageName
+    from nsa_gen.spec.fields import PACKAGE_NAME
 
     try:
-        return PackageName().check(name)
+        return PACKAGE_NAME.check(name)
     except PydanticCustomError as error:
         raise typer.BadParameter(error.message()) from None
 
@@ -45,17 +54,7 @@ def new(
             "--from", metavar="FILE", exists=True, help="A model's config.json (Hugging Face): heads, dims, dtype."
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            callback=_require_file,
-            help="The file to write.",
-            show_default="NAME.yaml",
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_option("The file to write.", _require_file, "NAME.yaml")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,7 +74,8 @@ def new(
         raise typer.BadParameter(f"--output: {path} is a folder; expected a file such as {path / name}.yaml")
     base = read_spec(like, as_json=as_json)
     if path.exists() and not force:
-        _refuse(f"{path} exists, so it is not replaced; choose another --output, or say --force", as_json=as_json)
+        reason = f"{path} exists, so it is not replaced; choose another --output, or say --force"
+        refuse(reason, {"problem": reason} if as_json else None)
     from nsa_gen.spec import SpecError
     from nsa_gen.spec.huggingface import read_config
     from nsa_gen.spec.starter import starter_text
@@ -102,15 +102,9 @@ def new(
 
 def _of_model(shape: ModelShape) -> dict[str, Any]:
     """The fields of a spec that a model decides."""
-    kind = shape.model or "the model"
-    return {
-        "description": f"Native sparse attention in the head layout of {kind}",
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "dtype": shape.dtype,
-        "fp32_precision": "ieee",
-        "scale": shape.scale,
-    }
+    description = f"Native sparse attention in the head layout of {shape.model or 'the model'}"
+    same = {name: getattr(shape, name) for name in ("heads", "head_dim", "dtype", "scale")}
+    return {"description": description, "fp32_precision": "ieee", **same}
 
 
 def _write(path: Path, text: str, *, force: bool, as_json: bool) -> list[str]:
@@ -125,12 +119,6 @@ def _write(path: Path, text: str, *, force: bool, as_json: bool) -> list[str]:
     try:
         write_all(files)
     except OSError as error:
-        _refuse(f"{path} cannot be written: {error}", as_json=as_json)
+        reason = f"{path} cannot be written: {error}"
+        refuse(reason, {"problem": reason} if as_json else None)
     return [str(each) for each in files]
-
-
-def _refuse(reason: str, *, as_json: bool) -> NoReturn:
-    if as_json:
-        print_json({"ok": False, "problem": reason})
-    note(f"nsa-gen: {reason}")
-    raise typer.Exit(ANSWER_IS_NO)

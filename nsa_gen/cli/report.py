@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsa_gen.cli import ANSWER_IS_NO
-from nsa_gen.cli.common import JsonOption, note, print_json, require_output
+from nsa_gen.cli.blocks import Block, Heading, Table, Text, bullets
+from nsa_gen.cli.common import JsonOption, output_option, print_json, refuse, require_output
 
 if TYPE_CHECKING:
     from nsa_gen.bench.documents import Document, Job
     from nsa_gen.bench.figures import Figure
     from nsa_gen.bench.records import Results
-    from nsa_gen.cli.blocks import Block
 
 MOST_FAILURES = 20
 
@@ -31,9 +30,7 @@ def report(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", callback=require_output, help="The page to write.")
-    ] = Path("report.html"),
+    output: Annotated[Path, output_option("The page to write.", require_output)] = Path("report.html"),
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the page.")] = "Native sparse attention",
     as_json: JsonOption = False,
 ) -> None:
@@ -50,16 +47,12 @@ def report(
       nsa-gen report results.json verified.json -o report.html
     """
     from nsa_gen._files import write_whole
-    from nsa_gen.cli.html import to_html
 
     try:
         blocks = report_page(files)
         write_whole(output, to_html(title, blocks))
     except (OSError, ValueError) as error:
-        if as_json:
-            print_json({"ok": False, "problem": str(error)})
-        note(f"nsa-gen: {error}")
-        raise typer.Exit(ANSWER_IS_NO) from None
+        refuse(str(error), {"problem": str(error)} if as_json else None)
     if as_json:
         print_json({"ok": True, "path": str(output), "files": [str(path) for path in files]})
     else:
@@ -76,7 +69,6 @@ def report_page(paths: Sequence[Path]) -> list[Block | Figure]:
     from nsa_gen.bench.documents import read_document
     from nsa_gen.bench.records import merge
     from nsa_gen.cli.bench_report import report_blocks
-    from nsa_gen.cli.blocks import Heading, Text
 
     documents = [read_document(path) for path in paths]
     blocks: list[Block | Figure] = []
@@ -86,15 +78,13 @@ def report_page(paths: Sequence[Path]) -> list[Block | Figure]:
         blocks += [Heading("Figures"), *_figures(results), *report_blocks(results)]
     for document in documents:
         blocks += [*_verified(document), *_tuned(document)]
-    sources = "\n".join(f"- {path.name}" for path in paths)
-    return [*blocks, Heading("Made from"), Text(sources)]
+    return [*blocks, *bullets((path.name for path in paths), "Made from")]
 
 
 def _figures(results: Results) -> list[Block | Figure]:
     """The figures of benchmarks, or how to get them."""
     from nsa_gen.bench.drawing import MatplotlibMissing
     from nsa_gen.bench.figures import figures
-    from nsa_gen.cli.blocks import Text
 
     try:
         return list(figures(results))
@@ -104,7 +94,6 @@ def _figures(results: Results) -> list[Block | Figure]:
 
 def _verified(document: Document) -> list[Block]:
     """The checks of one file."""
-    from nsa_gen.cli.blocks import Heading, Text
     from nsa_gen.cli.tables import verify_blocks
 
     if document.verification is not None:
@@ -124,20 +113,17 @@ def _verified(document: Document) -> list[Block]:
 
 def _tuned(document: Document) -> list[Block]:
     """The tuned entries of one file."""
-    if document.tuned is None:
+    if not document.tuned:
         return []
-    from nsa_gen.cli.blocks import Heading
-    from nsa_gen.cli.tune_report import entry_blocks
-    from nsa_gen.tuning.store import entries_of
+    from nsa_gen.cli.tables import entry_blocks
+    from nsa_gen.tuning.store import read_entries
 
-    entries = entries_of(document.tuned, document.path)
+    entries = read_entries(document.path)
     return [Heading(f"Tuned configurations: {document.path.stem}"), *entry_blocks(entries)]
 
 
 def _jobs(jobs: Sequence[Job]) -> list[Block]:
     """A row a job, and what failed."""
-    from nsa_gen.cli.blocks import Table, Text
-
     rows, failures = [], []
     for job in jobs:
         bad = [row for row in job.rows if not row["ok"]]
@@ -146,9 +132,23 @@ def _jobs(jobs: Sequence[Job]) -> list[Block]:
         rows.append((job.name, job.status, *counts, f"{job.seconds:.0f} s", job.detail.partition("\n")[0][:160]))
     sums = str(sum(len(job.rows) for job in jobs)), str(len(failures)), str(sum(job.examples for job in jobs) or "-")
     columns = ("job", "result", ">comparisons", ">failed", ">examples", ">time", "remarks")
-    blocks: list[Block] = [Table(columns, rows, footer=("sum", "", *sums, "", ""))]
-    if failures:
-        shown = failures[:MOST_FAILURES]
-        more = [f"and {len(failures) - len(shown)} more"] if len(failures) > len(shown) else []
-        blocks.append(Text("\n".join(f"- {line}" for line in [*shown, *more])))
-    return blocks
+    more = [f"and {len(failures) - MOST_FAILURES} more"] if len(failures) > MOST_FAILURES else []
+    return [Table(columns, rows, footer=("sum", "", *sums, "", "")), *bullets(failures[:MOST_FAILURES] + more)]
+
+
+def to_html(title: str, blocks: Iterable[Block | Figure]) -> str:
+    """One document: `title` as its heading, a table of contents of the level-2 headings, then the blocks in order."""
+    from jinja2 import Environment
+
+    page = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(page)
+    kinds = [(_kind(block), block) for block in blocks]
+    headings = [(number, block) for number, (_, block) in enumerate(kinds, 1) if isinstance(block, Heading)]
+    contents = [(number, block.text) for number, block in headings if block.level == 2]
+    return template.render(title=title, blocks=kinds, contents=contents) + "\n"
+
+
+def _kind(block: Block | Figure) -> str:
+    """What the page shows a block as: the name of its type, or "List" where all of its lines begin with a dash."""
+    is_list = isinstance(block, Text) and all(line.startswith("- ") for line in block.text.splitlines() or [""])
+    return "List" if is_list else type(block).__name__

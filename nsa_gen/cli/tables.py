@@ -1,13 +1,17 @@
-"""The commands' JSON results as tables; the commands and the demo's report show the same ones."""
+"""Results of commands as blocks; the commands, the demo and the report's page show the same ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from nsa_gen.cli.blocks import Block, Table, Text
-from nsa_gen.lowering.plan import BRANCH_NAMES
+from nsa_gen.cli.blocks import Block, Heading, Table, Text, bullets
+
+if TYPE_CHECKING:
+    from nsa_gen.tuning import BucketResult, TuneReport
+    from nsa_gen.tuning.stage0 import Selection
+    from nsa_gen.tuning.store import Configs, Entry
 
 Json = Mapping[str, Any]
 
@@ -45,7 +49,7 @@ def _cost_table(result: Json, direction: str) -> Table:
     rows = [
         (
             kernel["kernel"],
-            BRANCH_NAMES.get(kernel["branch"], kernel["branch"]),
+            _branch_name(kernel["branch"]),
             *_cost(kernel),
             kernel["limited_by"],
             si(kernel["seconds_predicted"], "s") + ("" if kernel["calibrated"] else " *"),
@@ -61,6 +65,12 @@ def _cost_table(result: Json, direction: str) -> Table:
         footer=("sum", "", *_cost(sums), "", total, "", *(_measured(sums) if timed else ())),
         title=direction,
     )
+
+
+def _branch_name(branch: str) -> str:
+    from nsa_gen.lowering.plan import BRANCH_NAMES
+
+    return BRANCH_NAMES.get(branch, branch)
 
 
 def _measured(kernel: Json) -> tuple[str, str]:
@@ -99,7 +109,7 @@ def _notes(result: Json) -> list[Block]:
         names = [each["kernel"].partition("<")[0] for each in result["unpredicted"]]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         lines.append(f"measured beside these: {', '.join(names[:4])}{more}, {si(seconds, 's')} together")
-    return [Text("\n".join(f"- {line}" for line in lines))] if lines else []
+    return bullets(lines)
 
 
 def _decision(choice: Json) -> str:
@@ -120,7 +130,7 @@ def branch_table(result: Json) -> Table:
     groups = {branch: [kernel for kernel in result["kernels"] if kernel["branch"] == branch] for branch in branches}
     return Table(
         columns=("branch", ">kernels", ">FLOPs", ">bytes", ">forward floor", ">backward floor"),
-        rows=[(BRANCH_NAMES.get(branch, branch), *_sums(kernels)) for branch, kernels in groups.items()],
+        rows=[(_branch_name(branch), *_sums(kernels)) for branch, kernels in groups.items()],
         footer=("sum", *_sums(result["kernels"])),
         title="By branch",
     )
@@ -188,18 +198,11 @@ def verify_blocks(result: Json) -> list[Block]:
     for row in result["rows"]:
         if row["quantity"] not in worst or _usage(row) > _usage(worst[row["quantity"]]):
             worst[row["quantity"]] = row
-    rows = [
-        (
-            row["quantity"],
-            row["measure"],
-            _scientific(row["error"]),
-            _scientific(row["bound"]),
-            f"{100 * _usage(row):.0f}%" if math.isfinite(_usage(row)) else "-",
-            row["case"],
-            "ok" if row["ok"] else "fails",
-        )
-        for row in worst.values()
-    ]
+    rows = []
+    for row in worst.values():
+        used = f"{100 * _usage(row):.0f}%" if math.isfinite(_usage(row)) else "-"
+        sizes = (_scientific(row["error"]), _scientific(row["bound"]), used)
+        rows.append((row["quantity"], row["measure"], *sizes, row["case"], "ok" if row["ok"] else "fails"))
     heads, passes = result["heads"], " and ".join(result["passes"])
     blocks: list[Block] = [
         Text(
@@ -214,10 +217,7 @@ def verify_blocks(result: Json) -> list[Block]:
         if not row["ok"]
     ]
     left_out = (result.get("coverage") or {}).get("left_out", ())
-    lines = failed + [f"left out: {what}" for what in left_out] + list(result["notes"])
-    if lines:
-        blocks.append(Text("\n".join(f"- {line}" for line in lines)))
-    return blocks
+    return blocks + bullets([*failed, *(f"left out: {what}" for what in left_out), *result["notes"]])
 
 
 def _usage(row: Json) -> float:
@@ -242,19 +242,10 @@ def kib(size: int) -> str:
 
 def si(value: float, unit: str) -> str:
     """A number with an SI prefix and three significant digits: `si(1.26e12, "FLOP")` is "1.26 TFLOP"."""
-    for size, prefix in (
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-        (1.0, ""),
-        (1e-3, "m"),
-        (1e-6, "µ"),
-    ):
-        if abs(value) >= 0.9995 * size:
-            return f"{_three_digits(value / size)} {prefix}{unit}"
-    return f"{_three_digits(value / 1e-9)} n{unit}" if value else f"0 {unit}"
+    for power, prefix in zip(range(15, -10, -3), ("P", "T", "G", "M", "k", "", "m", "µ", "n"), strict=True):
+        if value and (abs(value) >= 0.9995 * 10.0**power or prefix == "n"):
+            return f"{_three_digits(value / 10.0**power)} {prefix}{unit}"
+    return f"0 {unit}"
 
 
 def _three_digits(value: float) -> str:
@@ -265,3 +256,121 @@ def _three_digits(value: float) -> str:
 
 def _cost(kernel: Json) -> tuple[str, str, str]:
     return si(kernel["flops"], "FLOP"), si(kernel["bytes"], "B"), si(kernel["seconds_floor"], "s")
+
+
+# Tunings and what they leave
+
+MOST_LISTED = 20
+
+
+def tuning_blocks(report: TuneReport) -> list[Block]:
+    """Stage 0 for a dry run; else the results, what was quarantined, and where everything is."""
+    if report.device is None:
+        blocks = [
+            *_stage0(report),
+            Text(f"{report.name} for {report.target}: {report.seconds:.0f} s; nothing was timed."),
+        ]
+        if (expected := report.expected) is not None:
+            blocks.append(
+                Text(
+                    f"Tuning it would take about {expected.wall_seconds:.0f} s: compiling, "
+                    f"{expected.compile_seconds:.0f} s over {expected.jobs} processes, and "
+                    f"{expected.gpu_seconds:.0f} s on the GPU."
+                )
+            )
+        return blocks
+    blocks: list[Block] = [Heading(f"{report.name} on {report.device.name}")]
+    blocks += [block for result in report.results for block in _result(result)]
+    if report.wrong:
+        lines = "\n".join(f"{name}: {reason}" for name, reason in report.wrong.items())
+        blocks.append(Heading("WRONG RESULTS"))
+        blocks.append(Text(f"These candidates do not compute what they must. Please report them.\n{lines}"))
+    others = [item for item in report.quarantined.items() if item[0] not in report.wrong]
+    if others:
+        rows = [(name, reason) for name, reason in others[:MOST_LISTED]]
+        title = f"{len(others)} candidates failed and were left out"
+        blocks.append(Table(("candidate", "reason"), rows, title=title))
+    resumed = f", {report.resumed} answers taken from the journal" if report.resumed else ""
+    blocks.append(Text(f"{report.measured} times taken in {report.seconds:.0f} s{resumed}. Journal: {report.journal}"))
+    return blocks
+
+
+def _result(result: BucketResult) -> list[Block]:
+    if result.problem and not result.times and result.saved is None and not result.configs:
+        return [Text(f"{result.bucket.label}: {result.problem}")]
+    won = f"{result.gain:.3f} +- {result.noise:.3f} times the default's speed"
+    title = f"{result.bucket.label}: {won if result.configs else 'the default won'}"
+    blocks = _tables(title, result.times, result.configs)
+    end = f"saved in {result.saved}" if result.saved is not None else result.problem
+    cut = "; the budget ran out before every kernel was tried" if result.cut_short else ""
+    return [*blocks, Text(f"{end}{cut}")]
+
+
+def _tables(title: str, times: Mapping[str, Any], configs: Configs) -> list[Block]:
+    """Milliseconds by kind of input and pass, and the configurations that are not the default's, if any."""
+    rows = [
+        (kind, name, f"{ms['default']:.3f}", f"{ms['tuned']:.3f}", f"{ms['default'] / ms['tuned']:.2f}x")
+        for kind, passes in times.items()
+        for name, ms in passes.items()
+    ]
+    blocks: list[Block] = [Table(("inputs", "pass", ">default ms", ">tuned ms", ">gain"), rows, title=title)]
+    if configs:
+        lines = [
+            (name, ", ".join(f"{key}={value}" for key, value in values.items())) for name, values in configs.items()
+        ]
+        blocks.append(Table(("kernel or schedule", "configuration"), lines))
+    return blocks
+
+
+def entries_table(entries: Iterable[Entry]) -> Table:
+    """A row a tuned entry: what it is for, what it gains over the default, and what it was made with."""
+    columns = ("spec", "GPU", "calls", ">gain", ">changed", "kernels", "tuned with")
+    return Table(columns, [_entry_row(each) for each in entries])
+
+
+def _entry_row(entry: Entry) -> tuple[str, ...]:
+    identity, made = entry.identity, entry.provenance
+    versions = {"torch": made.torch, "triton": made.triton, "driver": made.driver, "nsa_gen": made.nsa_gen}
+    return (
+        identity.spec,
+        identity.gpu,
+        identity.bucket.label,
+        f"{entry.result['gain']:.2f}x" if "gain" in entry.result else "",
+        str(len(entry.configs)),
+        identity.kernels,
+        ", ".join([*(f"{name} {version}" for name, version in versions.items() if version), made.date[:10]]),
+    )
+
+
+def entry_blocks(entries: Sequence[Entry]) -> list[Block]:
+    """Tuned entries: all of them in a table, then the times and configurations of each."""
+    blocks: list[Block] = [entries_table(entries)]
+    for entry in entries:
+        identity = entry.identity
+        end = "" if entry.configs else ": the default won"
+        title = f"{identity.spec}, {identity.bucket.label}, {identity.gpu}{end}"
+        blocks += _tables(title, entry.result.get("ms", {}), entry.configs)
+    return blocks
+
+
+def _stage0(report: TuneReport) -> list[Block]:
+    blocks: list[Block] = []
+    columns = ("kernel", ">of", ">legal", ">tried", ">dropped", ">merged", ">left", "candidates, the default first")
+    for bucket, selections in report.selections.items():
+        rows = [_selected(each) for each in selections]
+        blocks.append(Table(columns, rows, title=f"{report.name} for {report.target}, {bucket.label}"))
+        dropped = [(each.kernel, config, reason) for each in selections for config, reason in each.dropped.items()]
+        if dropped:
+            blocks.append(Table(("kernel", "dropped", "reason"), dropped))
+    return blocks
+
+
+def _selected(one: Selection) -> tuple[str, ...]:
+    shown = [
+        f"{' '.join(str(value) for value in each.config.values())} ({1e6 * each.seconds:.0f} us)"
+        for each in one.survivors[:3]
+    ]
+    more = len(one.survivors) - len(shown)
+    tried = len(one.survivors) + len(one.dropped) + one.merged
+    counts = (one.total, one.legal, tried, len(one.dropped), one.merged, len(one.survivors))
+    return (one.kernel, *map(str, counts), ", ".join(shown) + (f", {more} more" if more > 0 else ""))

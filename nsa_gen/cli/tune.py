@@ -11,24 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsa_gen.cli.common import (
-    MOST_JOBS,
-    MOST_SEED,
+    CORES,
+    PASSES,
+    BudgetOption,
+    JobsOption,
     JsonOption,
+    SeedOption,
     SpecArgument,
+    lengths_option,
+    names_option,
     note,
     noted_warnings,
     print_json,
-    progress_bar,
     read_spec,
+    refuse,
     require_folder,
-    require_lengths,
+    require_gpu_name,
     require_output,
-    seconds,
-    shortened,
-    show,
-    split_list,
+    require_pass,
+    some_of,
     stop,
-    whole,
 )
 
 if TYPE_CHECKING:
@@ -44,92 +46,48 @@ class EffortName(StrEnum):
     thorough = "thorough"
 
 
-def require_tuned_passes(values: list[str]) -> list[str]:
-    """Split `forward,backward,decode`, and refuse what is no pass; in the order in which they are tuned."""
-    known = ("forward", "backward", "decode")
-    named = split_list(values)
-    for name in named:
-        if name not in known:
-            raise typer.BadParameter(f"expected some of {', '.join(known)}, got {shortened(name)!r}")
-    return [name for name in known if name in named]
-
-
-def require_out(path: Path | None) -> Path | None:
+def _require_out(path: Path | None) -> Path | None:
     """Refuse, before hours of work, what the result cannot be saved in."""
     return require_output(path) if path is not None and path.suffix == ".json" else require_folder(path)
 
 
-def _require_gpu_name(name: str) -> str:
-    """Refuse a GPU that the hardware table does not know."""
-    from nsa_gen.hardware import UnknownGpuError, find_gpu
+def _require_passes(values: list[str]) -> list[str]:
+    """Refuse what is no pass; in the order in which they are tuned."""
+    known = (*PASSES, "decode")
+    return sorted(some_of(known)(values), key=known.index)
 
-    try:
-        find_gpu(name)
-    except UnknownGpuError as error:
-        raise typer.BadParameter(str(error)) from None
-    return name
+
+PASSES_HELP = "Passes to tune; decode is tuned where it is named."
 
 
 def tune(
     spec: SpecArgument,
     shapes: Annotated[
-        list[str],
-        typer.Option(
-            metavar="N[,N]",
-            callback=require_lengths,
-            help="Key tokens of the calls, rounded up to powers of two.",
-            show_default="8192,65536",
-        ),
-    ] = [],  # noqa: B006  typer copies it
-    batch: Annotated[
-        list[str],
-        typer.Option(metavar="N[,N]", callback=require_lengths, help="Sequences of a call.", show_default="1"),
-    ] = [],  # noqa: B006
+        list[str], lengths_option("Key tokens of the calls, rounded up to powers of two.", "8192,65536")
+    ] = [],
+    batch: Annotated[list[str], lengths_option("Sequences of a call.", "1")] = [],
     packed: Annotated[bool, typer.Option("--packed", help="Calls of packed sequences, N tokens in all.")] = False,
-    passes: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAMES",
-            callback=require_tuned_passes,
-            help="Passes to tune; decode is tuned where it is named.",
-            show_default="the spec's without decode",
-        ),
-    ] = [],  # noqa: B006
+    passes: Annotated[list[str], names_option(PASSES_HELP, _require_passes, "the spec's without decode")] = [],
     effort: Annotated[EffortName, typer.Option(help="How many candidates, and how long they are timed.")] = (
         EffortName.default
     ),
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="TIME", parser=seconds, help="Begin no further kernel after 90s, 5m, 1h.", show_default="no limit"
-        ),
-    ] = None,
+    budget: BudgetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            callback=require_out,
+            callback=_require_out,
             help="A package's tuned folder, or a file.",
             show_default="the user's cache",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and rank candidates; needs no GPU.")] = False,
     gpu: Annotated[
-        str, typer.Option(metavar="NAME", callback=_require_gpu_name, help="With --dry-run: the GPU to compile for.")
+        str, typer.Option(metavar="NAME", callback=require_gpu_name, help="With --dry-run: the GPU to compile for.")
     ] = "h100",
-    jobs: Annotated[
-        int,
-        typer.Option(
-            "--jobs",
-            "-j",
-            metavar="N",
-            parser=whole(1, MOST_JOBS),
-            help="Compiling processes.",
-            show_default="number of cores",
-        ),
-    ] = os.cpu_count() or 1,
-    seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
+    jobs: JobsOption = CORES,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Find the quickest configurations on this machine's GPUs.
@@ -147,34 +105,26 @@ def tune(
       nsa-gen tune llama3_8b --dry-run --gpu h100
     """
     loaded = read_spec(spec, as_json=as_json)
-    if missing := [name for name in passes if name not in loaded.passes]:
-        raise typer.BadParameter(f"--passes: the spec has no {missing[0]} pass; it has {', '.join(loaded.passes)}")
+    require_pass(loaded, passes)
     # Triton's interpreter would replace the compiler; whatever the caller's shell says, this command compiles.
     os.environ.pop("TRITON_INTERPRET", None)
-    settings: dict[str, Any] = {
-        "shapes": tuple(shapes) or (8192, 65536),
-        "batch": tuple(batch) or 1,
-        "packed": packed,
-        "passes": tuple(passes) or None,
-        "effort": effort.value,
-        "budget": budget,
-        "resume": resume,
-        "out": out,
-        "jobs": jobs,
-        "seed": seed,
-    }
+    settings: dict[str, Any] = {"packed": packed, "effort": effort.value, "budget": budget, "resume": resume}
+    settings |= {"out": out, "jobs": jobs, "seed": seed, "passes": tuple(passes) or None}
+    settings |= {name: tuple(values) for name, values in (("shapes", shapes), ("batch", batch)) if values}
     with noted_warnings():
         report = _run(loaded, settings, gpu if dry_run else None)
     if as_json:
         print_json(report.to_json())
     else:
-        from nsa_gen.cli.tune_report import report_blocks
+        from nsa_gen.cli.blocks import show
+        from nsa_gen.cli.tables import tuning_blocks
 
-        show(*report_blocks(report))
+        show(*tuning_blocks(report))
     stop(report.ok)
 
 
 def _run(spec: Spec, settings: dict[str, Any], dry_gpu: str | None) -> TuneReport:
+    from nsa_gen.cli.blocks import progress_bar
     from nsa_gen.hardware import UnknownGpuError
     from nsa_gen.tuning import BackendLost
     from nsa_gen.tuning import dry_run as rehearse
@@ -189,8 +139,7 @@ def _run(spec: Spec, settings: dict[str, Any], dry_gpu: str | None) -> TuneRepor
             _require_gpu()
             return search(spec, tools=tools, **settings)
     except BackendLost as error:
-        note(f"nsa-gen: {error}")
-        raise typer.Exit(1) from None
+        refuse(str(error))
     except (UnknownGpuError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
 

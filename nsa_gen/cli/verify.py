@@ -10,15 +10,14 @@ import typer
 
 from nsa_gen.cli.common import (
     MOST_EXAMPLES,
-    MOST_SEED,
     JsonOption,
+    SeedOption,
     SpecArgument,
+    lengths_option,
     note,
-    output_console,
+    number_option,
     read_spec,
-    require_lengths,
     stop,
-    whole,
 )
 
 
@@ -46,27 +45,16 @@ def verify(
     dtype: Annotated[
         DType | None, typer.Option(help="Verify the spec with another data type.", show_default="the spec's")
     ] = None,
-    length: Annotated[
-        list[str],
-        typer.Option(
-            metavar="N[,N]", callback=require_lengths, help="Sequence lengths.", show_default="a set around the blocks"
-        ),
-    ] = [],  # noqa: B006  typer copies it
+    length: Annotated[list[str], lengths_option("Sequence lengths.", "a set around the blocks")] = [],
     examples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            parser=whole(1, MOST_EXAMPLES),
-            help="Random calls and properties instead.",
-            show_default="fixed cases",
-        ),
+        int | None, number_option("Random calls and properties instead.", 1, MOST_EXAMPLES, "fixed cases")
     ] = None,
     example: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="One property and call, such as 'oracle: B=2 T=21 spread'."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three small calls and one cache: a first look.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", parser=whole(0, MOST_SEED), help="Seed of the random inputs.")] = 0,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an operator with a dense reference.
@@ -98,6 +86,7 @@ def verify(
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+    from nsa_gen.cli.blocks import output_console
     from nsa_gen.verification import print_report
     from nsa_gen.verification import verify as verify_spec
     from nsa_gen.verification.examples import require_example

@@ -14,6 +14,7 @@ from nsa_gen.lowering.decode import inference_kernels
 from nsa_gen.lowering.heads import power_of_two, split_head_dim
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
+from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.plan import INTERPRETER, Argument, Config, Kernel, Output, Plan
 from nsa_gen.lowering.selected import choose_schedule, schedules
 from nsa_gen.lowering.steps import build_steps, upkeep
@@ -37,6 +38,15 @@ def lower(spec: Spec) -> Plan:
     sizes = spec_sizes(spec, qk, v, group_rows, selected_rows)
     return Plan(
         spec=spec,
+        dtype=spec.dtype,
+        gate=spec.combine.gate,
+        query_heads=spec.heads.query,
+        kv_heads=spec.heads.kv,
+        kv_per_branch=spec.kv == "per_branch",
+        decodes="decode" in spec.passes,
+        rounds_operands=spec.dtype == "float32" and spec.fp32_precision == "tf32",
+        hidden=spec.compression.phi.hidden if spec.compression else None,
+        phi_sides=compressed_sides(spec),
         qk=qk,
         v=v,
         group_rows=group_rows,
@@ -78,9 +88,11 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
     if spec.window and spec.window.sink == "learned":
         arguments.append(Argument("sink_win", ("Hq",), dtype="float32"))
     arguments += compression_parameters(spec)
-    if spec.selection and spec.selection.indices == "input":
+    if spec.selection:
+        # Where the operator computes the selection, one that was made before may be given in its place.
+        given = spec.selection.indices == "input"
         dims = ("B", "Tq", "Hkv", str(spec.selection.count))
-        arguments.append(Argument("indices", dims, dtype="int32", differentiable=False))
+        arguments.append(Argument("indices", dims, dtype="int32", required=given, differentiable=False))
         arguments.append(Argument("counts", dims[:-1], dtype="int32", required=False, differentiable=False))
     return tuple(arguments)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nsa_gen.lowering.heads import SMALLEST_TILE, power_of_two
-from nsa_gen.lowering.phi import CompressedSide, compressed_sides
 
 if TYPE_CHECKING:
     from nsa_gen.lowering.heads import HeadDim
     from nsa_gen.lowering.overlap import Overlap
-    from nsa_gen.lowering.plan import Kernel
-    from nsa_gen.spec import Spec
+    from nsa_gen.lowering.plan import Kernel, Step
 
 #: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
 _MOST_POOLED_ELEMENTS = 32
@@ -29,29 +27,30 @@ class InferencePlan:
     """The part of a `Plan` that the templates of cache, prefill and decode read; it follows from the rest."""
 
     if TYPE_CHECKING:
-        spec: Spec
+        branches: tuple[str, ...]
+        dtype: str
+        kv_per_branch: bool
         v: HeadDim
         overlap: Overlap | None
+        compressed: Step | None
         compresses: bool
+        external: bool
         selects: bool
         combined: bool
         raw_names: tuple[str, ...]
 
         def kernel(self, name: str) -> Kernel: ...
 
-        def kv(self, branch: str) -> tuple[str, str]: ...
+        def step(self, kind: str, branch: str = "") -> Step | None: ...
 
-    @property
-    def decodes(self) -> bool:
-        """A cache, prefill and decode are generated."""
-        return "decode" in self.spec.passes
+        def kv(self, branch: str) -> tuple[str, str]: ...
 
     # The cache
 
     @property
     def cache_names(self) -> tuple[str, ...]:
         """Tensors of a layer of the cache, in order."""
-        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.spec.compression else ()))
+        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.compressed else ()))
 
     @property
     def cache_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -59,14 +58,9 @@ class InferencePlan:
         return tuple(zip(self.raw_names[::2], self.raw_names[1::2], strict=True))
 
     @property
-    def phi_sides(self) -> tuple[CompressedSide, ...]:
-        """How keys and values are compressed; empty where the package does not."""
-        return compressed_sides(self.spec)
-
-    @property
     def append_names(self) -> tuple[str, ...]:
         """Tensors that a caller brings for new tokens."""
-        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.spec.external else ()))
+        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.external else ()))
 
     def head_dim(self, name: str) -> str:
         """What the head dim of a tensor of keys or values is called: Dk or Dv."""
@@ -75,8 +69,8 @@ class InferencePlan:
     @property
     def pooled_elements(self) -> int:
         """Elements of a block that are added up at a time: a power of two that divides the block."""
-        assert self.spec.compression is not None
-        block = self.spec.compression.block
+        assert self.compressed is not None
+        block = self.compressed.size("BLOCK")
         return min(block & -block, _MOST_POOLED_ELEMENTS)
 
     # Decode
@@ -84,8 +78,8 @@ class InferencePlan:
     @property
     def free_blocks(self) -> int:
         """Slots of a list that blocks win by their importance."""
-        selection = self.spec.selection
-        return selection.count - selection.initial - selection.local if selection and self.selects else 0
+        select = self.step("select")
+        return select.size("FREE") if select else 0
 
     @property
     def decode_selects(self) -> bool:
@@ -101,23 +95,23 @@ class InferencePlan:
     @property
     def decode_shares(self) -> bool:
         """Selection and window read the same keys, so that a tile of both is loaded once."""
-        return self.spec.selection is not None and self.spec.window is not None and self.spec.kv == "shared"
+        return {"slc", "win"} <= set(self.branches) and not self.kv_per_branch
 
     @property
     def decode_finishes_early(self) -> bool:
         """Compressed attention is the only branch, so its merge is the last launch."""
-        return self.spec.branches == ("cmp",)
+        return self.branches == ("cmp",)
 
     @property
     def decode_raw_names(self) -> tuple[str, ...]:
         """Raw keys and values that decode reads, each once."""
-        branches = [branch for branch in ("slc", "win") if branch in self.spec.branches]
+        branches = [branch for branch in ("slc", "win") if branch in self.branches]
         return tuple(dict.fromkeys(name for branch in branches for name in self.kv(branch)))
 
     @property
     def decode_launches(self) -> str:
         """How many launches a step of decode has, in words."""
-        count = 2 * (self.spec.compression is not None) + (self.spec.branches != ("cmp",))
+        count = 2 * (self.compressed is not None) + (self.branches != ("cmp",))
         return {1: "one launch", 2: "two launches", 3: "three launches"}[count]
 
     @property
@@ -128,8 +122,9 @@ class InferencePlan:
     @property
     def list_slots(self) -> int:
         """Slots of a list, padded to a power of two."""
-        assert self.spec.selection is not None
-        return power_of_two(self.spec.selection.count)
+        selected = self.step("attend", "slc")
+        assert selected is not None
+        return power_of_two(selected.size("COUNT"))
 
     @property
     def before_keys(self) -> int:
@@ -145,12 +140,12 @@ class InferencePlan:
     @property
     def most_compressed_splits(self) -> int:
         """Parts of a row that one program merges at once."""
-        return _MERGED_FLOATS // power_of_two(self.spec.head_dim.v)
+        return _MERGED_FLOATS // power_of_two(self.v.size)
 
     @property
     def decode_outputs(self) -> tuple[str, ...]:
         """What decode and prefill find besides o, by name: outputs and lse of the branches, and the selection."""
-        branches = tuple(name for branch in self.spec.branches for name in (f"o_{branch}", f"lse_{branch}"))
+        branches = tuple(name for branch in self.branches for name in (f"o_{branch}", f"lse_{branch}"))
         return (*branches, *(("indices", "counts") if self.selects else ()))
 
     @property
@@ -180,9 +175,9 @@ class InferencePlan:
         return tuple((name, allocation) for name, _, allocation in self._workspace())
 
     def _workspace(self) -> list[tuple[str, str, str]]:
-        dtype = f"torch.{self.spec.dtype}"
+        dtype = f"torch.{self.dtype}"
         found = []
-        if self.spec.compression:
+        if self.compressed:
             splits = "MOST_COMPRESSED_SPLITS"
             found += [
                 ("compressed_parts", "(rows, splits, Dv) fp32", f"floats(rows, {splits}, DV)"),
@@ -198,8 +193,8 @@ class InferencePlan:
                 ("candidates", "(lists, shares, candidates) int32",
                  f"torch.empty({slots}, dtype=torch.int32, device=device)"),
             ]  # fmt: skip
-        if self.spec.branches != ("cmp",):
-            branches = len([branch for branch in self.spec.branches if branch != "cmp"])
+        if self.branches != ("cmp",):
+            branches = len([branch for branch in self.branches if branch != "cmp"])
             parts = f"{branches}, lists, MOST_ATTEND_SPLITS, HQ // HKV"
             found += [
                 ("parts", "(branches, lists, splits, heads, Dv) fp32", f"floats({parts}, DV)"),
@@ -207,7 +202,7 @@ class InferencePlan:
                 ("sum_parts", "(branches, lists, splits, heads) fp32", f"floats({parts})"),
                 ("counters", "(lists,) int32, 0 between calls", "torch.zeros(lists, dtype=torch.int32, device=device)"),
             ]
-        for branch in self.spec.branches:
+        for branch in self.branches:
             output = f"torch.empty(*outputs, DV, dtype={dtype}, device=device)"
             found += [
                 (f"o_{branch}", "(B, N, Hq, Dv)", output),

@@ -12,6 +12,7 @@ from nsa_gen.lowering.branches import BACKWARD_ORDER
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.inference import InferencePlan
 from nsa_gen.lowering.overlap import Overlap
+from nsa_gen.lowering.phi import CompressedSide
 from nsa_gen.spec import Spec
 
 INTERPRETER = "interpreter"
@@ -206,6 +207,12 @@ class Step:
         """The read that is a sink of the softmax: a logit per query head, without a value; empty where it has none."""
         return f"sink_{self.branch}" if self.constants.get("SINK") else ""
 
+    def size(self, name: str) -> int:
+        """A constant that is a number of tokens, blocks or slots."""
+        value = self.constants[name]
+        assert isinstance(value, int), f"{self.name}: {name} is {value}"
+        return value
+
     def schedule(self, name: str) -> Schedule | None:
         """The schedule of this name, if the step has it."""
         return next((schedule for schedule in self.schedules if schedule.name == name), None)
@@ -215,10 +222,25 @@ class Step:
 class Plan(InferencePlan):
     """A lowered spec, which is all that rendering sees: the steps in the order of the forward, and what they need.
 
-    ``schedules`` are the decisions between the steps' schedules and their sizes; ``upkeep`` has the kernels of no step.
+    ``spec`` is what was lowered, for names, digests and the oracle: nothing here and no template reads it. ``dtype`` is
+    that of q, keys, values and outputs; ``gate`` says how gates are given: sigmoid (as logits), given (as values) or
+    none. With ``kv_per_branch`` each branch has keys and values of its own; with ``decodes`` there are a cache, prefill
+    and decode; with ``rounds_operands`` operands of tl.dot are rounded to tf32 first, as the matrix units would cut
+    them off, towards zero. ``hidden`` is the width of an mlp phi, ``phi_sides`` how keys and values are compressed,
+    empty where the package does not. ``schedules`` are the decisions between the steps' schedules and their sizes;
+    ``upkeep`` has the kernels of no step.
     """
 
     spec: Spec
+    dtype: str
+    gate: str
+    query_heads: int
+    kv_heads: int
+    kv_per_branch: bool
+    decodes: bool
+    rounds_operands: bool
+    hidden: int | None
+    phi_sides: tuple[CompressedSide, ...]
     qk: HeadDim
     v: HeadDim
     group_rows: int
@@ -278,26 +300,6 @@ class Plan(InferencePlan):
         return tuple(step.sink for step in self.attends if step.sink)
 
     @property
-    def dtype(self) -> str:
-        """Name of the dtype of q, keys, values and outputs."""
-        return self.spec.dtype
-
-    @property
-    def gate(self) -> str:
-        """How gates are given: sigmoid (as logits), given (as values) or none."""
-        return self.spec.combine.gate
-
-    @property
-    def query_heads(self) -> int:
-        """Heads of q."""
-        return self.spec.heads.query
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.spec.heads.kv
-
-    @property
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.query_heads // self.kv_heads
@@ -306,11 +308,6 @@ class Plan(InferencePlan):
     def external(self) -> bool:
         """The caller brings the compressed keys and values."""
         return self.compressed is not None and not self.compresses
-
-    @property
-    def kv_per_branch(self) -> bool:
-        """Each branch has keys and values of its own."""
-        return self.spec.kv == "per_branch"
 
     @property
     def gated(self) -> bool:
@@ -336,7 +333,8 @@ class Plan(InferencePlan):
     @property
     def scores_means(self) -> bool:
         """Blocks are chosen by their mean keys, as opposed to the compressed keys; where every slot is forced, too."""
-        return self.selects and self.spec.selection is not None and self.spec.selection.scores == "mean"
+        select = self.step("select")
+        return select is not None and select.size("MEAN_SCORES") == 1
 
     @property
     def selects(self) -> bool:
@@ -364,11 +362,6 @@ class Plan(InferencePlan):
         return any(step.schedule(HOPPER_GATHER) for step in self.steps)
 
     @property
-    def hidden(self) -> int | None:
-        """Hidden width of an mlp phi."""
-        return self.spec.compression.phi.hidden if self.spec.compression else None
-
-    @property
     def parameters(self) -> tuple[Argument, ...]:
         """Learned parameters of phi, in the order of the fields of CompressionParameters."""
         return tuple(argument for argument in self.arguments if argument.group == "compression")
@@ -382,11 +375,6 @@ class Plan(InferencePlan):
     def differentiable(self) -> tuple[Argument, ...]:
         """Arguments that get a gradient, in order."""
         return tuple(argument for argument in self.arguments if argument.differentiable)
-
-    @property
-    def rounds_operands(self) -> bool:
-        """Operands of tl.dot are rounded to tf32 first; the matrix units would cut them off, towards zero."""
-        return self.spec.dtype == "float32" and self.spec.fp32_precision == "tf32"
 
     @property
     def combine_formula(self) -> str:
@@ -436,7 +424,7 @@ class Plan(InferencePlan):
         Selection adds up the keys' and values' chunk by chunk, so that even alone it needs one.
         """
         added = self.contributors(name) > 1 or ("slc" in self.branches and name in self.kv("slc"))
-        return added and self.spec.dtype != "float32"
+        return added and self.dtype != "float32"
 
     def gradient_sum(self, name: str) -> str:
         """Name of the buffer in which the gradient of q or of a raw key or value is added up."""

@@ -163,7 +163,10 @@ def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
     selection = spec.selection
     block = {"BLOCK": selection.block}
     scorer = _score_means(spec, present) if selection.scores == "mean" else _score_compressed(block, present)
-    count = {"COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local}
+    count = {
+        "COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local,
+        "FREE": selection.count - selection.initial - selection.local, "MEAN_SCORES": int(selection.scores == "mean"),
+    }  # fmt: skip
     decode = _decoding(("decode_select",), present)
     select = Step(
         "select", "select_blocks", scorer[-1].writes if scorer else (), ("indices", "counts"), (), (), block | count,

@@ -210,10 +210,10 @@ def _modules(program: Plan) -> list[str]:
         runtime.add("hopper_names")
     if program.compresses:
         kernels.add("compression")
-    if program.spec.selection:
+    if program.selected:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
-        modules |= {"cache", "decode", "inference", "inference_ops", "storage"}
+        modules |= {"cache", "decode", "inference", "inference_ops", "storage", "workspace"}
         runtime |= {"cache", "inference", "pages", "storage"}
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
     return [f"{path}.py" for path in sorted(paths)]
@@ -225,13 +225,13 @@ def _exports(program: Plan) -> list[str]:
         names.append("CompressionParameters")
     if program.compresses:
         names.append("compress")
-    if program.spec.compression:
+    if program.compressed:
         names.append("compressed_attention")
     if program.selects:
         names.append("select_blocks")
-    if program.spec.selection:
+    if program.selected:
         names.append("selected_attention")
-    if program.spec.window:
+    if program.windowed:
         names.append("window_attention")
     if program.decodes:
         names += ["CapacityError", "InferenceAuxiliary", "NSACache", "nsa_decode", "nsa_prefill"]
@@ -240,11 +240,10 @@ def _exports(program: Plan) -> list[str]:
 
 
 def _explanation(program: Plan) -> str:
-    spec = program.spec
     lines = [
-        f"{spec.name}: o = {program.combine_formula}",
-        f"{spec.heads.query} query heads on {spec.heads.kv} KV heads (groups of {spec.heads.group}), "
-        f"head dims {spec.head_dim.qk} and {spec.head_dim.v}, {spec.dtype}",
+        f"{program.spec.name}: o = {program.combine_formula}",
+        f"{program.query_heads} query heads on {program.kv_heads} KV heads (groups of {program.group}), "
+        f"head dims {program.qk.size} and {program.v.size}, {program.dtype}",
         "",
     ]
     width = max(len(kernel.name) for kernel in program.kernels)

@@ -191,9 +191,20 @@ class Arguments:
         return self.check_heads(name, self.with_batch(name, tensor, cu_seqlens is not None), rows, "Hkv", dim, q, "Nc")
 
     def check_selection(
-        self, indices: torch.Tensor, counts: torch.Tensor | None, q: torch.Tensor, cu_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Check indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), both int32, and return them contiguous."""
+        self,
+        indices: torch.Tensor | None,
+        counts: torch.Tensor | None,
+        q: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        *,
+        required: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Check indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), both int32, and return them contiguous.
+
+        Both may be None if they are not `required`.
+        """
+        if not required and indices is None and counts is None:
+            return None, None
         shape = (*q.shape[:2], self.sizes["Hkv"], self.selected)
         dims = ("B", "Tq", "Hkv", "n")
         indices = self.with_batch("indices", indices, cu_seqlens is not None)
@@ -296,6 +307,12 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, device: torch.device
         if bounds[0] != 0 or bounds[-1] > tokens or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-1]}"
             raise ValueError(f"cu_seqlens: expected bounds rising from 0 to at most T_total={tokens}, got {shown}")
+
+
+def copied_lists(indices: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), n each if None: an operator returns no input."""
+    slots = indices.shape[-1]
+    return indices.clone(), indices.new_full(indices.shape[:-1], slots) if counts is None else counts.clone()
 
 
 def refuse(**arguments: object) -> None:

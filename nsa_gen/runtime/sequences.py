@@ -49,3 +49,21 @@ class Sequences(NamedTuple):
         Packed, block j of sequence s is row cu_seqlens[s] // stride + j.
         """
         return self.tokens_kv // stride if self.packed else max(0, (self.tokens_kv - block) // stride + 1)
+
+
+class OutputGradient(NamedTuple):
+    """What the gradients of a branch begin with.
+
+    do (B, Tq, Hq, Dv), contiguous, is the gradient of the operator's output; lse and delta (B, Tq, Hq) float32 are the
+    branch's, delta = do . o of the branch; gate (B, Tq, Hq), of any strides, is what it was multiplied by, or None.
+    """
+
+    do: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    gate: torch.Tensor | None
+
+    @property
+    def gate_strides(self) -> tuple[int, ...]:
+        """The gate's strides; zeros without one."""
+        return (0, 0, 0) if self.gate is None else self.gate.stride()

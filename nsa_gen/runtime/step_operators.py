@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .registration import Library, Operator, Output, name_of, sequence_places
-from .sequences import Sequences
+from .sequences import OutputGradient, Sequences
 
 Tensors = tuple[torch.Tensor, ...]
 OUTPUT, ROW_STATISTIC = "B Tq Hq Dv", "B Tq Hq"
@@ -84,7 +84,7 @@ class StepOperators:
             name: the operator's.
             inputs: q, keys, values, then what the launches take before `cu_seqlens`, and behind it; "tokens:int" is the
                 number of raw keys that compressed ones stand for, which launches find in their `Sequences`.
-            forward, backward: the launches; `backward` gets gradients to write.
+            forward, backward: the launches; `backward` gets gradients to write, and as one what is chosen and `index`.
             sink: the input, behind the values, that is a logit (Hq,) of each head's softmax; "" if there is none.
             pads: names of o and lse among the outputs that can be padded.
             index: further outputs of the forward, int32, for the backward.
@@ -123,7 +123,9 @@ class StepOperators:
             if sink:
                 learned = {"sink": before[0], "dsink": torch.empty_like(before[0])}
                 before = before[1:]
-            backward(q, k, v, *before, *found, do, lse, delta, None, dq, dk, dv, sequences, *behind, **learned)
+            lists = ((*before, *found),) if index else before
+            gradient = OutputGradient(do, lse, delta, None)
+            backward(q, k, v, *lists, gradient, dq, dk, dv, sequences, *behind, **learned)
             if sequences.packed:
                 self._pad_gradients(sequences, dq=dq, **dict(zip(pads_gradients, (dk, dv), strict=False)))
             gradients = dq, dk.to(k.dtype), dv.to(v.dtype)

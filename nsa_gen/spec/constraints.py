@@ -15,65 +15,40 @@ Values = Mapping[str, Any]
 Predicate = Callable[[Values], bool]
 
 
-def always(v: Values) -> bool:
-    """always"""
-    return True
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Where a rule applies: a predicate, and `text`, what it means on the reference page."""
+
+    text: str
+    predicate: Predicate
+
+    def __call__(self, values: Values) -> bool:
+        return self.predicate(values)
 
 
-def tf32(v: Values) -> bool:
-    """fp32_precision is tf32"""
-    return v["fp32_precision"] == "tf32"
+def _some_phi(v: Values, kind: str) -> bool:
+    return v["compression"] and any(v[f"compression.phi.{side}"] == kind for side in ("key", "value"))
 
 
-def compressed(v: Values) -> bool:
-    """there is compression"""
-    return v["compression"]
-
-
-def computed(v: Values) -> bool:
-    """the operator selects blocks itself"""
-    return v["selection"] and v["selection.indices"] == "computed"
-
-
-def given(v: Values) -> bool:
-    """the caller selects blocks"""
-    return v["selection"] and v["selection.indices"] == "input"
-
-
-def by_compression(v: Values) -> bool:
-    """the operator selects blocks itself, by scores: compression"""
-    return computed(v) and v["selection.scores"] == "compression"
-
-
-def by_mean(v: Values) -> bool:
-    """the operator selects blocks itself, by scores: mean"""
-    return computed(v) and v["selection.scores"] == "mean"
-
-
-def scored(v: Values) -> bool:
-    """blocks are selected by compressed scores"""
-    return v["compression"] and by_compression(v)
-
-
-def version_1(v: Values) -> bool:
-    """version is 1"""
-    return v["version"] == 1
-
-
-def external(v: Values) -> bool:
-    """phi of keys or values is external"""
-    return v["compression"] and (v["compression.phi.key"] == "external" or v["compression.phi.value"] == "external")
-
-
-def mlp(v: Values) -> bool:
-    """phi of keys or values is an mlp"""
-    return v["compression"] and (v["compression.phi.key"] == "mlp" or v["compression.phi.value"] == "mlp")
-
-
-def no_mlp(v: Values) -> bool:
-    """there is compression without an mlp"""
-    return v["compression"] and not mlp(v)
-
+ALWAYS = Condition("always", lambda v: True)
+VERSION_1 = Condition("version is 1", lambda v: v["version"] == 1)
+TF32 = Condition("fp32_precision is tf32", lambda v: v["fp32_precision"] == "tf32")
+COMPRESSED = Condition("there is compression", lambda v: v["compression"])
+EXTERNAL = Condition("phi of keys or values is external", lambda v: _some_phi(v, "external"))
+MLP = Condition("phi of keys or values is an mlp", lambda v: _some_phi(v, "mlp"))
+NO_MLP = Condition("there is compression without an mlp", lambda v: v["compression"] and not MLP(v))
+GIVEN = Condition("the caller selects blocks", lambda v: v["selection"] and v["selection.indices"] == "input")
+COMPUTED = Condition(
+    "the operator selects blocks itself", lambda v: v["selection"] and v["selection.indices"] == "computed"
+)
+BY_COMPRESSION = Condition(
+    "the operator selects blocks itself, by scores: compression",
+    lambda v: COMPUTED(v) and v["selection.scores"] == "compression",
+)
+BY_MEAN = Condition(
+    "the operator selects blocks itself, by scores: mean", lambda v: COMPUTED(v) and v["selection.scores"] == "mean"
+)
+SCORED = Condition("blocks are selected by compressed scores", lambda v: v["compression"] and BY_COMPRESSION(v))
 
 SINCE_VERSION_2: Mapping[str, object] = {"selection.scores": "compression", "window.sink": "none"}
 """Fields that version 2 adds, and the value that they have in every spec of version 1."""
@@ -89,7 +64,7 @@ class Constraint:
         at: the field an error points at; if it is not written, the first that is among the others of `fields`.
         message: the error; ``{field}`` is replaced by that field's value.
         hint: how to mend it.
-        when: the rule applies only where this is true; its docstring says so on the reference page.
+        when: the rule applies only where this is true.
         also: fields that an error may point at and that the message does not name.
     """
 
@@ -98,7 +73,7 @@ class Constraint:
     at: str
     message: str
     hint: str = ""
-    when: Predicate = always
+    when: Condition = ALWAYS
     also: tuple[str, ...] = ()
 
     @property
@@ -126,7 +101,7 @@ class Constraint:
 def _needs_version_2(field: str, value: object) -> Constraint:
     return Constraint(
         id=f"{field.replace('.', '_')}_needs_version_2",
-        when=version_1,
+        when=VERSION_1,
         holds=lambda v: v[field] == value,
         at=field,
         message=f"{field} ({{{field}}}) is part of version 2 of the language, but version is {{version}}",
@@ -152,7 +127,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="tf32_needs_float32",
-        when=tf32,
+        when=TF32,
         holds=lambda v: v["dtype"] == "float32",
         at="fp32_precision",
         message="tf32 products exist for float32 inputs only, but dtype is {dtype}",
@@ -160,14 +135,14 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="stride_divides_compression_block",
-        when=compressed,
+        when=COMPRESSED,
         holds=lambda v: v["compression.block"] % v["compression.stride"] == 0,
         at="compression.stride",
         message="compression.stride ({compression.stride}) must divide compression.block ({compression.block})",
     ),
     Constraint(
         id="computed_selection_needs_compression",
-        when=by_compression,
+        when=BY_COMPRESSION,
         holds=lambda v: v["compression"],
         at="selection",
         message="computed selection ranks blocks by the compressed scores, but there is no compression branch",
@@ -175,21 +150,21 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="stride_divides_selection_block",
-        when=scored,
+        when=SCORED,
         holds=lambda v: v["selection.block"] % v["compression.stride"] == 0,
         at="compression.stride",
         message="compression.stride ({compression.stride}) must divide selection.block ({selection.block})",
     ),
     Constraint(
         id="compression_block_fits_selection_block",
-        when=scored,
+        when=SCORED,
         holds=lambda v: v["compression.block"] <= v["selection.block"],
         at="compression.block",
         message="compression.block ({compression.block}) must not exceed selection.block ({selection.block})",
     ),
     Constraint(
         id="forced_blocks_fit_count",
-        when=computed,
+        when=COMPUTED,
         holds=lambda v: v["selection.initial"] + v["selection.local"] <= v["selection.count"],
         at="selection.count",
         message="selection.count ({selection.count}) must hold the forced blocks: "
@@ -198,7 +173,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="given_indices_force_nothing",
-        when=given,
+        when=GIVEN,
         holds=lambda v: v["selection.initial"] == 0 and v["selection.local"] == 0,
         at="selection.initial",
         also=("selection.local",),
@@ -207,7 +182,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="given_indices_are_not_scored",
-        when=given,
+        when=GIVEN,
         holds=lambda v: v["selection.scores"] == "compression",
         at="selection.scores",
         message="with indices: input nothing is scored; scores ({selection.scores}) would have no effect",
@@ -215,7 +190,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="mean_scores_need_the_own_block",
-        when=by_mean,
+        when=BY_MEAN,
         holds=lambda v: v["selection.local"] >= 1,
         at="selection.local",
         message="selection.local ({selection.local}) must be at least 1 with scores: mean, which rank only the blocks "
@@ -224,7 +199,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="mean_scores_do_not_decode",
-        when=by_mean,
+        when=BY_MEAN,
         holds=lambda v: "decode" not in v["passes"],
         at="passes",
         also=("selection.scores",),
@@ -233,7 +208,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="external_is_both_or_neither",
-        when=compressed,
+        when=COMPRESSED,
         holds=lambda v: (v["compression.phi.key"] == "external") == (v["compression.phi.value"] == "external"),
         at="compression.phi",
         message="external must be chosen for both key and value or for neither, "
@@ -242,7 +217,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="external_has_no_position",
-        when=external,
+        when=EXTERNAL,
         holds=lambda v: v["compression.position.key"] == "none" and v["compression.position.value"] == "none",
         at="compression.position",
         message="an external phi is computed by the caller, so there is nothing to add a learned position to",
@@ -250,7 +225,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="mlp_needs_hidden",
-        when=mlp,
+        when=MLP,
         holds=lambda v: v["compression.phi.hidden"] is not None,
         at="compression.phi",
         message="phi mlp needs its hidden width",
@@ -258,7 +233,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     ),
     Constraint(
         id="hidden_needs_mlp",
-        when=no_mlp,
+        when=NO_MLP,
         holds=lambda v: v["compression.phi.hidden"] is None,
         at="compression.phi.hidden",
         message="hidden is the width of an mlp, but phi is key: {compression.phi.key}, value: {compression.phi.value}",

@@ -1,6 +1,6 @@
 """The leaf values of a spec: what each may be, said once for validation, the JSON Schema and the reference page.
 
-Each class here is put beside a type with `typing.Annotated`. It rejects a value with the same sentence everywhere,
+Each `Rule` is put beside a type with `typing.Annotated`. It rejects a value with the same sentence everywhere,
 "expected ..., got ...", and YAML's traps (a boolean or 64.0 for a whole number) with it.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import difflib
 import keyword
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -73,8 +72,39 @@ def reject(message: str, hint: str = "", index: int | None = None) -> PydanticCu
     return PydanticCustomError(REJECTED, template, {"message": message, "hint": hint, "index": index})
 
 
-@dataclass(frozen=True, slots=True)
-class IntegerRange:
+class Rule:
+    """What a field may be; stands beside its type with `typing.Annotated`.
+
+    Attributes:
+        expected: the legal values in words.
+        check: returns the value as the spec holds it, or raises `PydanticCustomError`.
+        schema: the JSON Schema of the field.
+    """
+
+    expected: str
+    check: Callable[[Any], Any]
+    schema: dict[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if get_origin(source) is Literal and list(get_args(source)) != self.schema["enum"]:
+            raise TypeError(f"the choices {self.schema['enum']} stand beside {source}")
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return self.schema
+
+
+@dataclass(frozen=True)
+class Leaf(Rule):
+    """A rule of one field."""
+
+    expected: str
+    check: Callable[[Any], Any]
+    schema: dict[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class IntegerRange(Rule):
     """Whole numbers from `minimum` to `maximum`, both included; booleans, 64.0 and strings are refused."""
 
     minimum: int
@@ -83,13 +113,20 @@ class IntegerRange:
     power_of_two: bool = False
 
     @property
-    def expected(self) -> str:
+    def expected(self) -> str:  # type: ignore[override]
         kind = "a whole number"
         if self.power_of_two:
             kind = "a power of two"
         elif self.multiple_of > 1:
             kind = f"a multiple of {self.multiple_of}"
         return f"{kind} in {self.minimum}..{self.maximum}"
+
+    @property
+    def schema(self) -> dict[str, Any]:  # type: ignore[override]
+        if self.power_of_two:
+            return {"type": "integer", "enum": list(self.values())}
+        shape = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        return shape | ({"multipleOf": self.multiple_of} if self.multiple_of > 1 else {})
 
     def __contains__(self, value: int) -> bool:
         if not self.minimum <= value <= self.maximum or value % self.multiple_of:
@@ -101,7 +138,7 @@ class IntegerRange:
         first = -(-self.minimum // self.multiple_of) * self.multiple_of
         return tuple(filter(self.__contains__, range(first, self.maximum + 1, self.multiple_of)))
 
-    def check(self, value: object) -> int:
+    def check(self, value: object) -> int:  # type: ignore[override]
         """`value` itself when legal; raises `PydanticCustomError` when not."""
         if type(value) is int and value in self:
             return value
@@ -118,24 +155,10 @@ class IntegerRange:
             if re.fullmatch(r"[-+]?[0-9][0-9a-fA-FoxXbB_:.]*", value):
                 return "write plain decimal digits, without prefix, leading zero or separator"
         if type(value) is int:
-            below = [legal for legal in self.values() if legal < value]
-            above = [legal for legal in self.values() if legal > value]
-            near = below[-1:] + above[:1]
-            return (
-                f"the nearest legal value is {near[0]}"
-                if len(near) == 1
-                else f"the nearest are {join(map(str, near), 'and')}"
-            )
+            legal = self.values()
+            near = [each for each in legal if each < value][-1:] + [each for each in legal if each > value][:1]
+            return f"the nearest {'legal value is' if len(near) == 1 else 'are'} {join(map(str, near), 'and')}"
         return ""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.check, core_schema.int_schema(strict=True))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        if self.power_of_two:
-            return {"type": "integer", "enum": list(self.values())}
-        shape = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
-        return shape | ({"multipleOf": self.multiple_of} if self.multiple_of > 1 else {})
 
 
 RANGES: Mapping[str, IntegerRange] = MappingProxyType(
@@ -157,163 +180,121 @@ RANGES: Mapping[str, IntegerRange] = MappingProxyType(
 """The legal values of every whole-number field, by dotted path."""
 
 
-@dataclass(frozen=True, slots=True)
-class OneOf:
+def one_of(*choices: str) -> Rule:
     """One of the words of the annotated `typing.Literal`."""
+    expected = join(choices) if len(choices) == 2 else f"one of {join(choices)}"
 
-    choices: tuple[str, ...]
-
-    @property
-    def expected(self) -> str:
-        return join(self.choices) if len(self.choices) == 2 else f"one of {join(self.choices)}"
-
-    def check(self, value: object) -> str:
-        if isinstance(value, str) and value in self.choices:
+    def check(value: object) -> str:
+        if isinstance(value, str) and value in choices:
             return value
-        hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
-        raise reject(f"expected {self.expected}, got {describe(value)}", hint)
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise reject(f"expected {expected}, got {describe(value)}", hint)
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        if get_args(source) != self.choices:
-            raise TypeError(f"OneOf{self.choices} stands beside {source}")
-        return core_schema.no_info_before_validator_function(self.check, handler(source))
+    return Leaf(expected, check, {"type": "string", "enum": list(choices)})
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """The version of the spec language."""
-
-    known: tuple[int, ...] = (1, 2)
-
-    @property
-    def expected(self) -> str:
-        return f"the number {join(str(version) for version in self.known)}"
-
-    def check(self, value: object) -> int:
-        if type(value) is int and value in self.known:
-            return value
-        raise reject(f"unknown version: expected {self.expected}, got {describe(value)}")
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.check, handler(source))
-
-
-@dataclass(frozen=True, slots=True)
-class PackageName:
-    """An ASCII Python identifier: the name of a folder and of an importable package."""
-
-    pattern: str = r"[A-Za-z][A-Za-z0-9_]*"
-
-    @property
-    def expected(self) -> str:
-        return f"a Python identifier of at most {MAX_NAME} ASCII characters that does not start with an underscore"
-
-    def check(self, value: object) -> str:
-        if not isinstance(value, str):
-            hint = "put it in quotes if it is meant as a name" if isinstance(value, bool) else ""
-            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
-        if not re.fullmatch(self.pattern, value, re.ASCII) or len(value) > MAX_NAME:
-            mended = re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_")[:MAX_NAME]
-            mended = mended if re.match(r"[A-Za-z]", mended) else f"nsa_{mended}" if mended else ""
-            raise reject(
-                f"expected {self.expected}, got {describe(value)}", f"for example {mended!r}" if mended else ""
-            )
-        if keyword.iskeyword(value):
-            raise reject(f"{value!r} is a keyword of Python and cannot be imported", f"for example '{value}_attention'")
-        if value in RESERVED_NAMES:
-            raise reject(f"{value!r} would hide the package of that name", f"for example '{value}_attention'")
+def _check_version(value: object) -> int:
+    if type(value) is int and value in VERSION.schema["enum"]:
         return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        refused = sorted({*keyword.kwlist, *RESERVED_NAMES})
-        return {"type": "string", "pattern": f"^{self.pattern}$", "maxLength": MAX_NAME, "not": {"enum": refused}}
+    raise reject(f"unknown version: expected {VERSION.expected}, got {describe(value)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Paragraph:
-    """Free text, read as one paragraph: each run of white space, line ends included, becomes one space."""
-
-    @property
-    def expected(self) -> str:
-        return f"printable text of at most {MAX_DESCRIPTION} characters"
-
-    def check(self, value: object) -> str:
-        if not isinstance(value, str):
-            hint = "put it in quotes" if isinstance(value, (bool, int, float)) else ""
-            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
-        text = " ".join(value.split())
-        if len(text) > MAX_DESCRIPTION:
-            raise reject(f"expected {self.expected}, got {len(text)} characters")
-        if not text.isprintable():
-            unprintable = next(character for character in text if not character.isprintable())
-            raise reject(f"expected {self.expected}, got the character U+{ord(unprintable):04X} in it")
-        return text
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "string", "maxLength": MAX_DESCRIPTION}
+VERSION = Leaf("the number 1 or 2", _check_version, {"type": "integer", "enum": [1, 2]})
+"""The version of the spec language."""
 
 
-@dataclass(frozen=True, slots=True)
-class SoftmaxScale:
-    """``auto``, or a positive finite number (an integer is read as that number)."""
-
-    @property
-    def expected(self) -> str:
-        return "'auto' or a positive number"
-
-    def check(self, value: object) -> float | str:
-        if value == "auto" and isinstance(value, str):
-            return "auto"
-        if type(value) in (int, float) and 0 < value < 1e30:  # also false for NaN
-            return float(value)
-        hint = did_you_mean(value, ("auto",)) if isinstance(value, str) else ""
-        raise reject(f"expected {self.expected} below 1e30, got {describe(value)}", hint)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.check)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        number = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e30}
-        return {"anyOf": [{"const": "auto"}, number]}
-
-    @staticmethod
-    def resolve(scale: float | str, qk: int) -> float:
-        """The factor of the logits: 1/sqrt(qk) for ``auto``, else the number itself."""
-        return 1.0 / math.sqrt(qk) if isinstance(scale, str) else scale
+def _check_name(value: object) -> str:
+    if not isinstance(value, str):
+        hint = "put it in quotes if it is meant as a name" if isinstance(value, bool) else ""
+        raise reject(f"expected {PACKAGE_NAME.expected}, got {describe(value)}", hint)
+    if not re.fullmatch(_NAME, value, re.ASCII) or len(value) > MAX_NAME:
+        mended = re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_")[:MAX_NAME]
+        mended = mended if re.match(r"[A-Za-z]", mended) else f"nsa_{mended}" if mended else ""
+        hint = f"for example {mended!r}" if mended else ""
+        raise reject(f"expected {PACKAGE_NAME.expected}, got {describe(value)}", hint)
+    if keyword.iskeyword(value):
+        raise reject(f"{value!r} is a keyword of Python and cannot be imported", f"for example '{value}_attention'")
+    if value in RESERVED_NAMES:
+        raise reject(f"{value!r} would hide the package of that name", f"for example '{value}_attention'")
+    return value
 
 
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """``forward`` and, if wanted, ``backward`` and ``decode``, in any order as written, kept in that order."""
+_NAME = r"[A-Za-z][A-Za-z0-9_]*"
+PACKAGE_NAME = Leaf(
+    f"a Python identifier of at most {MAX_NAME} ASCII characters that does not start with an underscore",
+    _check_name,
+    {
+        "type": "string",
+        "pattern": f"^{_NAME}$",
+        "maxLength": MAX_NAME,
+        "not": {"enum": sorted({*keyword.kwlist, *RESERVED_NAMES})},
+    },
+)
+"""An ASCII Python identifier: the name of a folder and of an importable package."""
 
-    @property
-    def expected(self) -> str:
-        return "a list of forward and, if wanted, backward and decode"
 
-    def check(self, value: object) -> tuple[str, ...]:
-        if not isinstance(value, (list, tuple)):
-            hint = f"write [{value}]" if value in ORDERED_PASSES else ""
-            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
-        for index, item in enumerate(value):
-            if item not in ORDERED_PASSES:
-                hint = did_you_mean(item, ORDERED_PASSES) if isinstance(item, str) else ""
-                raise reject(f"expected one of {join(ORDERED_PASSES)}, got {describe(item)}", hint, index)
-            if item in value[:index]:
-                raise reject(f"{item!r} is listed twice", "list each pass once", index)
-        if "forward" not in value:
-            got = f"{join(value, 'and')} without forward" if value else "an empty list"
-            raise reject(f"expected {self.expected}, got {got}", "add 'forward'")
-        return tuple(name for name in ORDERED_PASSES if name in value)
+def _check_paragraph(value: object) -> str:
+    if not isinstance(value, str):
+        hint = "put it in quotes" if isinstance(value, (bool, int, float)) else ""
+        raise reject(f"expected {PARAGRAPH.expected}, got {describe(value)}", hint)
+    text = " ".join(value.split())
+    if len(text) > MAX_DESCRIPTION:
+        raise reject(f"expected {PARAGRAPH.expected}, got {len(text)} characters")
+    if not text.isprintable():
+        unprintable = next(character for character in text if not character.isprintable())
+        raise reject(f"expected {PARAGRAPH.expected}, got the character U+{ord(unprintable):04X} in it")
+    return text
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.check)
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        items = {"enum": list(ORDERED_PASSES)}
-        return {"type": "array", "items": items, "uniqueItems": True, "contains": {"const": "forward"}}
+PARAGRAPH = Leaf(
+    f"printable text of at most {MAX_DESCRIPTION} characters",
+    _check_paragraph,
+    {"type": "string", "maxLength": MAX_DESCRIPTION},
+)
+"""Free text, read as one paragraph: each run of white space, line ends included, becomes one space."""
+
+
+def _check_scale(value: object) -> float | str:
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if type(value) in (int, float) and 0 < value < 1e30:  # also false for NaN
+        return float(value)
+    hint = did_you_mean(value, ("auto",)) if isinstance(value, str) else ""
+    raise reject(f"expected {SOFTMAX_SCALE.expected} below 1e30, got {describe(value)}", hint)
+
+
+SOFTMAX_SCALE = Leaf(
+    "'auto' or a positive number",
+    _check_scale,
+    {"anyOf": [{"const": "auto"}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e30}]},
+)
+"""``auto``, or a positive finite number (an integer is read as that number)."""
+
+
+def _check_passes(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        hint = f"write [{value}]" if value in ORDERED_PASSES else ""
+        raise reject(f"expected {PASSES.expected}, got {describe(value)}", hint)
+    for index, item in enumerate(value):
+        if item not in ORDERED_PASSES:
+            hint = did_you_mean(item, ORDERED_PASSES) if isinstance(item, str) else ""
+            raise reject(f"expected one of {join(ORDERED_PASSES)}, got {describe(item)}", hint, index)
+        if item in value[:index]:
+            raise reject(f"{item!r} is listed twice", "list each pass once", index)
+    if "forward" not in value:
+        got = f"{join(value, 'and')} without forward" if value else "an empty list"
+        raise reject(f"expected {PASSES.expected}, got {got}", "add 'forward'")
+    return tuple(name for name in ORDERED_PASSES if name in value)
+
+
+PASSES = Leaf(
+    "a list of forward and, if wanted, backward and decode",
+    _check_passes,
+    {
+        "type": "array",
+        "items": {"enum": list(ORDERED_PASSES)},
+        "uniqueItems": True,
+        "contains": {"const": "forward"},
+    },
+)
+"""``forward`` and, if wanted, ``backward`` and ``decode``, in any order as written, kept in that order."""

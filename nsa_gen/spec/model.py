@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
@@ -17,7 +18,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from nsa_gen.spec.constraints import SINCE_VERSION_2, violations
 from nsa_gen.spec.emit import to_yaml
-from nsa_gen.spec.fields import RANGES, OneOf, PackageName, Paragraph, Passes, SoftmaxScale, Version, join
+from nsa_gen.spec.fields import PACKAGE_NAME, PARAGRAPH, PASSES, RANGES, SOFTMAX_SCALE, VERSION, join, one_of
 
 DType = Literal["bfloat16", "float16", "float32"]
 PhiKind = Literal["mean", "weighted", "linear", "mlp", "external"]
@@ -75,12 +76,12 @@ class Phi(Record):
 
     shorthand = ("key", "value")
 
-    key: Annotated[PhiKind, OneOf(get_args(PhiKind))] = Field(
+    key: Annotated[PhiKind, one_of(*get_args(PhiKind))] = Field(
         default="mean",
         description="For keys: mean; weighted (one learned weight per position); linear (flattened block times a "
         "matrix); mlp (two layers with a GELU between); external (the caller passes compressed keys).",
     )
-    value: Annotated[PhiKind, OneOf(get_args(PhiKind))] = Field(
+    value: Annotated[PhiKind, one_of(*get_args(PhiKind))] = Field(
         default="mean", description="For values: the same choices. external is chosen for both or for neither."
     )
     hidden: Annotated[int, RANGES["compression.phi.hidden"]] | None = Field(
@@ -95,8 +96,8 @@ class Position(Record):
 
     shorthand = ("key", "value")
 
-    key: Annotated[PositionKind, OneOf(get_args(PositionKind))] = Field(default="none", description="For keys.")
-    value: Annotated[PositionKind, OneOf(get_args(PositionKind))] = Field(default="none", description="For values.")
+    key: Annotated[PositionKind, one_of(*get_args(PositionKind))] = Field(default="none", description="For keys.")
+    value: Annotated[PositionKind, one_of(*get_args(PositionKind))] = Field(default="none", description="For values.")
 
 
 class Compression(Record):
@@ -117,7 +118,7 @@ class Selection(Record):
     count: Annotated[int, RANGES["selection.count"]] = Field(
         description="Blocks chosen for each query, forced ones included.", examples=[16]
     )
-    indices: Annotated[Literal["computed", "input"], OneOf(("computed", "input"))] = Field(
+    indices: Annotated[Literal["computed", "input"], one_of("computed", "input")] = Field(
         default="computed",
         description="computed ranks blocks by their scores; input makes the indices an argument.",
     )
@@ -127,7 +128,7 @@ class Selection(Record):
     local: Annotated[int, RANGES["selection.local"]] = Field(
         default=2, description="Most recent blocks, the query's own included, always chosen; 0 with indices: input."
     )
-    scores: Annotated[Literal["compression", "mean"], OneOf(("compression", "mean"))] = Field(
+    scores: Annotated[Literal["compression", "mean"], one_of("compression", "mean")] = Field(
         default="compression",
         description="What blocks are ranked by: compression (attention to the compressed keys) or, in version 2, mean "
         "(the products of a group's queries with the mean key of the block).",
@@ -146,7 +147,7 @@ class Window(Record):
     size: Annotated[int, RANGES["window.size"]] = Field(
         description="Keys a query sees, its own included.", examples=[512]
     )
-    sink: Annotated[Literal["none", "learned"], OneOf(("none", "learned"))] = Field(
+    sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
         default="none",
         description="none, or learned: a logit per query head, an argument, that joins the softmax's denominator and "
         "has no value; learned needs version: 2.",
@@ -156,7 +157,7 @@ class Window(Record):
 class Combine(Record):
     """How the outputs of the branches become one."""
 
-    gate: Annotated[Literal["sigmoid", "given", "none"], OneOf(("sigmoid", "given", "none"))] = Field(
+    gate: Annotated[Literal["sigmoid", "given", "none"], one_of("sigmoid", "given", "none")] = Field(
         default="sigmoid",
         description="sigmoid takes logits per token, query head and branch; given takes gates; none is a plain sum.",
     )
@@ -165,33 +166,33 @@ class Combine(Record):
 class Spec(Record):
     """A natively sparse attention operator. At least one branch must be present."""
 
-    version: Annotated[Literal[1, 2], Version()] = Field(
+    version: Annotated[Literal[1, 2], VERSION] = Field(
         description="Version of the spec language: 2 has all of 1, in the same meaning, and more."
     )
-    name: Annotated[str, PackageName()] = Field(
+    name: Annotated[str, PACKAGE_NAME] = Field(
         description="Name of the generated package: a Python identifier.", examples=["llama3_8b"]
     )
-    description: Annotated[str, Paragraph()] = Field(default="", description="What the operator is for, in a sentence.")
+    description: Annotated[str, PARAGRAPH] = Field(default="", description="What the operator is for, in a sentence.")
     heads: Heads = Field(description="Numbers of heads.")
     head_dim: HeadDim = Field(description="Sizes of a head: one number for both, or qk and v.")
-    dtype: Annotated[DType, OneOf(get_args(DType))] = Field(
+    dtype: Annotated[DType, one_of(*get_args(DType))] = Field(
         description="Type of inputs, parameters and outputs; sums, softmax and importance are always float32."
     )
-    fp32_precision: Annotated[Literal["ieee", "tf32"], OneOf(("ieee", "tf32"))] = Field(
+    fp32_precision: Annotated[Literal["ieee", "tf32"], one_of("ieee", "tf32")] = Field(
         default="ieee",
         description="Products of float32 inputs: exact (ieee) or rounded to tf32; tf32 only with dtype float32.",
     )
-    scale: Annotated[float | Literal["auto"], SoftmaxScale()] = Field(
+    scale: Annotated[float | Literal["auto"], SOFTMAX_SCALE] = Field(
         default="auto", description="Factor of the logits: auto is 1/sqrt(head_dim.qk)."
     )
-    kv: Annotated[Literal["shared", "per_branch"], OneOf(("shared", "per_branch"))] = Field(
+    kv: Annotated[Literal["shared", "per_branch"], one_of("shared", "per_branch")] = Field(
         default="shared", description="Whether one K and V feed all branches, or each branch has its own."
     )
     compression: Compression | None = Field(default=None, description="The compression branch; left out: none.")
     selection: Selection | None = Field(default=None, description="The selection branch; left out: none.")
     window: Window | None = Field(default=None, description="The window branch; left out: none.")
     combine: Combine = Field(default=Combine(), description="How the outputs of the branches become one.")
-    passes: Annotated[tuple[Literal["forward", "backward", "decode"], ...], Passes()] = Field(
+    passes: Annotated[tuple[Literal["forward", "backward", "decode"], ...], PASSES] = Field(
         default=("forward", "backward"),
         description="Passes to generate: forward, its gradients, and inference with a cache.",
     )
@@ -216,7 +217,7 @@ class Spec(Record):
     @property
     def scale_value(self) -> float:
         """The factor of the logits as a number."""
-        return SoftmaxScale.resolve(self.scale, self.head_dim.qk)
+        return 1.0 / math.sqrt(self.head_dim.qk) if isinstance(self.scale, str) else self.scale
 
     @property
     def branches(self) -> tuple[BranchName, ...]:
@@ -258,6 +259,15 @@ def record_type(model: type[Record], name: str) -> type[Record] | None:
         if isinstance(candidate, type) and issubclass(candidate, Record):
             return candidate
     return None
+
+
+def all_records(model: type[Record], prefix: str = "") -> Iterator[tuple[str, type[Record]]]:
+    """`model` and every record inside it with its dotted path, that of `model` itself first, with an empty one."""
+    yield prefix, model
+    for name in model.model_fields:
+        record = record_type(model, name)
+        if record is not None:
+            yield from all_records(record, f"{prefix}.{name}".removeprefix("."))
 
 
 def expectation(model: type[Record], name: str) -> str:

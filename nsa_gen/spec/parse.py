@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from nsa_gen.spec.constraints import violations
 from nsa_gen.spec.errors import SpecError
 from nsa_gen.spec.fields import REJECTED, describe, did_you_mean, join
-from nsa_gen.spec.model import BROKEN_CONSTRAINTS, Record, Spec, expectation, flatten, record_type
+from nsa_gen.spec.model import BROKEN_CONSTRAINTS, Record, Spec, all_records, expectation, flatten, record_type
 from nsa_gen.spec.source import Document, FieldPath, compose, decode, dotted
 
 
@@ -131,15 +131,10 @@ def _unknown_field(path: FieldPath) -> tuple[str, str]:
     return message, did_you_mean(name, siblings)
 
 
-def all_fields(model: type[Record] = Spec, prefix: str = "") -> list[str]:
-    """The dotted names of all fields of the language, records before what is in them."""
-    names: list[str] = []
-    for name in model.model_fields:
-        names.append(prefix + name)
-        record = record_type(model, name)
-        if record is not None:
-            names += all_fields(record, f"{prefix}{name}.")
-    return names
+def all_fields() -> list[str]:
+    """The dotted names of all fields of the language."""
+    owners = all_records(Spec)
+    return [f"{path}.{name}".removeprefix(".") for path, record in owners for name in record.model_fields]
 
 
 def _value_at(value: Any, path: FieldPath) -> Any:

@@ -10,14 +10,14 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nsa_gen._resources import specs_dir
 from nsa_gen.spec.constraints import CONSTRAINTS
 from nsa_gen.spec.emit import to_yaml
-from nsa_gen.spec.model import Record, Spec, expectation, record_type
+from nsa_gen.spec.model import Record, Spec, all_records, expectation, record_type
 from nsa_gen.spec.shipped import load_spec, shipped_specs
 
 SCHEMA_FILE = "nsa-spec.schema.json"
@@ -30,7 +30,7 @@ def json_schema() -> dict[str, Any]:
     `parse_spec`.
     """
     schema = _tidy(Spec.model_json_schema())
-    for record in _records():
+    for _, record in all_records(Spec):
         if record.shorthand:
             full = schema["$defs"][record.__name__]
             field = full["properties"][record.shorthand[0]]
@@ -64,23 +64,6 @@ _LATE = {"required": 1, "properties": 2, "$defs": 3}
 """Keywords that are easier to read after the others."""
 
 
-def _records(model: type[Record] = Spec) -> Iterator[type[Record]]:
-    for name in model.model_fields:
-        record = record_type(model, name)
-        if record is not None:
-            yield record
-            yield from _records(record)
-
-
-def _sections(model: type[Record] = Spec, prefix: str = "") -> Iterator[tuple[str, type[Record]]]:
-    """Every record with its dotted path, the spec itself first with an empty one."""
-    yield prefix, model
-    for name in model.model_fields:
-        record = record_type(model, name)
-        if record is not None:
-            yield from _sections(record, f"{prefix}.{name}".removeprefix("."))
-
-
 def reference() -> str:
     """The reference page of the spec language, in Markdown."""
     shipped = shipped_specs()
@@ -100,7 +83,7 @@ def reference() -> str:
         _table(("name", "what it is"), [(f"`{name}`", load_spec(name).description) for name in shipped]),
         "## Fields",
     ]
-    for path, record in _sections():
+    for path, record in all_records(Spec):
         parts += [f"### {f'`{path}`' if path else 'Top level'}", record.__doc__ or "", _field_table(record)]
     parts += ["## Rules between fields", _constraint_table()]
     return "\n\n".join(parts) + "\n"
@@ -131,7 +114,7 @@ def _constraint_table() -> str:
     rows = []
     for constraint in CONSTRAINTS:
         hint = f" ({constraint.hint})" if constraint.hint else ""
-        rows.append((f"`{constraint.id}`", constraint.summary + hint, constraint.when.__doc__ or ""))
+        rows.append((f"`{constraint.id}`", constraint.summary + hint, constraint.when.text))
     return _table(("rule", "error where it is broken", "applies where"), rows)
 
 

@@ -150,19 +150,14 @@ class _Composer:
 
     def _refuse_machinery(self, event: yaml.NodeEvent, path: FieldPath, place: Place) -> None:
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(
-                place,
-                path,
-                f"aliases such as *{_key(event.anchor)} are not part of the language",
-                "write the value out",
-            )
+            what, hint = f"aliases such as *{_key(event.anchor)}", "write the value out"
         elif event.anchor is not None:
-            self._refuse(
-                place, path, f"anchors such as &{_key(event.anchor)} are not part of the language", "remove the anchor"
-            )
+            what, hint = f"anchors such as &{_key(event.anchor)}", "remove the anchor"
         elif event.tag is not None:
-            tag = _key(event.tag.replace("tag:yaml.org,2002:", "!!"))
-            self._refuse(place, path, f"tags such as {tag} are not part of the language", "remove the tag")
+            what, hint = f"tags such as {_key(event.tag.replace('tag:yaml.org,2002:', '!!'))}", "remove the tag"
+        else:
+            return
+        self._refuse(place, path, f"{what} are not part of the language", hint)
 
     def _refuse(self, place: Place, path: FieldPath, message: str, hint: str) -> None:
         self.document.report(place, path, message, hint)

@@ -9,36 +9,16 @@
 Importing this package imports neither torch nor triton: both stay in the worker processes.
 """
 
-from nsa_gen.hardware import (
-    GPUS,
-    TABLES,
-    TARGETS,
-    Gpu,
-    UnknownGpuError,
-    find_gpu,
-    gpu,
-    gpu_for_device,
-    gpu_for_target,
-)
 from nsa_gen.targets.compile import HEAVY_SPILL_BYTES, VARIANTS, Compilation, CompileReport, compile_spec
 from nsa_gen.targets.report import print_report
 from nsa_gen.targets.resources import Resources
 
 __all__ = [
-    "GPUS",
     "HEAVY_SPILL_BYTES",
-    "TABLES",
-    "TARGETS",
     "VARIANTS",
     "Compilation",
     "CompileReport",
-    "Gpu",
     "Resources",
-    "UnknownGpuError",
     "compile_spec",
-    "find_gpu",
-    "gpu",
-    "gpu_for_device",
-    "gpu_for_target",
     "print_report",
 ]

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +46,10 @@ class Compilation:
         module: the package's module it stands in; empty, and `kernel` "(launches)", when no launch could be recorded.
         variants: the calls that launch exactly this code: "batched", "packed" or both.
         target: the architecture, e.g. "sm_90".
+        shared_memory_limit: bytes of shared memory a block may have on this architecture.
         constants: the kernel's declared constants, tile sizes among them.
         num_warps, num_stages: launch options; 0 when the launch was not understood.
         resources: what a block needs; None when it did not compile.
-        shared_memory_limit: bytes of shared memory a block may have on this architecture.
         seconds: wall time of the compilation in this run.
         cached: the machine code was there from an earlier run, so `seconds` is the time to find it.
         reason: why `ok` is False, on one line; empty when it is True.
@@ -60,15 +60,15 @@ class Compilation:
     module: str
     variants: tuple[str, ...]
     target: str
-    constants: dict[str, Any] = field(hash=False)
-    num_warps: int
-    num_stages: int
-    resources: Resources | None
     shared_memory_limit: int
-    seconds: float
-    cached: bool
-    reason: str
-    detail: str
+    constants: dict[str, Any] = field(default_factory=dict, hash=False)
+    num_warps: int = 0
+    num_stages: int = 0
+    resources: Resources | None = None
+    seconds: float = 0.0
+    cached: bool = False
+    reason: str = ""
+    detail: str = ""
 
     @property
     def ok(self) -> bool:
@@ -118,10 +118,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class _Job:
-    target: str
+    """A launch to compile, by the worker's key and the call that it is of, and its row so far."""
+
+    key: str
     packed: bool
-    variants: tuple[str, ...]
-    listed: dict[str, Any] = field(hash=False)
+    row: Compilation
 
 
 def compile_spec(
@@ -262,75 +263,45 @@ def _trace_all(
     versions: dict[str, str] = {}
     for target in targets:
         found: dict[str, _Job] = {}
+        limit = gpu_for_target(target).shared_memory_per_block
         for variant in variants:
             packed = variant == "packed"
             try:
                 answer = tracer.ask({"do": "trace", "target": target, "packed": packed}, timeout)
             except WorkerFailure as failure:
                 reason = f"the package's launches could not be recorded: {failure}"
-                failed.append(_untraced(target, variant, "(launches)", "", reason, failure.detail))
+                row = Compilation("(launches)", "", (variant,), target, limit, reason=reason, detail=failure.detail)
+                failed.append(row)
                 continue
             versions = answer["versions"]
             for refused in answer["refused"]:
+                row = Compilation(refused["kernel"], refused["module"], (variant,), target, limit)
                 reason = f"the launch does not fit the kernel: {refused['error']}"
-                failed.append(
-                    _untraced(target, variant, refused["kernel"], refused["module"], reason, refused["detail"])
-                )
+                failed.append(replace(row, reason=reason, detail=refused["detail"]))
             for listed in answer["launches"]:
-                seen = found.get(listed["key"])
-                launched_by = (*seen.variants, variant) if seen else (variant,)
-                found[listed["key"]] = _Job(target, seen.packed if seen else packed, launched_by, listed)
+                key = listed.pop("key")
+                if key in found:
+                    row = found[key].row
+                    found[key] = replace(found[key], row=replace(row, variants=(*row.variants, variant)))
+                else:
+                    row = Compilation(variants=(variant,), target=target, shared_memory_limit=limit, **listed)
+                    found[key] = _Job(key, packed, row)
         todo += found.values()
     return todo, failed, versions
 
 
-def _untraced(target: str, variant: str, kernel: str, module: str, reason: str, detail: str) -> Compilation:
-    return Compilation(
-        kernel=kernel,
-        module=module,
-        variants=(variant,),
-        target=target,
-        constants={},
-        num_warps=0,
-        num_stages=0,
-        resources=None,
-        shared_memory_limit=gpu_for_target(target).shared_memory_per_block,
-        seconds=0.0,
-        cached=False,
-        reason=reason,
-        detail=detail,
-    )
-
-
 def _compile_one(worker: Worker, job: _Job, timeout: float) -> Compilation:
-    gpu = gpu_for_target(job.target)
-    resources: Resources | None = None
-    cached, detail = False, ""
     start = time.monotonic()
-    call = {"target": job.target, "packed": job.packed}
+    call = {"target": job.row.target, "packed": job.packed}
     try:
         # Known to the worker unless it is a fresh one: then its start and its tracing are not the kernel's time.
         worker.ask({"do": "trace", **call}, timeout)
         start = time.monotonic()
-        answer = worker.ask({"do": "compile", **call, "key": job.listed["key"]}, timeout)
-        seconds, cached = answer.pop("seconds"), answer.pop("cached")
-        resources = Resources(**answer)
-        reason = excess(resources, gpu)
+        answer = worker.ask({"do": "compile", **call, "key": job.key}, timeout)
     except WorkerFailure as failure:
-        seconds = time.monotonic() - start
-        reason, detail = str(failure), failure.detail
-    return Compilation(
-        kernel=job.listed["kernel"],
-        module=job.listed["module"],
-        variants=job.variants,
-        target=job.target,
-        constants=job.listed["constants"],
-        num_warps=job.listed["num_warps"],
-        num_stages=job.listed["num_stages"],
-        resources=resources,
-        shared_memory_limit=gpu.shared_memory_per_block,
-        seconds=round(seconds, 3),
-        cached=cached,
-        reason=reason,
-        detail=detail,
-    )
+        seconds = round(time.monotonic() - start, 3)
+        return replace(job.row, seconds=seconds, reason=str(failure), detail=failure.detail)
+    seconds, cached = round(answer.pop("seconds"), 3), answer.pop("cached")
+    resources = Resources(**answer)
+    reason = excess(resources, gpu_for_target(job.row.target))
+    return replace(job.row, resources=resources, seconds=seconds, cached=cached, reason=reason)

@@ -46,7 +46,10 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
     if plan.external:
         assert plan.compressed is not None
         sizes["Nc"] = sequences.compressed_rows(plan.compressed.constants["BLOCK"], plan.compressed.constants["STRIDE"])
-    arguments = tuple(_empty(empty, plan, argument, sizes) for argument in plan.arguments)
+    chosen = ("indices", "counts") if plan.selects else ()
+    arguments = tuple(
+        None if argument.name in chosen else _empty(empty, plan, argument, sizes) for argument in plan.arguments
+    )
     for others in _schedules(package, plan):
         _trace_operator(package, plan, arguments, sequences, passes if others else ())
 
@@ -62,7 +65,8 @@ def trace_inference(
     """Launch every kernel of inference on uninitialised tensors: for caches of `tokens` tokens a sequence."""
     plan = _plan(package)
     empty = _allocator(plan, device)
-    kernels, storage, decode = (_module(package, name) for name in ("kernels.append", "storage", "decode"))
+    names = ("kernels.append", "storage", "decode", "workspace")
+    kernels, storage, decode, workspace = (_module(package, name) for name in names)
     widths = {name: (plan.kv_heads, plan.qk.size if "k" in name.split("_") else plan.v.size) for name in _keys(plan)}
     for page_size in page_sizes:
         pages = -(-tokens // page_size) if page_size else 0
@@ -94,7 +98,7 @@ def trace_inference(
                 *(empty(plan.query_heads, dtype=torch.float32) for _ in plan.sinks),
                 layer,
                 *lists,
-                decode.DecodeWorkspace.allocate(layout, number, torch.device(device)),
+                workspace.DecodeWorkspace.allocate(layout, number, torch.device(device)),
                 empty(batch, number, plan.query_heads, plan.v.size),
                 starts,
                 lengths,

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nsa_gen.hardware import gpu_for_target
+from nsa_gen.rendering import import_package
 from nsa_gen.workers import Handle, describe, serve
 
 if TYPE_CHECKING:
@@ -41,8 +42,12 @@ class _State:
     tokens: int
     batch: int
     passes: tuple[str, ...]
-    package: ModuleType | None = None
     traces: dict[tuple[str, bool], _Trace] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def package(self) -> ModuleType:
+        """The package, imported when it is first asked for, so that a request has what goes wrong with that."""
+        return import_package(self.package_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +63,21 @@ class _Trace:
     refused: list[tuple[JITFunction, Exception]]
 
 
-def _import_package(folder: Path) -> ModuleType:
-    """Import the package in `folder` under the folder's name, without making its neighbours importable."""
-    init = folder / "__init__.py"
-    if not init.is_file():
-        raise FileNotFoundError(f"package: expected a generated package (a folder with __init__.py), got {folder}")
-    found = importlib.util.spec_from_file_location(folder.name, init, submodule_search_locations=[str(folder)])
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[folder.name] = module
-    found.loader.exec_module(module)
-    return module
-
-
 def _trace(state: _State, target: str, packed: bool) -> _Trace:
     from nsa_gen.targets.launches import record_launches, specialize
     from nsa_gen.targets.tracing import trace as launch_all
 
     if (target, packed) in state.traces:
         return state.traces[target, packed]
-    if state.package is None:
-        state.package = _import_package(state.package_dir)
+    package = state.package
     with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec(f"{state.package.__name__}.configs") is not None:
-            configs = importlib.import_module(f"{state.package.__name__}.configs")
+        if importlib.util.find_spec(f"{package.__name__}.configs") is not None:
+            configs = importlib.import_module(f"{package.__name__}.configs")
             stack.enter_context(configs.use_target(target))
         launches = stack.enter_context(record_launches())
-        launch_all(state.package, state.tokens, state.batch, "meta", packed, state.passes)
+        launch_all(package, state.tokens, state.batch, "meta", packed, state.passes)
     if not launches:
-        raise RuntimeError(f"{state.package.__name__} launched no kernel for passes {state.passes}")
+        raise RuntimeError(f"{package.__name__} launched no kernel for passes {state.passes}")
     gpu = gpu_for_target(target)
     trace = _Trace({}, [])
     for launch in launches:
@@ -134,9 +125,8 @@ def _do_candidate(
     from nsa_gen.targets.launches import record_launches, specialize
     from nsa_gen.targets.resources import read_resources
 
-    if state.package is None:
-        state.package = _import_package(state.package_dir)
-    name = state.package.__name__
+    package = state.package
+    name = package.__name__
     configs = importlib.import_module(f"{name}.configs")
     gpu = gpu_for_target(target)
     wanted: dict[str, Specialization] = {}
@@ -144,7 +134,7 @@ def _do_candidate(
     with configs.use_target(target), configs.override(kernel, **config):
         for call in calls:
             with record_launches() as launches:
-                _trace_call(state, state.package, call)
+                _trace_call(state, package, call)
             mine = [launch for launch in launches if launch.name == f"{kernel}_kernel"]
             grids.append([launch.grid for launch in mine])
             for one in (specialize(launch, gpu) for launch in mine):
@@ -174,7 +164,7 @@ def _trace_call(state: _State, package: ModuleType, call: dict[str, Any]) -> Non
 
 
 def _whereabouts(state: _State, kernel: JITFunction) -> dict[str, str]:
-    return {"kernel": kernel.__name__, "module": kernel.module.removeprefix(f"{state.package_dir.name}.")}
+    return {"kernel": kernel.__name__, "module": kernel.module.removeprefix(f"{state.package.__name__}.")}
 
 
 def _plain(value: Any) -> Any:

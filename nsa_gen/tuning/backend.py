@@ -7,18 +7,28 @@ fails in it (out of memory, wrong numbers) is quarantined with its reason; the p
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nsa_gen.tuning.identity import Device
-from nsa_gen.tuning.journal import Journal
-from nsa_gen.tuning.race import Candidate, Hear, Race, Reading, Round
+from nsa_gen.targets.compile import compiler_environment
+from nsa_gen.tuning.race import Candidate, Hear, Journal, Race, Reading, Round
 from nsa_gen.tuning.space import Bucket
+from nsa_gen.tuning.store import Device
 from nsa_gen.workers import Handle, Say, Worker, WorkerDied, WorkerFailure
 
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+    from nsa_gen.tuning.run import Settings
+
+WORKER = (sys.executable, "-m", "nsa_gen.tuning.engine")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 CANDIDATE_SECONDS = 60.0
 """A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
 START_LIMIT_SECONDS = 180.0
@@ -67,7 +77,7 @@ class Backend:
 
     def check(self, candidate: Candidate, bucket: Bucket) -> str:
         """What is wrong with a candidate's outputs and gradients at a ragged length, or ""."""
-        (answer,) = self._survive("check", (candidate,), bucket, {"bucket": bucket.to_json()})
+        (answer,) = self._survive("check", (candidate,), bucket, {"bucket": asdict(bucket)})
         return answer.get("error", "")
 
     def race(self, race: Race, earlier: Sequence[Round] = (), hear: Hear = lambda times: None) -> list[Reading]:
@@ -151,6 +161,26 @@ class Backend:
         self._tell(f"{reason}: {candidate.label}")
 
 
+def gpu_backend(
+    package: Path,
+    spec: Spec,
+    settings: Settings,
+    number: int,
+    say: Callable[[str], None],
+    *,
+    candidate_seconds: float = CANDIDATE_SECONDS,
+    command: Sequence[str] = WORKER,
+) -> Backend:
+    """What measures on one GPU of this machine, with the machine code that stage 0 has left beside the package."""
+    environment = compiler_environment((package.parent.parent / "triton").resolve())
+    visible = [each for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
+    if number:  # to the first all are visible, so that it can count them; it uses the first of them
+        environment[VISIBLE] = visible[number] if visible else str(number)
+    environment["NSA_GEN_TUNED"] = "off"
+    opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
+    return Backend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)
+
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -207,7 +237,7 @@ class Crew:
             readings = self._with_one(lambda backend: backend.race(race, earlier, keep))
             for key, candidate, reading in zip(keys, race.candidates, readings, strict=True):
                 where = {"bucket": race.bucket.name, "inputs": race.inputs, "configs": candidate.configs}
-                self._journal.put(key, "time", reading.to_json(), **where)
+                self._journal.put(key, "time", asdict(reading), **where)
         for candidate, reading in zip(race.candidates, readings, strict=True):
             if reading.error:
                 self._put_away(race.bucket, candidate, reading.error)
@@ -258,18 +288,8 @@ class Crew:
 # In the process that measures
 
 
-class Engine(Protocol):
-    """What answers requests. `announce` is called with a candidate's number each time work on it begins."""
-
-    def device(self) -> dict[str, Any]: ...
-
-    def check(self, candidates: list[Any], announce: Callable[[int], None], **request: Any) -> list[dict[str, Any]]: ...
-
-    def race(self, candidates: list[Any], announce: Callable[[int], None], **request: Any) -> list[dict[str, Any]]: ...
-
-
-def handler(engine: Engine) -> Handle:
-    """Answers a worker's requests with an engine."""
+def handler(engine: Any) -> Handle:
+    """Answers a worker's requests with an engine, which is one of `nsa_gen.tuning.engine` or a test's."""
 
     def handle(request: dict[str, Any], say: Say) -> Any:
         def announce(number: int) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,76 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from nsa_gen.rendering.identity import ATTENTION, DECODE, space_digest
 from nsa_gen.rendering.legality import Check, check_of, problems
-from nsa_gen.tuning.identity import MEANING, Device, Difference, Identity, differences, drifted, kernels_of
+from nsa_gen.spec import Spec, load_spec, shipped_specs
 from nsa_gen.tuning.space import is_legal
-from nsa_gen.tuning.store import Entry, Store, Unreadable, read_each, write_entries
+from nsa_gen.tuning.store import (
+    Device,
+    Entry,
+    Identity,
+    Provenance,
+    Store,
+    Unreadable,
+    kernels_of,
+    read_each,
+    write_entries,
+)
 
 if TYPE_CHECKING:
-    from nsa_gen.spec import Spec
     from nsa_gen.tuning.space import Bucket
 
 LEVELS = ("NSA_GEN_TUNED", "user's cache", "shipped")
 """Where entries come from, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field in which an entry is not what is wanted. `fatal` ones keep it from being used."""
+
+    field: str
+    wanted: str
+    found: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.field}: wanted {self.wanted}, the entry has {self.found}"
+
+
+MEANING = {
+    "kernels": "the code of the kernels has changed since",
+    "space": "the tunables or their constraints have changed since",
+    "dtype": "tuned for tensors of another type",
+    "measurement": "times were taken in another way",
+    "gpu": "another GPU",
+    "multiprocessors": "another model of the GPU",
+    "architecture": "another architecture, whose configurations may not even compile",
+    "bucket": "too far from the call: more than two steps",
+}
+"""What it says of an entry that a field differs."""
+
+
+def differences(wanted: Identity, found: Identity, near: int = 2) -> list[Difference]:
+    """Field by field, what keeps an entry from serving a call, or only makes it a worse fit.
+
+    Another GPU of the same architecture serves where nothing better is known, and so does a bucket at most `near`
+    steps away: these differences are not fatal.
+    """
+    result = []
+    for name in ("kernels", "space", "dtype", "measurement", "gpu", "multiprocessors", "architecture"):
+        expected, actual = getattr(wanted, name), getattr(found, name)
+        if expected != actual:
+            result.append(Difference(name, str(expected), str(actual), name not in ("gpu", "multiprocessors")))
+    if (steps := wanted.bucket.steps(found.bucket)) > 0:
+        result.append(Difference("bucket", wanted.bucket.name, found.bucket.name, steps > near))
+    return result
+
+
+def drifted(now: Device, made_with: Provenance) -> list[Difference]:
+    """Versions that differ from those of today, where both are known."""
+    return [
+        Difference(name, getattr(now, name), getattr(made_with, name), fatal=False)
+        for name in ("driver", "torch", "triton")
+        if getattr(now, name) and getattr(made_with, name) and getattr(now, name) != getattr(made_with, name)
+    ]
 
 
 @dataclass(frozen=True)
@@ -48,15 +108,10 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {
-            "path": str(self.path),
-            "level": LEVELS[self.level],
-            "used": self.used,
-            "reason": self.reason,
-            "identity": None if self.entry is None else self.entry.identity.to_json(),
-            "differences": [vars(each) for each in self.differences],
-            "drift": [vars(each) for each in self.drift],
-        }
+        plain = asdict(self)
+        entry = plain.pop("entry")
+        identity = None if entry is None else entry["identity"]
+        return {**plain, "path": str(self.path), "level": LEVELS[self.level], "identity": identity}
 
 
 @dataclass(frozen=True)
@@ -129,12 +184,16 @@ def _judged(path: Path, level: int, wanted: Identity, check: Check, device: Devi
             found.append(Verdict(path, level, None, False, f"cannot be understood, so it is passed over: {entry}"))
             continue
         differing = tuple(differences(wanted, entry.identity))
-        fatal = [each for each in differing if each.fatal]
-        reason = "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
-        if not fatal and (wrong := problems(check, entry.configs)):
+        reason = _fatal(differing)
+        if not reason and (wrong := problems(check, entry.configs)):
             reason = f"refused: {wrong}"
         found.append(Verdict(path, level, entry, False, reason, differing, tuple(drifted(device, entry.provenance))))
     return found
+
+
+def _fatal(differing: Iterable[Difference]) -> str:
+    """The differences that keep an entry from being used, with what they mean; "" if there is none."""
+    return "; ".join(f"{each} ({MEANING[each.field]})" for each in differing if each.fatal)
 
 
 def refusals(entries: Sequence[Entry], specs: Mapping[str, Spec]) -> list[str]:
@@ -150,6 +209,17 @@ def refusals(entries: Sequence[Entry], specs: Mapping[str, Spec]) -> list[str]:
     ]
 
 
+def is_stale(entry: Entry) -> bool:
+    """Whether a shipped spec's kernels are no longer those of an entry; specs that are not shipped are not judged."""
+    name, decode = entry.identity.spec, entry.identity.bucket.decode
+    if name not in shipped_specs():
+        return False
+    spec = load_spec(name)
+    if decode and "decode" not in spec.passes:
+        return True
+    return kernels_of(render(spec), decode=decode) != entry.identity.kernels
+
+
 def _rank(verdict: Verdict, wanted: Identity) -> tuple[int, int, int]:
     """As in a package's `lookup`: explicit, this GPU, this architecture; the nearest of each; then by level."""
     assert verdict.entry is not None
@@ -162,10 +232,10 @@ def _concluded(verdict: Verdict, best: Verdict | None, wanted: Identity) -> Verd
     if verdict.reason or best is None:
         return verdict
     if verdict is not best:
-        return Verdict(**{**vars(verdict), "reason": f"would serve, but {best.path.name} comes first"})
+        return replace(verdict, reason=f"would serve, but {best.path.name} comes first")
     near = [each for each in verdict.differences if not each.fatal]
     reason = "exactly this call" if not near else "nothing nearer: " + "; ".join(map(str, near))
-    return Verdict(**{**vars(verdict), "used": True, "reason": reason})
+    return replace(verdict, used=True, reason=reason)
 
 
 # Travel
@@ -176,7 +246,7 @@ class Imported:
     """What became of the entries of a file: saved in the cache, or refused with a reason (None: not even an entry)."""
 
     saved: tuple[Entry, ...] = ()
-    refused: tuple[tuple[Entry | None, str], ...] = field(default=())
+    refused: tuple[tuple[Entry | None, str], ...] = ()
 
 
 def export(store: Store, path: Path, names: Sequence[str] = ()) -> int:
@@ -221,8 +291,8 @@ def _refusal(entry: Entry, spec: Spec | None) -> str:
     if bucket.decode and "decode" not in spec.passes:
         return f"bucket: {spec.name} has no decode pass"
     wanted = Identity.of(program, kernels_of(render(spec), decode=bucket.decode), identity.device, bucket)
-    if fatal := [each for each in differences(wanted, identity) if each.fatal]:
-        return "; ".join(f"{each} ({MEANING[each.field]})" for each in fatal)
+    if fatal := _fatal(differences(wanted, identity)):
+        return fatal
     gpu = identity.device.gpu
     if gpu is None:
         return f"architecture: {identity.architecture} is not in the hardware table"

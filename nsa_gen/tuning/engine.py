@@ -6,26 +6,35 @@ it turns to a candidate and {"round": times} after each round of a race. It ends
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from nsa_gen.bench.contenders import Contender, Operator, Prepared
-from nsa_gen.bench.measure import GRAPH_BELOW_MS, Clock, CudaClock, DeviceLost, Measurement, first_line, race
+from nsa_gen.bench.contenders import Contender
+from nsa_gen.bench.measure import GRAPH_BELOW_MS, Clock, DeviceLost, Measurement, Times, faults, first_line, race
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning.backend import handler
-from nsa_gen.tuning.inputs import DecodeInputs, DecodeStep, bucket_inputs, check_scenario, decode_inputs
-from nsa_gen.tuning.solo import Call, NoLaunch, Solo, noted_launches
+from nsa_gen.tuning.race import FORWARD, Race
 from nsa_gen.tuning.space import Bucket, check_tokens
 from nsa_gen.tuning.store import Configs
+from nsa_gen.tuning.timed import (
+    Call,
+    DecodeInputs,
+    DecodeStep,
+    NoLaunch,
+    Solo,
+    Tuned,
+    bucket_inputs,
+    check_scenario,
+    decode_inputs,
+    noted_launches,
+    overridden,
+)
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.dense import OracleParameters
@@ -36,7 +45,6 @@ from nsa_gen.verification.report import environment
 from nsa_gen.workers import Handle, Lost, note_launches, serve
 
 if TYPE_CHECKING:
-    from nsa_gen.spec import Spec
     from nsa_gen.verification.inputs import Inputs
     from nsa_gen.verification.report import Row
 
@@ -49,7 +57,7 @@ GRAPH_KERNELS_BELOW_MS = 1.0
 """Kernels timed alone that are quicker are replayed as a graph: their launch would count as much as they do."""
 
 
-class ColdClock(CudaClock):
+class ColdClock(Clock):
     """A clock that overwrites the L2 cache before each sample, and keeps memory that the next candidate will need."""
 
     def __init__(self) -> None:
@@ -68,31 +76,6 @@ class ColdClock(CudaClock):
         torch.cuda.synchronize()
         if torch.cuda.memory_reserved() > self._most_kept:
             super().recover()
-
-
-class Tuned(Operator):
-    """The operator under a candidate's configurations."""
-
-    def __init__(self, package: Any, number: int, configs: Configs) -> None:
-        super().__init__(package, str(number))
-        self._configs = configs
-
-    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
-        return replace(super().prepare(spec, inputs), within=lambda: overridden(self._package, self._configs))
-
-
-@contextmanager
-def overridden(package: Any, configs: Configs) -> Iterator[None]:
-    """Within the block a package launches with these configurations in place of its own."""
-    with ExitStack() as stack:
-        for name, values in configs.items():
-            stack.enter_context(package.configs.override(name, **values))
-        yield
-
-
-def _renamed(ms: dict[str, float] | None, old: str, new: str, shares: float) -> dict[str, float] | None:
-    """Milliseconds with a pass under another name, where there is one, and its share of them."""
-    return ms if ms is None or not (old and new) else {new: ms[old] / shares}
 
 
 class GpuEngine:
@@ -114,7 +97,7 @@ class GpuEngine:
         self._clock = clock or ColdClock()
         self._drawn_for: Bucket | None = None
         self._drawn: dict[str, Inputs] = {}
-        self._checks: dict[str, tuple[Case, Inputs, References]] = {}
+        self._checks: dict[str, Callable[[], list[Row]]] = {}
         self._cache: DecodeInputs | None = None
         self._noted: tuple[tuple[Any, ...], Call] | None = None
 
@@ -123,57 +106,35 @@ class GpuEngine:
         if gpu is None:
             raise RuntimeError("kernels are interpreted here; start without TRITON_INTERPRET")
         driver = environment(self._device).driver
-        return {
-            "name": gpu.name,
-            "multiprocessors": gpu.multiprocessors,
-            "architecture": gpu.architecture,
-            "driver": driver,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "count": torch.cuda.device_count(),
-        }
+        versions = {"driver": driver, "torch": torch.__version__, "triton": triton.__version__}
+        return {**gpu._asdict(), **versions, "count": torch.cuda.device_count()}
 
     def check(
         self, candidates: list[Configs], announce: Callable[[int], None], *, bucket: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """Hold each candidate's outputs, gradients and selection against the oracle; of decode, a scenario's steps."""
-        kind = Bucket.from_json(bucket)
-        answer = self._decode_check(kind) if kind.decode else self._operator_check(kind)
-        return [self._checked(number, configs, announce, answer) for number, configs in enumerate(candidates)]
+        kind = Bucket(**bucket)
+        rows_of = self._decode_check(kind) if kind.decode else self._operator_check(kind)
+        answers = []
+        for number, configs in enumerate(candidates):
+            announce(number)
+            try:
+                with overridden(self._package, configs):
+                    rows = rows_of()
+                self._clock.recover()
+            except Exception as error:
+                answers.append({"error": self._survived(error)})
+                continue
+            wrong = faults(rows)
+            answers.append({"error": f"wrong: {'; '.join(wrong)}"} if wrong else {})
+        return answers
 
     def _decode_check(self, bucket: Bucket) -> Callable[[], list[Row]]:
         scenario = check_scenario(check_tokens(self._spec), min(bucket.batch, 2), self._seed)
         return partial(run_scenario, self._spec, self._package, scenario, self._device.type)
 
     def _operator_check(self, bucket: Bucket) -> Callable[[], list[Row]]:
-        case, inputs, references = self._check_of(bucket)
-        return partial(
-            check_case,
-            self._package,
-            OracleParameters.from_spec(self._spec),
-            case,
-            inputs,
-            with_gradients="backward" in self._spec.passes,
-            references=references,
-        )
-
-    def _checked(
-        self, number: int, configs: Configs, announce: Callable[[int], None], answer: Callable[[], list[Row]]
-    ) -> dict[str, Any]:
-        announce(number)
-        try:
-            with overridden(self._package, configs):
-                rows = answer()
-            self._clock.recover()
-        except Exception as error:
-            return {"error": self._survived(error)}
-        wrong = [
-            f"{row.quantity} {row.error:.3g} of {row.bound:.3g} {row.problem}".strip() for row in rows if not row.ok
-        ]
-        return {"error": f"wrong: {'; '.join(wrong)}"} if wrong else {}
-
-    def _check_of(self, bucket: Bucket) -> tuple[Case, Inputs, References]:
-        """One call to check with, the same for all buckets that are packed, or that are not."""
+        """A call to check with, the same for all buckets that are packed, or that are not."""
         kind = f"{bucket.packed} {min(bucket.batch, 2)}"
         if kind not in self._checks:
             tokens = check_tokens(self._spec)
@@ -183,7 +144,15 @@ class GpuEngine:
             inputs = make_inputs(
                 self._spec, batch=case.batch, tokens=shape, dtype=dtype, device=self._device, seed=self._seed
             )
-            self._checks[kind] = case, inputs, References()
+            self._checks[kind] = partial(
+                check_case,
+                self._package,
+                OracleParameters.from_spec(self._spec),
+                case,
+                inputs,
+                with_gradients="backward" in self._spec.passes,
+                references=References(),
+            )
         return self._checks[kind]
 
     def race(
@@ -191,78 +160,65 @@ class GpuEngine:
         candidates: list[Configs],
         announce: Callable[[int], None],
         *,
-        bucket: dict[str, Any],
-        inputs: str,
-        passes: list[str],
-        seconds: float,
-        kernel: str = "",
-        earlier: Sequence[Sequence[dict[str, float] | None]] = (),
-        hear: Callable[[list[dict[str, float] | None]], None] = lambda times: None,
+        earlier: Sequence[Sequence[Times | None]] = (),
+        hear: Callable[[list[Times | None]], None] = lambda times: None,
+        **more: Any,
     ) -> list[dict[str, Any]]:
-        """Time candidates in turn, round after round; with a `kernel`, that kernel's call alone in place of a pass."""
-        kind = Bucket.from_json(bucket)
+        """Time candidates in turn, round after round, as a `Race` with `more` fields asks for."""
+        asked = Race.from_json({"candidates": candidates, **more})
+        bucket = asked.bucket
         announce(0)
         try:
-            drawn: Any = self._decoded(kind) if kind.decode else self._inputs(kind, inputs)
-            contenders = self._contenders(candidates, drawn, kind, inputs, kernel, passes)
+            drawn: Any = self._decoded(bucket) if bucket.decode else self._inputs(bucket, asked.inputs)
+            contenders = self._contenders(asked, drawn)
         except NoLaunch:
             return [{"times": {}, "error": ""} for _ in candidates]
         except Exception as error:
             # The first candidate is what the others are compared with: without it there is no race.
             return [{"times": {}, "error": "" if n else self._survived(error)} for n in range(len(candidates))]
-        # What is no whole forward or backward is timed as one, and has its own name outside.
-        alone, shares = passes[0] if kind.decode or kernel else "", drawn.layers if kind.decode else 1
         try:
             found = race(
                 contenders,
                 self._spec,
                 drawn,
-                passes=("forward",) if alone else passes,
-                seconds=seconds,
+                passes=asked.passes,
+                seconds=asked.seconds,
                 clock=self._clock,
                 announce=lambda name: announce(int(name)),
-                graph_below_ms=0.0 if kind.decode else GRAPH_KERNELS_BELOW_MS if kernel else GRAPH_BELOW_MS,
-                earlier=[[_renamed(ms, alone, "forward", 1 / shares) for ms in times] for times in earlier],
-                hear=lambda times: hear([_renamed(ms, "forward", alone, shares) for ms in times]),
+                graph_below_ms=0.0 if bucket.decode else GRAPH_KERNELS_BELOW_MS if asked.kernel else GRAPH_BELOW_MS,
+                earlier=earlier,
+                hear=hear,
             )
         except DeviceLost as lost:
             announce(int(lost.contender))
             raise Lost(str(lost)) from lost
-        return [reading_of(each, alone, shares) for each in found]
+        return [reading_of(each) for each in found]
 
-    def _contenders(
-        self,
-        candidates: list[Configs],
-        drawn: Any,
-        bucket: Bucket,
-        inputs: str,
-        kernel: str,
-        passes: list[str],
-    ) -> list[Contender]:
-        within = [partial(overridden, self._package, configs) for configs in candidates]
-        if bucket.decode:
-            return [DecodeStep(drawn, number, each) for number, each in enumerate(within)]
-        if not kernel:
-            return [Tuned(self._package, number, configs) for number, configs in enumerate(candidates)]
-        call = self._call_of(kernel, candidates[0], bucket, inputs, drawn, backward="forward" not in passes)
-        return [Solo(self._package, number, call, each) for number, each in enumerate(within)]
+    def _contenders(self, asked: Race, drawn: Any) -> list[Contender]:
+        numbered = [(number, candidate.configs) for number, candidate in enumerate(asked.candidates)]
+        if asked.bucket.decode:
+            return [DecodeStep(drawn, *each) for each in numbered]
+        if not asked.kernel:
+            return [Tuned(self._package, *each) for each in numbered]
+        call = self._call_of(asked, drawn)
+        return [Solo(self._package, *each, call) for each in numbered]
 
-    def _call_of(
-        self, kernel: str, configs: Configs, bucket: Bucket, inputs: str, drawn: Inputs, *, backward: bool
-    ) -> Call:
-        """The call that launches a kernel, as a whole pass under the configurations makes it; the last one is kept."""
-        key = (kernel, json.dumps(configs, sort_keys=True), bucket, inputs)
+    def _call_of(self, asked: Race, drawn: Inputs) -> Call:
+        """The call that launches a kernel, as a whole pass of the first candidate makes it; the last one is kept."""
+        first = asked.candidates[0]
+        key = (asked.kernel, first.key, asked.bucket, asked.inputs)
         if self._noted is not None and self._noted[0] == key:
             return self._noted[1]
         self._noted = None
-        prepared = Tuned(self._package, 0, configs).prepare(self._spec, drawn)
-        with prepared.within(), noted_launches(self._package, lower(self._spec).kernel(kernel)) as noted:
+        prepared = Tuned(self._package, 0, first.configs).prepare(self._spec, drawn)
+        with prepared.within(), noted_launches(self._package, lower(self._spec).kernel(asked.kernel)) as noted:
+            backward = FORWARD not in asked.passes
             with torch.set_grad_enabled(backward):
                 o = prepared.call()
             if backward:
                 torch.autograd.grad(o, prepared.leaves, prepared.do, allow_unused=True)
         if not noted:
-            raise NoLaunch(f"{kernel} is not launched")
+            raise NoLaunch(f"{asked.kernel} is not launched")
         self._noted = key, noted[0]
         return noted[0]
 
@@ -296,15 +252,10 @@ class GpuEngine:
         return reason
 
 
-def reading_of(found: Measurement, alone: str = "", shares: int = 1) -> dict[str, Any]:
-    """A measurement as an answer: times by pass, or the error. What was timed `alone` has its name and its share."""
+def reading_of(found: Measurement) -> dict[str, Any]:
+    """A measurement as an answer: times by pass, or the error."""
     times = {
-        alone or name: {
-            "median": each.median_ms / shares,
-            "low": each.low_ms / shares,
-            "high": each.high_ms / shares,
-            "repeats": each.repeats,
-        }
+        name: {"median": each.median_ms, "low": each.low_ms, "high": each.high_ms, "repeats": each.repeats}
         for name, each in found.timings.items()
     }
     return {"times": {} if found.problem else times, "error": found.problem}

@@ -6,12 +6,11 @@ import functools
 import itertools
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,58 +20,26 @@ from nsa_gen._resources import cache_dir
 from nsa_gen.hardware import GPUS, Gpu, UnknownGpuError, find_gpu
 from nsa_gen.lowering import Plan, lower
 from nsa_gen.rendering import generate, render
-from nsa_gen.targets.compile import compiler_environment
-from nsa_gen.tuning.backend import CANDIDATE_SECONDS, Backend, BackendLost, Crew
-from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
-from nsa_gen.tuning.journal import Journal
-from nsa_gen.tuning.race import BACKWARD, DECODE, FORWARD, Candidate, Reading
-from nsa_gen.tuning.report import BucketResult, TuneReport, estimate
-from nsa_gen.tuning.search import EFFORTS, Outcome, Progress, Search
+from nsa_gen.tuning.backend import Backend, BackendLost, Crew, gpu_backend
+from nsa_gen.tuning.race import BACKWARD, DECODE, FORWARD, Journal
+from nsa_gen.tuning.search import BucketResult, Search
 from nsa_gen.tuning.space import Bucket, check_tokens
-from nsa_gen.tuning.stage0 import Compiler, Selection, select, spaces_of
-from nsa_gen.tuning.store import Configs, Entry, Store, merge_into_bundle, merged
+from nsa_gen.tuning.stage0 import EFFORTS, Compiler, Estimate, Selection, estimate, select, spaces_of
+from nsa_gen.tuning.store import (
+    Device,
+    Entry,
+    Identity,
+    Provenance,
+    Store,
+    kernels_of,
+    merge_into_bundle,
+    merged,
+)
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 Say = Callable[[str], None]
-
-
-@contextmanager
-def work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
-    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
-    folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # which a read-only folder refuses
-            package = generate(spec, folder / "package")
-    except OSError as error:
-        say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
-        with tempfile.TemporaryDirectory(prefix="nsa_gen_tune_") as temporary:
-            yield Path(temporary), generate(spec, Path(temporary) / "package")
-        return
-    yield folder, package
-
-
-@contextmanager
-def own_file(path: Path, say: Say) -> Iterator[Path]:
-    """A file that no other tuner writes: this one, or, while another has it, one named after this process."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another tuner writes {path.name}; this one keeps a journal of its own")
-        yield path.with_name(path.name.replace(".journal", f".{os.getpid()}.journal"))
-        return
-    except OSError:  # a folder that has become read-only: the journal will say so
-        yield path
-        return
-    try:
-        yield path
-    finally:
-        lock.release()
 
 
 DEFAULT_SHAPES = (8192, 65536)
@@ -83,9 +50,6 @@ PASSES = (
     (FORWARD, BACKWARD, DECODE),
     (DECODE,),
 )
-WORKER = (sys.executable, "-m", "nsa_gen.tuning.engine")
-NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Show = Callable[[int, int, str], None]
 
@@ -125,6 +89,50 @@ class Settings:
         kinds = [decode for decode in (False, True) if (DECODE in passes if decode else FORWARD in passes)]
         every = itertools.product(kinds, self.shapes, batches)
         return list(dict.fromkeys(Bucket.of(tokens, n, self.packed, decode) for decode, tokens, n in every))
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """Everything a tuning found.
+
+    `selections` is what stage 0 left, by bucket; `quarantined` maps candidates to the reason they failed. `device` is
+    None where nothing was measured (`--dry-run`), and `expected` then says how long measuring would take.
+    """
+
+    name: str
+    target: str
+    device: Device | None
+    selections: dict[Bucket, tuple[Selection, ...]]
+    results: tuple[BucketResult, ...] = ()
+    quarantined: dict[str, str] = field(default_factory=dict)
+    measured: int = 0
+    resumed: int = 0
+    journal: Path | None = None
+    seconds: float = 0.0
+    expected: Estimate | None = None
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        """Candidates that computed something else: each is a fault of a kernel or of the compiler."""
+        return {name: reason for name, reason in self.quarantined.items() if reason.startswith("wrong")}
+
+    @property
+    def ok(self) -> bool:
+        """Every bucket has a result that was saved, and no candidate was wrong."""
+        return not self.wrong and all(not each.problem for each in self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as `json.dumps` takes it."""
+        plain = {name: getattr(self, name) for name in ("ok", "name", "target", "quarantined", "measured", "resumed")}
+        return {
+            **plain,
+            "gpu": None if self.device is None else asdict(self.device),
+            "results": [each.to_json() for each in self.results],
+            "journal": None if self.journal is None else str(self.journal),
+            "seconds": round(self.seconds, 1),
+            "expected": None if self.expected is None else asdict(self.expected),
+            "stage0": {bucket.name: [asdict(each) for each in found] for bucket, found in self.selections.items()},
+        }
 
 
 @dataclass
@@ -231,29 +239,20 @@ class _Tuning:
         for number, bucket in enumerate(self._buckets):
             now = time.monotonic()
             share = (self._deadline - now) / (len(self._buckets) - number)
-            search = Search(
-                self._program,
-                gpu.target,
-                bucket,
-                selections[bucket],
-                crew,
-                self._passes_of(bucket),
-                self._effort,
-                now + share,
-                self._tell,
-            )
-            results.append(self._concluded(search.run(), device, journal))
+            what = (self._program, gpu.target, bucket, selections[bucket], crew, self._passes_of(bucket))
+            found = Search(*what, self._effort, now + share, self._tell).run()
+            results.append(self._concluded(found, device, journal))
         return TuneReport(
             self._spec.name,
             gpu.target,
             device,
             selections,
             tuple(results),
-            crew.quarantined,
-            crew.measured,
-            journal.resumed,
-            journal.path,
-            time.monotonic() - self._started,
+            quarantined=crew.quarantined,
+            measured=crew.measured,
+            resumed=journal.resumed,
+            journal=journal.path,
+            seconds=time.monotonic() - self._started,
         )
 
     def _compiler(self, package: Path, gpu: Gpu, work: Path) -> Any:
@@ -302,44 +301,26 @@ class _Tuning:
         return Identity.of(self._program, self._decode_kernels if bucket.decode else self._kernels, device, bucket)
 
     def _heading(self, device: Device) -> dict[str, Any]:
-        identity = self._identity(device, self._buckets[0]).to_json()
+        identity = asdict(self._identity(device, self._buckets[0]))
         del identity["bucket"]
         versions = {"driver": device.driver, "torch": device.torch, "triton": device.triton}
         return {**identity, **versions, "passes": list(self._passes), "seed": self._settings.seed}
 
-    def _concluded(self, found: Outcome, device: Device, journal: Journal) -> BucketResult:
+    def _concluded(self, found: BucketResult, device: Device, journal: Journal) -> BucketResult:
         """Save what a search found; what cannot be saved is still in the journal and in the report."""
-        if found.default_fault:
-            return BucketResult(found.bucket, {}, problem=f"the default itself fails: {found.default_fault}")
-        if found.cut_short and not found.times:
-            # An entry would say that the default has won, and hide what somebody else has found.
-            return BucketResult(found.bucket, {}, problem=NOTHING_COMPARED, cut_short=True)
-        assert device.gpu is not None
-        configs = self._complete(found.winner, device.gpu.target)
-        ratio, noise = found.score.ratio, found.score.noise
-        passes = self._passes_of(found.bucket)
-        times = {kind: _times(default, tuned, passes) for kind, (default, tuned) in found.times.items()}
+        if found.problem:
+            return found
+        passes, now = self._passes_of(found.bucket), datetime.now(UTC).isoformat(timespec="seconds")
+        result = {"gain": round(found.gain, 4), "noise": round(found.noise, 4), "passes": list(passes)}
         entry = Entry(
             self._identity(device, found.bucket),
-            configs,
-            Provenance(
-                device.driver,
-                device.torch,
-                device.triton,
-                nsa_gen.__version__,
-                datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
-            {
-                "gain": round(1 / ratio, 4),
-                "noise": round(noise / ratio**2, 4),
-                "passes": list(passes),
-                "effort": self._effort.name,
-                "ms": times,
-            },
+            found.configs,
+            Provenance(device.driver, device.torch, device.triton, nsa_gen.__version__, now),
+            {**result, "effort": self._effort.name, "ms": found.times},
         )
         journal.put(f"winner {found.bucket.name}", "winner", entry.to_json())
         saved, problem = self._save(entry)
-        return BucketResult(found.bucket, configs, 1 / ratio, noise / ratio**2, times, saved, problem, found.cut_short)
+        return replace(found, saved=saved, problem=problem)
 
     def _save(self, entry: Entry) -> tuple[Path | None, str]:
         out, merge = self._settings.out, functools.partial(merged, self._program)
@@ -352,40 +333,45 @@ class _Tuning:
             return None, f"not saved: {error}; --resume saves it without measuring anew"
         return path, ""
 
-    def _complete(self, winner: Candidate, target: str) -> Configs:
-        """Every value of each kernel and schedule that differs from the default in one."""
-        table = self._program.defaults[target]
-        return {name: {**table[name].mapping(), **values} for name, values in winner.configs.items()}
-
-    def _tell(self, progress: Progress) -> None:
-        best = f"best so far {1 / progress.best:.2f}x" if progress.best < 1 else "nothing better yet"
+    def _tell(self, done: int, total: int, best: float, what: str) -> None:
+        found = f"best so far {1 / best:.2f}x" if best < 1 else "nothing better yet"
         left = self._deadline - time.monotonic()
         budget = "" if left == float("inf") else f", {max(left, 0):.0f} s of the budget left"
-        self._tools.show(progress.done, progress.total, f"{progress.what}: {best}{budget}")
+        self._tools.show(done, total, f"{what}: {found}{budget}")
 
 
-def _times(default: Reading, tuned: Reading, passes: Sequence[str]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"default": round(default.times[name].median, 4), "tuned": round(tuned.times[name].median, 4)}
-        for name in passes
-    }
+@contextmanager
+def work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
+    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
+    folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # which a read-only folder refuses
+            package = generate(spec, folder / "package")
+    except OSError as error:
+        say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
+        with tempfile.TemporaryDirectory(prefix="nsa_gen_tune_") as temporary:
+            yield Path(temporary), generate(spec, Path(temporary) / "package")
+        return
+    yield folder, package
 
 
-def gpu_backend(
-    package: Path,
-    spec: Spec,
-    settings: Settings,
-    number: int,
-    say: Say,
-    *,
-    candidate_seconds: float = CANDIDATE_SECONDS,
-    command: Sequence[str] = WORKER,
-) -> Backend:
-    """What measures on one GPU of this machine, with the machine code that stage 0 has left beside the package."""
-    environment = compiler_environment((package.parent.parent / "triton").resolve())
-    visible = [each for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
-    if number:  # to the first all are visible, so that it can count them; it uses the first of them
-        environment[VISIBLE] = visible[number] if visible else str(number)
-    environment["NSA_GEN_TUNED"] = "off"
-    opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
-    return Backend(command, opening, environment, candidate_seconds=candidate_seconds, tell=say)
+@contextmanager
+def own_file(path: Path, say: Say) -> Iterator[Path]:
+    """A file that no other tuner writes: this one, or, while another has it, one named after this process."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another tuner writes {path.name}; this one keeps a journal of its own")
+        yield path.with_name(path.name.replace(".journal", f".{os.getpid()}.journal"))
+        return
+    except OSError:  # a folder that has become read-only: the journal will say so
+        yield path
+        return
+    try:
+        yield path
+    finally:
+        lock.release()

@@ -10,110 +10,86 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from nsa_gen.lowering import Plan
 from nsa_gen.tuning.backend import Crew
 from nsa_gen.tuning.race import BACKWARD, FORWARD, WORST, Candidate, Race, Reading, Score, pick, scores, spread
 from nsa_gen.tuning.space import KINDS, Bucket
-from nsa_gen.tuning.stage0 import Selection, Survivor
+from nsa_gen.tuning.stage0 import KEPT_SHARE, Effort, Selection, Survivor
 from nsa_gen.tuning.store import Configs
 
+Tell = Callable[[int, int, float, str], None]
+NOTHING_COMPARED = "the budget was spent before anything was compared, so nothing is saved"
+DEFAULT, EVEN = Candidate(), Score(1.0, 0.0)
+"""The cost model's choice, and its score."""
 HOPELESS = 1.5
 """A schedule this much slower than the best with the default's tiles is not looked into."""
-KEPT_SHARE = 3
-"""One of so many candidates of a kernel goes on from the short race to the longer one, and two at least."""
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is tried.
+class BucketResult:
+    """A tuned bucket.
 
     Attributes:
-        name: of EFFORTS.
-        candidates: compiled of a kernel, at most.
-        seconds: of a race's rounds.
-        final_seconds: of the final's rounds.
-        finalists: besides the default.
-        sweeps: over the kernels.
-        every_kind: races before the final are held on every kind of input.
-    """
-
-    name: str
-    candidates: int
-    seconds: float
-    final_seconds: float
-    finalists: int = 8
-    sweeps: int = 1
-    every_kind: bool = True
-
-
-EFFORTS = {
-    each.name: each
-    for each in (
-        Effort("quick", 6, 0.15, 1.0, finalists=3, every_kind=False),
-        Effort("default", 16, 0.4, 4.0),
-        Effort("thorough", 24, 2.0, 12.0, sweeps=2),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a search is: candidates done and expected, the least ratio to the default so far, what it is at."""
-
-    done: int
-    total: int
-    best: float
-    what: str
-
-
-@dataclass
-class Outcome:
-    """What a search found: the winner (empty: the default), and its and the default's times in the final.
-
-    `times` has a reading each of the default and the winner by kind of input.
+        bucket: which.
+        configs: what differs from the cost model's choice; empty where that won.
+        gain: the default's time over the winner's, whole passes, geometric mean over kinds of input.
+        noise: half-width of the interval that the gain is likely in.
+        times: milliseconds by kind of input and pass: {"independent": {"forward": {"default": 1.0, "tuned": 0.9}}}.
+        saved: the file it was saved in; None if it could not be, and `problem` says why.
+        problem: what went wrong with the bucket as a whole; empty if nothing.
+        cut_short: the budget ran out before every kernel was tried.
     """
 
     bucket: Bucket
-    winner: Candidate
-    score: Score
-    times: dict[str, tuple[Reading, Reading]] = field(default_factory=dict)
-    default_fault: str = ""
+    configs: Configs
+    gain: float = 1.0
+    noise: float = 0.0
+    times: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    saved: Path | None = None
+    problem: str = ""
     cut_short: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "saved": None if self.saved is None else str(self.saved)}
 
+
+@dataclass
 class Search:
     """Tunes one bucket.
 
-    Args:
+    Attributes:
         program: what is tuned.
+        target: the GPU's architecture.
+        bucket: of which calls.
         selections: what stage 0 left of each kernel.
         crew: measures.
         passes: forward, or forward and backward.
         effort: how much is tried.
         deadline: time.monotonic() after which no further kernel is begun; the final is run in any case.
-        tell: hears of progress.
+        tell: hears of progress: candidates done and expected, the least ratio to the default so far, what it is at.
     """
 
-    def __init__(
-        self,
-        program: Plan,
-        target: str,
-        bucket: Bucket,
-        selections: Sequence[Selection],
-        crew: Crew,
-        passes: tuple[str, ...],
-        effort: Effort,
-        deadline: float,
-        tell: Callable[[Progress], None] = lambda progress: None,
-    ) -> None:
-        self._program, self._bucket, self._crew = program, bucket, crew
-        self._selections = {each.kernel: each for each in selections}
-        self._passes, self._effort, self._deadline, self._tell = passes, effort, deadline, tell
-        self._target = target
-        self._defaults = {name: config.mapping() for name, config in program.defaults[target].items()}
-        self._choices = {choice for schedule in program.schedules for choice in schedule.choices}
+    program: Plan
+    target: str
+    bucket: Bucket
+    selections: Sequence[Selection]
+    crew: Crew
+    passes: tuple[str, ...]
+    effort: Effort
+    deadline: float
+    tell: Tell = lambda done, total, best, what: None
+
+    def __post_init__(self) -> None:
+        self._selections = {each.kernel: each for each in self.selections}
+        self._defaults = {name: config.mapping() for name, config in self.program.defaults[self.target].items()}
+        self._choices = {choice for schedule in self.program.schedules for choice in schedule.choices}
+        # Kinds of input that races before the final are held on.
+        self._kinds = self.bucket.kinds if self.effort.every_kind else self.bucket.kinds[:1]
         self._best = 1.0
         self._done = 0
         self._total = self._expected()
@@ -121,21 +97,16 @@ class Search:
         self._right: set[str] = set()
         self._fault = ""
 
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        """Kinds of input that races before the final are held on."""
-        return self._bucket.kinds if self._effort.every_kind else self._bucket.kinds[:1]
-
-    def run(self) -> Outcome:
+    def run(self) -> BucketResult:
         """Search, and hold the final."""
-        default = Candidate()
-        if fault := self._crew.check(default, self._bucket):
-            return Outcome(self._bucket, default, Score(1.0, 0.0), default_fault=fault)
+        self._fault = self.crew.check(DEFAULT, self.bucket)
+        if self._fault:
+            return self._result()
         combos = self._live_combos()
         ranked: dict[str, list[Survivor]] = {}
-        base = default
-        for sweep in range(self._effort.sweeps):
-            found = self._sweep(base if sweep else default, combos)
+        base = DEFAULT
+        for sweep in range(self.effort.sweeps):
+            found = self._sweep(base if sweep else DEFAULT, combos)
             ranked |= {kernel: best for kernel, best in found.items() if best}
             base = self._composed(combos, ranked)
         base = self._sized(base)
@@ -146,7 +117,7 @@ class Search:
     def _combos(self) -> list[Configs]:
         """Every combination of the choices among kernels, the default's first; [{}] where there is no choice."""
         found: list[Configs] = [{}]
-        for schedule in self._program.schedules:
+        for schedule in self.program.schedules:
             names = [each.name for each in schedule.tunables if each.name in self._choices and self._wanted(each.name)]
             if not names:
                 continue
@@ -160,21 +131,21 @@ class Search:
 
         A choice that no kernel runs for concerns every pass: it is open where all of them are tuned.
         """
-        runs = {kernel.direction for kernel in self._program.kernels if kernel.choice and kernel.choice[0] == choice}
+        runs = {kernel.direction for kernel in self.program.kernels if kernel.choice and kernel.choice[0] == choice}
         if runs:
-            return not runs.isdisjoint(self._passes)
-        return {kernel.direction for kernel in self._program.kernels} - {"decode"} <= set(self._passes)
+            return not runs.isdisjoint(self.passes)
+        return {kernel.direction for kernel in self.program.kernels} - {"decode"} <= set(self.passes)
 
     def _default_combo(self, combo: Configs) -> Configs:
         return {name: {key: self._defaults[name][key] for key in values} for name, values in combo.items()}
 
     def _live_combos(self) -> list[Configs]:
         """The combinations worth tuning: with the default's tiles not hopelessly slower than the best."""
-        combos = [{}] if self._bucket.decode else self._combos()
+        combos = [{}] if self.bucket.decode else self._combos()
         if len(combos) == 1:
             return combos
-        candidates = [Candidate(), *(Candidate(combo) for combo in combos[1:])]
-        found = self._measure(candidates, self._passes, "schedules")
+        candidates = [DEFAULT, *(Candidate(combo) for combo in combos[1:])]
+        found = self._measure(candidates, self.passes, "schedules")
         best = min(score.ratio for score in found)
         return [combo for combo, score in zip(combos, found, strict=True) if score.ratio <= HOPELESS * best] or combos[
             :1
@@ -182,9 +153,9 @@ class Search:
 
     def _sized(self, base: Candidate) -> Candidate:
         """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
-        reach = (-2, -1, 1, 2) if self._effort.every_kind else (-1, 1)
-        for schedule in () if self._bucket.decode else self._program.schedules:
-            if self._target not in schedule.targets or set(self._passes).isdisjoint(schedule.passes):
+        reach = (-2, -1, 1, 2) if self.effort.every_kind else (-1, 1)
+        for schedule in () if self.bucket.decode else self.program.schedules:
+            if self.target not in schedule.targets or set(self.passes).isdisjoint(schedule.passes):
                 continue
             for tunable in schedule.tunables:
                 if tunable.name in self._choices or self._late():
@@ -193,7 +164,7 @@ class Search:
                 near = [tunable.values[at + i] for i in reach if 0 <= at + i < len(tunable.values)]
                 tried = [base, *(base.with_configs({schedule.name: {tunable.name: value}}) for value in near)]
                 costs = [(0.0,), *((float(value),) for value in near)]
-                base = tried[self._contest(tried, self._passes, costs, tunable.name)[0]]
+                base = tried[self._contest(tried, self.passes, costs, tunable.name)[0]]
         return base
 
     # Kernels
@@ -202,7 +173,7 @@ class Search:
         """For each kernel that a live schedule runs, its candidates that beat the default, best first."""
         tasks = [
             (selection, around)
-            for kernel in self._program.kernels
+            for kernel in self.program.kernels
             if (selection := self._selections.get(kernel.name)) is not None and len(selection.survivors) > 1
             for around in [self._around(kernel.choice, base, combos)]
             if around is not None
@@ -210,7 +181,7 @@ class Search:
         # What takes longest first: if time runs out, what is left matters least.
         tasks.sort(key=lambda task: -task[0].survivors[0].seconds)
         self._check_together(tasks)
-        found = self._crew.map(lambda task: self._tune_kernel(*task), tasks)
+        found = self.crew.map(lambda task: self._tune_kernel(*task), tasks)
         return {selection.kernel: best for (selection, _), best in zip(tasks, found, strict=True)}
 
     def _check_together(self, tasks: Sequence[tuple[Selection, Candidate]]) -> None:
@@ -226,7 +197,7 @@ class Search:
                 if len(members) < 2 or self._late():
                     continue
                 together = around.with_configs({each.kernel: each.survivors[number].config for each in members})
-                if not self._crew.check(together, self._bucket, several=True):
+                if not self.crew.check(together, self.bucket, several=True):
                     single = (around.with_configs({m.kernel: m.survivors[number].config}) for m in members)
                     self._right |= {each.key for each in single}
 
@@ -246,7 +217,7 @@ class Search:
             return []
         survivors = selection.survivors
         tried = [around, *(around.with_configs({selection.kernel: each.config}) for each in survivors[1:])]
-        alone = "" if self._bucket.decode else selection.kernel
+        alone = "" if self.bucket.decode else selection.kernel
         costs = [each.cost for each in survivors]
         winner, found = self._contest(tried, (selection.direction,), costs, selection.kernel, alone)
         if winner == 0:
@@ -259,11 +230,11 @@ class Search:
 
     def _composed(self, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> Candidate:
         """The best schedule, each with the winners of its kernels."""
-        candidates = [Candidate(), *(self._with_winners(combo, ranked) for combo in combos)]
+        candidates = [DEFAULT, *(self._with_winners(combo, ranked) for combo in combos)]
         distinct = list({each.key: each for each in candidates}.values())
         if len(distinct) == 1:
             return distinct[0]
-        found = self._measure(distinct, self._passes, "schedules with their winners")
+        found = self._measure(distinct, self.passes, "schedules with their winners")
         return distinct[pick(found, [(float(len(each.configs)),) for each in distinct])]
 
     def _with_winners(
@@ -272,7 +243,7 @@ class Search:
         """A schedule with the best of each kernel that it runs, of one direction if given."""
         chosen = {key: value for values in combo.values() for key, value in values.items()}
         configs: Configs = {} if combo == self._default_combo(combo) else {n: dict(v) for n, v in combo.items()}
-        for kernel in self._program.kernels:
+        for kernel in self.program.kernels:
             runs = kernel.choice is None or chosen.get(kernel.choice[0]) == kernel.choice[1]
             best = ranked.get(kernel.name)
             if runs and best and direction in (None, kernel.direction):
@@ -293,7 +264,7 @@ class Search:
         right = [0, *(n for n in range(1, len(candidates)) if not self._check(candidates[n]))]
         if len(right) > 4:
             short = [candidates[number] for number in right]
-            found = scores([self._race(short, KINDS[0], passes, self._effort.seconds / 2, kernel)], passes)
+            found = scores([self._race(short, KINDS[0], passes, self.effort.seconds / 2, kernel)], passes)
             right = [right[number] for number in spread(found, max(3, 1 + len(short) // KEPT_SHARE))]
         finalists = [candidates[number] for number in right]
         found = self._measure(finalists, passes, what, kernel, checked=True)
@@ -313,7 +284,7 @@ class Search:
     ) -> list[Score]:
         """Scores against the first of the candidates, over every kind of input."""
         right = [n for n in range(len(candidates)) if n == 0 or checked or not self._check(candidates[n])]
-        tried, seconds = [candidates[n] for n in right], self._effort.seconds
+        tried, seconds = [candidates[n] for n in right], self.effort.seconds
         readings = [self._race(tried, kind, passes, seconds, kernel) for kind in self._kinds]
         result = [WORST] * len(candidates)
         for number, score in zip(right, scores(readings, passes), strict=True):
@@ -322,66 +293,88 @@ class Search:
         return result
 
     def _check(self, candidate: Candidate) -> str:
-        return "" if candidate.key in self._right else self._crew.check(candidate, self._bucket)
+        return "" if candidate.key in self._right else self.crew.check(candidate, self.bucket)
 
     def _race(
         self, candidates: Sequence[Candidate], kind: str, passes: tuple[str, ...], seconds: float, kernel: str = ""
     ) -> list[Reading]:
-        found = self._crew.race(Race(tuple(candidates), self._bucket, kind, passes, seconds, kernel))
+        found = self.crew.race(Race(tuple(candidates), self.bucket, kind, passes, seconds, kernel))
         self._done += len(candidates)
         if not candidates[0].configs and found[0].error:
             self._fault = found[0].error
         return found
 
-    def _final(self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> Outcome:
+    def _final(self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> BucketResult:
         """The best eight and the default, interleaved, on every kind of input, for longer."""
         finalists = self._finalists(best, combos, ranked)
         if len(finalists) == 1:
-            even = Score(1.0, 0.0)
-            return Outcome(self._bucket, finalists[0], even, default_fault=self._fault, cut_short=self._cut_short)
+            return self._result()
         right = [each for n, each in enumerate(finalists) if n == 0 or not self._check(each)]
-        kinds, seconds = self._bucket.kinds, self._effort.final_seconds
-        readings = {kind: self._race(right, kind, self._passes, seconds) for kind in kinds}
-        found = scores(list(readings.values()), self._passes)
+        kinds, seconds = self.bucket.kinds, self.effort.final_seconds
+        readings = {kind: self._race(right, kind, self.passes, seconds) for kind in kinds}
+        found = scores(list(readings.values()), self.passes)
         if self._fault:
-            return Outcome(self._bucket, Candidate(), Score(1.0, 0.0), default_fault=self._fault)
+            return self._result()
         # A winner must not be slower in any pass: somebody may run that pass alone.
-        for name in self._passes:
+        for name in self.passes:
             for number, score in enumerate(scores(list(readings.values()), (name,))):
                 if score.ratio - score.noise > 1.0:
                     found[number] = WORST
         winner = pick(found, [(float(len(each.configs)),) for each in right])
         self._total = self._done
-        self._report(found, self._passes, "final")
-        times = {kind: (race[0], race[winner]) for kind, race in readings.items()}
-        return Outcome(self._bucket, right[winner], found[winner], times, cut_short=self._cut_short)
+        self._report(found, self.passes, "final")
+        return self._result(right[winner], found[winner], {k: (race[0], race[winner]) for k, race in readings.items()})
+
+    def _result(
+        self,
+        winner: Candidate = DEFAULT,
+        score: Score = EVEN,
+        times: Mapping[str, tuple[Reading, Reading]] | None = None,
+    ) -> BucketResult:
+        """What it comes to, from the winner's and the default's readings in the final by kind of input."""
+        problem = f"the default itself fails: {self._fault}" if self._fault else ""
+        if self._cut_short and not times and not problem:
+            # An entry would say that the default has won, and hide what somebody else has found.
+            problem = NOTHING_COMPARED
+        table = self.program.defaults[self.target]
+        # Every value of each kernel and schedule that differs from the default in one.
+        configs = {name: {**table[name].mapping(), **values} for name, values in winner.configs.items()}
+        milliseconds = {
+            kind: {
+                name: {"default": round(default.times[name].median, 4), "tuned": round(tuned.times[name].median, 4)}
+                for name in self.passes
+            }
+            for kind, (default, tuned) in (times or {}).items()
+        }
+        gain, noise = 1 / score.ratio, score.noise / score.ratio**2
+        return BucketResult(self.bucket, configs, gain, noise, milliseconds, problem=problem, cut_short=self._cut_short)
 
     def _finalists(
         self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]
     ) -> list[Candidate]:
         """The default, then the best, its halves, the other schedules, and the best with runners-up; not all."""
-        found = [Candidate(), best]
+        found = [DEFAULT, best]
         found += [self._with_winners(combos[0], ranked, direction) for direction in (FORWARD, BACKWARD)]
         found += [self._with_winners(combo, ranked) for combo in combos]
         for kernel, order in sorted(ranked.items(), key=lambda item: -self._selections[item[0]].survivors[0].seconds):
             if len(order) > 1 and kernel in best.configs:
                 found.append(best.with_configs({kernel: order[1].config}))
         distinct = list({each.key: each for each in found}.values())
-        return distinct[: 1 + self._effort.finalists]
+        return distinct[: 1 + self.effort.finalists]
 
     # Time and progress
 
     def _late(self) -> bool:
-        late = time.monotonic() >= self._deadline
+        late = time.monotonic() >= self.deadline
         self._cut_short |= late
         return late
 
     def _expected(self) -> int:
         """Candidates that will have been timed at the end, about."""
-        kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self._effort.sweeps
-        return kernels + 4 * len(self._combos()) + 10 * len(self._program.schedules) + 2 * (1 + self._effort.finalists)
+        kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self.effort.sweeps
+        return kernels + 4 * len(self._combos()) + 10 * len(self.program.schedules) + 2 * (1 + self.effort.finalists)
 
     def _report(self, found: Sequence[Score], passes: tuple[str, ...], what: str) -> None:
-        if passes == self._passes:
+        if passes == self.passes:
             self._best = min(self._best, *(score.ratio for score in found))
-        self._tell(Progress(self._done, max(self._total, self._done), self._best, f"{self._bucket.label}: {what}"))
+        self.tell(self._done, max(self._total, self._done), self._best, f"{self.bucket.label}: {what}")

@@ -5,10 +5,9 @@ A generated package has the rule of buckets too, in its `runtime/lookup.py`, whi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sympy
 
@@ -30,8 +29,6 @@ PACKED_SHARES = (0.4, 0.3, 0.15, 0.1, 0.05)
 
 KINDS = ("independent", "correlated")
 """Kinds of input that a winner must be good at: neighbouring queries select different blocks, or nearly the same."""
-
-_NAME = re.compile(r"t(\d+)_b(\d+)(_packed|_decode)?")
 
 
 @dataclass(frozen=True, order=True)
@@ -68,23 +65,6 @@ class Bucket:
         while entries < batch and entries < MOST_BATCH:
             entries *= step
         return cls(rows, entries, packed, decode)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Bucket:
-        """The bucket that `to_json` wrote."""
-        return cls(int(fields["tokens"]), int(fields["batch"]), bool(fields["packed"]), bool(fields["decode"]))
-
-    @classmethod
-    def named(cls, name: str) -> Bucket:
-        """The bucket of a `name`; ValueError if it is none's."""
-        found = _NAME.fullmatch(name)
-        if found is None:
-            raise ValueError(f"bucket: expected a name like t8192_b1, t8192_b1_packed or t8192_b1_decode, got {name!r}")
-        return cls(int(found[1]), int(found[2]), found[3] == "_packed", found[3] == "_decode")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"tokens": self.tokens, "batch": self.batch, "packed": self.packed, "decode": self.decode}
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,42 @@ from nsa_gen.workers import Worker, WorkerFailure, share
 MOST_SPILL_BYTES = 256
 """Local memory of a thread beyond which a candidate is dropped, unless the default spills more: 64 registers."""
 COMPILE_SECONDS = 120.0
+KEPT_SHARE = 3
+"""One of so many candidates of a kernel goes on from the short race to the longer one, and two at least."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried.
+
+    Attributes:
+        name: of EFFORTS.
+        candidates: compiled of a kernel, at most.
+        seconds: of a race's rounds.
+        final_seconds: of the final's rounds.
+        finalists: besides the default.
+        sweeps: over the kernels.
+        every_kind: races before the final are held on every kind of input.
+    """
+
+    name: str
+    candidates: int
+    seconds: float
+    final_seconds: float
+    finalists: int = 8
+    sweeps: int = 1
+    every_kind: bool = True
+
+
+EFFORTS = {
+    each.name: each
+    for each in (
+        Effort("quick", 6, 0.15, 1.0, finalists=3, every_kind=False),
+        Effort("default", 16, 0.4, 4.0),
+        Effort("thorough", 24, 2.0, 12.0, sweeps=2),
+    )
+}
+
 
 Compiled = dict[str, Any]
 """An answer of the compiling process: {"binaries": [...], "digest": ...} or {"error": ...}."""
@@ -74,10 +110,6 @@ class Selection:
     def default(self) -> dict[str, int]:
         """The cost model's choice."""
         return self.survivors[0].config
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def spaces_of(program: Plan, gpu: Gpu, bucket: Bucket, most: int, passes: Sequence[str]) -> list[KernelSpace]:
@@ -216,7 +248,7 @@ def _kept(space: KernelSpace, answers: Sequence[Compiled], gpu: Gpu) -> Selectio
             if not reason and _spilled(answer) > most_spilled:
                 reason = f"spills {_spilled(answer)} bytes a thread, more than {most_spilled}"
         if reason and not is_default:
-            dropped[_text(config)] = reason
+            dropped[" ".join(f"{name}={value}" for name, value in config.items())] = reason
             continue
         if answer.get("digest", "") in seen:
             merged += 1
@@ -235,18 +267,68 @@ def _spilled(answer: Compiled) -> int:
 
 
 def _survivor(config: dict[str, int], seconds: float, used: Sequence[Resources], answer: Compiled) -> Survivor:
-    def most(values: Iterable[int | None]) -> int | None:
-        return max((value for value in values if value is not None), default=None)
+    def most(name: str) -> int | None:
+        return max((value for each in used if (value := getattr(each, name)) is not None), default=None)
 
-    return Survivor(
-        config=config,
-        seconds=seconds,
-        registers=most(each.registers for each in used),
-        spill_bytes=most(each.spill_bytes for each in used),
-        shared_memory=most(each.shared_memory for each in used) or 0,
-        digest=answer.get("digest", ""),
+    shared = most("shared_memory") or 0
+    return Survivor(config, seconds, most("registers"), most("spill_bytes"), shared, answer.get("digest", ""))
+
+
+# How long the rest will take
+
+START_SECONDS = 15.0
+"""A process imports torch, opens the GPU and compiles kernels that have one configuration."""
+CHECK_SECONDS, DRAW_SECONDS, TURN_SECONDS = 0.5, 1.5, 0.02
+"""Of a check; of drawing the inputs of a bucket, a kind; of a candidate in a race besides its times."""
+WARM_UP, FEWEST, MOST = 2, 3, 20
+"""Rounds of a race, as `nsa_gen.bench.measure` has them."""
+SCHEDULES = 8
+"""Combinations of schedules that are looked into, about."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds: of compiling on one core and on all that compile, and of the GPU; `jobs` processes compile."""
+
+    compile_seconds: float
+    jobs: int
+    gpu_seconds: float
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of compiling side by side, then measuring."""
+        return self.compile_seconds / self.jobs + self.gpu_seconds
+
+
+def estimate(selections: Mapping[Bucket, Sequence[Selection]], effort: Effort, jobs: int) -> Estimate:
+    """What tuning the buckets will take with an effort, from what stage 0 left of each."""
+    compiling = sum(each.compile_seconds for found in selections.values() for each in found)
+    # Buckets of the same kind of call share their checks.
+    most = max((len(each.survivors) for found in selections.values() for each in found), default=1)
+    checks = 1 + SCHEDULES * most + effort.finalists
+    measuring = sum(_bucket_seconds(bucket, found, effort) for bucket, found in selections.items())
+    gpu_seconds = START_SECONDS + checks * CHECK_SECONDS + measuring
+    return Estimate(round(compiling, 1), max(1, jobs), round(gpu_seconds, 1))
+
+
+def _race_seconds(count: int, one: float, seconds: float) -> float:
+    """A race of `count` candidates of about `one` second each, whose rounds have `seconds`."""
+    rounds = min(MOST, max(FEWEST, int(seconds / max(count * one, 1e-6))))
+    return count * (one * (WARM_UP + rounds) + TURN_SECONDS)
+
+
+def _bucket_seconds(bucket: Bucket, selections: Sequence[Selection], effort: Effort) -> float:
+    kinds = len(bucket.kinds) if effort.every_kind else 1
+    step = sum(each.survivors[0].seconds for each in selections)
+    found = DRAW_SECONDS * len(bucket.kinds)
+    for each in selections:
+        count = len(each.survivors)
+        one = step if bucket.decode else each.survivors[0].seconds
+        if count > 4:
+            found += _race_seconds(count, one, effort.seconds / 2) + step
+        found += kinds * (_race_seconds(min(count, max(3, 1 + count // KEPT_SHARE)), one, effort.seconds) + step)
+    whole = (1 + kinds) * _race_seconds(SCHEDULES, step, effort.seconds) + kinds * _race_seconds(
+        5, step, effort.seconds
     )
-
-
-def _text(config: Mapping[str, int]) -> str:
-    return " ".join(f"{name}={value}" for name, value in config.items())
+    final = len(bucket.kinds) * _race_seconds(1 + effort.finalists, step, effort.final_seconds)
+    return found + whole * effort.sweeps + final

@@ -1,30 +1,35 @@
-"""Where tuned entries are kept: one readable JSON file for each kernels' digest, GPU and bucket.
+"""Tuned entries: what each was made for and with, and where they are kept, one readable JSON file an entry.
 
     <cache>/tuned/<spec>-<dtype>-<kernels>/<gpu>/<bucket>.json     the user's cache
     <package>/tuned/<gpu>.json                                     shipped: the entries of one GPU in one file
 
-Files are replaced whole, under a lock, so that many processes may write and any number read. A file that cannot be
-understood (truncated, of an older schema, no JSON) is set aside under another name with a warning.
+Identity must match for an entry to be used; provenance is worth a warning where it differs. Files are replaced whole,
+under a lock, so that many processes may write and any number read. A file that cannot be understood (truncated, of an
+older schema, no JSON) is set aside under another name with a warning.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from nsa_gen._files import json_text, one_at_a_time, parse_json, read_text, write_whole
 from nsa_gen._resources import cache_dir
-from nsa_gen.rendering.identity import TUNED_SCHEMA
+from nsa_gen.bench.records import validated
+from nsa_gen.hardware import GPUS, Gpu, gpu_for_device
+from nsa_gen.lowering import Plan
+from nsa_gen.rendering.identity import ATTENTION, DECODE, MEASUREMENT, TUNED_SCHEMA, space_digest
 from nsa_gen.rendering.legality import check_of
-from nsa_gen.tuning.identity import Identity, Provenance, slug
-
-if TYPE_CHECKING:
-    from nsa_gen.lowering import Plan
+from nsa_gen.tuning.space import Bucket
 
 Configs = dict[str, dict[str, int]]
 Merge = Callable[["Entry", "Entry"], "Entry"]
@@ -34,6 +39,127 @@ LOCK_SECONDS = 60.0
 
 class CacheWarning(UserWarning):
     """A file of the cache was set aside, or could not be."""
+
+
+def slug(name: str) -> str:
+    """A device's name as it may stand in a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "gpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as its driver names it.
+
+    `driver`, `torch` and `triton` are versions, "" where unknown; `count` is how many of these the machine has.
+    """
+
+    name: str
+    multiprocessors: int
+    architecture: str
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    count: int = 1
+
+    @property
+    def slug(self) -> str:
+        """The name as it may stand in a file's name: nvidia_h100_80gb_hbm3."""
+        return slug(self.name)
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """Its entry in the hardware table: the board of that name, else the first of that architecture."""
+        named = gpu_for_device(self.name)
+        if named is not None and named.target == self.architecture:
+            return named
+        return next((gpu for gpu in GPUS if gpu.target == self.architecture), None)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that must match.
+
+    Attributes:
+        spec: the spec's name; it only names folders.
+        kernels, space: digests of the kernels' code and of the space (`nsa_gen.rendering.identity`).
+        dtype: of the operator's tensors.
+        measurement: version of how times were taken.
+        gpu, multiprocessors, architecture: the device, as its driver names it.
+        bucket: the calls it was measured for.
+    """
+
+    spec: str
+    kernels: str
+    space: str
+    dtype: str
+    measurement: str
+    gpu: str
+    multiprocessors: int
+    architecture: str
+    bucket: Bucket
+
+    @property
+    def device(self) -> Device:
+        """The GPU, without the versions that it was measured with."""
+        return Device(self.gpu, self.multiprocessors, self.architecture)
+
+    @classmethod
+    def of(cls, program: Plan, kernels: str, device: Device, bucket: Bucket) -> Identity:
+        """The identity of what is tuned now."""
+        spec = program.spec
+        return cls(
+            spec.name,
+            kernels,
+            space_digest(program, DECODE if bucket.decode else ATTENTION),
+            spec.dtype,
+            MEASUREMENT,
+            device.name,
+            device.multiprocessors,
+            device.architecture,
+            bucket,
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an entry was made with: versions, and when (ISO 8601, UTC)."""
+
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    nsa_gen: str = ""
+    date: str = ""
+
+
+def kernels_of(files: dict[str, str], *, decode: bool = False) -> str:
+    """The digest of its kernels, or of those of decode, that a rendered package carries.
+
+    Raises:
+        ValueError: it has none, as a package without decode has none of decode.
+    """
+    found = json.loads(files["tiles.json"])["identity"].get("decode_kernels" if decode else "kernels")
+    if found is None:
+        raise ValueError("files: expected a package that decodes, got one without")
+    return found
+
+
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Milliseconds of a pass with the default's configurations and with those that were found."""
+
+    default: Positive
+    tuned: Positive
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is shown of an entry's result."""
+
+    gain: Positive = 1.0
+    ms: dict[str, dict[str, _Sides]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,12 +177,8 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """The entry as a file holds it."""
-        return {
-            "identity": self.identity.to_json(),
-            "configs": self.configs,
-            "result": self.result,
-            "provenance": self.provenance.to_json(),
-        }
+        parts = asdict(self)
+        return {name: parts[name] for name in ("identity", "configs", "result", "provenance")}
 
     @classmethod
     def from_json(cls, document: Any) -> Entry:
@@ -69,7 +191,7 @@ class Entry:
             raise ValueError(f"entry: expected an object, got {type(document).__name__}")
         if not _is_finite(document):
             raise ValueError("expected finite numbers, got NaN or Infinity, which are no JSON")
-        parts = {"provenance": {}, "result": {}, **document}
+        parts = {"result": {}, "provenance": {}, **document}
         for name in ("identity", "configs", "provenance", "result"):
             if not isinstance(parts.get(name), dict):
                 raise ValueError(f"{name}: expected an object, got {type(parts.get(name)).__name__}")
@@ -77,26 +199,11 @@ class Entry:
             good = isinstance(values, dict) and all(type(value) is int and value >= 0 for value in values.values())
             if not good:
                 raise ValueError(f"configs.{kernel}: expected whole numbers by name, got {values!r:.200}")
-        _check_result(parts["result"])
-        return cls(
-            Identity.from_json(parts["identity"]),
-            parts["configs"],
-            Provenance.from_json(parts["provenance"]),
-            parts["result"],
-        )
-
-
-def _check_result(result: dict[str, Any]) -> None:
-    """Raise ValueError where what is shown of a result, the gain and the milliseconds, is not what `Entry` says."""
-    gain, ms = result.get("gain", 1.0), result.get("ms", {})
-    if not _is_positive(gain):
-        raise ValueError(f"result.gain: expected a positive number, got {gain!r}")
-    try:
-        times = [passes[name][side] for passes in ms.values() for name in passes for side in ("default", "tuned")]
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"result.ms: expected default and tuned by inputs and pass, got {ms!r:.80}") from None
-    if wrong := [time for time in times if not _is_positive(time)]:
-        raise ValueError(f"result.ms: expected positive numbers, got {wrong[0]!r}")
+        validated(_Result, parts["result"], "result.")
+        # Versions that are missing or no text are unknown.
+        versions = {each.name: parts["provenance"].get(each.name) for each in fields(Provenance)}
+        made_with = Provenance(**{name: value for name, value in versions.items() if isinstance(value, str)})
+        return cls(validated(Identity, parts["identity"], "identity."), parts["configs"], made_with, parts["result"])
 
 
 def _is_finite(value: Any) -> bool:
@@ -104,10 +211,6 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, dict | list):
         return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 class Unreadable(ValueError):
@@ -126,16 +229,6 @@ def read_each(path: Path) -> list[Entry | Unreadable]:
         document = parse_json(read_text(path), finite=False)
     except ValueError as error:
         raise Unreadable(f"{path}: no JSON, perhaps cut short: {error}") from error
-    return each_of(document, path)
-
-
-def read_entries(path: Path) -> list[Entry]:
-    """The entries of a file as `read_each` gives them, which also raises Unreadable where one of them is bad."""
-    return _all_good(read_each(path))
-
-
-def each_of(document: Any, path: Path) -> list[Entry | Unreadable]:
-    """The entries of a file's JSON, as `read_each` gives them. Raises Unreadable, naming the path."""
     if not isinstance(document, dict) or document.get("schema") != TUNED_SCHEMA:
         schema = document.get("schema") if isinstance(document, dict) else None
         raise Unreadable(f"{path}: schema: expected {TUNED_SCHEMA}, got {schema!r:.80}")
@@ -151,14 +244,10 @@ def each_of(document: Any, path: Path) -> list[Entry | Unreadable]:
     return found
 
 
-def entries_of(document: Any, path: Path) -> list[Entry]:
-    """The entries of a file's JSON, as `read_entries` gives them. Raises Unreadable, naming the path."""
-    return _all_good(each_of(document, path))
-
-
-def _all_good(found: Iterable[Entry | Unreadable]) -> list[Entry]:
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a file as `read_each` gives them, which also raises Unreadable where one of them is bad."""
     good = []
-    for each in found:
+    for each in read_each(path):
         if isinstance(each, Unreadable):
             raise each
         good.append(each)

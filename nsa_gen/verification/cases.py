@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
+
+import torch
 
 from nsa_gen.lowering import lower
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import kinds_of
+from nsa_gen.verification.inputs import Inputs, kinds_of, make_inputs
 from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.schedules import Variation, most_unlike_the_defaults, variations, with_chunks
 
@@ -62,6 +64,20 @@ class Case:
     def rows(self) -> int:
         """Query tokens of all its sequences."""
         return sum(self.tokens) if isinstance(self.tokens, tuple) else self.tokens * self.batch
+
+
+def inputs_of(spec: Any, case: Case, seed: int, device: str | torch.device) -> Inputs:
+    """The inputs of a case, in the spec's dtype."""
+    return make_inputs(
+        spec,
+        batch=case.batch,
+        tokens=case.tokens,
+        tokens_kv=case.tokens_kv,
+        dtype=getattr(torch, spec.dtype),
+        device=device,
+        seed=seed,
+        kind=case.kind,  # type: ignore[arg-type]
+    )
 
 
 def boundary_lengths(p: OracleParameters) -> list[int]:
@@ -120,7 +136,13 @@ def default_cases(
     else:
         cases += [Case(middle, kind=kind, batch=batch) for kind in kinds_of(p) if kind != "gaussian"]
     contested, left_out_keys = _contested(p, interpreted, batch)
-    ways = _Ways(spec, interpreted, gradients and "backward" in spec.passes)
+    program = lower(spec)
+    ways = variations(program, interpreted, gradients and "backward" in spec.passes)
+
+    def varied(case: Case, way: Variation | None) -> Case:
+        assert way is not None
+        return replace(case, variation=with_chunks(program, way, case.rows))
+
     if lengths is None:
         if packed and (chosen_inside := _contested_inside(p)) is not None:
             if not interpreted or sum(chosen_inside) <= INTERPRETER_LONGEST:
@@ -130,9 +152,10 @@ def default_cases(
                     f"packed {'+'.join(map(str, chosen_inside))}, a sequence of more blocks than slots, was left out: "
                     "the interpreter is slow; verify on a GPU"
                 )
-        cases += [case if interpreted else ways.vary(case, 3 + number) for number, case in enumerate(contested)]
-        varied_calls = _varied_calls(p, interpreted, packed, middle, ways.count)
-        cases += [ways.vary(case, number) for number, case in enumerate(varied_calls)]
+        turns = itertools.islice(itertools.cycle(ways), 3, None)
+        cases += contested if interpreted else [varied(*each) for each in zip(contested, turns, strict=False)]
+        calls = _varied_calls(p, interpreted, packed, middle, len(ways))
+        cases += [varied(*each) for each in zip(calls, ways, strict=True)]
         if left_out_keys:
             notes.append(
                 f"cases with up to {left_out_keys} keys, more blocks than slots, were left out: the interpreter is "
@@ -140,7 +163,8 @@ def default_cases(
             )
     elif p.selection_block is not None:
         rows = min(middle, FEW_VARIED) if interpreted else middle
-        cases.append(ways.most_unlike(Case(rows, tokens_kv=_late(p, middle + 2), batch=batch)))
+        case = Case(rows, tokens_kv=_late(p, middle + 2), batch=batch)
+        cases.append(varied(case, most_unlike_the_defaults(program, ways)))
     return tuple(cases), tuple(notes)
 
 
@@ -150,31 +174,6 @@ def _quick_cases(p: OracleParameters, packed: bool) -> tuple[Case, ...]:
     few = Case(FEW_VARIED, tokens_kv=_late(p, 2 * block + 3), kind="spread", batch=1, twice=False)
     sequences = [Case((block // 2 + 3, 0, 1, 5), batch=1, twice=False)] if packed else []
     return Case(block + 1, batch=1, twice=False), few, *sequences
-
-
-class _Ways:
-    """The ways to run a spec's package, for calls to take turns in."""
-
-    def __init__(self, spec: Any, interpreted: bool, gradients: bool) -> None:
-        self._program = lower(spec)
-        self._found = variations(self._program, interpreted, gradients)
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self._found)
-
-    def vary(self, case: Case, turn: int) -> Case:
-        """The case, run in the way whose turn it is."""
-        return self._run(case, self._found[turn % len(self._found)])
-
-    def most_unlike(self, case: Case) -> Case:
-        """The case, with the schedules that are not the interpreter's own."""
-        return self._run(case, most_unlike_the_defaults(self._program, self._found))
-
-    def _run(self, case: Case, variation: Variation | None) -> Case:
-        assert variation is not None
-        return replace(case, variation=with_chunks(self._program, variation, case.rows))
 
 
 def _late(p: OracleParameters, keys: int) -> int | None:
@@ -231,7 +230,7 @@ def _contested_inside(p: OracleParameters) -> tuple[int, int] | None:
 
 def start_remainders(p: OracleParameters, tokens: tuple[int, ...]) -> set[int]:
     """By the stride, the remainders of the tokens at which packed sequences with complete blocks begin."""
-    starts = zip(accumulate((0, *tokens)), tokens, strict=False)
+    starts = zip(itertools.accumulate((0, *tokens)), tokens, strict=False)
     return {start % (p.compression_stride or 1) for start, length in starts if p.compressed_blocks(length)}
 
 

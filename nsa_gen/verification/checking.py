@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nsa_gen.verification.calls import Call, call_package
 from nsa_gen.verification.cases import Case
@@ -19,6 +21,8 @@ from nsa_gen.verification.schedules import varied
 from nsa_gen.verification.selection import check_selection, magnitude_of
 from nsa_gen.verification.tolerance import FACTOR, Comparison, compare, unit_roundoff
 
+COMPRESSED = ("k_cmp", "v_cmp")
+
 
 def check_case(
     module: Any,
@@ -30,43 +34,34 @@ def check_case(
     references: References | None = None,
 ) -> list[Row]:
     """Every comparison of one call: one row a quantity. `references` saves work where only schedules differ."""
-    if case.variation is not None and case.variation.values:
-        plain = replace(case, variation=replace(case.variation, values=()))
-        with varied(module, case.variation):
-            return check_case(module, parameters, plain, inputs, with_gradients=with_gradients, references=references)
-    recompute = case.variation.recompute if case.variation is not None and with_gradients else ()
-    call = call_package(module, inputs, with_gradients, recompute=recompute)
-    computed = parameters.computed
-    if computed and (problem := _misshapen_choice(parameters, inputs, call)):
-        return [Row(case.label, "selection", "selection", math.inf, 1.0, False, problem)]
-    chosen = (call.aux["indices"], call.aux["counts"]) if computed else (None, None)
-    references = references or References()
-    truth, base = references.of(parameters, inputs, chosen, with_gradients=with_gradients)
-
-    # Logits hundreds of nats apart make another softmax of a rounding of q or k: there only the choice is compared.
-    compared = () if case.kind == "abyss" else _outputs(call, truth)
-    rows = [
-        comparison_row(case.label, name, compare_output(parameters, name, call, truth, base, inputs))
-        for name in compared
-    ]
-    if computed:
-        rows.append(_selection_row(parameters, case, inputs, call, truth, base))
-    for name, gradient in truth.gradients.items():
-        comparison = compare(
-            call.gradients[name],
-            gradient,
-            base.gradients[name],
-            dtype=inputs.q.dtype,
-            noise=truth.gradient_noise[name],
-            drift=truth.gradient_drift[name],
-            sources=drift_sources(parameters, inputs, f"d{name}"),
-            tf32=parameters.tf32,
-            rows=name not in SINKS,
-        )
-        rows.append(comparison_row(case.label, f"d{name}", comparison))
-    if case.twice:
-        rows.append(_bits_row(case, call, call_package(module, inputs, with_gradients), parameters, inputs))
+    p, recompute = parameters, case.variation.recompute if case.variation is not None and with_gradients else ()
+    with varied(module, case.variation):
+        call = call_package(module, inputs, with_gradients, recompute=recompute)
+        rows = check_call(p, case, inputs, call, references or References())
+        if case.twice:
+            again = call_package(module, inputs, with_gradients)
+            first, second = (written(p, inputs, each.tensors()) for each in (call, again))
+            rows.append(bits_row(case.label, "determinism", first, second))
     return rows
+
+
+def check_call(p: OracleParameters, case: Case, inputs: Inputs, call: Call, references: References) -> list[Row]:
+    """What a call on `inputs` has returned, against the oracle on the blocks it chose: one row a quantity."""
+    if p.computed and (problem := _misshapen_choice(p, inputs, call)):
+        return [Row(case.label, "selection", "selection", math.inf, 1.0, False, problem)]
+    chosen = (call.aux["indices"], call.aux["counts"]) if p.computed else (None, None)
+    truth, base = references.of(p, inputs, chosen, with_gradients=bool(call.gradients))
+    found = call.tensors()
+    # Logits hundreds of nats apart make another softmax of a rounding of q or k: there only the choice is compared.
+    outputs = [] if case.kind == "abyss" else _outputs(call, truth)
+
+    def row(name: str) -> Row:
+        return comparison_row(case.label, name, compare_result(p, inputs, name, found[name], truth, base))
+
+    rows = [row(name) for name in outputs]
+    if p.computed:
+        rows.append(_selection_row(p, case, inputs, call, truth, base))
+    return rows + [row(f"d{name}") for name in truth.gradients]
 
 
 def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
@@ -105,18 +100,32 @@ def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
     return blocks if queries is None else min(blocks, queries)
 
 
-def compare_output(
-    parameters: OracleParameters, name: str, call: Call, truth: Reference, base: Reference, inputs: Inputs
+def compare_result(
+    p: OracleParameters,
+    inputs: Inputs,
+    name: str,
+    actual: Tensor,
+    truth: Reference,
+    base: Reference,
+    *,
+    expected: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> Comparison:
-    """One output against the truth; of packed K_cmp and V_cmp only the rows that are blocks."""
-    actual = call.tensors()[name]
-    wanted, near = truth.outputs.tensors()[name], base.outputs.tensors()[name]
-    noise, drift = truth.output_noise.get(name), truth.output_drift.get(name)
-    if name in ("k_cmp", "v_cmp") and inputs.cu_seqlens is not None:
-        kept = compressed_rows(parameters, inputs.cu_seqlens).to(actual.device)
-        if actual.shape == wanted.shape:
-            actual, wanted, near = actual[kept], wanted[kept], near[kept]
-            noise, drift = (None if x is None else x[kept] for x in (noise, drift))
+    """One output or gradient against the truth; of packed K_cmp and V_cmp only the rows that are blocks.
+
+    With `expected`, another result of the operator, against that: both may err. `rounded` are the sizes of what one of
+    the two rounded once more than the operator does, which counts as noise.
+    """
+    wanted, near = truth.tensors()[name], base.tensors()[name]
+    noise, drift = truth.noise.get(name), truth.drift.get(name)
+    if rounded is not None:
+        noise = torch.hypot(rounded.double(), torch.zeros_like(wanted) if noise is None else noise)
+    if expected is not None:
+        wanted, near = expected.double(), expected.double() + 2 * (near.double() - wanted)
+    if name in COMPRESSED and inputs.cu_seqlens is not None and actual.shape == wanted.shape:
+        kept = compressed_rows(p, inputs.cu_seqlens).to(actual.device)
+        actual, wanted, near = actual[kept], wanted[kept], near[kept]
+        noise, drift = (None if x is None else x[kept] for x in (noise, drift))
     lse = name.startswith("lse")
     comparison = compare(
         actual,
@@ -125,24 +134,27 @@ def compare_output(
         dtype=inputs.q.dtype,
         noise=noise,
         drift=drift,
-        sources=drift_sources(parameters, inputs, name),
-        tf32=parameters.tf32,
-        rows=not lse,
+        sources=drift_sources(p, inputs, name),
+        tf32=p.tf32,
+        rows=not lse and name[1:] not in SINKS,
     )
-    expected = torch.float32 if lse else inputs.q.dtype
-    problem = "" if actual.dtype == expected else f"expected {expected}, got {actual.dtype}"
-    return replace(comparison, problem=comparison.problem or problem)
+    dtype = torch.float32 if lse or name[1:] in SINKS else inputs.q.dtype
+    if expected is not None or comparison.problem or actual.dtype == dtype:
+        return comparison
+    return replace(comparison, problem=f"expected {dtype}, got {actual.dtype}")
+
+
+def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Results without the padding between packed compressed blocks, which nobody writes."""
+    if inputs.cu_seqlens is None:
+        return dict(tensors)
+    rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
+    return {name: x[rows] if name.removeprefix("d") in COMPRESSED else x for name, x in tensors.items()}
 
 
 def comparison_row(case: str, quantity: str, comparison: Comparison) -> Row:
     """A comparison as a row of a report: the measure that came nearest to its bound."""
-    measures = {
-        "row": (comparison.row_error, comparison.row_bound),
-        "norm": (comparison.norm_error, comparison.norm_bound),
-        "bias": (comparison.bias_error, comparison.bias_bound),
-    }
-    name = max(measures, key=lambda measure: measures[measure][0] / measures[measure][1])
-    error, bound = measures[name]
+    name, (error, bound) = comparison.worst
     return Row(case, quantity, name, error, bound, comparison.ok, comparison.problem)
 
 
@@ -169,14 +181,17 @@ def _selection_row(
     return Row(case.label, "selection", "selection", found.shortfall, 1.0, found.ok, "; ".join(found.problems))
 
 
-def _bits_row(case: Case, first: Call, second: Call, p: OracleParameters, inputs: Inputs) -> Row:
-    """Elements that differ between two equal calls, padding between packed compressed blocks left out."""
-    differing = 0
-    other = second.tensors()
-    for name, x in first.tensors().items():
-        y = other[name]
-        if name in ("k_cmp", "v_cmp") and inputs.cu_seqlens is not None:
-            kept = compressed_rows(p, inputs.cu_seqlens).to(x.device)
-            x, y = x[kept], y[kept]
-        differing += int(((x != y) & ~((x != x) & (y != y))).sum())
-    return Row(case.label, "determinism", "bits", float(differing), 0.0, differing == 0)
+def bits_row(label: str, title: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Row:
+    """One row: elements that differ between two results of the same names, NaN equal to NaN.
+
+    Every element of a tensor differs where shapes do.
+    """
+    assert first.keys() == second.keys()
+    differing = {}
+    for name, x in first.items():
+        y = second[name]
+        unequal = ((x != y) & ~((x != x) & (y != y))).sum() if x.shape == y.shape else max(x.numel(), y.numel(), 1)
+        if count := int(unequal):
+            differing[name] = count
+    problem = ", ".join(f"{count} elements of {name} differ" for name, count in differing.items())
+    return Row(label, title, "bits", float(sum(differing.values())), 0.0, not differing, problem)

@@ -48,13 +48,17 @@ def coverage(
             single.append(name)
     if single:
         left_out.append(f"values other than those in force of {', '.join(single)}")
-    for found, missing in (
+    packed = [case.tokens for case in cases if isinstance(case.tokens, tuple)]
+    for name, done, missing in (
         _recomputed(program, ways, passes),
-        _remainders(OracleParameters.from_spec(program.spec), cases),
+        _remainders(OracleParameters.from_spec(program.spec), packed),
         _pages([scenario for scenario, _ in scenarios], passes),
     ):
-        exercised.update(found)
-        left_out += missing
+        if done:
+            exercised[name] = done
+        left_out += [missing] if missing else []
+    if "decode" in passes:
+        left_out.append("layers, layer, pages and out of the cache and of decode")
     return Coverage(exercised, (*left_out, *ALWAYS_LEFT_OUT), tuple(way.text for way in ways))
 
 
@@ -70,41 +74,32 @@ def _tunables(program: Plan, passes: Sequence[str]) -> Iterable[tuple[str, tuple
                     yield f"{kernel.name}.{tunable.name}", tunable.values
 
 
-Found = tuple[dict[str, tuple[int | str, ...]], list[str]]
+Found = tuple[str, tuple[int | str, ...], str]
+"""What is counted, its values that were exercised, and a line for those that were not, or ""."""
 
 
 def _recomputed(program: Plan, ways: Sequence[Variation], passes: Sequence[str]) -> Found:
-    branches = program.spec.branches
-    if "backward" not in passes:
-        return {}, []
+    branches = program.spec.branches if "backward" in passes else ()
     every = ["+".join(each) for n in range(len(branches)) for each in itertools.combinations(branches, n + 1)]
-    done = {"+".join(way.recompute) for way in ways if way.recompute}
+    done = {"+".join(way.recompute) for way in ways}
     missing = [name for name in every if name not in done]
-    return (
-        {"recompute": tuple(name for name in every if name in done)} if done else {},
-        [f"recompute: {', '.join(missing)}"] if missing else [],
-    )
+    line = f"recompute: {', '.join(missing)}" if missing else ""
+    return "recompute", tuple(name for name in every if name in done), line
 
 
-def _remainders(p: OracleParameters, cases: Sequence[Case]) -> Found:
+def _remainders(p: OracleParameters, packed: Sequence[tuple[int, ...]]) -> Found:
     stride = p.compression_stride
-    packed = [case.tokens for case in cases if isinstance(case.tokens, tuple)]
     if stride is None:
-        return {}, [] if packed else ["packed sequences"]
+        return "packed offsets", (), "" if packed else "packed sequences"
     done = {remainder for tokens in packed for remainder in start_remainders(p, tokens)}
-    missing = sorted(set(range(stride)) - done)
-    what = f"packed sequences that begin at tokens of remainder {', '.join(map(str, missing))} by the stride {stride}"
-    return {"packed offsets": tuple(sorted(done))} if done else {}, [what] if missing else []
+    missing = ", ".join(str(remainder) for remainder in range(stride) if remainder not in done)
+    line = f"packed sequences that begin at tokens of remainder {missing} by the stride {stride}" if missing else ""
+    return "packed offsets", tuple(sorted(done)), line
 
 
 def _pages(scenarios: Sequence[Scenario], passes: Sequence[str]) -> Found:
-    if "decode" not in passes:
-        return {}, []
-    done = {scenario.page_size for scenario in scenarios}
-    names = {None: "contiguous", **{size: str(size) for size in PAGE_SIZES}}
-    missing = [name for size, name in names.items() if size not in done]
-    missing_options = "layers, layer, pages and out of the cache and of decode"
-    return (
-        {"page_size": tuple(name for size, name in names.items() if size in done)},
-        [*([f"page_size: {', '.join(missing)}"] if missing else []), missing_options],
-    )
+    names = {None: "contiguous", **{size: str(size) for size in PAGE_SIZES}} if "decode" in passes else {}
+    held = {scenario.page_size for scenario in scenarios}
+    missing = [name for size, name in names.items() if size not in held]
+    line = f"page_size: {', '.join(missing)}" if missing else ""
+    return "page_size", tuple(name for size, name in names.items() if size in held), line

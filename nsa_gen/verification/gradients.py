@@ -8,29 +8,33 @@ head; the summed gradients of K_cmp and V_cmp go back through it at the end.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_gen.verification import drift, noise
+from nsa_gen.verification import rounding
 from nsa_gen.verification.dense import OracleParameters, compress, exact_dtype
 from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import (
     SCORE_BYTES,
     SINKS,
     OracleResult,
+    Pair,
     Sequence,
     attend_rows,
+    mapped,
     reference_attention,
+    row_chunks,
     split_sequences,
     take_rows,
 )
 from nsa_gen.verification.tolerance import unit_roundoff
 
-PAIRS = ("raw_cmp", "cmp", "slc", "win")
+Choice = tuple[Tensor | None, Tensor | None]
+"""Indices and counts, None where the oracle chooses or nothing is chosen."""
+WITHOUT_GRADIENT = ("indices", "counts", "do")
 CHUNK_BYTES = 1 << 27
 """Bytes of one score matrix in the backward pass; about ten such live at the peak (measured: 1.0 GB for a group of 16
 heads and 8192 keys in float64, the noise scale included)."""
@@ -40,16 +44,22 @@ heads and 8192 keys in float64, the noise scale included)."""
 class Reference:
     """Outputs and gradients on given indices, by the names of `OracleResult` and of `Inputs.differentiable()`.
 
-    The noise scales and drifts are empty unless asked for. `*_noise` is in units of the dtype's roundoff (see `noise`),
-    `*_drift` a standard deviation in units of float32's (see `drift`).
+    `noise` and `drift` are those of both by name, of the gradient of x as dx; they are empty unless asked for. Noise is
+    in units of the dtype's roundoff, drift a standard deviation in units of float32's (see `rounding`).
     """
 
     outputs: OracleResult
     gradients: dict[str, Tensor]
-    output_noise: dict[str, Tensor]
-    gradient_noise: dict[str, Tensor]
-    output_drift: dict[str, Tensor]
-    gradient_drift: dict[str, Tensor]
+    noise: dict[str, Tensor]
+    drift: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Outputs and gradients by name, the gradient of x as dx."""
+        return {**self.outputs.tensors(), **_as_gradients(self.gradients)}
+
+
+def _as_gradients(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"d{name}": x for name, x in tensors.items()}
 
 
 def reference_gradients(
@@ -74,56 +84,49 @@ def reference_gradients(
         raise ValueError(f"noise_unit: expected None unless the inputs are float64, got inputs of {inputs.q.dtype}")
     if indices is not None:
         inputs = replace(inputs, indices=indices, counts=counts)
-    detached = {name: x.detach() for name, x in inputs.differentiable().items()}
-    inputs = inputs.replace_differentiable(detached)
+    inputs = inputs.replace_differentiable({name: x.detach() for name, x in inputs.differentiable().items()})
     with torch.no_grad():
         outputs = reference_attention(parameters, **inputs.arguments(), score_bytes=score_bytes)
     if parameters.selection_block is not None:
         inputs = replace(inputs, indices=outputs.indices, counts=outputs.counts)
-    exact = exact_dtype(inputs.q.dtype)
-    sums, scales, drifts, squares = (
-        inputs.replace_differentiable({n: torch.zeros_like(x, dtype=dtype) for n, x in detached.items()})
-        for dtype in (exact, inputs.q.dtype, inputs.q.dtype, inputs.q.dtype)
-    )
-    wanted = {
-        n: x for n, x in outputs.tensors().items() if noise_unit is not None and n.startswith(("o", "lse", "k_", "v_"))
-    }
-    output_noise = {name: torch.zeros_like(x) for name, x in wanted.items() if not name.startswith("lse")}
-    output_drift = {name: torch.zeros_like(x) for name, x in wanted.items()}
-    split = [_split(parameters, holder) for holder in (inputs, sums, scales, drifts, squares)]
-    calls = zip(
-        *split, _rows(inputs.do, inputs.cu_seqlens),
-        *(_rows_of(parameters, x, inputs, split[0]) for x in (output_noise, output_drift)), strict=True,
-    )  # fmt: skip
+    dtype = inputs.q.dtype
+    sums, noises, drifts, squares = (_zeros(inputs, each) for each in (exact_dtype(dtype), dtype, dtype, dtype))
+    kept = ("o", "lse", "k_", "v_") if noise_unit is not None else ()
+    drift_of = {name: torch.zeros_like(x) for name, x in outputs.tensors().items() if name.startswith(kept)}
+    noise_of = {name: torch.zeros_like(x) for name, x in drift_of.items() if not name.startswith("lse")}
+
+    split = [_split(parameters, each) for each in (inputs, sums, noises, drifts, squares)]
+    views = [_rows_of(parameters, each, inputs, split[0]) for each in (noise_of, drift_of)]
     one = parameters.for_one_kv_head()
-    for *sequence, do, out_noise, out_drift in calls:
+    for *sequences, noise_rows, drift_rows in zip(*split, *views, strict=True):
         for head in range(parameters.kv_heads):
-            work = _Head(
-                one,
-                *(_head(x, parameters, head) for x in sequence),
-                do[:, head * one.query_heads : (head + 1) * one.query_heads],
-                *(_head_of(x, one.query_heads, head) for x in (out_noise, out_drift)),
-                *(
-                    {name: x[head : head + 1] for name, x in (holder.compression or {}).items()}
-                    for holder in (inputs, sums, scales, drifts, squares)
-                ),
-            )
-            work.run(chunk_bytes, with_gradients, noise_unit)
+            parts = (_head(each, parameters, head) for each in sequences)
+            rows = (_head_of(each, one.query_heads, head) for each in (noise_rows, drift_rows))
+            _Head(one, *parts, *rows, with_gradients, noise_unit).run(chunk_bytes)
     if noise_unit is not None and with_gradients:
-        blocks = float(sum(parameters.compressed_blocks(sequence.tokens) for sequence in split[0]))
-        for name, x in (drifts.compression or {}).items():
-            assert sums.compression is not None and squares.compression is not None
-            x.add_(drift.chain(blocks, sums.compression[name].square(), squares.compression[name]))
-    for name in SINKS if noise_unit is not None and with_gradients else ():
-        if (x := getattr(drifts, name)) is not None:
-            rows = float(inputs.do.shape[:-2].numel())
-            x.add_(drift.chain(rows, getattr(sums, name).square(), getattr(squares, name)))
-    gradients = {n: x.to(detached[n].dtype) for n, x in sums.differentiable().items()} if with_gradients else {}
-    gradient_noise: dict[str, Tensor] = {}
-    gradient_drift: dict[str, Tensor] = {}
-    if with_gradients and noise_unit is not None:
-        gradient_noise, gradient_drift = _roots(scales.differentiable()), _roots(drifts.differentiable())
-    return Reference(outputs, gradients, _roots(output_noise), gradient_noise, _roots(output_drift), gradient_drift)
+        _finish(parameters, split[0], sums, drifts, squares)
+        noise_of |= _as_gradients(noises.differentiable())
+        drift_of |= _as_gradients(drifts.differentiable())
+    like = inputs.differentiable() if with_gradients else {}
+    found = sums.differentiable()
+    gradients = {name: found[name].to(x.dtype) for name, x in like.items()}
+    return Reference(outputs, gradients, _roots(noise_of), _roots(drift_of))
+
+
+def _zeros(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Zeros in the place of all that has a gradient."""
+    zeros = {name: torch.zeros_like(x, dtype=dtype) for name, x in inputs.differentiable().items()}
+    return inputs.replace_differentiable(zeros)
+
+
+def _finish(p: OracleParameters, sequences: list[Sequence], sums: Inputs, drifts: Inputs, squares: Inputs) -> None:
+    """Add the drift of sums over all sequences: of phi's parameters over blocks, of sinks over query rows."""
+    blocks = float(sum(p.compressed_blocks(sequence.tokens) for sequence in sequences))
+    rows = float(sums.do.shape[:-2].numel())
+    totals, terms = sums.differentiable(), squares.differentiable()
+    for name, x in drifts.differentiable().items():
+        if "." in name or name in SINKS:
+            x.add_(rounding.chain(rows if name in SINKS else blocks, totals[name].square(), terms[name]))
 
 
 def _roots(squares: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +135,10 @@ def _roots(squares: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Head:
-    """One sequence and KV head: values, and the sums (views of the results) its contributions are added to."""
+    """One sequence and KV head: values, and views of the results that its contributions are added to.
+
+    `sums` are gradients, `noise`, `drift` and `squares` the squares of their noise, drift and terms.
+    """
 
     p: OracleParameters
     values: Sequence
@@ -140,205 +146,193 @@ class _Head:
     noise: Sequence
     drift: Sequence
     squares: Sequence
-    do: Tensor
     output_noise: dict[str, Tensor]
     output_drift: dict[str, Tensor]
-    learned: dict[str, Tensor]
-    learned_sums: dict[str, Tensor]
-    learned_noise: dict[str, Tensor]
-    learned_drift: dict[str, Tensor]
-    learned_squares: dict[str, Tensor]
+    with_gradients: bool
+    noise_unit: float | None
 
-    def run(self, chunk_bytes: int, with_gradients: bool, noise_unit: float | None) -> None:
-        """Add this head's part to the sums, chunk by chunk."""
-        p, values, sums, scales, drifts = self.p, self.values, self.sums, self.noise, self.drift
-        sides: list[drift.PhiSide] = []
-        cmp_noise: drift.Pair | None = None
-        cmp_drift: drift.Pair | None = None
-        roots: list[Tensor] = []
-        compressed: tuple[Tensor, Tensor] | None = None
-        if values.raw_cmp is not None:
-            raw = tuple(x.detach().requires_grad_(with_gradients) for x in values.raw_cmp)
-            learned = {name: x.detach().requires_grad_(with_gradients) for name, x in self.learned.items()}
-            roots = [*raw, *learned.values()]
-            with torch.set_grad_enabled(with_gradients):
-                compressed = compress(p, raw[0], raw[1], learned)
-            k_cmp, v_cmp = (x.detach() for x in compressed)
-            values = replace(values, cmp=(k_cmp, v_cmp))
-            like = (self.do.new_zeros(x.shape, dtype=exact_dtype(x.dtype)) for x in compressed)
-            sums = replace(sums, cmp=(next(like), next(like)))
-            k_noise, v_noise = (torch.zeros_like(x) for x in compressed)
-            scales = replace(scales, cmp=(k_noise, v_noise))
-            drifts = replace(drifts, cmp=(torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)))
-            if noise_unit is not None:
-                sides = [
-                    drift.phi_side(p, side, x, self.learned, noise_unit)
-                    for side, x in zip(("key", "value"), self.values.raw_cmp or (), strict=True)
-                ]
-                for name, side in zip(("k_cmp", "v_cmp"), sides, strict=True):
-                    self.output_noise[name][:, 0].add_(side.noise)
-                    self.output_drift[name][:, 0].add_(side.variance)
-                cmp_noise = sides[0].noise[:, None], sides[1].noise[:, None]
-                cmp_drift = sides[0].variance[:, None], sides[1].variance[:, None]
-
-        branch_sums: dict[str, drift.Sums] = {}
-        if with_gradients and noise_unit is not None:
-            branch_sums = {branch: drift.Sums.like(getattr(values, branch)) for branch in p.branches}
-        rows = values.q.shape[0]
-        itemsize = torch.finfo(exact_dtype(values.q.dtype)).bits // 8
-        chunk = max(1, chunk_bytes // max(1, p.query_heads * values.tokens * itemsize))
-        for start in range(0, rows, chunk):
-            stop = min(start + chunk, rows)
-            here = take_rows(p, values, start, stop)
-            if with_gradients:
-                _add_gradients(p, here, take_rows(p, sums, start, stop), self.do[start:stop])
-            if noise_unit is not None:
-                noise.add_rows(
-                    p,
-                    here,
-                    take_rows(p, scales, start, stop) if with_gradients else None,
-                    self.do[start:stop],
-                    {name: x[start:stop] for name, x in self.output_noise.items() if name[0] == "o"},
-                    noise_unit,
-                    cmp_noise,
-                )
-                drift.add_rows(
-                    p,
-                    here,
-                    cmp_drift,
-                    take_rows(p, drifts, start, stop) if with_gradients else None,
-                    branch_sums,
-                    self.squares,
-                    self.do[start:stop],
-                    {name: x[start:stop] for name, x in self.output_drift.items() if name[0] in "ol"},
-                )
-        for branch, found_sums in branch_sums.items():
-            found_sums.finish(getattr(drifts, branch))
-
-        if compressed is None or not with_gradients or compressed[0].shape[0] == 0:
+    def run(self, chunk_bytes: int) -> None:
+        """Add this head's part, chunk by chunk."""
+        p, raw, learned = self.p, self.values.raw_cmp, self.values.learned
+        if raw is None:
+            self._add_attention(chunk_bytes)
             return
-        assert sums.cmp is not None and sums.raw_cmp is not None and values.raw_cmp is not None
-        cotangents = [g.to(x.dtype) for g, x in zip(sums.cmp, compressed, strict=True)]
+        roots = [x.detach().requires_grad_(self.with_gradients) for x in (*raw, *learned.values())]
+        with torch.set_grad_enabled(self.with_gradients):
+            compressed = compress(p, roots[0], roots[1], dict(zip(learned, roots[2:], strict=True)))
+        work = replace(
+            self,
+            values=replace(self.values, cmp=_pair(x.detach() for x in compressed)),
+            sums=_with_zeros(self.sums, compressed),
+            noise=_with_zeros(self.noise, compressed),
+            drift=_with_zeros(self.drift, compressed),
+        )
+        sides: list[rounding.PhiSide] = []
+        if self.noise_unit is not None:
+            for side, x, name in zip(("key", "value"), raw, ("k_cmp", "v_cmp"), strict=True):
+                sides.append(rounding.phi_side(p, side, x, learned, self.noise_unit))
+                self.output_noise[name][:, 0].add_(sides[-1].noise)
+                self.output_drift[name][:, 0].add_(sides[-1].variance)
+        work._add_attention(chunk_bytes, sides)
+        if not self.with_gradients or compressed[0].shape[0] == 0:
+            return
+        assert work.sums.cmp is not None and work.noise.cmp is not None and work.drift.cmp is not None
+        cotangents = [g.to(x.dtype) for g, x in zip(work.sums.cmp, compressed, strict=True)]
         found = torch.autograd.grad(compressed, roots, cotangents, allow_unused=True)
-        for target, gradient in zip((*sums.raw_cmp, *self.learned_sums.values()), found, strict=True):
-            if gradient is not None:
-                target += gradient
-        if noise_unit is not None:
-            assert scales.cmp is not None and scales.raw_cmp is not None
-            assert drifts.cmp is not None and drifts.raw_cmp is not None
-            noise.add_compression(p, values.raw_cmp, self.learned, scales.cmp, scales.raw_cmp, self.learned_noise)
-            for side, g, variance, raw_drift in zip(sides, cotangents, drifts.cmp, drifts.raw_cmp, strict=True):
-                blocks, parameters = side.gradients(g[:, 0], variance[:, 0])
-                drift.add_blocks(p, blocks, raw_drift)
-                for name in parameters.keys() & self.learned_drift.keys():
-                    self.learned_drift[name][0].add_(parameters[name][0])
-                    self.learned_squares[name][0].add_(parameters[name][1])
+        _add(found, (*_given(self.sums.raw_cmp), *self.sums.learned.values()))
+        if self.noise_unit is None:
+            return
+        raw_noise = _given(self.noise.raw_cmp)
+        rounding.add_compression(p, raw, learned, work.noise.cmp, raw_noise, self.noise.learned)
+        raw_drift = _given(self.drift.raw_cmp)
+        for side, g, variance, target in zip(sides, cotangents, work.drift.cmp, raw_drift, strict=True):
+            blocks, parameters = side.gradients(g[:, 0], variance[:, 0])
+            rounding.add_blocks(p, blocks, target)
+            for name in parameters.keys() & learned.keys():
+                self.drift.learned[name][0].add_(parameters[name][0])
+                self.squares.learned[name][0].add_(parameters[name][1])
+
+    def _add_attention(self, chunk_bytes: int, sides: list[rounding.PhiSide] | None = None) -> None:
+        """Add the part of attention, whose K_cmp and V_cmp are known; `sides` have their noise and drift."""
+        p, values = self.p, self.values
+        cmp_noise = _pair(side.noise[:, None] for side in sides) if sides else None
+        cmp_drift = _pair(side.variance[:, None] for side in sides) if sides else None
+        sums_of: dict[str, rounding.Sums] = {}
+        if self.with_gradients and self.noise_unit is not None:
+            sums_of = {branch: rounding.Sums.like(getattr(values, branch)) for branch in p.branches}
+        for start, stop in row_chunks(p, values, chunk_bytes) if values.q.shape[0] else ():
+            here, sums, noises, drifts = (
+                take_rows(p, each, start, stop) for each in (values, self.sums, self.noise, self.drift)
+            )
+            if self.with_gradients:
+                _add_gradients(p, here, sums)
+            if self.noise_unit is None:
+                continue
+            # K_cmp and V_cmp are no rows of queries.
+            outputs = (
+                {name: x[start:stop] for name, x in each.items() if name[0] in "ol"}
+                for each in (self.output_noise, self.output_drift)
+            )
+            noise = rounding.Squares(next(outputs), noises if self.with_gradients else None, cmp_noise)
+            drift = rounding.Squares(next(outputs), drifts if self.with_gradients else None, cmp_drift)
+            for rows in rounding.branch_rows(p, here):
+                rounding.add_noise(rows, noise, self.noise_unit)
+                rounding.add_drift(rows, drift, sums_of, self.squares)
+        for branch, found_sums in sums_of.items():
+            found_sums.finish(getattr(self.drift, branch))
 
 
-def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence, do: Tensor) -> None:
-    """Add the gradients of one chunk of rows to the views `sums`."""
-    leaves: list[Tensor] = []
-    targets: list[Tensor] = []
+def _with_zeros(s: Sequence, compressed: Pair) -> Sequence:
+    """A sequence with zeros for its K_cmp and V_cmp."""
+    return replace(s, cmp=_pair(torch.zeros_like(x, dtype=s.q.dtype) for x in compressed))
 
-    def leaf(x: Tensor, target: Tensor) -> Tensor:
-        leaves.append(x.detach().requires_grad_())
-        targets.append(target)
-        return leaves[-1]
 
-    changes: dict[str, object] = {"q": leaf(values.q, sums.q)}
-    if values.gates is not None and sums.gates is not None:
-        changes["gates"] = leaf(values.gates, sums.gates)
-    for name in SINKS:
-        if (x := getattr(values, name)) is not None:
-            changes[name] = leaf(x, getattr(sums, name))
-    for name in PAIRS[1:]:
-        pair, target = getattr(values, name), getattr(sums, name)
-        if pair is not None:
-            changes[name] = (leaf(pair[0], target[0]), leaf(pair[1], target[1]))
-    with torch.enable_grad():
-        o = attend_rows(p, replace(values, **changes)).o  # type: ignore[arg-type]
-    found = torch.autograd.grad(o, leaves, do.to(o.dtype), allow_unused=True)
+def _pair(tensors: Iterable[Tensor]) -> Pair:
+    first, second = tensors
+    return first, second
+
+
+def _given(pair: Pair | None) -> Pair:
+    assert pair is not None
+    return pair
+
+
+def _add(found: Iterable[Tensor | None], targets: Iterable[Tensor]) -> None:
     for target, gradient in zip(targets, found, strict=True):
         if gradient is not None:
             target += gradient
 
 
+def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence) -> None:
+    """Add the gradients of one chunk of rows to the views `sums`."""
+    leaves: list[Tensor] = []
+    targets: list[Tensor] = []
+
+    def leaf(name: str, x: Tensor) -> Tensor:
+        if name not in WITHOUT_GRADIENT:
+            x = x.detach().requires_grad_()
+            leaves.append(x)
+        return x
+
+    def target(name: str, x: Tensor) -> Tensor:
+        if name not in WITHOUT_GRADIENT:
+            targets.append(x)
+        return x
+
+    mapped(sums, target)
+    with torch.enable_grad():
+        o = attend_rows(p, mapped(values, leaf)).o
+    assert values.do is not None
+    _add(torch.autograd.grad(o, leaves, values.do.to(o.dtype), allow_unused=True), targets)
+
+
 def _split(p: OracleParameters, inputs: Inputs) -> list[Sequence]:
-    tensors = {n: x for n, x in inputs.arguments().items() if n not in ("compression", "cu_seqlens")}
-    return split_sequences(p, tensors, inputs.cu_seqlens)
-
-
-def _rows(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    if cu_seqlens is None:
-        return list(x.unbind(0))
-    bounds = cu_seqlens.tolist()
-    return [x[start:stop] for start, stop in itertools.pairwise(bounds)]
+    return split_sequences(p, {**inputs.arguments(), "do": inputs.do}, inputs.cu_seqlens, inputs.compression)
 
 
 def _rows_of(
     p: OracleParameters, tensors: dict[str, Tensor], inputs: Inputs, sequences: list[Sequence]
 ) -> list[dict[str, Tensor]]:
     """Views of the outputs, a mapping for each sequence; of packed K_cmp and V_cmp the rows that are its blocks."""
-    split = {
-        name: _rows(x, inputs.cu_seqlens) for name, x in tensors.items() if not name.endswith("_cmp") or name[0] in "ol"
-    }
-    found = [{name: rows[i] for name, rows in split.items()} for i in range(len(sequences))]
     starts = [0] * len(sequences) if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
-    for name in tensors.keys() - split.keys():
-        for i, sequence in enumerate(sequences):
-            whole = tensors[name][i] if inputs.cu_seqlens is None else tensors[name]
-            first = starts[i] // (p.compression_stride or 1)
-            found[i][name] = whole[first : first + p.compressed_blocks(sequence.tokens)]
+    found = []
+    for i, (sequence, start) in enumerate(zip(sequences, starts, strict=False)):
+        first = start // (p.compression_stride or 1)
+        rows = slice(start, start + sequence.q.shape[0])
+        blocks = slice(first, first + p.compressed_blocks(sequence.tokens))
+        mine = {name: x[i] if inputs.cu_seqlens is None else x for name, x in tensors.items()}
+        found.append({name: x[blocks if name in ("k_cmp", "v_cmp") else rows] for name, x in mine.items()})
     return found
 
 
 def _head_of(outputs: dict[str, Tensor], group: int, head: int) -> dict[str, Tensor]:
     """The part of a sequence's outputs that belongs to one KV head: of K_cmp and V_cmp one head, else its group."""
-    found = {}
-    for name, x in outputs.items():
-        width = group if name[0] in "ol" else 1
-        found[name] = x[:, head * width : (head + 1) * width]
-    return found
+    widths = {name: 1 if name in ("k_cmp", "v_cmp") else group for name in outputs}
+    return {name: x[:, head * widths[name] : (head + 1) * widths[name]] for name, x in outputs.items()}
 
 
 def _head(s: Sequence, p: OracleParameters, head: int) -> Sequence:
     """The part of a sequence that belongs to one KV head and its group, as views."""
-    group = slice(head * p.group, (head + 1) * p.group)
-    own = slice(head, head + 1)
-    pairs = {name: None if (x := getattr(s, name)) is None else (x[0][:, own], x[1][:, own]) for name in PAIRS}
-    return Sequence(
-        tokens=s.tokens,
-        q=s.q[:, group],
-        gates=None if s.gates is None else s.gates[:, group],
-        indices=None if s.indices is None else s.indices[:, own],
-        counts=None if s.counts is None else s.counts[:, own],
-        sink_win=None if s.sink_win is None else s.sink_win[group],
-        **pairs,
-    )
+    group, own = slice(head * p.group, (head + 1) * p.group), slice(head, head + 1)
+
+    def cut(name: str, x: Tensor) -> Tensor:
+        if name in s.learned:
+            return x[own]
+        if name in SINKS:
+            return x[group]
+        return x[:, group if name in ("q", "gates", "do") else own]
+
+    return mapped(s, cut)
+
+
+def truth_and_baseline(
+    p: OracleParameters, inputs: Inputs, chosen: Choice = (None, None), *, with_gradients: bool
+) -> tuple[Reference, Reference]:
+    """The truth in float64, with noise and drift, and the oracle in the inputs' dtype, on the blocks of `chosen`."""
+    base = reference_gradients(p, inputs, *chosen, with_gradients=with_gradients)
+    exact, unit = inputs.to(torch.float64), unit_roundoff(inputs.q.dtype, p.tf32)
+    more = {"with_gradients": with_gradients, "noise_unit": unit}
+    return reference_gradients(replace(p, tf32=False), exact, *chosen, **more), base
 
 
 class References:
     """What the oracle says of one set of inputs, remembered for the last choice of blocks it was asked about."""
 
     def __init__(self) -> None:
-        self._chosen: tuple[Tensor | None, ...] | None = None
+        self._chosen: Choice | None = None
         self._found: tuple[Reference, Reference] | None = None
 
     def of(
-        self, p: OracleParameters, inputs: Inputs, chosen: tuple[Tensor | None, ...], *, with_gradients: bool
+        self, p: OracleParameters, inputs: Inputs, chosen: Choice, *, with_gradients: bool
     ) -> tuple[Reference, Reference]:
         """The truth in float64, and the oracle in the inputs' dtype."""
         if self._found is None or not _same(self._chosen, chosen):
-            common: dict[str, Any] = {"with_gradients": with_gradients}
-            base = reference_gradients(p, inputs, *chosen, **common)
-            exact = inputs.to(torch.float64)
-            unit = unit_roundoff(inputs.q.dtype, p.tf32)
-            truth = reference_gradients(replace(p, tf32=False), exact, *chosen, **common, noise_unit=unit)
-            self._chosen, self._found = chosen, (truth, base)
+            self._chosen = chosen
+            self._found = truth_and_baseline(p, inputs, chosen, with_gradients=with_gradients)
         return self._found
 
 
-def _same(one: tuple[Tensor | None, ...] | None, other: tuple[Tensor | None, ...]) -> bool:
+def _same(one: Choice | None, other: Choice) -> bool:
     if one is None:
         return False
     return all(

@@ -1,14 +1,19 @@
-"""Guard bands around every tensor that an operator allocates, and calls in which the host may not wait for the GPU."""
+"""What a call must not do: write beside its tensors, have the host wait for the GPU, take too much memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsa_gen.verification.calls import arguments_of
+from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.inputs import Inputs
 
 BAND = 4096
 """Elements before and behind a tensor: a tile of 128 rows written past the end of a small head dim lands inside."""
@@ -102,3 +107,133 @@ def synchronises(call: Callable[[], object]) -> str:
             raise
         return str(error).splitlines()[0]
     return ""
+
+
+# How much memory a call may take beside its arguments, as a formula of its shapes, and what it takes on a CUDA device.
+# The forward pass keeps what the backward reads: the output of each branch, its lse, the chosen blocks, compressed keys
+# and values. The backward pass has a float32 sum beside each gradient of another dtype to which branches add. Nothing
+# grows with tokens times blocks, let alone with tokens squared.
+
+FLOAT32 = 4
+SLOT_BYTES = 64
+"""A slot of the selection in an index by key block: key, sorted key, place (8 bytes), and as much again and the sort's
+own buffers while it sorts."""
+WORKSPACE_BYTES = 3 * 2**30
+"""The largest workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): 2 GiB
+of o or dq, their lse, and partial sums of dk and dv."""
+SMALLEST_PART = 16
+"""Keys of a block that leave a partial result of their own, at least."""
+SMALLEST_PIECE = 1024
+"""Query rows (slots times heads of a group) that are summed into one partial dk and dv of a block, at least."""
+SCORE_BYTES = 2**28
+SCORE_TOKENS = 2048
+"""Importances are held for as many tokens at a time as fit SCORE_BYTES, or for this many."""
+LARGEST_TILE = 128
+"""Tokens of a tile, which every sequence may fill but for one token."""
+ALLOCATOR_BYTES = 64 * 2**20
+"""What the caching allocator may add: up to 1 MiB a tensor, and small buffers such as bounds of lists."""
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """Bytes that a pass may allocate at its peak, beyond what was allocated before it, without ALLOCATOR_BYTES.
+
+    `saved` is what the forward pass leaves for the caller and the backward pass, `forward` and `backward` are peaks.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+
+
+def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None) -> MemoryBound:
+    """The bound of a call: shapes alone are read. `hidden` is the width of an mlp phi.
+
+    With R query rows, C compressed rows, S slots of l' keys a query and KV head, e bytes an element, and s = 4 where
+    parts of gradients are added in another dtype than their own (else 0):
+
+        saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R Hkv (S + 1) + C Hkv (Dk + Dv + hidden widths) e
+        work      min(3 GiB, R S Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)) + 64 R Hkv S
+        scores    4 Hkv (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
+                  with scores: mean, 4 Hkv (Tkv / l') Dk a sequence besides
+        forward   saved + work + scores
+        backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
+                  + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
+                  + 4 Hq (R / 16) where the window has a sink
+    """
+    q = inputs.q
+    size = q.element_size()
+    heads, group = p.query_heads, p.group
+    rows = q.numel() // (heads * p.head_dim_qk)
+    branches = len(p.branches)
+    compressed = _compressed_rows(p, inputs)
+    widths = sum(hidden or 0 for phi in (p.phi_key, p.phi_value) if phi == "mlp") if compressed else 0
+    pair = p.head_dim_qk + p.head_dim_v
+
+    saved = rows * heads * ((branches + 1) * p.head_dim_v * size + FLOAT32 * branches)
+    saved += compressed * p.kv_heads * (pair + widths) * size
+    work = 0
+    if p.selection_block is not None:
+        slots = rows * p.selection_count
+        saved += FLOAT32 * (slots + rows) * p.kv_heads
+        parts = -(-p.selection_block // SMALLEST_PART)
+        bytes_of_part = max(p.head_dim_qk, p.head_dim_v) * size + 2 * FLOAT32
+        bytes_of_keys = FLOAT32 * p.selection_block * pair // SMALLEST_PIECE
+        work = min(WORKSPACE_BYTES, slots * heads * (parts * bytes_of_part + bytes_of_keys))
+        work += SLOT_BYTES * slots * p.kv_heads
+
+    differentiable = inputs.differentiable()
+    elements = sum(x.numel() for x in differentiable.values())
+    learned = sum(x.numel() for name, x in differentiable.items() if "." in name)
+    summed = size < FLOAT32 and (branches > 1 or p.selection_block is not None)
+    backward = elements * (size + FLOAT32 * summed) + rows * heads * (FLOAT32 * branches + p.head_dim_v * size) + work
+    backward += FLOAT32 * compressed * p.kv_heads * ((group + 2) * pair + widths) + 5 * FLOAT32 * learned
+    if p.window_sink:
+        backward += FLOAT32 * heads * (rows // 16)  # a part of its gradient for each tile of queries
+    return MemoryBound(saved, saved + work + _score_bytes(p, inputs), backward)
+
+
+def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
+    """What the scores of the tokens that are ranked at the same time take, and the mean keys."""
+    if p.selection_block is None or not p.computed:
+        return 0
+    packed = inputs.cu_seqlens is not None
+    sequences = inputs.cu_seqlens.numel() if inputs.cu_seqlens is not None else inputs.q.shape[0]
+    rows = inputs.q.shape[0] if packed else inputs.q.shape[0] * inputs.q.shape[1]
+    keys = rows if packed else inputs.raw_keys().shape[1]
+    token_bytes = FLOAT32 * p.kv_heads * -(-keys // p.selection_block)
+    padding = sequences * LARGEST_TILE
+    means = token_bytes * p.head_dim_qk * (1 if packed else sequences) if p.scores == "mean" else 0
+    return token_bytes * (min(rows, max(SCORE_BYTES // max(1, token_bytes), SCORE_TOKENS)) + padding) + means
+
+
+def _compressed_rows(p: OracleParameters, inputs: Inputs) -> int:
+    """Rows of K_cmp and V_cmp over the whole batch."""
+    if p.compression_block is None or p.compression_stride is None:
+        return 0
+    if inputs.cu_seqlens is not None:
+        return inputs.q.shape[0] // p.compression_stride
+    keys = inputs.raw_keys()
+    return keys.shape[0] * p.compressed_blocks(keys.shape[1])
+
+
+def measured(module: Any, inputs: Inputs, gradients: bool) -> tuple[int, int]:
+    """Peak bytes that forward and backward of a package allocate on a CUDA device beyond what was there before each."""
+    leaves = {n: x.detach().requires_grad_(gradients) for n, x in inputs.differentiable().items()}
+    positional, named = arguments_of(module, inputs.replace_differentiable(leaves))
+    device = inputs.q.device
+
+    def peak(call: Callable[[], Any]) -> tuple[Any, int]:
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+
+    o, forward = peak(lambda: module.nsa_attention(*positional, **named))
+    if not gradients:
+        return forward, 0
+    found, backward = peak(lambda: torch.autograd.grad(o, list(leaves.values()), inputs.do, allow_unused=True))
+    del found
+    return forward, backward

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.calls import steady_products
-from nsa_gen.verification.cases import Case, boundary_lengths
-from nsa_gen.verification.checking import check_case
+from nsa_gen.verification.calls import Call, steady_products
+from nsa_gen.verification.cases import Case, boundary_lengths, inputs_of
+from nsa_gen.verification.checking import check_call
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
-from nsa_gen.verification.inputs import Inputs, make_indices, make_inputs
+from nsa_gen.verification.gradients import References
+from nsa_gen.verification.inputs import Inputs, make_indices
 from nsa_gen.verification.oracle import SINKS, argument_suffixes, reference_attention
 from nsa_gen.verification.report import Row
 
@@ -147,79 +148,57 @@ def fixed_scenarios(p: OracleParameters) -> tuple[Scenario, ...]:
 class _Sequence:
     """The truth about one sequence: every tensor of its tokens by name, and compressed blocks of the caller."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = {name: x[:0] for name, x in tensors.items()}
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
 
     @property
     def length(self) -> int:
         """Tokens held."""
         return next(x.shape[0] for name, x in self.tensors.items() if not name.endswith("_cmp"))
 
-    def cut(self, p: OracleParameters, tokens: int) -> None:
-        """Keep the first tokens."""
+    def first(self, p: OracleParameters, tokens: int) -> _Sequence:
+        """Another sequence, of the first tokens."""
         blocks = p.compressed_blocks(tokens)
-        self.tensors = {n: x[: blocks if n.endswith("_cmp") else tokens] for n, x in self.tensors.items()}
-
-    def copy(self) -> _Sequence:
-        """Another sequence of the same tokens."""
-        return _Sequence.of(self.tensors)
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> _Sequence:
-        """The sequence with these tensors."""
-        found = cls(tensors)
-        found.tensors = dict(tensors)
-        return found
+        return _Sequence({n: x[: blocks if n.endswith("_cmp") else tokens] for n, x in self.tensors.items()})
 
 
 class _Source:
-    """An endless supply of tokens for a spec, drawn a pool at a time."""
+    """An endless supply of tokens for a spec, drawn a pool at a time; tied keys are of one pool and repeat by position.
+
+    `parameters` are phi's, `sinks` the spec's, both of the first pool.
+    """
 
     def __init__(self, spec: Spec, scenario: Scenario, device: str) -> None:
         self._spec, self._scenario, self._device = spec, scenario, device
         self._pools = 0
-        self._rows = 0
-        self._parts: list[dict[str, Tensor]] = []
         self.generator = torch.Generator().manual_seed(scenario.seed)
-        pool = self._pool()
-        self.parameters = pool.compression
-        self.sinks = {name: x for name in SINKS if (x := getattr(pool, name)) is not None}
+        made = self._draw()
+        self.parameters = made.compression
+        self.sinks = {name: x for name in SINKS if (x := getattr(made, name)) is not None}
 
-    def _pool(self) -> Inputs:
+    @property
+    def _tied(self) -> bool:
+        return self._scenario.kind == "ties"
+
+    def _draw(self) -> Inputs:
         self._pools += 1
-        kind = self._scenario.kind
-        made = make_inputs(
-            self._spec,
-            batch=1,
-            tokens=POOL,
-            dtype=getattr(torch, self._spec.dtype),
-            device=self._device,
-            # Tied blocks are those of one draw, whose keys repeat.
-            seed=self._scenario.seed if kind == "ties" else self._scenario.seed + 7919 * self._pools,
-            kind=kind,  # type: ignore[arg-type]
-        )
+        seed = self._scenario.seed + (0 if self._tied else 7919 * self._pools)
+        made = inputs_of(self._spec, Case(POOL, kind=self._scenario.kind, batch=1), seed, self._device)
         skipped = {"do", "compression", "indices", "counts", "cu_seqlens", *SINKS}
-        tensors = {name: x[0] for name, x in made.arguments().items() if x is not None and name not in skipped}
-        self._parts.append(tensors)
+        self._pool = {name: x[0] for name, x in made.arguments().items() if x is not None and name not in skipped}
+        self._used = 0
         return made
 
     def take(self, position: int, tokens: int, blocks: int) -> dict[str, Tensor]:
-        """Tensors of new tokens, and of the compressed blocks that they complete; tied keys repeat by position."""
-        if self._scenario.kind == "ties":
-            pool = self._parts[0]
-            first = {name: position % (POOL // 2) for name in pool}
-        else:
-            pool = self._parts[-1]
-            if self._rows + tokens > POOL:
-                self._pool()
-                pool, self._rows = self._parts[-1], 0
-            first = dict.fromkeys(pool, self._rows)
-            self._rows += tokens
+        """Tensors of new tokens, and of the compressed blocks that they complete."""
+        if not self._tied and self._used + tokens > POOL:
+            self._draw()
+        first = position % (POOL // 2) if self._tied else self._used
+        self._used += tokens
         taken = {}
-        for name, x in pool.items():
-            count = blocks if name.endswith("_cmp") else tokens
-            rows = (torch.arange(count, device=x.device) + first[name]) % x.shape[0]
-            taken[name] = x[rows]
+        for name, x in self._pool.items():
+            rows = torch.arange(blocks if name.endswith("_cmp") else tokens, device=x.device)
+            taken[name] = x[(rows + first) % x.shape[0]]
         return taken
 
 
@@ -233,29 +212,26 @@ def run_scenario(spec: Spec, module: Any, scenario: Scenario, device: str) -> li
     cache = module.NSACache(
         scenario.batch, scenario.capacity, page_size=scenario.page_size, max_new_tokens=widest, device=device
     )
-    first = source.take(0, 1, 1)
-    sequences = [_Sequence(first) for _ in range(scenario.batch)]
+    nothing = _Sequence(source.take(0, 1, 1)).first(p, 0)
+    sequences = [nothing.first(p, 0) for _ in range(scenario.batch)]
     rows: list[Row] = []
     for number, step in enumerate(scenario.steps):
         if step.kind == "truncate":
             # On the device for every other one, where the host does not learn of it.
             kept = torch.tensor(step.counts, dtype=torch.int32, device=device) if number % 2 else list(step.counts)
             cache.truncate(kept)
-            for sequence, tokens in zip(sequences, step.counts, strict=True):
-                sequence.cut(p, tokens)
+            sequences = [each.first(p, tokens) for each, tokens in zip(sequences, step.counts, strict=True)]
         elif step.kind == "fork":
             origin, target, tokens = step.counts
             cache.fork(origin, target, tokens)
-            sequences[target] = sequences[origin].copy()
-            sequences[target].cut(p, tokens)
+            sequences[target] = sequences[origin].first(p, tokens)
         else:
             label = f"{scenario.text[:60]} | step {number + 1}: {step.text}"
-            rows += _advance(spec, p, module, cache, sequences, step, source, label)
+            rows += _advance(p, module, cache, sequences, step, source, label)
     return rows
 
 
 def _advance(
-    spec: Spec,
     p: OracleParameters,
     module: Any,
     cache: Any,
@@ -280,45 +256,38 @@ def _advance(
         return []
     given: dict[str, Tensor] = {}
     if p.indices_given:
-        rows = max(step.counts)
         lists = [
             make_indices(p, torch.arange(sequence.length - count, sequence.length), source.generator, False)
             for sequence, count in zip(sequences, step.counts, strict=True)
         ]
-        given["indices"] = torch.full(
-            (len(lists), rows, p.kv_heads, p.selection_count), -1, dtype=torch.int32, device=padded["q"].device
-        )
-        for b, one in enumerate(lists):
-            given["indices"][b, : one.shape[0]] = one.to(padded["q"].device)
+        given["indices"] = _pad(lists, -1).to(padded["q"].device)
     attend = module.nsa_decode if step.kind == "decode" else module.nsa_prefill
     gates = {"gates": padded["gates"]} if "gates" in padded else {}
     o, aux = attend(padded["q"], cache, **gates, **given, **source.sinks, return_aux=True)
     found: list[Row] = []
     for b, (sequence, count) in enumerate(zip(sequences, step.counts, strict=True)):
-        found += _padding(f"{label} | sequence {b}", o[b, count:], aux, b, count)
+        found += _padding(f"{label} | sequence {b}", o[b, count:])
         if count:
             lists = {name: x[b : b + 1, :count] for name, x in given.items()}
             shown = {name: x[b : b + 1, :count] for name, x in aux._asdict().items()}
             told = replace(_inputs(p, sequence, count, source), **lists)
-            found += _compare(p, told, o[b : b + 1, :count], shown, f"{label} | sequence {b}", module)
+            found += _compare(p, told, o[b : b + 1, :count], shown, f"{label} | sequence {b}")
     return found
 
 
-def _pad(parts: list[Tensor]) -> Tensor:
-    """Rows of all sequences as (B, most rows, ...); what pads is NaN, so that reading it shows."""
-    rows = max(x.shape[0] for x in parts)
-    whole = torch.full((len(parts), rows, *parts[0].shape[1:]), math.nan, dtype=parts[0].dtype, device=parts[0].device)
+def _pad(parts: list[Tensor], value: float = math.nan) -> Tensor:
+    """Rows of all sequences as (B, most rows, ...); what pads is NaN, so that reading it shows, or another value."""
+    whole = parts[0].new_full((len(parts), max(x.shape[0] for x in parts), *parts[0].shape[1:]), value)
     for b, x in enumerate(parts):
         whole[b, : x.shape[0]] = x
     return whole
 
 
-def _padding(label: str, o: Tensor, aux: Any, b: int, count: int) -> list[Row]:
+def _padding(label: str, o: Tensor) -> list[Row]:
     """Rows that pad the batch: o is 0."""
-    if o.shape[0] == 0:
-        return []
     wrong = int((o != 0).sum())
-    return [Row(label, "padding", "elements", float(wrong), 0.0, wrong == 0, "" if wrong == 0 else "o is not 0")]
+    problem = "o is not 0" if wrong else ""
+    return [Row(label, "padding", "elements", float(wrong), 0.0, not wrong, problem)] if o.shape[0] else []
 
 
 def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Source) -> Inputs:
@@ -334,19 +303,13 @@ def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Sourc
     return Inputs(do=do, compression=source.parameters, **source.sinks, **arguments)
 
 
-def _compare(
-    p: OracleParameters, inputs: Inputs, o: Tensor, aux: dict[str, Tensor], label: str, module: Any
-) -> list[Row]:
+def _compare(p: OracleParameters, inputs: Inputs, o: Tensor, aux: dict[str, Tensor], label: str) -> list[Row]:
     """The rows of `verify` for a call that was made already; earlier queries than those decoded have the oracle's o."""
     if inputs.q.shape[1] > o.shape[1]:
         whole = reference_attention(p, **inputs.arguments()).tensors()
         earlier = inputs.q.shape[1] - o.shape[1]
         aux = {name: torch.cat((whole[name][:, :earlier].to(x.dtype), x), 1) for name, x in aux.items()}
         o = torch.cat((whole["o"][:, :earlier], o), 1)
-    answer = SimpleNamespace(_asdict=lambda: aux)
-    made = SimpleNamespace(
-        nsa_attention=lambda *_, **__: (o, answer),
-        CompressionParameters=getattr(module, "CompressionParameters", None),
-    )
     case = Case(inputs.q.shape[1], batch=1, twice=False, gradients=False)
-    return [replace(row, case=label) for row in check_case(made, p, case, inputs, with_gradients=False)]
+    rows = check_call(p, case, inputs, Call(o, aux, {}), References())
+    return [replace(row, case=label) for row in rows]

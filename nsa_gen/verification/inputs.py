@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification.dense import OracleParameters, exact_dtype
-from nsa_gen.verification.oracle import SINKS, argument_suffixes
+from nsa_gen.verification.oracle import SINKS, argument_suffixes, mapped
 
 Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "late", "abyss", "ties", "counts", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -57,6 +57,10 @@ class Inputs:
         """Keyword arguments of `reference_attention`, all of them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "do"}
 
+    def raw_keys(self) -> Tensor:
+        """A tensor with a row for each raw key; q, as there are as many, where no branch reads them."""
+        return next((x for x in (self.k, self.k_slc, self.k_win) if x is not None), self.q)
+
     def differentiable(self) -> dict[str, Tensor]:
         """What has a gradient, by name; phi's parameters as `compression.<name>`."""
         skipped = {"do", "compression", "indices", "counts", "cu_seqlens"}
@@ -76,17 +80,11 @@ class Inputs:
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
         """A copy with every floating-point tensor in `dtype`, sinks in its exact one, everything on `device`."""
 
-        def move(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        def move(name: str, x: Tensor) -> Tensor:
+            wanted = exact_dtype(dtype) if name in SINKS else dtype
+            return x.to(device=device, dtype=wanted if x.is_floating_point() else None)
 
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = move(value, exact_dtype(dtype) if field.name in SINKS else dtype)
-            elif value is not None:
-                changed[field.name] = {name: move(x) for name, x in value.items()}
-        return replace(self, **changed)
+        return mapped(self, move)
 
 
 def parameter_shapes(p: OracleParameters, hidden: int | None) -> dict[str, tuple[int, ...]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from nsa_gen.verification.dense import (
 SCORE_BYTES = 1 << 28
 SINKS = ("sink_win",)
 """Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
+BY_TOKEN = ("q", "gates", "indices", "counts", "do")
+"""Tensors with a row a query token."""
 BY_BLOCK = ("importance", "fingerprint", "magnitude")
 """Pieces of a result whose last dim is selection blocks, as many as the longest sequence has."""
 
@@ -68,29 +70,52 @@ class OracleResult:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One sequence, its tensors without a batch dimension; a branch that is absent has None.
 
     `raw_cmp`, `slc`, `win` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when the caller
-    passes them, else by `compress`. `sink_win` (Hq,) is the same for every sequence of a call.
+    passes them, else by `compress`. `sink_win` (Hq,) and phi's parameters, `learned`, are the same for every sequence
+    of a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
     """
 
     tokens: int
     q: Tensor
-    gates: Tensor | None
-    raw_cmp: tuple[Tensor, Tensor] | None
-    cmp: tuple[Tensor, Tensor] | None
-    slc: tuple[Tensor, Tensor] | None
-    win: tuple[Tensor, Tensor] | None
-    indices: Tensor | None
-    counts: Tensor | None
+    gates: Tensor | None = None
+    raw_cmp: Pair | None = None
+    cmp: Pair | None = None
+    slc: Pair | None = None
+    win: Pair | None = None
+    indices: Tensor | None = None
+    counts: Tensor | None = None
     sink_win: Tensor | None = None
+    do: Tensor | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sink(self, branch: str, kv_heads: int) -> Tensor | None:
         """The sink (Hkv, G) of a branch's softmax, None where it has none."""
         sink = self.sink_win if branch == "win" else None
         return None if sink is None else sink.unflatten(0, (kv_heads, -1))
+
+
+def mapped(record: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """A dataclass with `change(name, tensor)` in the place of each tensor, those in its tuples and mappings too.
+
+    The name is that of the field, or the key in a mapping.
+    """
+    changed: dict[str, Any] = {}
+    for each in fields(record):
+        value = getattr(record, each.name)
+        if isinstance(value, Tensor):
+            changed[each.name] = change(each.name, value)
+        elif isinstance(value, tuple):
+            changed[each.name] = tuple(change(each.name, x) for x in value)
+        elif isinstance(value, Mapping):
+            changed[each.name] = {name: change(name, x) for name, x in value.items()}
+    return replace(record, **changed)
 
 
 # Sections 6 and 7: the operator
@@ -121,26 +146,13 @@ def branch_mask(p: OracleParameters, s: Sequence, branch: str, t: Tensor, indice
 def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequence:
     """Query rows start..stop of a sequence and the keys up to the last one's position (queries align to the end)."""
     tokens = s.tokens - s.q.shape[0] + stop
-    compressed = p.compressed_blocks(tokens)
-
-    def head(pair: tuple[Tensor, Tensor] | None, length: int) -> tuple[Tensor, Tensor] | None:
-        return None if pair is None else (pair[0][:length], pair[1][:length])
-
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[start:stop]
-
-    return Sequence(
-        tokens=tokens,
-        q=s.q[start:stop],
-        gates=rows(s.gates),
-        raw_cmp=None,
-        cmp=head(s.cmp, compressed),
-        slc=head(s.slc, tokens),
-        win=head(s.win, tokens),
-        indices=rows(s.indices),
-        counts=rows(s.counts),
-        sink_win=s.sink_win,
-    )
+    kept = {
+        **dict.fromkeys(BY_TOKEN, slice(start, stop)),
+        **dict.fromkeys(("slc", "win"), slice(tokens)),
+        "cmp": slice(p.compressed_blocks(tokens)),
+    }
+    part = replace(s, tokens=tokens, raw_cmp=None, learned={})
+    return mapped(part, lambda name, x: x[kept[name]] if name in kept else x)
 
 
 def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
@@ -180,19 +192,20 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
     return OracleResult(o=o.to(s.q.dtype), **found)
 
 
-def _chunk_rows(p: OracleParameters, s: Sequence, score_bytes: int) -> int:
-    itemsize = torch.finfo(exact_dtype(s.q.dtype)).bits // 8
-    return max(1, score_bytes // max(1, p.query_heads * s.tokens * itemsize))
+def row_chunks(p: OracleParameters, s: Sequence, score_bytes: int) -> Iterator[tuple[int, int]]:
+    """Bounds of chunks of query rows whose scores need at most `score_bytes`; one chunk of none without rows."""
+    rows, itemsize = s.q.shape[0], torch.finfo(exact_dtype(s.q.dtype)).bits // 8
+    chunk = max(1, score_bytes // max(1, p.query_heads * s.tokens * itemsize))
+    for start in range(0, max(rows, 1), chunk):
+        yield start, min(start + chunk, rows)
 
 
 def attend_sequence(p: OracleParameters, s: Sequence, score_bytes: int) -> OracleResult:
     """`attend_rows` over chunks of query rows, so that one score matrix stays below `score_bytes`."""
-    chunk = _chunk_rows(p, s, score_bytes)
     blocks = p.selection_blocks(s.tokens)
-    rows = s.q.shape[0]
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, max(rows, 1), chunk):
-        part = attend_rows(p, take_rows(p, s, start, min(start + chunk, rows)))
+    for start, stop in row_chunks(p, s, score_bytes):
+        part = attend_rows(p, take_rows(p, s, start, stop))
         for name, value in part.tensors().items():
             if name in BY_BLOCK:
                 value = functional.pad(value, (0, blocks - value.shape[-1]))
@@ -232,44 +245,43 @@ def branch_pairs(p: OracleParameters, tensors: Mapping[str, Tensor | None]) -> d
 
 
 def split_sequences(
-    p: OracleParameters, tensors: Mapping[str, Tensor | None], cu_seqlens: Tensor | None
+    p: OracleParameters,
+    tensors: Mapping[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> list[Sequence]:
     """The sequences of a call, as views of its arguments (so that writing to a view writes to the argument)."""
     q = _required("q", tensors.get("q"))
     pairs = branch_pairs(p, tensors)
-    cmp = None
-    if p.external:
-        cmp = (_required("k_cmp", tensors.get("k_cmp")), _required("v_cmp", tensors.get("v_cmp")))
+    external = [_required(name, tensors.get(name)) for name in ("k_cmp", "v_cmp")] if p.external else []
+    packed = cu_seqlens is not None
     found = []
-    bounds = [0] * (q.shape[0] + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = cu_seqlens.tolist() if packed else [0] * (q.shape[0] + 1)
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        where: Any = i if cu_seqlens is None else slice(start, stop)
-        mine = {name: x if x is None or name in SINKS else x[where] for name, x in tensors.items()}
+        where: Any = slice(start, stop) if packed else i
+        mine = {name: x[where] for name in BY_TOKEN if (x := tensors.get(name)) is not None}
         raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
         tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
-        compressed = p.compressed_blocks(tokens)
-        mine_cmp = None
-        if cmp is not None:
-            first = 0 if cu_seqlens is None else start // (p.compression_stride or 1)
-            source = (cmp[0][i], cmp[1][i]) if cu_seqlens is None else cmp
-            mine_cmp = (source[0][first : first + compressed], source[1][first : first + compressed])
-            if mine_cmp[0].shape[0] < compressed or mine_cmp[1].shape[0] < compressed:
+        cmp = None
+        if external:
+            blocks, first = p.compressed_blocks(tokens), start // (p.compression_stride or 1)
+            k_cmp, v_cmp = ((x if packed else x[i])[first : first + blocks] for x in external)
+            if k_cmp.shape[0] < blocks or v_cmp.shape[0] < blocks:
                 raise ValueError(
-                    f"k_cmp, v_cmp: expected {compressed} blocks for a sequence of {tokens} tokens, "
-                    f"got {mine_cmp[0].shape[0]} and {mine_cmp[1].shape[0]}"
+                    f"k_cmp, v_cmp: expected {blocks} blocks for a sequence of {tokens} tokens, "
+                    f"got {k_cmp.shape[0]} and {v_cmp.shape[0]}"
                 )
+            cmp = k_cmp, v_cmp
         found.append(
             Sequence(
                 tokens=tokens,
-                q=mine["q"],
-                gates=mine.get("gates"),
                 raw_cmp=raw.get("cmp"),
-                cmp=mine_cmp,
+                cmp=cmp,
                 slc=raw.get("slc"),
                 win=raw.get("win"),
-                indices=mine.get("indices"),
-                counts=mine.get("counts"),
-                sink_win=mine.get("sink_win"),
+                sink_win=tensors.get("sink_win"),
+                learned=learned or {},
+                **mine,
             )
         )
     return found
@@ -355,11 +367,11 @@ def reference_attention(
         _required("indices", indices)
     if parameters.window_sink:
         _required("sink_win", sink_win)
-    sequences = split_sequences(parameters, tensors, cu_seqlens)
+    sequences = split_sequences(parameters, tensors, cu_seqlens, learned)
     nothing = not sequences
     if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
         zeros = {n: x if x is None or n in SINKS else x.new_zeros(1, *x.shape[1:]) for n, x in tensors.items()}
-        sequences = split_sequences(parameters, zeros, None if cu_seqlens is None else torch.tensor([0, 0]))
+        sequences = split_sequences(parameters, zeros, None if cu_seqlens is None else torch.tensor([0, 0]), learned)
     results = []
     for sequence in sequences:
         if sequence.raw_cmp is not None:

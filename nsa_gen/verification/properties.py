@@ -16,16 +16,14 @@ from torch.nn import functional
 
 from nsa_gen.verification import relations
 from nsa_gen.verification.calls import Call, arguments_of, call_package
-from nsa_gen.verification.cases import FORWARD_ONLY, Case
-from nsa_gen.verification.checking import check_case, comparison_row
+from nsa_gen.verification.cases import FORWARD_ONLY, Case, inputs_of
+from nsa_gen.verification.checking import bits_row, check_case, compare_result, comparison_row, written
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import reference_gradients
-from nsa_gen.verification.hygiene import GuardBands, synchronises
-from nsa_gen.verification.inputs import Inputs, make_inputs
-from nsa_gen.verification.memory import ALLOCATOR_BYTES, measured, memory_bound
+from nsa_gen.verification.gradients import truth_and_baseline
+from nsa_gen.verification.hygiene import ALLOCATOR_BYTES, GuardBands, measured, memory_bound, synchronises
+from nsa_gen.verification.inputs import Inputs
 from nsa_gen.verification.oracle import argument_suffixes, padding_value
 from nsa_gen.verification.report import Row
-from nsa_gen.verification.tolerance import compare, unit_roundoff
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec
@@ -58,17 +56,7 @@ class Trial:
 
     def inputs(self, *, kind: str | None = None, shift: int = 0) -> Inputs:
         """The call's inputs; others of the same shapes for another `kind` or another `shift` of the seed."""
-        case = self.case
-        return make_inputs(
-            self.spec,
-            batch=case.batch,
-            tokens=case.tokens,
-            tokens_kv=case.tokens_kv,
-            dtype=getattr(torch, self.spec.dtype),
-            device=self.device,
-            seed=self.seed + shift,
-            kind=kind or case.kind,  # type: ignore[arg-type]
-        )
+        return inputs_of(self.spec, replace(self.case, kind=kind or self.case.kind), self.seed + shift, self.device)
 
     def call(self, inputs: Inputs, *, gradients: bool | None = None) -> Call:
         """The package on `inputs`."""
@@ -96,11 +84,11 @@ def future_has_no_influence(trial: Trial) -> list[Row]:
     keep = relations.kept(p, inputs)
     other = relations.mixed(inputs, trial.inputs(kind="gaussian", shift=1_000_003), keep)
     first = relations.past(trial.call(inputs), keep)
-    rows = [_bits(trial, "future", first, relations.past(trial.call(other), keep))]
+    rows = [bits_row(trial.case.label, "future", first, relations.past(trial.call(other), keep))]
     torn = relations.torn(other, keep)
     blind = {name: x for name, x in first.items() if not name.startswith("d")}
     found = relations.past(trial.call(torn, gradients=False), keep)
-    return [*rows, _bits(trial, "future of NaN", blind, found)]
+    return [*rows, bits_row(trial.case.label, "future of NaN", blind, found)]
 
 
 def wide_enough_is_dense(trial: Trial) -> list[Row]:
@@ -123,21 +111,14 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
             shared_kv=True,
         )
         one = Inputs(q=inputs.q, do=inputs.do, k=k, v=v)
-        base = reference_gradients(plain, one, with_gradients=False)
-        unit = unit_roundoff(inputs.q.dtype, p.tf32)
-        exact = reference_gradients(
-            replace(plain, tf32=False), one.to(torch.float64), with_gradients=False, noise_unit=unit
-        )
+        exact, base = truth_and_baseline(plain, one, with_gradients=False)
         seen = torch.ones(tokens, tokens, dtype=torch.bool, device=k.device).tril()[tokens - inputs.q.shape[1] :]
         q64, k64, v64 = (x.double().transpose(1, 2) for x in (inputs.q, k, v))
-        truth = functional.scaled_dot_product_attention(
+        dense = functional.scaled_dot_product_attention(
             q64, k64, v64, attn_mask=seen, scale=p.scale, enable_gqa=True
         ).transpose(1, 2)
-        near, noise, drift = base.outputs.o_win, exact.output_noise["o_win"], exact.output_drift["o_win"]
-        assert near is not None
-        comparison = compare(
-            call.aux[f"o_{branch}"], truth, near, dtype=inputs.q.dtype, noise=noise, drift=drift, tf32=p.tf32
-        )
+        truth = replace(exact, outputs=replace(exact.outputs, o_win=dense))
+        comparison = compare_result(plain, one, "o_win", call.aux[f"o_{branch}"], truth, base)
         rows.append(comparison_row(trial.case.label, f"dense: o_{branch}", comparison))
     return rows
 
@@ -160,7 +141,7 @@ def rows_behind_the_last_sequence_are_nothing(trial: Trial) -> list[Row]:
     found, behind = relations.cut(trial.call(relations.padded(p, inputs, PADDING_ROWS)).tensors(), expected)
     nothing = {name: torch.full_like(x, padding_value(name)) for name, x in behind.items()}
     rows = relations.near(trial.case.label, "padded", p, inputs, found, expected)
-    return [*rows, _bits(trial, "padding", nothing, behind)]
+    return [*rows, bits_row(trial.case.label, "padding", nothing, behind)]
 
 
 def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
@@ -177,56 +158,51 @@ def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
 
 
 def batch_entries_are_alone(trial: Trial) -> list[Row]:
-    """Entries of a batch in another order give the same bits in that order; sums over the batch are left out.
-
-    Sums over the tokens that selected a block are cut where the lists of all entries together fill a piece, so the
-    gradients of keys and values are as near as rounding lets them be.
-    """
+    """Entries of a batch in another order give the same results in that order; sums over the batch are left out."""
     inputs = trial.inputs()
-    learned = inputs.compression
-    turned = replace(relations.mapped(inputs, lambda name, x: x.flip(0)), compression=learned)
-    first, second = (
-        {name: x for name, x in trial.call(each).tensors().items() if not relations.is_gradient_of_parameters(name)}
-        for each in (inputs, turned)
-    )
-    second = {name: x.flip(0) for name, x in second.items()}
-    p = trial.parameters
-    summed = {n for n in first if relations.is_gradient_of_raw_keys(n)} if p.selection_block is not None else set()
-    exact = [name for name in first if name not in summed]
-    rows = [_bits(trial, "batch order", {n: first[n] for n in exact}, {n: second[n] for n in exact})]
-    if summed:
-        kept = {"indices", "counts", *summed} & first.keys()
-        near = ({n: tensors[n] for n in first if n in kept} for tensors in (first, second))
-        rows += relations.near(trial.case.label, "batch order: sums", p, inputs, *near)
-    return rows
+    turned = relations.of_tokens(inputs, lambda name, x: x.flip(0))
+    found = _of_entries(trial, turned, lambda x: x.flip(0))
+    return _as_in_another_batch(trial, "batch order", inputs, _of_entries(trial, inputs), found)
 
 
 def neighbours_have_no_influence(trial: Trial) -> list[Row]:
-    """The first entry of a batch has the same bits whatever the others hold, gradients of keys and values apart.
-
-    Those are sums, cut where the lists of all entries fill a piece, and so as near as rounding lets them be.
-    """
-    p, inputs, others = trial.parameters, trial.inputs(), trial.inputs(kind="gaussian", shift=1_000_003)
+    """The first entry of a batch has the same results whatever the others hold."""
+    inputs, others = trial.inputs(), trial.inputs(kind="gaussian", shift=1_000_003)
     first = torch.arange(trial.case.batch, device=inputs.q.device) == 0
 
     def neighbours(name: str, x: Tensor) -> Tensor:
         other = getattr(others, name)
         return x if other is None else torch.where(first.view(-1, *(1,) * (x.dim() - 1)), x, other)
 
-    plain = replace(inputs, compression=None)
-    other = replace(relations.mapped(plain, neighbours), compression=inputs.compression)
     before, after = (
-        {name: x[:1] for name, x in trial.call(each).tensors().items() if not relations.is_gradient_of_parameters(name)}
-        for each in (inputs, other)
+        _of_entries(trial, each, lambda x: x[:1]) for each in (inputs, relations.of_tokens(inputs, neighbours))
     )
-    summed = {n for n in before if relations.is_gradient_of_raw_keys(n)} if p.selection_block is not None else set()
-    exact = [name for name in before if name not in summed]
-    rows = [_bits(trial, "neighbours", {n: before[n] for n in exact}, {n: after[n] for n in exact})]
+    alone = relations.of_tokens(inputs, lambda name, x: x[:1])
+    return _as_in_another_batch(trial, "neighbours", alone, before, after)
+
+
+def _of_entries(trial: Trial, inputs: Inputs, pick: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+    """What a call returns for each entry of the batch, as `pick` takes it."""
+    found = trial.call(inputs).tensors()
+    return {name: pick(x) for name, x in found.items() if not relations.is_gradient_of_parameters(name)}
+
+
+def _as_in_another_batch(
+    trial: Trial, title: str, inputs: Inputs, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
+) -> list[Row]:
+    """Results of the same entries in two batches have the same bits.
+
+    Sums over the tokens that selected a block are cut where the lists of all entries together fill a piece, so the
+    gradients of raw keys and values are as near as rounding lets them be.
+    """
+    p = trial.parameters
+    summed = {name for name in first if relations.is_gradient_of_raw_keys(name) and p.selection_block is not None}
+    exact = ({name: x for name, x in each.items() if name not in summed} for each in (first, second))
+    rows = [bits_row(trial.case.label, title, *exact)]
     if summed:
-        alone = replace(relations.mapped(plain, lambda _, x: x[:1]), compression=inputs.compression)
-        kept = {"indices", "counts", *summed} & before.keys()
-        near = ({n: tensors[n] for n in tensors if n in kept} for tensors in (before, after))
-        rows += relations.near(trial.case.label, "neighbours: sums", p, alone, *near)
+        kept = {"indices", "counts", *summed}
+        sums = ({name: x for name, x in each.items() if name in kept} for each in (first, second))
+        rows += relations.near(trial.case.label, f"{title}: sums", p, inputs, *sums)
     return rows
 
 
@@ -259,7 +235,7 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     all others double.
     """
     p, inputs = trial.parameters, trial.inputs()
-    doubled = relations.mapped(
+    doubled = relations.changed(
         inputs, lambda name, x: 2 * x if name.split("_")[0] == "v" or name == "value_position" else x
     )
     half = inputs.q.dtype == torch.float16
@@ -274,31 +250,31 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     before = {name: relations.normal(first[name]) for name in names}
     after = {name: second[name] for name in names}
     expected = {name: torch.where(x == 0, after[name], 2 * x) for name, x in before.items()}
-    rows = [_bits(trial, "doubled v", expected, after)]
+    rows = [bits_row(trial.case.label, "doubled v", expected, after)]
     if gradients:
         slopes = {name: x for name, x in first.items() if relations.is_gradient(name)}
         wanted = {n: x if relations.is_gradient_of_values(n) else 2 * x for n, x in slopes.items()}
         found = {name: second[name] for name in slopes}
-        rows.append(_bits(trial, "doubled v: gradients", *relations.not_tiny(wanted, found)))
+        rows.append(bits_row(trial.case.label, "doubled v: gradients", *relations.not_tiny(wanted, found)))
     return rows
 
 
 def same_inputs_same_bits(trial: Trial) -> list[Row]:
     """Two equal calls, forward and backward, have the same bits."""
     p, inputs = trial.parameters, trial.inputs()
-    first, second = (relations.written(p, inputs, trial.call(inputs).tensors()) for _ in range(2))
-    return [_bits(trial, "repeated", first, second)]
+    first, second = (written(p, inputs, trial.call(inputs).tensors()) for _ in range(2))
+    return [bits_row(trial.case.label, "repeated", first, second)]
 
 
 def writes_only_its_own(trial: Trial) -> list[Row]:
     """Nothing is written beside an allocated tensor, and what is read there (NaN) reaches no result."""
     p, inputs = trial.parameters, trial.inputs()
-    free = relations.written(p, inputs, trial.call(inputs).tensors())
+    free = written(p, inputs, trial.call(inputs).tensors())
     with GuardBands() as guard:
         call = trial.call(inputs)
     damage = "; ".join(guard.damage())
     row = Row(trial.case.label, "guard bands", "bits", float(bool(damage)), 0.0, not damage, damage)
-    return [row, _bits(trial, "within guard bands", free, relations.written(p, inputs, call.tensors()))]
+    return [row, bits_row(trial.case.label, "within guard bands", free, written(p, inputs, call.tensors()))]
 
 
 def host_never_waits(trial: Trial) -> list[Row]:
@@ -348,55 +324,50 @@ def comparable_without_groups(p: OracleParameters) -> bool:
     return p.selection_block is None or p.indices_given
 
 
-def _batched(case: Case) -> bool:
-    return not isinstance(case.tokens, tuple)
+def _several(p: OracleParameters, case: Case) -> bool:
+    """A batch of several entries."""
+    return not isinstance(case.tokens, tuple) and case.batch > 1
+
+
+def _packed(p: OracleParameters, case: Case) -> bool:
+    return isinstance(case.tokens, tuple) and any(case.tokens) and _quiet(p, case)
 
 
 def _divisible(p: OracleParameters, case: Case) -> bool:
+    """As many queries as keys, of which some branch reads them raw, and more than one."""
     square = case.tokens_kv is None or case.tokens_kv == case.tokens
-    return _batched(case) and square and isinstance(case.tokens, int) and case.tokens > 1 and bool(argument_suffixes(p))
+    several = not isinstance(case.tokens, tuple) and case.tokens > 1
+    return several and square and bool(argument_suffixes(p)) and _quiet(p, case)
 
 
-def _quiet(case: Case) -> bool:
+def _grouped(p: OracleParameters, case: Case) -> bool:
+    few = p.group > 1 and p.query_heads <= 8
+    return few and _quiet(p, case) and (comparable_without_groups(p) or p.branches[0] == "cmp")
+
+
+def _quiet(p: OracleParameters, case: Case) -> bool:
+    """Without NaN."""
     return case.kind != "nan"
 
 
+def _always(p: OracleParameters, case: Case) -> bool:
+    return True
+
+
 PROPERTIES: dict[str, Property] = {
-    "oracle": Property(agrees_with_the_oracle, lambda p, case: True),
-    "future": Property(future_has_no_influence, lambda p, case: _quiet(case)),
-    "dense": Property(wide_enough_is_dense, lambda p, case: _quiet(case) and bool(dense_branches(p, case))),
-    "packed": Property(
-        packed_is_sequence_by_sequence,
-        lambda p, case: isinstance(case.tokens, tuple) and any(case.tokens) and _quiet(case),
-    ),
-    "padded": Property(
-        rows_behind_the_last_sequence_are_nothing,
-        lambda p, case: isinstance(case.tokens, tuple) and any(case.tokens) and _quiet(case),
-    ),
-    "chunks": Property(prefill_in_two_chunks_is_one, lambda p, case: _divisible(p, case) and _quiet(case)),
-    "batch": Property(batch_entries_are_alone, lambda p, case: _batched(case) and case.batch > 1),
-    "neighbours": Property(neighbours_have_no_influence, lambda p, case: _batched(case) and case.batch > 1),
-    "groups": Property(
-        group_is_repeated_kv_heads,
-        lambda p, case: (
-            p.group > 1
-            and p.query_heads <= 8
-            and _quiet(case)
-            and (comparable_without_groups(p) or p.branches[0] == "cmp")
-        ),
-    ),
-    "doubled": Property(doubled_values_double_the_output, lambda p, case: _quiet(case)),
-    "bits": Property(same_inputs_same_bits, lambda p, case: True),
-    "guards": Property(writes_only_its_own, lambda p, case: True),
-    "waiting": Property(host_never_waits, lambda p, case: True, cuda=True),
-    "memory": Property(memory_is_bounded, lambda p, case: True, cuda=True),
+    "oracle": Property(agrees_with_the_oracle, _always),
+    "future": Property(future_has_no_influence, _quiet),
+    "dense": Property(wide_enough_is_dense, lambda p, case: _quiet(p, case) and bool(dense_branches(p, case))),
+    "packed": Property(packed_is_sequence_by_sequence, _packed),
+    "padded": Property(rows_behind_the_last_sequence_are_nothing, _packed),
+    "chunks": Property(prefill_in_two_chunks_is_one, _divisible),
+    "batch": Property(batch_entries_are_alone, _several),
+    "neighbours": Property(neighbours_have_no_influence, _several),
+    "groups": Property(group_is_repeated_kv_heads, _grouped),
+    "doubled": Property(doubled_values_double_the_output, _quiet),
+    "bits": Property(same_inputs_same_bits, _always),
+    "guards": Property(writes_only_its_own, _always),
+    "waiting": Property(host_never_waits, _always, cuda=True),
+    "memory": Property(memory_is_bounded, _always, cuda=True),
 }
 """Every property by a short name."""
-
-
-def _bits(trial: Trial, name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Row:
-    """One row: elements that differ between two results of the same names, NaN equal to NaN."""
-    differing = relations.differing(first, second)
-    total = sum(differing.values())
-    problem = ", ".join(f"{count} elements of {x} differ" for x, count in differing.items() if count)
-    return Row(trial.case.label, name, "bits", float(total), 0.0, total == 0, problem)

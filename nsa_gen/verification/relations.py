@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from nsa_gen.verification.calls import Call
-from nsa_gen.verification.checking import comparison_row, drift_sources
+from nsa_gen.verification.checking import COMPRESSED, compare_result, comparison_row
 from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import reference_gradients
+from nsa_gen.verification.gradients import truth_and_baseline
 from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import SINKS, compressed_rows
+from nsa_gen.verification.oracle import SINKS, compressed_rows, mapped
 from nsa_gen.verification.report import Row
-from nsa_gen.verification.tolerance import compare, unit_roundoff
 
-COMPRESSED = ("k_cmp", "v_cmp")
 BY_QUERY = ("q", "do", "gates", "indices", "counts")
 
 
-def mapped(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks.
-
-    phi's parameters go by their own names.
-    """
-    changed: dict[str, object] = {}
-    for field in fields(inputs):
-        value = getattr(inputs, field.name)
-        if field.name in SINKS:
-            continue
-        if isinstance(value, Tensor):
-            changed[field.name] = change(field.name, value)
-        elif value is not None:
-            changed[field.name] = {name: change(name, x) for name, x in value.items()}
-    return replace(inputs, **changed)  # type: ignore[arg-type]
+def changed(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks; phi's parameters by their names."""
+    return mapped(inputs, lambda name, x: x if name in SINKS else change(name, x))
 
 
-def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many elements of each tensor differ; every element where shapes do. NaN equals NaN."""
-    assert first.keys() == second.keys()
-    found = {}
-    for name, x in first.items():
-        y = second[name]
-        if x.shape != y.shape:
-            found[name] = max(x.numel(), y.numel(), 1)
-        else:
-            found[name] = int(((x != y) & ~((x != x) & (y != y))).sum())
-    return found
+def of_tokens(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """As `changed`, with phi's parameters as they are."""
+    return replace(changed(replace(inputs, compression=None), change), compression=inputs.compression)
 
 
 def normal(x: Tensor) -> Tensor:
@@ -62,15 +39,6 @@ def normal(x: Tensor) -> Tensor:
 def has_subnormal(x: Tensor | None) -> bool:
     """Whether some number of x is none that `normal` keeps."""
     return x is not None and bool(((x.abs() > 0) & (normal(x) == 0)).any())
-
-
-def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Results without the padding between packed compressed blocks, which nobody writes."""
-    if inputs.cu_seqlens is None:
-        return dict(tensors)
-    rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
-    padded = (*COMPRESSED, *(f"d{name}" for name in COMPRESSED))
-    return {name: x[rows] if name in padded else x for name, x in tensors.items()}
 
 
 # The past
@@ -94,12 +62,6 @@ class Kept:
         return self.keys if name.split("_")[0] in ("k", "v") else None
 
 
-def _raw_keys(inputs: Inputs) -> int:
-    """Tkv of a batched call."""
-    raw = next((x for x in (inputs.k, inputs.k_slc, inputs.k_win) if x is not None), inputs.q)
-    return raw.shape[1]
-
-
 def kept(p: OracleParameters, inputs: Inputs) -> Kept:
     """The first half of each sequence's queries, and the keys and blocks that the last of them may see."""
     device = inputs.q.device
@@ -109,7 +71,7 @@ def kept(p: OracleParameters, inputs: Inputs) -> Kept:
         rows = tokens = inputs.q.shape[0]
         blocks = tokens // (p.compression_stride or 1)
     else:
-        rows, tokens = inputs.q.shape[1], _raw_keys(inputs)
+        rows, tokens = inputs.q.shape[1], inputs.raw_keys().shape[1]
         bounds, blocks = [(0, rows)], p.compressed_blocks(tokens)
     queries, keys, compressed = (torch.zeros(n, dtype=torch.bool) for n in (rows, tokens, blocks))
     for start, stop in bounds:
@@ -133,7 +95,7 @@ def mixed(inputs: Inputs, others: Inputs, keep: Kept) -> Inputs:
         mask, other = keep.of(name), getattr(others, name, None)
         return x if mask is None or other is None else torch.where(_column(mask, x, keep.dim), x, other)
 
-    return mapped(inputs, change)
+    return changed(inputs, change)
 
 
 def torn(inputs: Inputs, keep: Kept) -> Inputs:
@@ -143,7 +105,7 @@ def torn(inputs: Inputs, keep: Kept) -> Inputs:
         mask = None if name in BY_QUERY else keep.of(name)
         return x if mask is None else x.masked_fill(~_column(mask, x, keep.dim), torch.nan)
 
-    return mapped(inputs, change)
+    return changed(inputs, change)
 
 
 def past(call: Call, keep: Kept) -> dict[str, Tensor]:
@@ -175,8 +137,7 @@ def sequences(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
                 return x[blocks][None]
             return x[rows][None] if name in BY_QUERY or name.split("_")[0] in ("k", "v") else x
 
-        one = mapped(replace(inputs, compression=None, cu_seqlens=None), cut)
-        found.append(replace(one, compression=inputs.compression))
+        found.append(of_tokens(replace(inputs, cu_seqlens=None), cut))
     return found
 
 
@@ -212,7 +173,7 @@ def padded(p: OracleParameters, inputs: Inputs, rows: int) -> Inputs:
         unread = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
         return torch.cat((x, x.new_full((more, *x.shape[1:]), unread)))
 
-    return replace(mapped(replace(inputs, compression=None), behind), compression=inputs.compression)
+    return of_tokens(inputs, behind)
 
 
 def cut(tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -233,8 +194,7 @@ def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
     def second(name: str, x: Tensor) -> Tensor:
         return x[:, cut:] if name in BY_QUERY else x
 
-    plain = replace(inputs, compression=None)
-    return [replace(mapped(plain, change), compression=inputs.compression) for change in (first, second)]
+    return [of_tokens(inputs, change) for change in (first, second)]
 
 
 def repeated(inputs: Inputs, group: int) -> Inputs:
@@ -247,7 +207,7 @@ def repeated(inputs: Inputs, group: int) -> Inputs:
         dim = 0 if learned else x.dim() - (1 if name == "counts" else 2)
         return x.repeat_interleave(group, dim).contiguous()
 
-    return mapped(inputs, change)
+    return changed(inputs, change)
 
 
 def rejoined(
@@ -346,42 +306,13 @@ def near(
     computed = p.selection_block is not None and not p.indices_given and "indices" in actual
     chosen = (actual["indices"], actual["counts"]) if computed else (None, None)
     same = not computed or torch.equal(actual["indices"], expected["indices"])
-    gradients = any(name.startswith("d") for name in actual)
-    base = reference_gradients(p, inputs, *chosen, with_gradients=gradients)
-    unit = unit_roundoff(inputs.q.dtype, p.tf32)
-    exact = reference_gradients(
-        replace(p, tf32=False), inputs.to(torch.float64), *chosen, with_gradients=gradients, noise_unit=unit
-    )
-    lookups = [
-        {**outputs, **{f"d{name}": x for name, x in slopes.items()}}
-        for outputs, slopes in (
-            (base.outputs.tensors(), base.gradients),
-            (exact.outputs.tensors(), exact.gradients),
-            (exact.output_noise, exact.gradient_noise),
-            (exact.output_drift, exact.gradient_drift),
-        )
-    ]
+    gradients = any(is_gradient(name) for name in actual)
+    truth, base = truth_and_baseline(p, inputs, chosen, with_gradients=gradients)
     found = []
-    for name in itertools.filterfalse(("indices", "counts").__contains__, actual):
-        if not same and not name.endswith(("_cmp", "_win")):
+    for name, x in actual.items():
+        if name in ("indices", "counts") or not (same or name.endswith(("_cmp", "_win"))):
             continue
-        parts = [actual[name], expected[name], *(each.get(name) for each in lookups), (more_rounded or {}).get(name)]
-        if inputs.cu_seqlens is not None:
-            parts = [None if x is None else written(p, inputs, {name: x})[name] for x in parts]
-        x, wanted, rounded, truth, noise, drift, again = parts
-        assert x is not None and wanted is not None and rounded is not None and truth is not None
-        if again is not None:
-            noise = torch.hypot(again.double(), torch.zeros_like(truth) if noise is None else noise)
-        comparison = compare(
-            x,
-            wanted.double(),
-            wanted.double() + 2 * (rounded.double() - truth),  # both results may err
-            dtype=inputs.q.dtype,
-            noise=noise,
-            drift=drift,
-            sources=drift_sources(p, inputs, name),
-            tf32=p.tf32,
-            rows=not name.startswith("lse") and name[1:] not in SINKS,
-        )
+        again = (more_rounded or {}).get(name)
+        comparison = compare_result(p, inputs, name, x, truth, base, expected=expected[name], rounded=again)
         found.append(comparison_row(label, f"{title}: {name}", comparison))
     return found

@@ -41,6 +41,11 @@ class Row:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.bound
 
+    @property
+    def complaint(self) -> str:
+        """What is wrong, of a row that is not ok."""
+        return self.problem or f"{self.measure} error {self.error:.3e}, at most {self.bound:.3e} allowed"
+
 
 def raised(case: str, error: Exception) -> Row:
     """The row of a call that raised, of the package's or of the device's making."""
@@ -77,18 +82,13 @@ class Environment:
 def environment(device: torch.device) -> Environment:
     """The machine and versions a report was made with."""
     import torch
+    import triton
 
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
     gpu = driver = ""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
         driver = f"hip {torch.version.hip}" if torch.version.hip else _nvidia_driver()
-    return Environment(str(device), gpu, driver, torch.__version__, triton_version, platform.python_version())
+    return Environment(str(device), gpu, driver, torch.__version__, triton.__version__, platform.python_version())
 
 
 def _nvidia_driver() -> str:
@@ -134,11 +134,11 @@ class VerifyReport:
     heads: tuple[int, int]
     passes: tuple[str, ...]
     seed: int
-    cases: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
-    seconds: float
     environment: Environment
+    notes: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+    seconds: float = 0.0
     examples: tuple[ExampleRecord, ...] = ()
     reproduction: Reproduction | None = None
     coverage: Coverage | None = None
@@ -208,8 +208,7 @@ def print_report(report: VerifyReport, console: Console) -> None:
         )
     console.print(table)
     for row in report.failures:
-        what = row.problem or f"{row.measure} error {row.error:.3e}, at most {row.bound:.3e} allowed"
-        console.print(f"[red]failed[/red] {escape(row.case)}: {row.quantity}: {escape(what)}", highlight=False)
+        console.print(f"[red]failed[/red] {escape(row.case)}: {row.quantity}: {escape(row.complaint)}", highlight=False)
     coverage = report.coverage or Coverage()
     for way in coverage.ways:
         if any(way.split(":")[0] in row.case for row in report.failures):

@@ -1,23 +1,23 @@
-"""Running cases of a package here, or in a process of its own, which a faulty package may end without ending us."""
+"""Running checks of a package here, or in a process of its own, which a faulty package may end without ending us."""
 
 from __future__ import annotations
 
 import faulthandler
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
 
-from nsa_gen.verification.cases import FORWARD_ONLY, Case
+from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.examples import Example, ExampleResult, parse_example, run_example
-from nsa_gen.verification.inference import Scenario, Step, run_scenario
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.examples import Build, Example
+from nsa_gen.verification.inference import Scenario, run_scenario
+from nsa_gen.verification.properties import Trial
 from nsa_gen.verification.report import Row, raised
 from nsa_gen.verification.schedules import Variation, varied
 from nsa_gen.workers import Handle, Say, Worker, WorkerDied, WorkerFailure, serve, worker_environment
@@ -29,14 +29,53 @@ SILENCE_SECONDS = 3600.0
 """How long a case may take; the largest ones of the interpreter take minutes."""
 
 
+@dataclass(frozen=True)
+class CaseCheck:
+    """A call with inputs of a seed, forward and, with `gradients`, backward."""
+
+    case: Case
+    seed: int
+    gradients: bool
+
+    @property
+    def label(self) -> str:
+        """What a row of the report calls it."""
+        return self.case.label
+
+    def check(self, spec: Spec, module: Any, device: torch.device, build: Build | None) -> list[Row]:
+        """The comparisons of the call."""
+        trial = Trial(spec, module, self.case, self.seed, device.type, build)
+        gradients = self.gradients and trial.gradients
+        return check_case(module, trial.parameters, self.case, trial.inputs(), with_gradients=gradients)
+
+
+@dataclass(frozen=True)
+class ScenarioCheck:
+    """What happens to one cache, with the values of a variation in force."""
+
+    scenario: Scenario
+    variation: Variation | None
+
+    @property
+    def label(self) -> str:
+        """What a row of the report calls it."""
+        return f"{self.scenario.text} seed {self.scenario.seed}"
+
+    def check(self, spec: Spec, module: Any, device: torch.device, build: Build | None) -> list[Row]:
+        """The comparisons of every step that attends."""
+        with varied(module, self.variation):
+            return run_scenario(spec, module, self.scenario, device.type)
+
+
+Check = CaseCheck | ScenarioCheck | Example
+"""What a verification consists of."""
+CHECKS = {kind.__name__: kind for kind in (CaseCheck, ScenarioCheck, Example)}
+
+
 class Runner(Protocol):
-    """Runs what a verification consists of; whatever goes wrong is a row too."""
+    """Runs checks of a spec's package, or of another spec's; whatever goes wrong is a row too."""
 
-    def case(self, case: Case, seed: int, gradients: bool) -> list[Row]: ...
-
-    def scenario(self, scenario: Scenario, variation: Variation | None) -> list[Row]: ...
-
-    def example(self, spec: Spec, example: Example) -> ExampleResult: ...
+    def run(self, check: Check, spec: Spec | None = None) -> list[Row]: ...
 
     def close(self) -> None: ...
 
@@ -48,49 +87,25 @@ class InProcess:
     spec: Spec
     module: Any
     device: torch.device
-    build: Callable[[Spec], Any] | None = None
+    build: Build | None = None
 
-    def case(self, case: Case, seed: int, gradients: bool) -> list[Row]:
-        """The comparisons of one call."""
+    def run(self, check: Check, spec: Spec | None = None) -> list[Row]:
+        """The rows of a check; an exception is one too."""
         try:
-            inputs = make_inputs(
-                self.spec,
-                batch=case.batch,
-                tokens=case.tokens,
-                tokens_kv=case.tokens_kv,
-                dtype=getattr(torch, self.spec.dtype),
-                device=self.device,
-                seed=seed,
-                kind=case.kind,  # type: ignore[arg-type]
-            )
-            gradients = gradients and case.gradients and case.kind not in FORWARD_ONLY
-            parameters = OracleParameters.from_spec(self.spec)
-            return check_case(self.module, parameters, case, inputs, with_gradients=gradients)
+            module = self.module
+            if spec is not None and spec is not self.spec:
+                assert self.build is not None
+                module = self.build(spec)
+            return check.check(spec or self.spec, module, self.device, self.build)
         except Exception as error:
-            return [raised(case.label, error)]
-
-    def scenario(self, scenario: Scenario, variation: Variation | None) -> list[Row]:
-        """The comparisons of what happens to one cache."""
-        try:
-            with varied(self.module, variation):
-                return run_scenario(self.spec, self.module, scenario, self.device.type)
-        except Exception as error:
-            return [raised(f"{scenario.text} seed {scenario.seed}", error)]
-
-    def example(self, spec: Spec, example: Example) -> ExampleResult:
-        """The comparisons of a drawn example."""
-        module = self.module
-        if spec is not self.spec:
-            assert self.build is not None
-            module = self.build(spec)
-        return run_example(spec, module, example, self.device.type, self.build)
+            return [raised(check.label, error)]
 
     def close(self) -> None:
         """Nothing to end."""
 
 
 class Isolated:
-    """Runs a package's cases in another process, and starts a fresh one when that has ended.
+    """Runs a package's checks in another process, and starts a fresh one when that has ended.
 
     `folder` is the package's, `workplace` where packages of other specs are generated.
     """
@@ -107,42 +122,27 @@ class Isolated:
         self._worker = Worker(command, worker_environment(interpreted=device.type == "cpu"), opening)
         self._started = False
 
-    def case(self, case: Case, seed: int, gradients: bool) -> list[Row]:
-        """As `InProcess.case`; a row that says how the process ended, if it did."""
-        request = {"do": "case", "case": asdict(case), "seed": seed, "gradients": gradients}
-        return self._ask(request, case.label)
-
-    def scenario(self, scenario: Scenario, variation: Variation | None) -> list[Row]:
-        """As `InProcess.scenario`."""
-        more = None if variation is None else asdict(variation)
-        request = {"do": "scenario", "scenario": asdict(scenario), "variation": more}
-        return self._ask(request, f"{scenario.text} seed {scenario.seed}")
-
-    def example(self, spec: Spec, example: Example) -> ExampleResult:
-        """As `InProcess.example`."""
-        other = None if spec is self._spec else spec.resolved_yaml()
-        request = {"do": "example", "spec": other, "example": example.text, "seed": example.seed}
-        return ExampleResult(example, tuple(self._ask(request, example.case.label)))
+    def run(self, check: Check, spec: Spec | None = None) -> list[Row]:
+        """As `InProcess.run`; a row that says how the process ended, if it did."""
+        other = None if spec is None or spec is self._spec else spec.resolved_yaml()
+        try:
+            if not self._started:
+                self._start()
+            answer = self._worker.ask({**as_request(check), "spec": other}, SILENCE_SECONDS)
+        except WorkerDied as died:
+            problem = f"{died}, as after a read or write out of bounds"
+            return [Row(check.label, "process", "raised", math.inf, 0.0, False, problem)]
+        if answer["lost"]:
+            self._worker.end()
+        return [Row(**row) for row in answer["rows"]]
 
     def close(self) -> None:
         """End the process."""
         self._worker.close()
 
-    def _ask(self, request: Mapping[str, Any], label: str) -> list[Row]:
-        try:
-            if not self._started:
-                self._start()
-            answer = self._worker.ask(request, SILENCE_SECONDS)
-        except WorkerDied as died:
-            problem = f"{died}, as after a read or write out of bounds"
-            return [Row(label, "process", "raised", math.inf, 0.0, False, problem)]
-        if answer["lost"]:
-            self._worker.end()
-        return [Row(**row) for row in answer["rows"]]
-
     def _start(self) -> None:
         try:
-            self._worker.ask({"do": "begin"}, SILENCE_SECONDS)
+            self._worker.ask({"kind": None}, SILENCE_SECONDS)
         except WorkerFailure as failure:
             raise RuntimeError(
                 f"the process that verifies failed before its first case: {failure}\n{failure.detail}"
@@ -150,46 +150,21 @@ class Isolated:
         self._started = True
 
 
-def case_from(fields: Mapping[str, Any]) -> Case:
-    """The inverse of `asdict(case)`, through JSON."""
-    tokens = fields["tokens"]
-    tokens = tuple(tokens) if isinstance(tokens, list) else tokens
-    return Case(**{**fields, "tokens": tokens, "variation": variation_from(fields["variation"])})
+def as_request(check: Check) -> dict[str, Any]:
+    """A check as JSON takes it."""
+    return {"kind": type(check).__name__, "check": asdict(check)}
 
 
-def variation_from(fields: Mapping[str, Any] | None) -> Variation | None:
-    """The inverse of `asdict(variation)`, through JSON."""
-    if fields is None:
-        return None
-    return Variation(fields["number"], tuple(map(tuple, fields["values"])), tuple(fields["recompute"]))
-
-
-def scenario_from(fields: Mapping[str, Any]) -> Scenario:
-    """The inverse of `asdict(scenario)`, through JSON."""
-    steps = tuple(Step(step["kind"], tuple(step["counts"])) for step in fields["steps"])
-    return Scenario(**{**fields, "steps": steps})
-
-
-def answer(runner: InProcess, request: Mapping[str, Any]) -> list[Row]:
-    """What the process says to a request of `Isolated`."""
-    if request["do"] == "begin":
-        return []
-    if request["do"] == "case":
-        return runner.case(case_from(request["case"]), request["seed"], request["gradients"])
-    if request["do"] == "scenario":
-        return runner.scenario(scenario_from(request["scenario"]), variation_from(request["variation"]))
-    spec = runner.spec
-    if request["spec"] is not None:
-        from nsa_gen.spec import parse_spec
-
-        spec = parse_spec(request["spec"])
-    return list(runner.example(spec, parse_example(request["example"], request["seed"])).rows)
+def from_request(request: Mapping[str, Any]) -> Check:
+    """The inverse of `as_request`, through JSON."""
+    return TypeAdapter(CHECKS[request["kind"]]).validate_python(request["check"])
 
 
 def main() -> None:
-    """Run a package's cases in a worker: `python -m nsa_gen.verification.running`.
+    """Run a package's checks in a worker: `python -m nsa_gen.verification.running`.
 
-    Answers are {"rows": [...], "lost": whether the device is of no more use to this process}.
+    Answers are {"rows": [...], "lost": whether the device is of no more use to this process}; a request of no kind
+    has no rows, and only tells whether the process has begun.
     """
     from nsa_gen.rendering import import_package
     from nsa_gen.spec import parse_spec
@@ -206,7 +181,10 @@ def main() -> None:
         runner = InProcess(parse_spec(opening["spec"]), module, device, builder(Path(opening["workplace"])))
 
         def handle(request: dict[str, Any], say: Say) -> dict[str, Any]:
-            rows = answer(runner, request)
+            rows: list[Row] = []
+            if request["kind"] is not None:
+                spec = None if request["spec"] is None else parse_spec(request["spec"])
+                rows = runner.run(from_request(request), spec)
             return {"rows": [asdict(row) for row in rows], "lost": _lost(device)}
 
         return handle

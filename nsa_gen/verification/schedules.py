@@ -163,19 +163,9 @@ def varied(module: Any, variation: Variation | None) -> Iterator[None]:
 def drawn_schedules(module: Any, device: torch.device, seed: int) -> Iterator[None]:
     """Within the block, schedules and sizes of chunks are drawn from a seed, or for half the seeds left alone."""
     pick = random.Random(f"schedules {seed}").choice
-    with ExitStack() as stack:
-        if pick((True, False)):
-            for name, values in _schedules(module, device).items():
-                changed = {key: pick((0, 1)) if _is_choice(key) else pick(SMALL_CHUNKS) for key in values}
-                stack.enter_context(module.configs.override(name, **changed))
-        yield
-
-
-def _schedules(module: Any, device: torch.device) -> dict[str, dict[str, int]]:
-    """The schedules in force by name; none for a package, or something like one, that has no choice."""
     configs = getattr(module, "configs", None)
-    return {name: configs.get(name, device) for name in getattr(configs, "SCHEDULES", ())}
-
-
-def _is_choice(key: str) -> bool:
-    return not key.endswith("_TOKENS")
+    with ExitStack() as stack:
+        for name in getattr(configs, "SCHEDULES", ()) if pick((True, False)) else ():
+            choices = {key: SMALL_CHUNKS if key.endswith("_TOKENS") else (0, 1) for key in configs.get(name, device)}
+            stack.enter_context(configs.override(name, **{key: pick(values) for key, values in choices.items()}))
+        yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,35 +23,43 @@ the rounding of the result: exp2 of the hardware has 2 units, the logit's factor
 keys, rescaled once a tile, the rest. Lower precisions hide all of these."""
 
 
+class Measure(NamedTuple):
+    """A relative error and its bound."""
+
+    error: float
+    bound: float
+
+    @property
+    def usage(self) -> float:
+        """The error as a share of its bound."""
+        return self.error / self.bound if self.error > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against the truth: each measure's error and bound, relative, and where the worst row is.
+    """One tensor against the truth, by three measures, and where the worst row is.
 
     `row` is the error of the row nearest its bound (which differs from row to row), `norm` the whole tensor's
     (Frobenius), `bias` the part of the error that is a multiple of the truth. `problem` says what is wrong beyond
     measure (shape, dtype, a NaN, an infinity), or "".
     """
 
-    row_error: float
-    row_bound: float
-    norm_error: float
-    norm_bound: float
-    bias_error: float
-    bias_bound: float
-    worst_row: tuple[int, ...]
+    row: Measure
+    norm: Measure
+    bias: Measure
+    worst_row: tuple[int, ...] = ()
     problem: str = ""
+
+    @property
+    def worst(self) -> tuple[str, Measure]:
+        """The measure that came nearest to its bound, and its name."""
+        measures = {"row": self.row, "norm": self.norm, "bias": self.bias}
+        return max(measures.items(), key=lambda each: each[1].usage)
 
     @property
     def usage(self) -> float:
         """The largest error as a share of its bound; inf where there is a problem."""
-        if self.problem:
-            return math.inf
-        pairs = (
-            (self.row_error, self.row_bound),
-            (self.norm_error, self.norm_bound),
-            (self.bias_error, self.bias_bound),
-        )
-        return max(error / bound if error > 0 else 0.0 for error, bound in pairs)
+        return math.inf if self.problem else self.worst[1].usage
 
     @property
     def ok(self) -> bool:
@@ -59,12 +68,8 @@ class Comparison:
 
     def describe(self) -> str:
         """What is wrong or how near the bounds are, in a line."""
-        if self.problem:
-            return self.problem
-        return (
-            f"worst row {self.worst_row}: {self.row_error:.2e} of {self.row_bound:.2e}; "
-            f"norm {self.norm_error:.2e} of {self.norm_bound:.2e}; bias {self.bias_error:.2e} of {self.bias_bound:.2e}"
-        )
+        shown = [f"{error:.2e} of {bound:.2e}" for error, bound in (self.row, self.norm, self.bias)]
+        return self.problem or f"worst row {self.worst_row}: {shown[0]}; norm {shown[1]}; bias {shown[2]}"
 
 
 def unit_roundoff(dtype: torch.dtype, tf32: bool = False) -> float:
@@ -83,11 +88,7 @@ def likely_largest(rows: int) -> float:
 def _problem(actual: Tensor, truth: Tensor) -> str:
     if actual.shape != truth.shape:
         return f"expected shape {tuple(truth.shape)}, got {tuple(actual.shape)}"
-    for name, pattern in (
-        ("NaN", torch.isnan),
-        ("inf", torch.isposinf),
-        ("-inf", torch.isneginf),
-    ):
+    for name, pattern in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
         wrong = (pattern(actual) != pattern(truth)).nonzero()
         if wrong.shape[0]:
             place = tuple(wrong[0].tolist())
@@ -123,7 +124,8 @@ def compare(
     slack = unit * (1.0 if tf32 else HARDWARE_UNITS.get(dtype, 1.0))
     problem = _problem(actual, truth)
     if problem or actual.numel() == 0:
-        return Comparison(0.0, slack, 0.0, slack, 0.0, slack, (), problem)
+        nothing = Measure(0.0, slack)
+        return Comparison(nothing, nothing, nothing, problem=problem)
     finite = torch.isfinite(truth)
     truth = truth.double().masked_fill(~finite, 0.0)
 
@@ -157,13 +159,9 @@ def compare(
     typical = [x.square().mean().sqrt().item() for x in (row[1], drifted)]
     chance = 4.0 * (FACTOR * typical[0] + slack + likely_largest(independent) * typical[1]) / math.sqrt(independent)
     return Comparison(
-        row_error=row[0][worst].item(),
-        row_bound=row_bound[worst].item(),
-        norm_error=norm[0],
-        norm_bound=FACTOR * norm[1]
-        + slack / math.sqrt(3.0)
-        + wandered,  # a rounding's deviation is its largest / sqrt 3
-        bias_error=bias[0],
-        bias_bound=FACTOR * bias[1] + slack / 4 + chance,
-        worst_row=tuple(int(x) for x in worst),
+        Measure(row[0][worst].item(), row_bound[worst].item()),
+        # A rounding's deviation is its largest / sqrt 3.
+        Measure(norm[0], FACTOR * norm[1] + slack / math.sqrt(3.0) + wandered),
+        Measure(bias[0], FACTOR * bias[1] + slack / 4 + chance),
+        tuple(int(x) for x in worst),
     )

@@ -1,24 +1,37 @@
-"""`verify`: hold a generated package against the oracle, case by case."""
+"""`verify`: hold a generated package against the oracle, case by case; `assert_verified` for tests of a project."""
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nsa_gen.lowering import lower
-from nsa_gen.verification.cases import default_cases
+from nsa_gen.verification.cases import Case, default_cases
 from nsa_gen.verification.coverage import coverage
 from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.examples import (
+    SECONDS,
+    Build,
+    Example,
+    ExampleResult,
+    Shrunk,
+    drawn_example,
+    reproduction,
+    require_example,
+    shrink,
+)
 from nsa_gen.verification.inference import SCENARIOS, Scenario, fixed_scenarios, scenario_of_seed
-from nsa_gen.verification.report import Row, VerifyReport, environment
-from nsa_gen.verification.running import InProcess, Isolated, Runner
+from nsa_gen.verification.report import ExampleRecord, Reproduction, Row, VerifyReport, environment
+from nsa_gen.verification.running import CaseCheck, InProcess, Isolated, Runner, ScenarioCheck
 from nsa_gen.verification.schedules import Variation, decode_variation
 
 if TYPE_CHECKING:
@@ -71,75 +84,128 @@ def verify(
     """
     started = time.perf_counter()
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    interpreted = where.type == "cpu"
     original = spec
-    spec, notes = adapt(spec, interpreted=interpreted, dtype=dtype, fixed=package is not None)
+    spec, notes = adapt(spec, interpreted=where.type == "cpu", dtype=dtype, fixed=package is not None)
     wanted = _passes(spec, passes)
     drawing = examples is not None or example is not None
     if drawing:
         _refuse_with_examples(examples, example, lengths, wanted == tuple(spec.passes))
     if quick and (drawing or lengths is not None):
         raise ValueError("quick: expected False with lengths, examples or an example, which name the calls themselves")
-    with (
-        tempfile.TemporaryDirectory(prefix="nsa_gen_verify_") as folder,
-        closing(_runner(spec, package, Path(folder), where)) as runner,
-    ):
-        if drawing:
-            from nsa_gen.verification.reporting import report_examples
-
-            return report_examples(
-                original,
-                spec,
-                runner,
-                count=examples,
-                text=example,
-                seed=seed,
-                device=where,
-                dtype=dtype,
-                source=source,
-                vary_spec=package is None,
-                notes=notes,
-                progress=progress,
-            )
-        backward = "backward" in wanted
-        cases, more = default_cases(
-            spec,
-            interpreted=interpreted,
-            lengths=lengths,
-            packed=packed,
-            batch=batch,
-            gradients=backward,
-            quick=quick,
-        )
-        labels = [case.label for case in cases]
-        rows: list[Row] = []
-        for number, case in enumerate(cases, 1):
-            if progress is not None:
-                progress(f"{spec.name}: case {number} of {len(cases)}: {case.label}")
-            rows += runner.case(case, seed + number, backward)
-        program = lower(spec)
-        scenarios = _scenarios(spec, program, seed, where.type) if "decode" in wanted else []
-        scenarios = scenarios[:1] if quick else scenarios
-        for number, (scenario, way) in enumerate(scenarios, 1):
-            if progress is not None:
-                progress(f"{spec.name}: cache {number} of {len(scenarios)}, seed {scenario.seed}: {scenario.text}")
-            found = runner.scenario(scenario, way)
-            labels += dict.fromkeys(row.case for row in found)
-            rows += found
-    return VerifyReport(
+    blank = VerifyReport(
         name=spec.name,
         digest=original.digest(),
         dtype=spec.dtype,
         heads=(spec.heads.query, spec.heads.kv),
         passes=wanted,
         seed=seed,
-        cases=tuple(labels),
-        rows=tuple(rows),
-        notes=(*notes, *more),
-        seconds=time.perf_counter() - started,
         environment=environment(where),
-        coverage=coverage(program, cases, scenarios, interpreted=interpreted, passes=wanted),
+        notes=notes,
     )
+    tell = progress or (lambda line: None)
+    with (
+        tempfile.TemporaryDirectory(prefix="nsa_gen_verify_") as folder,
+        closing(_runner(spec, package, Path(folder), where)) as runner,
+    ):
+        if not drawing:
+            cases, more = default_cases(
+                spec,
+                interpreted=where.type == "cpu",
+                lengths=lengths,
+                packed=packed,
+                batch=batch,
+                gradients="backward" in wanted,
+                quick=quick,
+            )
+            report = _run_cases(replace(blank, notes=(*notes, *more)), spec, runner, cases, where.type, quick, tell)
+        elif example is not None:
+            told = require_example(spec, example, seed, where.type)
+            tell(f"{spec.name}: seed {seed}: {told.text}")
+            report = _with_examples(blank, [_run(runner, spec, told)])
+        else:
+            report, failed = _run_examples(blank, spec, runner, examples or 0, where.type, tell)
+            if failed is not None:
+                vary = {"vary_spec": package is None, "seconds": SECONDS, "progress": progress}
+                found = shrink(spec, failed, where.type, functools.partial(_run, runner), **vary)
+                report = _with_smallest(report, found, original, spec, where.type, dtype, source)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _run_cases(
+    report: VerifyReport,
+    spec: Spec,
+    runner: Runner,
+    cases: Sequence[Case],
+    device: str,
+    quick: bool,
+    tell: Callable[[str], None],
+) -> VerifyReport:
+    """The report of fixed cases, and of scenarios of a cache where decode is among its passes."""
+    labels = [case.label for case in cases]
+    rows: list[Row] = []
+    for number, case in enumerate(cases, 1):
+        tell(f"{spec.name}: case {number} of {len(cases)}: {case.label}")
+        rows += runner.run(CaseCheck(case, report.seed + number, "backward" in report.passes))
+    program = lower(spec)
+    scenarios = _scenarios(spec, program, report.seed, device) if "decode" in report.passes else []
+    scenarios = scenarios[:1] if quick else scenarios
+    for number, (scenario, way) in enumerate(scenarios, 1):
+        tell(f"{spec.name}: cache {number} of {len(scenarios)}, seed {scenario.seed}: {scenario.text}")
+        found = runner.run(ScenarioCheck(scenario, way))
+        labels += dict.fromkeys(row.case for row in found)
+        rows += found
+    covered = coverage(program, cases, scenarios, interpreted=device == "cpu", passes=report.passes)
+    return replace(report, cases=tuple(labels), rows=tuple(rows), coverage=covered)
+
+
+def _run(runner: Runner, spec: Spec, example: Example) -> ExampleResult:
+    return ExampleResult(example, tuple(runner.run(example, spec)))
+
+
+def _run_examples(
+    report: VerifyReport, spec: Spec, runner: Runner, count: int, device: str, tell: Callable[[str], None]
+) -> tuple[VerifyReport, ExampleResult | None]:
+    """The report of drawn examples, and the first that failed."""
+    results: list[ExampleResult] = []
+    for number in range(count):
+        example = drawn_example(spec, report.seed + number, device)
+        tell(f"{spec.name}: example {number + 1} of {count}, seed {example.seed}: {example.text}")
+        results.append(_run(runner, spec, example))
+    return _with_examples(report, results), next((result for result in results if not result.ok), None)
+
+
+def _with_examples(report: VerifyReport, results: Sequence[ExampleResult]) -> VerifyReport:
+    return replace(
+        report,
+        cases=tuple(result.example.text for result in results),
+        rows=tuple(row for result in results for row in result.rows),
+        examples=tuple(ExampleRecord(each.example.seed, each.example.text, each.ok) for each in results),
+    )
+
+
+def _with_smallest(
+    report: VerifyReport,
+    found: Shrunk,
+    original: Spec,
+    spec: Spec,
+    device: str,
+    dtype: str | None,
+    source: str | None,
+) -> VerifyReport:
+    """The report with the smallest failing example, the command that repeats it, and a note that tells both."""
+    example = found.result.example
+    same = found.spec is spec
+    command = reproduction(
+        original if same else found.spec, example, device, dtype if same else None, source if same else None
+    )
+    smallest = Reproduction(command, example.text, example.seed, found.spec.resolved_yaml(), found.tries)
+    failed = [each for each in report.examples if not each.ok]
+    note = (
+        f"{len(failed)} of {len(report.examples)} examples failed, the first {failed[0].example} of seed "
+        f"{failed[0].seed}; the smallest found in {found.tries} tries is {example.text} "
+        f"(wrong: {', '.join(sorted(found.result.failing))}); to repeat it: {command}"
+    )
+    return replace(report, reproduction=smallest, notes=(*report.notes, note))
 
 
 def _scenarios(spec: Spec, program: Plan, seed: int, device: str) -> list[tuple[Scenario, Variation | None]]:
@@ -213,7 +279,7 @@ def _runner(spec: Spec, package: Any, folder: Path, device: torch.device) -> Run
     return Isolated(spec, generate(spec, folder) if package is None else Path(package), folder, device)
 
 
-def builder(folder: Path) -> Callable[[Spec], Any]:
+def builder(folder: Path) -> Build:
     """Generates and imports packages of other specs below `folder`."""
     built: dict[str, Any] = {}
 
@@ -226,3 +292,37 @@ def builder(folder: Path) -> Callable[[Spec], Any]:
         return built[digest]
 
     return build
+
+
+def assert_verified(package_or_spec: Any, **options: Any) -> VerifyReport:
+    """Verify a spec or a generated package; AssertionError with every failure where something is wrong.
+
+    Takes a `Spec`, a spec's file or shipped name, the folder of a generated package, or the imported package itself
+    (both have their spec.yaml). `options` are those of `verify`. Returns the report.
+    """
+    spec, package = _meaning(package_or_spec)
+    report = verify(spec, package=package, **options)
+    if not report.ok:
+        lines = [f"{report.name} ({report.digest}), seed {report.seed}, on {report.environment.device}:"]
+        lines += [f"  {row.case}: {row.quantity}: {row.complaint}" for row in report.failures]
+        raise AssertionError("\n".join([*lines, *(f"note: {note}" for note in report.notes)]))
+    return report
+
+
+def _meaning(given: Any) -> tuple[Spec, Any]:
+    from nsa_gen.spec import Spec, load_spec
+
+    if isinstance(given, Spec):
+        return given, None
+    if isinstance(given, str | os.PathLike):
+        folder = Path(given)
+        if folder.is_dir():
+            return load_spec(folder / "spec.yaml"), folder
+        return load_spec(given), None
+    file = getattr(given, "__file__", None)
+    if file is None or not hasattr(given, "nsa_attention"):
+        raise TypeError(
+            "package_or_spec: expected a Spec, a spec's file or name, or a generated package (a folder or a module), "
+            f"got {type(given).__name__}"
+        )
+    return load_spec(Path(file).parent / "spec.yaml"), given

@@ -6,9 +6,8 @@ import os
 import signal
 import time
 
-from nsa_gen.bench.contenders import OURS
 from nsa_gen.bench.measure import DeviceLost, Measurement
-from nsa_gen.bench.records import CheckRow, Row
+from nsa_gen.bench.records import OURS, CheckRow, Row
 from nsa_gen.bench.worker import TaskRunner
 from nsa_gen.workers import serve
 

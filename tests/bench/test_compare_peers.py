@@ -1,18 +1,13 @@
-"""The maintainers' comparison: its report from results that exist, and the folder of peers it is run with."""
+"""The maintainers' comparison: its report from results that exist."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from nsa_gen.bench.records import merge, read_results, write_json
 from tests.bench.fakes import sample_results
-from tools import compare_peers, stage_peers
+from tools import compare_peers
 
 
 def test_the_report_of_an_earlier_run_needs_no_gpu(tmp_path, capsys):
@@ -62,49 +57,3 @@ def test_a_wrong_call_ends_with_2_and_names_what_is_wrong(tmp_path, capsys, argu
         compare_peers.main(["--out", str(tmp_path), *arguments])
     assert caught.value.code == 2
     assert named in capsys.readouterr().err
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """Makes a repository of some files and returns its git directory."""
-
-    def make(files: dict[str, str]) -> Path:
-        root = tmp_path / "repository"
-        for name, text in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text)
-        identity = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
-            subprocess.run(["git", *command], cwd=root, check=True, env={**os.environ, **identity})
-        return root / ".git"
-
-    return make
-
-
-def test_peers_are_laid_out_with_what_they_cannot_do_without_and_named_by_commit(tmp_path, repository, capsys):
-    git_dir = repository({"fla/ops/x.py": "1", "fla/layers/y.py": "2", "fla/models/z.py": "3", "tests/t.py": "4"})
-    with zipfile.ZipFile(tmp_path / "einops.whl", "w") as wheel:
-        wheel.writestr("einops/__init__.py", "")
-    dest = tmp_path / "peers"
-    (dest / "fla").mkdir(parents=True)
-    (dest / "fla" / "stale.py").touch()
-    arguments = [str(dest), "--repository", f"fla={git_dir}", "--wheel", str(tmp_path / "einops.whl")]
-    assert stage_peers.main(arguments) == 0
-    found = {str(path.relative_to(dest)) for path in dest.rglob("*") if path.is_file()}
-    assert found == {"fla/ops/x.py", "einops/__init__.py", "SOURCES.txt"}
-    head = subprocess.run(["git", "--git-dir", git_dir, "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert f"fla: fla-org/flash-linear-attention {head.stdout.strip()}\n" in capsys.readouterr().out
-
-
-def test_a_known_fault_of_a_peer_is_mended_and_its_absence_noticed(tmp_path, repository):
-    path, (old, new) = next(iter(stage_peers.SOURCES["fsa"].mends.items()))
-    git_dir = repository({path: f"a\n    {old}\nb\n", "nsa_ref/x.py": "1"})
-    stage_peers.stage(tmp_path / "peers", {"fsa": git_dir}, [])
-    assert (tmp_path / "peers" / path).read_text() == f"a\n    {new}\nb\n"
-
-
-def test_a_peer_that_has_changed_where_it_is_mended_is_refused(tmp_path, repository):
-    path = next(iter(stage_peers.SOURCES["fsa"].mends))
-    git_dir = repository({path: "nothing of the kind", "nsa_ref/x.py": "1"})
-    with pytest.raises(ValueError, match="found it 0 times"):
-        stage_peers.stage(tmp_path / "peers", {"fsa": git_dir}, [])

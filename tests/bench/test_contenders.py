@@ -8,11 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from nsa_gen.bench.contenders import Operator, not_importable
-from nsa_gen.bench.dense import Sdpa
+from nsa_gen.bench.contenders import Operator, Sdpa, not_importable
 from nsa_gen.bench.inputs import draw_inputs
-from nsa_gen.bench.peers import sliding_window
-from nsa_gen.bench.registry import CONTENDERS, DEFAULT_NAMES, choose
+from nsa_gen.bench.peers import CONTENDERS, DEFAULT_NAMES, choose, sliding_window
 from nsa_gen.bench.workloads import nsa_spec
 from nsa_gen.spec import Spec
 

@@ -32,7 +32,7 @@ def test_the_median_and_the_quartiles_are_of_the_rounds_without_the_warm_up(cloc
     slow_rounds = FakeContender("slow", clock, forward=times, backward=[10.0])
     (one,) = run(clock, slow_rounds, seconds=0.25)  # 40 + 10 ms a round by the last warm-up: five of them
     timing = one.timings["forward"]
-    assert (timing.repeats, timing.median_ms, timing.least_ms, timing.most_ms) == (5, 3.0, 1.0, 5.0)
+    assert (timing.repeats, timing.median_ms) == (5, 3.0)
     assert (timing.low_ms, timing.high_ms) == (2.0, 4.0)
     assert one.timings["backward"].median_ms == 10.0
 

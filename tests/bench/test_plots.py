@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from nsa_gen.bench import drawing, plots
+from nsa_gen.bench import drawing, figures
 from nsa_gen.bench.records import Results
 from tests.bench.fakes import pair, sample_results
 
@@ -18,9 +18,9 @@ pyplot = pytest.importorskip("matplotlib.pyplot")
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are closed in the end."""
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    return figures
+    closed = []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    return closed
 
 
 def lines(ax):
@@ -33,7 +33,7 @@ def lines(ax):
 
 
 def test_speed_ups_by_length_have_a_panel_a_pass(tmp_path, drawn):
-    plots.plot_by_length(sample_results(), tmp_path / "new" / "speed.png", workloads=["A"])
+    figures.plot_by_length(sample_results(), tmp_path / "new" / "speed.png")
     assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
     forward, backward, both = drawn[0].axes
     assert re.fullmatch(r"A, groups of \d+, independent inputs\nforward", forward.get_title())
@@ -44,7 +44,7 @@ def test_speed_ups_by_length_have_a_panel_a_pass(tmp_path, drawn):
 
 
 def test_speed_ups_by_group_size_are_of_the_sweep_alone(tmp_path, drawn):
-    plots.plot_by_group(sample_results(), tmp_path / "groups.svg")
+    figures.plot_by_group(sample_results(), tmp_path / "groups.svg")
     assert "<svg" in (tmp_path / "groups.svg").read_text()
     *_, both = drawn[0].axes
     assert lines(both)["nsa_gen"] == [(group, pytest.approx(16 * group / 30)) for group in (1, 4, 16)]
@@ -53,13 +53,13 @@ def test_speed_ups_by_group_size_are_of_the_sweep_alone(tmp_path, drawn):
 def test_without_a_dense_contender_there_is_nothing_to_draw(tmp_path):
     results = Results(rows=tuple(pair("nsa_gen", 1.0, 2.0)))
     with pytest.raises(ValueError, match="nothing to plot"):
-        plots.plot_by_length(results, tmp_path / "x.png")
+        figures.plot_by_length(results, tmp_path / "x.png")
     with pytest.raises(ValueError, match="nothing to plot"):
-        plots.plot_by_group(replace(sample_results(), rows=()), tmp_path / "x.png")
+        figures.plot_by_group(replace(sample_results(), rows=()), tmp_path / "x.png")
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     drawing.pyplot.cache_clear()
     with pytest.raises(drawing.MatplotlibMissing, match=r"nsa-gen\[bench\]"):
-        plots.plot_by_length(sample_results(), tmp_path / "x.png")
+        figures.plot_by_length(sample_results(), tmp_path / "x.png")

@@ -12,7 +12,7 @@ CONTENDERS = ("cudnn", "fa4", "fla")
 
 def test_the_workloads_are_those_that_the_figures_of_the_field_are_of():
     shapes = {
-        name: [(spec.heads.query, spec.heads.kv, spec.head_dim.qk, spec.head_dim.v) for _, spec in part.specs]
+        name: [(spec.heads.query, spec.heads.kv, spec.head_dim.qk, spec.head_dim.v) for spec in part.specs.values()]
         for name, part in parts().items()
     }
     assert shapes["A"] == [(64, 4, 128, 128)]
@@ -28,12 +28,12 @@ def test_the_workloads_are_those_that_the_figures_of_the_field_are_of():
 
 def test_every_spec_is_the_nsa_setting_and_can_be_lowered_for_both_passes():
     for part in parts().values():
-        for _, spec in part.specs:
+        for spec in part.specs.values():
             assert (spec.compression.block, spec.compression.stride, spec.compression.phi.key) == (32, 16, "mean")
             assert (spec.selection.block, spec.selection.count) == (64, 16)
             assert (spec.selection.initial, spec.selection.local, spec.window.size) == (1, 2, 512)
             assert spec.combine.gate == "sigmoid" and spec.passes == ("forward", "backward")
-    assert lower(parts()["D"].specs[0][1]).backward
+    assert lower(parts()["D"].specs["D"]).backward
 
 
 def test_each_spec_is_checked_once_and_before_anything_is_timed():

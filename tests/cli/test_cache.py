@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nsa_gen.tuning import Bucket, Store
-from nsa_gen.tuning.identity import Device
+from nsa_gen.tuning.store import Device
 from tests.machine import GPU
 from tests.tuning.test_cache import entry
 
@@ -121,7 +121,7 @@ def test_importing_takes_specs_that_are_not_shipped(call, store: Store, tmp_path
     from nsa_gen.lowering import lower
     from nsa_gen.rendering import render
     from nsa_gen.tuning import Entry
-    from nsa_gen.tuning.identity import Identity, kernels_of
+    from nsa_gen.tuning.store import Identity, kernels_of
     from tests.tuning.fakes import spec
 
     mine = spec()

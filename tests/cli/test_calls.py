@@ -31,6 +31,7 @@ COMMANDS = (
     "bench",
     "report",
     "demo",
+    "doctor",
     "env",
     "cache",
     "export",
@@ -122,6 +123,16 @@ def test_version_is_the_package_s(call):
     import nsa_gen
 
     assert call("--version").stdout == f"nsa-gen {nsa_gen.__version__}\n"
+
+
+def test_a_shell_completes_commands_and_options(nsa_gen, monkeypatch):
+    monkeypatch.setenv("_NSA_GEN_COMPLETE", "complete_bash")
+    for words, place, expected in (("nsa-gen ver", "1", ["verify"]), ("nsa-gen verify --qu", "2", ["--quick"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", place)
+        assert nsa_gen().stdout.split() == expected
+    monkeypatch.setenv("_NSA_GEN_COMPLETE", "source_bash")
+    assert "COMP_WORDS" in nsa_gen().stdout
 
 
 @pytest.mark.parametrize(

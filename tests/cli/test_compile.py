@@ -47,6 +47,11 @@ def test_the_matrix_shows_the_worst_variant_and_why_something_fails():
     assert failures({"rows": rows}) == ["window_forward on gfx942: shared memory: 98,304 bytes a block"]
 
 
+def test_a_folder_without_a_triton_is_refused(call, tmp_path):
+    answer = call("compile", "tiny", "--triton", str(tmp_path))
+    assert answer.returncode == 2 and "triton package" in answer.stderr
+
+
 def test_an_unknown_call_is_refused_with_those_there_are(call):
     answer = call("compile", "tiny", "--calls", "batched,ragged")
     assert answer.returncode == 2 and "batched, packed" in answer.stderr and "ragged" in answer.stderr

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from nsa_gen.bench.records import Results
 from nsa_gen.cli import demo as demo_module
 from nsa_gen.cli.demo import Step
 from nsa_gen.hardware import TABLES
+from tests.bench.fakes import pair
 
 
 @pytest.fixture
@@ -109,17 +111,19 @@ def test_a_step_whose_answer_is_no_is_in_the_report_and_in_the_exit_code(call, c
     assert "window_forward on sm_90: shared memory: 300,000 bytes a block" in (tmp_path / "out/report.md").read_text()
 
 
-def test_with_a_gpu_it_verifies_there_and_times_it(call, commands, answers, monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
+def test_with_a_gpu_it_verifies_there_and_times_it(call, commands, answers, tmp_path):
     answers["env"][0]["gpus"] = [{"name": "H100"}]
-    timing = SimpleNamespace(tokens=8192, forward_ms=2.0, dense_forward_ms=5.0, backward_ms=8.0, dense_backward_ms=12.0)
-    monkeypatch.setattr(demo_module, "_time_on_gpu", lambda package: [timing])
+    rows = (*pair("nsa_gen", 2.0, 8.0), *pair("cudnn", 5.0, 12.0))
+    answers["bench"] = (Results({"gpu": "NVIDIA H100"}, {}, rows).to_document(), True)
     assert call("demo", "tiny", "-o", "out").returncode == 0
     assert [command for command in commands if command[0] == "verify"] == [
         ("verify", "tiny", "--device", "cuda", "--length", "65,97,8192")
     ]
-    assert "| 8,192 | 2.00 | 5.00 | 2.50x | 8.00 | 12.00 | 1.50x |" in (tmp_path / "out/report.md").read_text()
+    (timed,) = (command for command in commands if command[0] == "bench")
+    assert timed == ("bench", "tiny", "--against", "cudnn,fa2,efficient", "--tokens", "8192,65536")
+    report = (tmp_path / "out/report.md").read_text()
+    assert "Beside dense causal attention on H100" in report
+    assert "| 8,192 | nsa_gen | 2.00 | 8.00 | 10.00 | 2.50x | 1.50x | 1.70x |" in report
 
 
 @pytest.mark.slow

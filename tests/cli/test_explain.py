@@ -106,3 +106,36 @@ def test_a_file_of_no_results_is_named(call, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     answer = call("explain", "tiny", "--measured", "other.json")
     assert answer.returncode == 1 and "other.json: expected the JSON of a benchmark" in answer.stderr
+
+
+def test_a_picture_has_time_and_bytes_by_step_and_the_roofline(call, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "new" / "explain.svg"
+    answer = call("explain", "llama3_8b", "--tokens", "8192", "--plot", str(path), "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert str(path) in answer.stderr
+    assert path.read_text().startswith("<?xml")
+    from nsa_gen import load_spec, lower
+    from nsa_gen.bench.explained import by_step
+
+    rows = [row for row in json.loads(answer.stdout)["kernels"] if row["direction"] != "decode"]
+    steps = by_step(lower(load_spec("llama3_8b")), rows)
+    assert list(steps) == ["compress", "compressed", "importance", "select blocks", "window", "selected", "combine"]
+    counted = [row["kernel"] for step in steps.values() for each in step.values() for row in each]
+    assert sorted(counted) == sorted(row["kernel"] for row in rows)
+    assert {row["kernel"] for row in steps["window"]["backward"]} == {"window_backward_dq", "window_backward_dkdv"}
+
+
+def test_a_picture_of_an_unknown_kind_or_without_matplotlib_is_refused(call, tmp_path, monkeypatch):
+    answer = call("explain", "tiny", "--plot", str(tmp_path / "explain.bmp"))
+    assert answer.returncode == 1 and ".png, .svg, .pdf" in answer.stderr
+    import sys
+
+    from nsa_gen.bench import drawing
+
+    drawing.pyplot.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    answer = call("explain", "tiny", "--plot", str(tmp_path / "explain.svg"))
+    drawing.pyplot.cache_clear()
+    assert answer.returncode == 1 and "nsa-gen[bench]" in answer.stderr
+    assert list(tmp_path.glob("explain*")) == []

@@ -94,7 +94,7 @@ plain = session.Session.__init__
 def start(self, *arguments, **more):
     plain(self, *arguments, command=(sys.executable, {worker!r}), **more)
 session.Session.__init__ = start
-from nsa_gen.bench.registry import CONTENDERS
+from nsa_gen.bench.peers import CONTENDERS
 CONTENDERS["hangs"] = CONTENDERS["cudnn"]
 from nsa_gen.cli import main
 sys.exit(main(["bench", "tiny", "--against", "hangs", "--tokens", "64,128", "-o", "out/results.json"]))

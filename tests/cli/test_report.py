@@ -15,7 +15,7 @@ from nsa_gen.bench import drawing
 from nsa_gen.bench.figures import figures
 from nsa_gen.bench.records import Results, SelectionRow, merge, read_results, write_json
 from nsa_gen.cli.blocks import Code, Heading, Table, Text
-from nsa_gen.cli.html import to_html
+from nsa_gen.cli.report import to_html
 from nsa_gen.tuning.store import Store, write_entries
 from tests.bench.fakes import pair, sample_results
 from tests.browser import VARIABLE, Browser, find_browser
@@ -257,7 +257,7 @@ def test_without_matplotlib_the_page_says_how_to_get_its_figures(call, tmp_path,
     write_json(tmp_path / "results.json", full_results())
     assert call("report", "results.json", "-o", "page.html").returncode == 0
     text = (tmp_path / "page.html").read_text()
-    assert "pip install &#x27;nsa-gen[bench]&#x27;" in text and "<svg" not in text and Page(text).open == []
+    assert "pip install &#39;nsa-gen[bench]&#39;" in text and "<svg" not in text and Page(text).open == []
 
 
 def test_without_times_there_are_no_figures():

@@ -12,9 +12,8 @@ import torch
 
 from nsa_gen.spec import Spec
 from nsa_gen.verification.drawing import spec_of_seed
-from nsa_gen.verification.examples import Example, ExampleResult, drawn_example, reproduction, run_example
+from nsa_gen.verification.examples import Example, ExampleResult, drawn_example, reproduction, run_example, shrink
 from nsa_gen.verification.report import Row, environment
-from nsa_gen.verification.shrinking import shrink
 from nsa_gen.verification.verify import adapt
 from tests.gpu.common import release, save, say
 from tests.gpu.support import builder, memory_slot, spec_of_request
@@ -126,16 +125,11 @@ class _Checker:
         """The smallest example that fails in the same way, where there is time to look for it."""
         if self.lost():
             return None
-        found = shrink(
-            self.spec,
-            self.module,
-            failed,
-            self.device,
-            build=self.build,
-            vary_spec=False,
-            seconds=SHRINK_SECONDS,
-            progress=say,
-        )
+
+        def run(spec: Spec, example: Example) -> ExampleResult:
+            return run_example(spec, self.module, example, self.device, self.build)
+
+        found = shrink(self.spec, failed, self.device, run, seconds=SHRINK_SECONDS, progress=say)
         return {**_failure(found.spec, found.result, self.device), "tries": found.tries}
 
     def lost(self) -> bool:

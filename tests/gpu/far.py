@@ -138,7 +138,7 @@ def far_along_job(
 
 def _repeated(inputs: Inputs, times: int) -> Inputs:
     """The same sequences `times` times over."""
-    many = relations.mapped(inputs, lambda name, x: x.repeat(times, *(1,) * (x.dim() - 1)))
+    many = relations.changed(inputs, lambda name, x: x.repeat(times, *(1,) * (x.dim() - 1)))
     if inputs.cu_seqlens is not None:
         lengths = inputs.cu_seqlens.diff().tolist() * times
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=inputs.q.device)

@@ -102,13 +102,14 @@ def gradient_faults(
     visible = _visible(module, branch, sequences, k.shape[1], device)
     scale = importlib.import_module(f"{module.__name__}.spec").SCALE.value
     exact = differentiate(q, k, v, do, gate, scale, lambda *_: visible[0])
-    lse, delta = exact["lse"], exact["delta"]
+    gradient_type = importlib.import_module(f"{module.__name__}.runtime.sequences").OutputGradient
 
     def run(least: int, do: Tensor) -> dict[str, Tensor]:
         new = torch.zeros_like if sequences.packed else torch.empty_like  # what belongs to no key is not written
         with module.configs.override("banded_backward", HOPPER_BACKWARD_TOKENS=least), _poisoned_memory():
             dq, dk, dv = (new(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
-            backward(q, k, v, do, lse, delta, gate, dq, dk, dv, sequences)
+            gradient = gradient_type(do, exact["lse"], exact["delta"], gate)
+            backward(q, k, v, gradient, dq, dk, dv, sequences)
         return {"dk": dk, "dv": dv}
 
     hopper, again, ordinary = run(0, do), run(0, do), run(NEVER, do)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.calls import call_package
-from nsa_gen.verification.checking import drift_sources
+from nsa_gen.verification.checking import comparison_row, drift_sources
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.gradients import Reference, reference_gradients
 from nsa_gen.verification.inputs import Inputs, make_inputs
@@ -123,21 +123,15 @@ def check_rows(p: OracleParameters, inputs: Inputs, call: Any, start: int, end: 
         found = compare(
             actual, wanted, near, dtype=dtype, noise=noise, drift=drift, sources=sources, tf32=p.tf32, rows=not lse
         )
-        measures = {
-            "row": (found.row_error, found.row_bound),
-            "norm": (found.norm_error, found.norm_bound),
-            "bias": (found.bias_error, found.bias_bound),
-        }
-        measure = max(measures, key=lambda name: measures[name][0] / measures[name][1])
-        rows.append(Row(label, quantity, measure, *measures[measure], found.ok, found.problem))
+        rows.append(comparison_row(label, quantity, found))
 
     for name, wanted in truth.outputs.tensors().items():
         if name == "o" or (name in call.aux and name.startswith(("o_", "lse_"))):
             actual = call.tensors()[name][:, start:end]
-            noise, drift = truth.output_noise.get(name), truth.output_drift.get(name)
+            noise, drift = truth.noise.get(name), truth.drift.get(name)
             add(name, actual, wanted, base.outputs.tensors()[name], noise, drift)
     for name, wanted in truth.gradients.items():
-        near, noise, drift = base.gradients[name], truth.gradient_noise[name], truth.gradient_drift[name]
+        near, noise, drift = base.gradients[name], truth.noise[f"d{name}"], truth.drift[f"d{name}"]
         if name in ROWWISE:
             add(f"d{name}", call.gradients[name][:, start:end], wanted, near, noise, drift)
         elif last and "." not in name:

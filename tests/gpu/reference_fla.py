@@ -1,6 +1,6 @@
 """Our front end `parallel_nsa_of` beside flash-linear-attention's naive_nsa and parallel_nsa, as it may be called.
 
-`fla` and `einops` must be importable (`tools/stage_peers.py` lays them out). Agreement is measured as that package's
+`fla` and `einops` must be importable (see docs/bench.md). Agreement is measured as that package's
 tests do: the root mean square of the difference over that of the reference, below LIMIT. Where compression chooses the
 blocks, lists may differ by ties of rounding; tokens whose lists agree are compared, and few may not.
 """

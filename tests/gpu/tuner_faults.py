@@ -22,8 +22,7 @@ from nsa_gen.hardware import gpu_for_target
 from nsa_gen.lowering import lower
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.tuning import EFFORTS, Bucket, Settings, Store, Tools, TuneReport, tune
-from nsa_gen.tuning.backend import Backend
-from nsa_gen.tuning.run import WORKER, gpu_backend
+from nsa_gen.tuning.backend import WORKER, Backend, gpu_backend
 from nsa_gen.tuning.space import kernel_space
 from tests.gpu.common import say
 

@@ -130,6 +130,6 @@ MUTANTS = (
         "neither branch's backward does the local blocks",
         BACKWARD,
         ("dq", "dk", "dv"),
-        (Edit(ATTENTION, "branch_gates[1]) if local_in_window", "branch_gates[1]) if False"),),
+        (Edit(ATTENTION, "selected=slc if local_in_window", "selected=slc if False"),),
     ),
 )

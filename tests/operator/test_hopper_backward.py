@@ -16,6 +16,7 @@ import torch
 from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
+from nsa_gen.runtime.sequences import OutputGradient
 from tests.support import DEVICE, Operator, assert_matches_oracle, operator_of, small_spec
 
 FILES = {
@@ -154,6 +155,6 @@ def test_row_statistics_are_the_bias_of_scores_in_base_2_and_minus_delta(gated: 
     expected = -lse.double()
     if gated:
         expected += torch.nn.functional.logsigmoid(logits.double())
-    bias, other = hopper.row_statistics(lse, delta, logits if gated else None)
+    bias, other = hopper.row_statistics(OutputGradient(lse, lse, delta, logits if gated else None))
     torch.testing.assert_close(bias.double() * math.log(2), expected, rtol=3e-7, atol=3e-7)
     assert torch.equal(other, -delta)

@@ -13,8 +13,8 @@ from torch import Tensor
 from nsa_gen.lowering import lower
 from nsa_gen.lowering.plan import HOPPER_ROWS
 from nsa_gen.rendering import render
-from nsa_gen.tuning.inputs import bucket_inputs, decode_inputs
 from nsa_gen.tuning.space import Bucket
+from nsa_gen.tuning.timed import bucket_inputs, decode_inputs
 from nsa_gen.verification import Inputs
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 from jinja2 import meta, nodes
 
 from nsa_gen._resources import templates_dir
+from nsa_gen.lowering.inference import InferencePlan
+from nsa_gen.lowering.plan import Plan
 from nsa_gen.rendering.environment import environment
 
 # Those that still assemble names or lists of arguments. None may be added; one that becomes Python is taken off.
@@ -47,6 +50,13 @@ def test_a_template_reads_the_plan_and_not_the_spec(path: Path) -> None:
     tree = environment().parse(path.read_text(encoding="utf-8"))
     assert not meta.find_undeclared_variables(tree) & {"spec", "program"}
     assert not [node for node in tree.find_all(nodes.Getattr) if node.attr == "spec"]
+
+
+def test_the_plan_answers_without_its_spec() -> None:
+    """`spec` is there for names, digests and the oracle: what a property of the plan needs is a field of the plan."""
+    for answers in (Plan, InferencePlan):
+        tree = ast.parse(inspect.getsource(answers))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "spec"]
 
 
 def test_statements_and_comments_on_lines_of_their_own_leave_no_line_and_keep_blank_ones() -> None:

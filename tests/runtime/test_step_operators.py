@@ -77,7 +77,9 @@ def test_attention_alone_hands_launches_what_they_take_and_pads_by_name(made: St
     # Gradients of keys and values begin with zero, in float32, and are rounded once.
     assert [x.dtype for x in (dq, dk, dv)] == [torch.float16] * 3
     assert (dq.eq(1).all(), dk.eq(2).all(), dv.eq(3).all()) == (True, True, True)
-    *_, do, row_lse, delta, gate, _dq, dk_sum, _dv, sequences, chunk = made.calls["backward"]
+    *_, lists, gradient, _dq, dk_sum, _dv, sequences, chunk = made.calls["backward"]
+    do, row_lse, delta, gate = gradient
+    assert lists[0] is indices and lists[1] is None and len(lists) == 4
     assert dk_sum.dtype == torch.float32 and (gate, chunk) == (None, 64) and sequences.packed
     torch.testing.assert_close(delta, (do * o).sum(-1).float())
     assert torch.equal(row_lse, lse)

@@ -12,8 +12,10 @@ from nsa_gen.spec import Spec, SpecError, load_spec, parse_spec, shipped_specs
 from tests.spec.spec_texts import as_text, base_document, valid_documents
 
 DIGESTS = {
+    "gptoss_window": "5c3bafce6d11",
     "llama3_8b": "f579930cee6f",
     "mha_16": "9fc623750898",
+    "msa_m3": "3b53036c3d28",
     "nsa_64x4": "a8ed3506802c",
     "nsa_paper": "f537c0b864eb",
     "qwen2_5_7b": "22d4d67a3470",

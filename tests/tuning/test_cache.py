@@ -14,8 +14,7 @@ from nsa_gen.rendering import render
 from nsa_gen.spec import load_spec
 from nsa_gen.tuning import Bucket, Entry, Store
 from nsa_gen.tuning.cache import Explanation, export, import_entries, why
-from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
-from nsa_gen.tuning.store import Unreadable, write_entries
+from nsa_gen.tuning.store import Device, Identity, Provenance, Unreadable, kernels_of, write_entries
 
 SPEC = load_spec("tiny")
 PROGRAM, KERNELS = lower(SPEC), kernels_of(render(SPEC))

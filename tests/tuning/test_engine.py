@@ -77,14 +77,14 @@ def faulty(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def test_candidates_are_held_against_the_oracle_with_gradients(package: Path, short: None) -> None:
     begun: list[int] = []
     engine = engine_of(package)
-    assert engine.check([{}, OTHER], begun.append, bucket=SMALL.to_json()) == [{}, {}]
+    assert engine.check([{}, OTHER], begun.append, bucket=vars(SMALL)) == [{}, {}]
     assert begun == [0, 1]
-    packed = Bucket(64, 1, True).to_json()
+    packed = vars(Bucket(64, 1, True))
     assert engine.check([OTHER], begun.append, bucket=packed) == [{}]
 
 
 def test_a_wrong_candidate_is_found_wrong_and_the_others_right(faulty: Any, short: None) -> None:
-    good, bad = faulty("wrong").check([OTHER, BAD], lambda number: None, bucket=SMALL.to_json())
+    good, bad = faulty("wrong").check([OTHER, BAD], lambda number: None, bucket=vars(SMALL))
     assert good == {} and bad["error"].startswith("wrong: o ")
 
 
@@ -102,7 +102,7 @@ def test_a_candidate_is_launched_with_its_own_tiles_and_they_end_with_it(package
 
     configs.get = watched
     answers = engine.race(
-        [{}, OTHER], lambda n: None, bucket=SMALL.to_json(), inputs="correlated", passes=["forward"], seconds=0.01
+        [{}, OTHER], lambda n: None, bucket=vars(SMALL), inputs="correlated", passes=["forward"], seconds=0.01
     )
     assert set(seen) == {(16, 16), (16, 32)} and seen[-2:] == [(16, 16), (16, 32)], "in turn"
     for answer in answers:
@@ -116,7 +116,7 @@ def test_a_backward_is_timed_under_the_same_tiles(package: Path) -> None:
     (answer,) = engine.race(
         [tiles],
         lambda n: None,
-        bucket=SMALL.to_json(),
+        bucket=vars(SMALL),
         inputs="independent",
         passes=["forward", "backward"],
         seconds=0.01,
@@ -125,7 +125,7 @@ def test_a_backward_is_timed_under_the_same_tiles(package: Path) -> None:
 
 
 def test_an_error_costs_its_candidate_and_a_lost_device_the_process(faulty: Any) -> None:
-    request = {"bucket": SMALL.to_json(), "inputs": "independent", "passes": ["forward"], "seconds": 0.01}
+    request = {"bucket": vars(SMALL), "inputs": "independent", "passes": ["forward"], "seconds": 0.01}
     answers = faulty("out of memory").race([OTHER, BAD], lambda n: None, **request)
     assert answers[0]["error"] == "" and "memory" in answers[1]["error"].lower() and answers[1]["times"] == {}
 
@@ -151,7 +151,7 @@ def test_a_kernel_alone_is_the_call_that_launches_it_and_nothing_else(package: P
 
     configs.get = watched
     tiles = {"window_backward_dkdv": {"QUERY_BLOCK": 16, "KEY_BLOCK": 32, "num_warps": 4, "num_stages": 1}}
-    request = {"bucket": SMALL.to_json(), "inputs": "independent", "seconds": 0.01, "kernel": "window_backward_dkdv"}
+    request = {"bucket": vars(SMALL), "inputs": "independent", "seconds": 0.01, "kernel": "window_backward_dkdv"}
     rounds: list[Any] = []
     answers = engine.race([{}, tiles], lambda n: None, passes=["backward"], hear=rounds.append, **request)
     assert [each["times"].keys() for each in answers] == [{"backward"}] * 2
@@ -168,7 +168,7 @@ def test_a_kernel_alone_is_the_call_that_launches_it_and_nothing_else(package: P
 
 def test_a_race_without_its_base_says_so_and_blames_nobody_else(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(package)
-    request = {"bucket": SMALL.to_json(), "inputs": "independent", "seconds": 0.01, "passes": ["forward"]}
+    request = {"bucket": vars(SMALL), "inputs": "independent", "seconds": 0.01, "passes": ["forward"]}
     never = engine.race([{}, OTHER], lambda n: None, kernel="window_backward_dq", **request)
     assert never == [{"times": {}, "error": ""}] * 2
     monkeypatch.setattr(engine_module, "bucket_inputs", lambda *_, **__: (_ for _ in ()).throw(MemoryError("full")))
@@ -184,15 +184,15 @@ def test_decode_is_checked_by_a_cache_and_timed_a_layer(tmp_path: Path, short: N
     engine = GpuEngine(opening, torch.device("cpu"), TickingClock())
     bucket = Bucket(64, 2, decode=True)
     tiles = {"decode_attend": {"KEY_BLOCK": 16, "PROGRAMS": 2, "num_warps": 4, "num_stages": 1}}
-    assert engine.check([{}, tiles], lambda n: None, bucket=bucket.to_json()) == [{}, {}]
-    request = {"bucket": bucket.to_json(), "inputs": "independent", "passes": ["decode"], "seconds": 0.01}
+    assert engine.check([{}, tiles], lambda n: None, bucket=vars(bucket)) == [{}, {}]
+    request = {"bucket": vars(bucket), "inputs": "independent", "passes": ["decode"], "seconds": 0.01}
     answers = engine.race([{}, tiles], lambda n: None, **request)
     assert [each["times"]["decode"]["median"] for each in answers] == [1.0, 1.0]
     assert engine._cache is not None and engine._cache.cache.tokens == (64, 64)
     inference = engine._package.inference_ops.INFERENCE
     spoilt = inference.launches.decode
     inference.launches = inference.launches._replace(decode=lambda *a: (spoilt(*a), a[4].mul_(1.5)))
-    (answer,) = engine.check([tiles], lambda n: None, bucket=bucket.to_json())
+    (answer,) = engine.check([tiles], lambda n: None, bucket=vars(bucket))
     assert answer["error"].startswith("wrong: ")
 
 

@@ -215,7 +215,7 @@ def test_a_cache_that_is_read_only_costs_the_saving_and_not_the_result(
 def test_a_disk_that_is_full_costs_the_journal_and_the_saving_and_not_the_result(cache: Path) -> None:
     """The journal is a device that is always full, and the store's disk fills up when it is written."""
     from nsa_gen.tuning import run as module
-    from nsa_gen.tuning.journal import Journal
+    from nsa_gen.tuning.race import Journal
 
     class Full(Journal):
         def __init__(self, path: Path, heading: Any, *, resume: bool) -> None:

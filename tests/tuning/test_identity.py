@@ -6,7 +6,7 @@ from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from nsa_gen.rendering.identity import code_of, kernels_digest, space_digest
 from nsa_gen.spec import load_spec
-from nsa_gen.tuning.identity import kernels_of
+from nsa_gen.tuning.store import kernels_of
 from tests.support import small_spec
 
 FILES = render(small_spec())

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from nsa_gen.rendering.legality import check_of
 from nsa_gen.spec import load_spec, shipped_specs
 from nsa_gen.tuning import Bucket, Store
 from nsa_gen.tuning.cache import import_entries, why
-from nsa_gen.tuning.identity import Device, Identity, kernels_of
-from nsa_gen.tuning.store import CacheWarning, Entry, merge_into_bundle, merged, read_entries
+from nsa_gen.tuning.store import (
+    CacheWarning,
+    Device,
+    Entry,
+    Identity,
+    kernels_of,
+    merge_into_bundle,
+    merged,
+    read_entries,
+)
 from tests.support import Operator, assert_matches_oracle, operator_of_spec
 
 SPEC = load_spec("tiny")
@@ -59,7 +68,7 @@ def laid(file: Path, folder: Path) -> tuple[Path, dict[str, Any], str, str]:
     document = json.loads(file.read_text())
     said, (bad, good) = document.pop("said"), document["entries"]
     name = bad["identity"]
-    bad["identity"] = good["identity"] = identity(name).to_json()
+    bad["identity"] = good["identity"] = asdict(identity(name))
     good["result"] = {"gain": 1.5}
     path = folder / file.name
     path.write_text(json.dumps(document))

@@ -19,8 +19,7 @@ from nsa_gen.hardware import SHARED_TABLES
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from nsa_gen.tuning import Bucket, Entry, Store
-from nsa_gen.tuning.identity import Device, Identity, Provenance, kernels_of
-from nsa_gen.tuning.store import write_entries
+from nsa_gen.tuning.store import Device, Identity, Provenance, kernels_of, write_entries
 from tests.support import Operator, assert_matches_oracle, operator_of
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, "sm_90")

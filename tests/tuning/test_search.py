@@ -12,7 +12,7 @@ from nsa_gen.hardware import gpu_for_target
 from nsa_gen.lowering import lower
 from nsa_gen.spec import parse_spec
 from nsa_gen.tuning import EFFORTS, BackendLost, Bucket, TuneReport, tune
-from nsa_gen.tuning.race import Candidate, Reading, Times, pick, scores, spread
+from nsa_gen.tuning.race import Candidate, Race, Reading, Times, pick, scores, spread
 from nsa_gen.tuning.space import is_legal, kernel_space
 from tests.tuning.fakes import SPEC, fake_tools, spec
 
@@ -278,7 +278,14 @@ def test_a_worker_that_never_starts_ends_the_run_with_its_reason(cache: Path) ->
         tuned(cache, {"start": "crash"})
 
 
-# Scores
+# Races and scores
+
+
+def test_a_race_is_read_as_it_was_sent() -> None:
+    candidates = (Candidate(), Candidate({"window_forward": {"num_warps": 8}}))
+    race = Race(candidates, Bucket(8192, 1, True), "correlated", ("forward", "backward"), 0.4, "window_forward")
+    again = Race.from_json(json.loads(json.dumps(race.to_json())))
+    assert again == race and again.key == race.key
 
 
 def reading(ms: float, spread: float = 0.001, repeats: int = 9) -> Reading:

@@ -17,7 +17,7 @@ import torch
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import generate, import_package
 from nsa_gen.spec import load_spec
-from nsa_gen.tuning.solo import noted_launches
+from nsa_gen.tuning.timed import noted_launches
 from tools.gpu import host_time
 spec = load_spec("llama3_8b")
 module = import_package(generate(spec, Path(sys.argv[1])))

@@ -14,10 +14,9 @@ from nsa_gen.lowering import lower, space
 from nsa_gen.rendering import generate
 from nsa_gen.spec import load_spec
 from nsa_gen.tuning import EFFORTS, Bucket, dry_run
-from nsa_gen.tuning.inputs import bucket_inputs
-from nsa_gen.tuning.report import estimate
 from nsa_gen.tuning.space import check_tokens, is_legal, kernel_space
-from nsa_gen.tuning.stage0 import Compiler, calls_of, job_key, select, spaces_of
+from nsa_gen.tuning.stage0 import Compiler, calls_of, estimate, job_key, select, spaces_of
+from nsa_gen.tuning.timed import bucket_inputs
 from tests.support import small_spec
 from tests.tuning.fakes import FakeCompiler, binary, fake_tools, spec
 

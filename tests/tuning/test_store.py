@@ -13,11 +13,14 @@ import pytest
 
 from nsa_gen._files import json_text
 from nsa_gen._resources import cache_dir
-from nsa_gen.tuning.identity import Device, Identity, Provenance, differences, drifted
+from nsa_gen.tuning.cache import differences, drifted
 from nsa_gen.tuning.space import Bucket
 from nsa_gen.tuning.store import (
     CacheWarning,
+    Device,
     Entry,
+    Identity,
+    Provenance,
     Store,
     Unreadable,
     merge_into_bundle,
@@ -234,8 +237,6 @@ def test_a_package_has_the_same_buckets_and_the_same_steps() -> None:
 
 
 def test_a_bucket_has_a_name_to_be_found_by() -> None:
-    for bucket in (Bucket(8192), Bucket(512, 16), Bucket(65536, 1, True)):
-        assert Bucket.named(bucket.name) == bucket and Bucket.from_json(bucket.to_json()) == bucket
-    with pytest.raises(ValueError, match="expected a name like t8192_b1"):
-        Bucket.named("8192")
+    buckets = (Bucket(8192), Bucket(512, 16), Bucket(65536, 1, True), Bucket(512, 2, decode=True))
+    assert [each.name for each in buckets] == ["t8192_b1", "t512_b16", "t65536_b1_packed", "t512_b2_decode"]
     assert sum(Bucket(65536, 1, True).lengths) == 65536

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ from nsa_gen.spec import Spec, load_spec
 from nsa_gen.verification import Inputs, OracleParameters
 from nsa_gen.verification.cases import Case, default_cases, packed_offsets, start_remainders
 from nsa_gen.verification.coverage import ALWAYS_LEFT_OUT, coverage
+from nsa_gen.verification.examples import drawn_example
 from nsa_gen.verification.inference import PAGE_SIZES, fixed_scenarios
 from nsa_gen.verification.report import Coverage
-from nsa_gen.verification.running import case_from, scenario_from, variation_from
+from nsa_gen.verification.running import CaseCheck, Check, ScenarioCheck, as_request, from_request
 from nsa_gen.verification.schedules import LAUNCH_OPTIONS, decode_variation, variations
 from nsa_gen.verification.verify import _scenarios
 from tests.support import operator_of_spec, small_spec
@@ -151,13 +152,13 @@ def test_scenarios_have_every_kind_of_cache_and_split() -> None:
     assert programs == {1, 2, 3, 4, 8}
 
 
-def test_cases_and_scenarios_are_told_to_another_process_in_full() -> None:
+def test_checks_are_told_to_another_process_in_full() -> None:
     spec = SPECS["tiny"]
-    for case in cases_of(spec):
-        assert case_from(json.loads(json.dumps(asdict(case)))) == case
-    for scenario, way in _scenarios(spec, lower(spec), 0, "cpu"):
-        assert scenario_from(json.loads(json.dumps(asdict(scenario)))) == scenario
-        assert variation_from(None if way is None else json.loads(json.dumps(asdict(way)))) == way
+    checks: list[Check] = [CaseCheck(case, 3, True) for case in cases_of(spec)]
+    checks += [ScenarioCheck(*each) for each in _scenarios(spec, lower(spec), 0, "cpu")]
+    checks += [drawn_example(spec, seed, "cpu") for seed in range(20)]
+    for check in checks:
+        assert from_request(json.loads(json.dumps(as_request(check)))) == check
 
 
 def test_a_way_to_run_is_told_in_a_line_and_by_a_number() -> None:

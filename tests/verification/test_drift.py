@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Spec
 from nsa_gen.verification import Comparison, Inputs, OracleParameters, Reference, compare, make_inputs
-from nsa_gen.verification.checking import drift_sources
+from nsa_gen.verification.checking import compare_result
 from nsa_gen.verification.dense import gelu, round_to_tf32
-from nsa_gen.verification.drift import chain
-from nsa_gen.verification.gradients import reference_gradients
+from nsa_gen.verification.gradients import reference_gradients, truth_and_baseline
+from nsa_gen.verification.rounding import chain
 from tests.verification.verification_specs import spec_of
 
 UNIT = 2.0**-24
@@ -57,23 +57,12 @@ def test_a_sum_that_cancels_drifts_as_its_terms_do() -> None:
 
 def judged(p: OracleParameters, inputs: Inputs, truth: Reference, base: Reference, name: str, x: Tensor) -> Comparison:
     """A result held against the truth as `verify` does it."""
-    if name[0] == "d":
-        parts = (r[name[1:]] for r in (truth.gradients, base.gradients, truth.gradient_noise, truth.gradient_drift))
-    else:
-        outputs = truth.outputs.tensors(), base.outputs.tensors(), truth.output_noise, truth.output_drift
-        parts = (r.get(name) for r in outputs)
-    wanted, near, noise, drift = parts
-    assert wanted is not None and near is not None
-    sources = drift_sources(p, inputs, name)
-    return compare(
-        x, wanted, near, dtype=torch.float32, noise=noise, drift=drift, sources=sources, rows=name[:3] != "lse"
-    )
+    return compare_result(p, inputs, name, x, truth, base)
 
 
 def both(p: OracleParameters, inputs: Inputs) -> tuple[Reference, Reference]:
     base = reference_gradients(p, inputs)
-    chosen = base.outputs.indices, base.outputs.counts
-    return reference_gradients(p, inputs.to(torch.float64), *chosen, noise_unit=UNIT), base
+    return truth_and_baseline(p, inputs, (base.outputs.indices, base.outputs.counts), with_gradients=True)
 
 
 # Attention: 4 heads of a group, one sequence
@@ -238,7 +227,7 @@ def test_the_drift_of_compressed_keys_is_their_error_and_neither_much_more_nor_l
     for name in ("k_cmp", "v_cmp", "lse_cmp", "o_cmp"):
         seen = torch.isfinite(truth.outputs.tensors()[name])
         error = (found[name].double() - truth.outputs.tensors()[name])[seen].norm()
-        ratio = (error / (UNIT * truth.output_drift[name].double()[seen].norm())).item()
+        ratio = (error / (UNIT * truth.drift[name].double()[seen].norm())).item()
         assert 0.4 < ratio < 1.2, (name, ratio)
 
 
@@ -274,9 +263,9 @@ def test_drift_is_not_seen_beside_the_rounding_of_bfloat16() -> None:
     base = reference_gradients(p, inputs)
     truth = reference_gradients(p, inputs.to(torch.float64), noise_unit=2.0**-8)
     for name, gradient in truth.gradients.items():
-        near, noise = base.gradients[name], truth.gradient_noise[name]
+        near, noise = base.gradients[name], truth.noise[f"d{name}"]
         bounds = []
-        for drift in (None, truth.gradient_drift[name]):
+        for drift in (None, truth.drift[f"d{name}"]):
             found = compare(near, gradient, near, dtype=torch.bfloat16, noise=noise, drift=drift)
-            bounds.append((found.row_bound, found.norm_bound, found.bias_bound))
+            bounds.append((found.row.bound, found.norm.bound, found.bias.bound))
         assert all(with_drift < 1.01 * without for without, with_drift in zip(*bounds, strict=True)), (name, bounds)

@@ -43,7 +43,7 @@ def test_single_branches_and_fewer_queries_than_keys_are_driven_too(branches: st
     reference = reference_gradients(p, inputs, noise_unit=1.0)
     for name, gradient in direct(p, inputs).items():
         torch.testing.assert_close(reference.gradients[name], gradient, rtol=1e-11, atol=1e-12)
-        assert reference.gradient_noise[name].shape == gradient.shape
+        assert reference.noise[f"d{name}"].shape == gradient.shape
     assert torch.equal(reference.outputs.o, reference_attention(p, **inputs.arguments()).o)
 
 
@@ -63,7 +63,7 @@ def test_noise_scales_are_the_spread_of_results_under_independent_disturbance(ph
         for name, gradient in moved.gradients.items():
             squares[name] = squares.get(name, 0) + (gradient - base.gradients[name]).square() / draws / u**2
     for name, spread in squares.items():
-        ratio = (spread.sum() / base.gradient_noise[name].double().square().sum()).sqrt().item()
+        ratio = (spread.sum() / base.noise[f"d{name}"].double().square().sum()).sqrt().item()
         assert 0.1 < ratio < 3, (name, ratio)
 
 
@@ -73,4 +73,4 @@ def test_rows_whose_gradient_cancels_have_a_noise_scale() -> None:
     inputs = make_inputs(spec, batch=1, tokens=1, dtype=torch.float64, seed=5)
     reference = reference_gradients(p, inputs, noise_unit=1.0)
     assert reference.gradients["q"].abs().max() < 1e-14
-    assert (reference.gradient_noise["q"] > 0.01).all()
+    assert (reference.noise["dq"] > 0.01).all()

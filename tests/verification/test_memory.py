@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nsa_gen.spec import Spec
-from nsa_gen.verification import memory
+from nsa_gen.verification import hygiene
 from nsa_gen.verification.calls import arguments_of
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.dense import OracleParameters
@@ -65,9 +65,9 @@ def peaks(op: Operator, inputs: Inputs) -> tuple[int, int]:
     return forward.most, backward.most
 
 
-def bound_of(spec: Spec, inputs: Inputs) -> memory.MemoryBound:
+def bound_of(spec: Spec, inputs: Inputs) -> hygiene.MemoryBound:
     hidden = None if spec.compression is None else spec.compression.phi.hidden
-    return memory.memory_bound(OracleParameters.from_spec(spec), inputs, hidden)
+    return hygiene.memory_bound(OracleParameters.from_spec(spec), inputs, hidden)
 
 
 CASES: Mapping[str, dict[str, Any]] = {
@@ -121,11 +121,11 @@ def test_workspace_and_scores_are_bounded_whatever_the_length() -> None:
     }
     found = bound_of(spec, shapes.replace_differentiable(long))
     token = 4 * 4 * 2**18 // 16  # bytes of the importances of a token
-    scores = 2**28 // token * token + memory.LARGEST_TILE * token
-    assert memory.SCORE_TOKENS * token > scores  # so many tokens at a time at least
-    scores = (memory.SCORE_TOKENS + memory.LARGEST_TILE) * token
-    index = memory.SLOT_BYTES * 2**18 * 6 * 4
-    assert found.forward - found.saved == memory.WORKSPACE_BYTES + index + scores
+    scores = 2**28 // token * token + hygiene.LARGEST_TILE * token
+    assert hygiene.SCORE_TOKENS * token > scores  # so many tokens at a time at least
+    scores = (hygiene.SCORE_TOKENS + hygiene.LARGEST_TILE) * token
+    index = hygiene.SLOT_BYTES * 2**18 * 6 * 4
+    assert found.forward - found.saved == hygiene.WORKSPACE_BYTES + index + scores
 
 
 @pytest.mark.parametrize(("excess", "wrong"), [(0, []), (1, ["memory: forward"]), (2, ["memory: backward"])])
@@ -135,7 +135,7 @@ def test_a_package_that_allocates_more_than_the_bound_is_found(
     spec = spec_of()
     trial = Trial(spec, package(spec), Case(21), 5, "cpu")
     bound = bound_of(spec, trial.inputs())
-    used = [bound.forward + memory.ALLOCATOR_BYTES, bound.backward + memory.ALLOCATOR_BYTES]
+    used = [bound.forward + hygiene.ALLOCATOR_BYTES, bound.backward + hygiene.ALLOCATOR_BYTES]
     if excess:
         used[excess - 1] += 1
     monkeypatch.setattr("nsa_gen.verification.properties.measured", lambda *arguments: tuple(used))

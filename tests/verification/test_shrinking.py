@@ -17,9 +17,16 @@ from nsa_gen.rendering import generate, import_package
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.verification import verify
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.examples import Example, ExampleResult, run_example
+from nsa_gen.verification.examples import (
+    Example,
+    ExampleResult,
+    Shrunk,
+    run_example,
+    shrink,
+    simpler_specs,
+    smaller_cases,
+)
 from nsa_gen.verification.running import InProcess
-from nsa_gen.verification.shrinking import Shrunk, shrink, simpler_specs, smaller_cases
 from tests.support import GPU, small_spec
 from tests.verification.test_verify import package
 from tests.verification.verification_specs import spec_of
@@ -38,7 +45,14 @@ def shrunk(case: Case, build: Callable[[Spec], Any] = too_wide, name: str = "ora
     spec = more.pop("spec", None) or spec_of()
     failed = run_example(spec, build(spec), Example(name, case, 3), "cpu", build)
     assert not failed.ok
-    return shrink(spec, build(spec), failed, "cpu", build=build, **more)
+    packages = {spec: build(spec)}
+
+    def run(other: Spec, example: Example) -> ExampleResult:
+        if other not in packages:
+            packages[other] = build(other)
+        return run_example(other, packages[other], example, "cpu", build)
+
+    return shrink(spec, failed, "cpu", run, **more)
 
 
 def test_a_call_shrinks_to_the_length_at_which_the_mistake_begins() -> None:

@@ -29,15 +29,13 @@ def references(dtype: torch.dtype, tokens: int = TOKENS) -> tuple[Reference, Ref
     return reference_gradients(p, inputs.to(torch.float64), *chosen, noise_unit=unit_roundoff(dtype)), baseline
 
 
-def held(reference: Reference, name: str) -> Tensor:
-    return reference.gradients[name[1:]] if name[0] == "d" else reference.outputs.tensors()[name]
-
-
 def compared(dtype: torch.dtype, name: str, change: Callable[[Tensor], Tensor], tokens: int = TOKENS):
     truth, baseline = references(dtype, tokens)
-    noise = truth.gradient_noise.get(name[1:]) if name[0] == "d" else truth.output_noise.get(name)
-    honest = held(baseline, name)
-    return compare(change(honest.clone()), held(truth, name), honest, dtype=dtype, noise=noise, rows=name[:3] != "lse")
+    noise = truth.noise.get(name)
+    honest = baseline.tensors()[name]
+    return compare(
+        change(honest.clone()), truth.tensors()[name], honest, dtype=dtype, noise=noise, rows=name[:3] != "lse"
+    )
 
 
 QUANTITIES = ["o", "o_cmp", "lse_slc", "dq", "dk", "dv", "dgates", "dcompression.key_weight_in"]
@@ -116,9 +114,9 @@ def test_a_truth_of_zero_wants_zero_where_nothing_rounds(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gradient_that_cancels_to_zero_may_be_as_large_as_rounding_makes_it(dtype: torch.dtype) -> None:
     truth, _ = references(dtype, 1)
-    noise = truth.gradient_noise["q"]
+    noise = truth.noise["dq"]
     unit = torch.finfo(dtype).eps / 2
-    assert held(truth, "dq").abs().max() < 1e-12
+    assert truth.tensors()["dq"].abs().max() < 1e-12
     assert compared(dtype, "dq", lambda x: x + 0.4 * unit * noise.to(x.dtype), tokens=1).ok
     assert not compared(dtype, "dq", lambda x: x + 30 * unit * noise.to(x.dtype), tokens=1).ok
 
@@ -178,7 +176,7 @@ def test_a_kernels_other_order_of_rounding_passes(kind: str, tokens: int, dtype:
         baseline = reference_gradients(p, inputs)
         truth = reference_gradients(p, inputs.to(torch.float64), noise_unit=unit_roundoff(dtype))
         for name, actual in flash_style(inputs, p.scale, p.window, dtype).items():
-            noise = truth.gradient_noise[name[1:]] if name[0] == "d" else truth.output_noise.get(name)
-            near = held(baseline, name)
-            result = compare(actual, held(truth, name), near, dtype=dtype, noise=noise, rows=name[0] != "l")
+            noise = truth.noise.get(name)
+            near = baseline.tensors()[name]
+            result = compare(actual, truth.tensors()[name], near, dtype=dtype, noise=noise, rows=name[0] != "l")
             assert result.ok, (name, seed, result.describe())

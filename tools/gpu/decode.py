@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any
 
 import torch
 
-from nsa_gen.bench.graphs import captured
+from nsa_gen.bench.measure import captured
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
-from nsa_gen.tuning.inputs import step_bytes
+from nsa_gen.tuning.timed import step_bytes
 from nsa_gen.verification.oracle import OracleParameters
 from nsa_gen.verification.report import environment
 from tests.gpu.common import say
@@ -109,17 +110,13 @@ def graph_microseconds(graph: torch.cuda.CUDAGraph, repeats: int = 15, inner: in
         end.record()
         torch.cuda.synchronize()
         found.append(1e3 * start.elapsed_time(end) / inner)
-    return sorted(found)[len(found) // 2]
+    return statistics.median(found)
 
 
 def copy_bandwidth() -> float:
     """Bytes a second of a plain copy, read and written."""
     x, y = (torch.empty(2**29, dtype=torch.float32, device="cuda") for _ in range(2))
-
-    def copy() -> None:
-        y.copy_(x)
-
-    graph = captured(copy)
+    graph = captured(lambda: y.copy_(x))
     return 2 * x.numel() * 4 / (graph_microseconds(graph, 5, 3) * 1e-6)
 
 

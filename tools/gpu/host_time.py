@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ sys.path.insert(0, str(PROJECT))
 
 from nsa_gen.rendering import generate, import_package  # noqa: E402
 from nsa_gen.spec import Spec, load_spec  # noqa: E402
+from nsa_gen.verification.calls import arguments_of  # noqa: E402
 from nsa_gen.verification.inputs import make_inputs  # noqa: E402
 from tools.gpu.no_device import no_device  # noqa: E402
 
@@ -62,9 +64,8 @@ def counted(module: ModuleType) -> Iterator[list[str]]:
 def calls(module: ModuleType, spec: Spec, tokens: int, device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """A forward without gradients, one with, and a forward with its backward; each returns what it computed."""
     inputs = make_inputs(spec, tokens=tokens, batch=1, dtype=getattr(torch, spec.dtype), device=torch.device(device))
-    given = {name: x for name, x in inputs.arguments().items() if x is not None}
-    if "compression" in given:
-        given["compression"] = module.CompressionParameters(**given["compression"])
+    positional, named = arguments_of(module, inputs)
+    given = {name: x for name, x in zip(("q", "k", "v"), positional, strict=True) if x is not None} | named
     plain = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     leaves = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in plain.items()}
     learned = [x for x in leaves.values() if x.requires_grad]
@@ -93,7 +94,7 @@ def host_microseconds(call: Callable[[], Any], synchronise: Callable[[], None], 
             call()
         found.append((time.perf_counter() - start) / BURST * 1e6)
     synchronise()
-    return sorted(found)[len(found) // 2]
+    return statistics.median(found)
 
 
 def undisturbed_microseconds(call: Callable[[], Any], count: int) -> float:

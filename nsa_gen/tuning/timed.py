@@ -1,0 +1,249 @@
+"""What is timed of candidates: whole passes, steps of decode on a full cache, kernels alone; and on which inputs.
+
+A generated package has one function a launch (or a few launches that share buffers), which reads its own configurations
+and allocates what they need. So the arguments that a whole pass hands it serve every candidate of a kernel, and a
+kernel of 0.5 ms is compared in milliseconds instead of the 100 of its pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa_gen.bench.contenders import Operator, Prepared
+from nsa_gen.bench.inputs import InputKind, draw_inputs
+from nsa_gen.bench.measure import captured
+from nsa_gen.targets.launches import name_with
+from nsa_gen.tuning.space import Bucket
+from nsa_gen.tuning.store import Configs
+from nsa_gen.verification.inference import Scenario, Step
+from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.oracle import SINKS, OracleParameters
+
+if TYPE_CHECKING:
+    from nsa_gen.lowering import Kernel
+    from nsa_gen.spec import Spec
+    from nsa_gen.verification.inputs import Inputs
+
+
+def bucket_inputs(
+    spec: Spec, bucket: Bucket, kind: InputKind, *, device: torch.device | str = "cuda", seed: int = 0
+) -> Inputs:
+    """Inputs at the upper ends of a bucket: (B, T, H, D), or packed (T, H, D) with cu_seqlens; see `draw_inputs`."""
+    if not bucket.packed:
+        drawn = [draw_inputs(spec, bucket.tokens, device=device, seed=seed + n, kind=kind) for n in range(bucket.batch)]
+        return _joined(drawn, dim=0)
+    lengths = bucket.lengths
+    drawn = [draw_inputs(spec, length, device=device, seed=seed + n, kind=kind) for n, length in enumerate(lengths)]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    whole = _joined(drawn, dim=1)
+    changed: dict[str, Any] = {"cu_seqlens": bounds}
+    for name in ("k_cmp", "v_cmp"):
+        if getattr(whole, name) is not None:
+            changed[name] = _laid_out(spec, [getattr(each, name) for each in drawn], bucket)
+    whole = replace(whole, **changed)
+    flat = {each.name: getattr(whole, each.name) for each in fields(whole) if each.name not in SINKS}
+    return replace(whole, **{name: x[0] for name, x in flat.items() if isinstance(x, torch.Tensor) and x is not bounds})
+
+
+def _joined(drawn: list[Inputs], dim: int) -> Inputs:
+    """Inputs one after the other; what phi has learned, and sinks, are those of the first."""
+    first = drawn[0]
+    names = [each.name for each in fields(first) if each.name not in SINKS]
+    names = [name for name in names if isinstance(getattr(first, name), torch.Tensor)]
+    return replace(first, **{name: torch.cat([getattr(each, name) for each in drawn], dim) for name in names})
+
+
+def _laid_out(spec: Spec, blocks: list[torch.Tensor], bucket: Bucket) -> torch.Tensor:
+    """Compressed rows (1, T // stride, H, D), packed: block j of sequence s is row start_s // stride + j."""
+    assert spec.compression is not None
+    stride = spec.compression.stride
+    rows = blocks[0].new_zeros((1, bucket.tokens // stride, *blocks[0].shape[2:]))
+    start = 0
+    for block, length in zip(blocks, bucket.lengths, strict=True):
+        rows[:, start // stride : start // stride + block.shape[1]] = block
+        start += length
+    return rows
+
+
+COLD_BYTES = 200e6
+"""Bytes that the layers of a step read together, four times the L2 cache of an H100, so that each finds it cold."""
+MOST_LAYERS = 32
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """A full cache of some layers, and a query a sequence; `step` decodes with every layer in turn.
+
+    Attributes:
+        cache: the package's NSACache.
+        q: queries (B, 1, Hq, Dk).
+        arguments: gates, lists of blocks and sinks, where the operator takes them.
+        out: where o is written.
+        layers: how many layers a step goes through.
+    """
+
+    package: Any
+    cache: Any
+    q: torch.Tensor
+    arguments: dict[str, torch.Tensor]
+    out: torch.Tensor
+    layers: int
+
+    def step(self) -> None:
+        """One token a sequence, in every layer."""
+        for layer in range(self.layers):
+            self.package.nsa_decode(self.q, self.cache, layer=layer, out=self.out, **self.arguments)
+
+
+def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
+    """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
+    p = OracleParameters.from_spec(spec)
+    element = torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
+    rows = p.compressed_blocks(tokens) + min(p.selection_count * (p.selection_block or 0), tokens)
+    rows += min(p.window or 0, tokens)
+    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * element
+
+
+def decode_inputs(spec: Spec, package: Any, bucket: Bucket, *, device: torch.device, seed: int = 0) -> DecodeInputs:
+    """A cache filled to its capacity with random numbers, in as many layers as leave nothing in the L2 cache."""
+    generator = torch.Generator(device).manual_seed(seed)
+    needed = step_bytes(spec, bucket.tokens, bucket.batch)
+    layers = max(1, min(int(COLD_BYTES / needed) + 1, MOST_LAYERS)) if device.type == "cuda" else 1
+    cache = package.NSACache(bucket.batch, bucket.tokens, layers=layers, device=device)
+    for layer in cache.layers:
+        for tensor in layer:
+            tensor.normal_(generator=generator)
+    cache.extend(bucket.tokens)
+    small = make_inputs(spec, batch=1, tokens=64, dtype=getattr(torch, spec.dtype), device=device, seed=seed)
+    shape = (bucket.batch, 1, *small.q.shape[2:])
+    q = torch.randn(shape, generator=generator, dtype=small.q.dtype, device=device)
+    out = torch.empty((*shape[:-1], spec.head_dim.v), dtype=q.dtype, device=device)
+    arguments: dict[str, torch.Tensor] = {name: x for name in SINKS if (x := getattr(small, name)) is not None}
+    if small.gates is not None:
+        shape = (bucket.batch, 1, *small.gates.shape[2:])
+        arguments["gates"] = torch.randn(shape, generator=generator, dtype=q.dtype, device=device)
+    if small.indices is not None:
+        assert spec.selection is not None
+        blocks = torch.arange(spec.selection.count, dtype=torch.int32, device=device)
+        spread = blocks * max(1, bucket.tokens // spec.selection.block // spec.selection.count)
+        arguments["indices"] = spread.expand(bucket.batch, 1, spec.heads.kv, -1).contiguous()
+    return DecodeInputs(package, cache, q, arguments, out, layers)
+
+
+def check_scenario(tokens: int, batch: int, seed: int = 0) -> Scenario:
+    """What candidates are checked with: caches that end inside tiles of every size, then one token and two."""
+    held = (tokens - 3, tokens // 2 + 5)[:batch]
+    steps = (Step("fill", held), Step("decode", (1,) * batch), Step("decode", (2,) * batch))
+    return Scenario(batch, tokens, None, steps, seed=seed)
+
+
+@contextmanager
+def overridden(package: Any, configs: Configs) -> Iterator[None]:
+    """Within the block a package launches with these configurations in place of its own."""
+    with ExitStack() as stack:
+        for name, values in configs.items():
+            stack.enter_context(package.configs.override(name, **values))
+        yield
+
+
+class Tuned(Operator):
+    """The whole operator under a candidate's configurations, as a contender that is named by a number."""
+
+    def __init__(self, package: Any, number: int, configs: Configs) -> None:
+        super().__init__(package, str(number))
+        self._within = functools.partial(overridden, package, configs)
+
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        return replace(super().prepare(spec, inputs), within=self._within)
+
+
+class DecodeStep(Tuned):
+    """Steps of decode under a candidate's configurations: captured once, replayed as its call."""
+
+    def __init__(self, inputs: DecodeInputs, number: int, configs: Configs) -> None:
+        super().__init__(inputs.package, number, configs)
+        self._inputs = inputs
+
+    def prepare(self, spec: Spec, inputs: Any) -> Prepared:
+        """Capture a graph; on the CPU the step is called as it is."""
+        if not self._inputs.q.is_cuda:
+            return Prepared(self._inputs.step, (), self._inputs.out, within=self._within, share=self._inputs.layers)
+        with torch.no_grad(), self._within():
+            graph = captured(self._inputs.step)
+        return Prepared(graph.replay, (), self._inputs.out, share=self._inputs.layers)
+
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+"""A function of the package and the arguments it was called with."""
+
+
+class NoLaunch(RuntimeError):
+    """A pass went by without a launch of the kernel."""
+
+
+@contextmanager
+def noted_launches(package: ModuleType, kernel: Kernel) -> Iterator[list[Call]]:
+    """Within the block, the list it gives holds the latest call of the function that launches a kernel.
+
+    The latest of several, as those of chunks are: keeping all would keep their buffers.
+    """
+    launched = getattr(sys.modules[f"{package.__name__}.kernels.{kernel.module}"], f"{kernel.function}_kernel")
+    # The package's wrapper of it, where it is launched past Triton's dispatcher. Triton's own have None there.
+    launched = getattr(launched, "kernel", None) or launched
+    kind = type(launched)
+    original = kind.run
+    found: list[Call] = []
+
+    def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self is launched and name_with(self, keywords) == f"{kernel.name}_kernel":
+            found[:] = [_call_of(sys._getframe(1), package.__name__)]
+        return original(self, *arguments, **keywords)
+
+    kind.run = run
+    try:
+        yield found
+    finally:
+        kind.run = original
+
+
+def _call_of(frame: FrameType | None, package: str) -> Call:
+    """The package's function that asked for the launch on top of the stack, with its arguments as they are now."""
+    while frame is not None and not _asks(frame.f_globals.get("__name__", ""), package):
+        frame = frame.f_back
+    assert frame is not None, "a launch of the package comes from the package"
+    code = frame.f_code
+    function = getattr(sys.modules[frame.f_globals["__name__"]], code.co_name)
+    named = code.co_argcount + code.co_kwonlyargcount
+    names = code.co_varnames[:named]
+    if code.co_flags & inspect.CO_VARARGS:
+        first, names = names[: code.co_argcount], names[code.co_argcount :]
+        rest = frame.f_locals[code.co_varnames[named]]
+        bound = functools.partial(function, *(frame.f_locals[name] for name in first), *rest)
+        function = functools.update_wrapper(bound, function)
+    return function, {name: frame.f_locals[name] for name in names}
+
+
+def _asks(module: str, package: str) -> bool:
+    """Whether a module is one of the package's, and not the one through which all launches go."""
+    return module.startswith(f"{package}.") and module != f"{package}.runtime.launch"
+
+
+class Solo(Tuned):
+    """A noted call under a candidate's configurations."""
+
+    def __init__(self, package: Any, number: int, configs: Configs, call: Call) -> None:
+        super().__init__(package, number, configs)
+        self._call = call
+
+    def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
+        function, arguments = self._call
+        return Prepared(lambda: function(**arguments), (), inputs.do, within=self._within)
