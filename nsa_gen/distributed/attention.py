@@ -173,7 +173,7 @@ class ContextParallel:
         bounds = self._bounds_of(routes.pieces, q.device)
         call = Call(self._operators, routes, bool(return_aux), tuple(recompute), bounds)
         count = self.head_groups
-        several = [_group_arguments(tensors, compression, self.spec, number, count) for number in range(count)]
+        several = [_group_arguments(tensors, compression, number, count) for number in range(count)]
         waiting = [call.start(several[0][0])] if shards.spans else [None]
         found = []
         for number, (some, parameters) in enumerate(several):
@@ -227,23 +227,18 @@ class ContextParallel:
 
 
 def _group_arguments(
-    tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, spec: Spec, number: int, count: int
+    tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, number: int, count: int
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...] | None]:
-    """The arguments of one group of heads of `count`."""
+    """The arguments of one group of heads of `count`: heads are dim 2, and 0 of sinks and of phi's parameters."""
     if count == 1:
         return dict(tensors), parameters
-    query, kv = spec.heads.query // count, spec.heads.kv // count
-    of_query = ("q", "gates")
-    found = {}
-    for name, x in tensors.items():
-        if x.dim() == 1:
-            found[name] = x[number * query : (number + 1) * query]
-        else:
-            heads = query if name in of_query else kv
-            found[name] = x[:, :, number * heads : (number + 1) * heads]
-    if parameters is not None:
-        parameters = tuple(x[number * kv : (number + 1) * kv] for x in parameters)
-    return found, parameters
+
+    def share(x: Tensor, dim: int) -> Tensor:
+        size = x.shape[dim] // count
+        return x.narrow(dim, number * size, size)
+
+    found = {name: share(x, 0 if x.dim() == 1 else 2) for name, x in tensors.items()}
+    return found, None if parameters is None else tuple(share(x, 0) for x in parameters)
 
 
 def _spec_of(spec: Any) -> Spec:

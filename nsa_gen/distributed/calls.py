@@ -16,6 +16,7 @@ from nsa_gen.distributed.sharding import Piece, Shards, blocks_in
 from nsa_gen.loading import load
 from nsa_gen.lowering import Plan, lower
 from nsa_gen.spec import Spec
+from nsa_gen.spec.fields import MAX_NAME
 
 ROWS = ("q", "gates", "indices", "counts")
 """Arguments that belong to queries: a rank has those of its own."""
@@ -47,7 +48,7 @@ def operators_of(spec: Spec, head_groups: int, ranks: int, package: ModuleType |
     some = spec
     if head_groups > 1:
         heads = {"query": spec.heads.query // head_groups, "kv": spec.heads.kv // head_groups}
-        some = spec.replace(name=f"{spec.name}_heads_{heads['query']}", heads=heads)
+        some = spec.replace(name=_named(spec, f"heads_{heads['query']}"), heads=heads)
     plan = lower(some)
     given = _with_given_blocks(some) if plan.compresses and ranks > 1 else None
     given_plan = None if given is None else lower(given)
@@ -64,7 +65,12 @@ def _with_given_blocks(spec: Spec) -> Spec:
     assert spec.compression is not None
     compression = {"block": spec.compression.block, "stride": spec.compression.stride, "phi": "external"}
     passes = tuple(each for each in spec.passes if each != "decode")
-    return spec.replace(name=f"{spec.name}_given_blocks", compression=compression, passes=passes)
+    return spec.replace(name=_named(spec, "given_blocks"), compression=compression, passes=passes)
+
+
+def _named(spec: Spec, ending: str) -> str:
+    """A name for a spec made of another, whose own may be as long as names can be."""
+    return f"{spec.name[: MAX_NAME - len(ending) - 1]}_{ending}"
 
 
 class Started(NamedTuple):
