@@ -88,12 +88,18 @@ def quick_device_functions() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-def arguments_of(module: Any, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
-    """What a package's nsa_attention is called with: q, k and v by position, the rest that is present by name."""
-    arguments = {n: x for n, x in inputs.arguments().items() if x is not None}
+def arguments_of(
+    module: Any, inputs: Inputs, with_gradients: bool
+) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
+    """What a package's nsa_attention is called with: q, k and v by position, the rest that is present by name.
+
+    Before both, the leaves among them that get gradients, by the names of `Inputs.differentiable()`.
+    """
+    leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
+    arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
     if isinstance(compression := arguments.get("compression"), Mapping):
         arguments["compression"] = module.CompressionParameters(**compression)
-    return [arguments.pop(name, None) for name in ("q", "k", "v")], arguments
+    return leaves, [arguments.pop(name, None) for name in ("q", "k", "v")], arguments
 
 
 def call_package(
@@ -106,8 +112,7 @@ def call_package(
     """
     if inputs.q.device.type == "cpu":
         steady_products()
-    leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
-    positional, arguments = arguments_of(module, inputs.replace_differentiable(leaves))
+    leaves, positional, arguments = arguments_of(module, inputs, with_gradients)
     if recompute:
         arguments["recompute"] = tuple(recompute)
     with poisoned_memory() if poisoned else nullcontext():

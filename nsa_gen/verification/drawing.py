@@ -90,8 +90,7 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
 
 def spec_of_seed(seed: int, *, dtypes: Sequence[str], wide: bool) -> Spec:
     """The spec of a seed, with a name that says so."""
-    spec = drawn_spec(random.Random(seed).choice, dtypes=dtypes, wide=wide)
-    return type(spec).model_validate({**spec.model_dump(), "name": f"drawn_{seed}"})
+    return drawn_spec(random.Random(seed).choice, dtypes=dtypes, wide=wide).replace(name=f"drawn_{seed}")
 
 
 def _compression(pick: Pick, block: int, sizes: Sizes) -> dict[str, Any]:

@@ -219,8 +219,7 @@ def _compressed_rows(p: OracleParameters, inputs: Inputs) -> int:
 
 def measured(module: Any, inputs: Inputs, gradients: bool) -> tuple[int, int]:
     """Peak bytes that forward and backward of a package allocate on a CUDA device beyond what was there before each."""
-    leaves = {n: x.detach().requires_grad_(gradients) for n, x in inputs.differentiable().items()}
-    positional, named = arguments_of(module, inputs.replace_differentiable(leaves))
+    leaves, positional, named = arguments_of(module, inputs, gradients)
     device = inputs.q.device
 
     def peak(call: Callable[[], Any]) -> tuple[Any, int]:

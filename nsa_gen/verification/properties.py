@@ -213,9 +213,7 @@ def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
     """
     assert trial.build is not None
     p, inputs = trial.parameters, trial.inputs()
-    heads = {"query": p.query_heads, "kv": p.query_heads}
-    spec = type(trial.spec).model_validate({**trial.spec.model_dump(), "heads": heads})
-    module = trial.build(spec)
+    module = trial.build(trial.spec.replace(heads={"query": p.query_heads, "kv": p.query_heads}))
     apart = relations.repeated(inputs, p.group)
     whole = comparable_without_groups(p)
     gradients = trial.gradients and whole
@@ -280,8 +278,7 @@ def writes_only_its_own(trial: Trial) -> list[Row]:
 def host_never_waits(trial: Trial) -> list[Row]:
     """The public call, forward and backward, does not synchronise the host with the GPU."""
     inputs = trial.inputs()
-    leaves = {n: x.detach().requires_grad_(trial.gradients) for n, x in inputs.differentiable().items()}
-    positional, arguments = arguments_of(trial.module, inputs.replace_differentiable(leaves))
+    leaves, positional, arguments = arguments_of(trial.module, inputs, trial.gradients)
 
     def run() -> None:
         o = trial.module.nsa_attention(*positional, **arguments)

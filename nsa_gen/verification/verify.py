@@ -259,7 +259,7 @@ def adapt(spec: Spec, *, interpreted: bool, dtype: str | None, fixed: bool) -> t
         )
     if not changes:
         return spec, tuple(notes)
-    return type(spec).model_validate({**spec.model_dump(), **changes}), tuple(notes)
+    return spec.replace(**changes), tuple(notes)
 
 
 def _passes(spec: Spec, passes: Sequence[str] | None) -> tuple[str, ...]:

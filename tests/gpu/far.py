@@ -22,7 +22,7 @@ from nsa_gen.spec import Spec
 from nsa_gen.verification import relations
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.checking import check_case
+from nsa_gen.verification.checking import check_case, written
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.oracle import compressed_rows
@@ -112,7 +112,7 @@ def far_along_job(
     p = OracleParameters.from_spec(meaning)
     if packed and p.compression_stride is not None and sum(lengths) % p.compression_stride:
         raise ValueError(f"lengths: expected a sum that is a multiple of {p.compression_stride}, got {sum(lengths)}")
-    near = relations.written(p, inputs, call_package(module, inputs, True).tensors())
+    near = written(p, inputs, call_package(module, inputs, True).tensors())
     largest = max(x.numel() for x in inputs.differentiable().values())
     times = limit // largest * 101 // 100 + 2
     result.update(repetitions=times, sequences=times * len(lengths), largest_elements=times * largest)

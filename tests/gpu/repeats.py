@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from nsa_gen.rendering import import_package
-from nsa_gen.verification import relations
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.checking import written
 from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inputs import make_inputs
 from nsa_gen.verification.report import Row, environment
@@ -47,7 +47,7 @@ def repeats_job(
         label = Case(tokens).label
         element = getattr(torch, meaning.dtype)
         inputs = make_inputs(meaning, batch=1, tokens=tokens, dtype=element, device=device, seed=seed + number)
-        first = relations.written(p, inputs, call_package(module, inputs, gradients).tensors())
+        first = written(p, inputs, call_package(module, inputs, gradients).tensors())
         done = {"shape": label, "seed": seed + number, "tensors": sorted(first), "repeats": 0}
         result["shapes"].append(done)
         differing: dict[str, int] = {}
@@ -56,7 +56,7 @@ def repeats_job(
                 say(f"{spec}: {label}: repeat {repeat} of {repeats}")
                 save(result)
             call = call_package(module, inputs, gradients, poisoned=repeat % 2 == 0)
-            for name, count in other_bits(first, relations.written(p, inputs, call.tensors())).items():
+            for name, count in other_bits(first, written(p, inputs, call.tensors())).items():
                 differing[name] = max(count, differing.get(name, 0))
                 done.setdefault("first_difference", {}).setdefault(name, repeat)
             done["repeats"] = repeat + 1

@@ -56,8 +56,7 @@ class Living(TorchDispatchMode):
 
 def peaks(op: Operator, inputs: Inputs) -> tuple[int, int]:
     """What forward and backward allocate at most, beyond what was there before each."""
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
-    positional, named = arguments_of(op.module, inputs.replace_differentiable(leaves))
+    leaves, positional, named = arguments_of(op.module, inputs, True)
     with Living() as forward:
         o = op.module.nsa_attention(*positional, **named)
     with Living() as backward:

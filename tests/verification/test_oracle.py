@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsa_gen import verification
 from nsa_gen.verification import Inputs, OracleParameters, make_inputs, reference_attention
 from nsa_gen.verification.dense import compress, overlap_weights, select_blocks
 from nsa_gen.verification.oracle import split_sequences
@@ -17,10 +21,26 @@ from tests.verification.brute_force import assert_row
 from tests.verification.verification_specs import spec_of
 
 PHIS = ["mean", "weighted", "linear", "mlp", "external"]
+INDEPENDENT = ("dense", "oracle", "inputs", "selection", "rounding", "gradients", "tolerance")
+"""Modules of what is right: they import torch, the standard library and each other."""
 
 
 def run(spec, inputs: Inputs, **changes):
     return reference_attention(OracleParameters.from_spec(spec), **{**inputs.arguments(), **changes})
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_what_is_right_shares_no_code_with_what_is_judged(name: str) -> None:
+    tree = ast.parse(Path(verification.__file__).with_name(f"{name}.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "nsa_gen.verification":
+            imported |= {f"nsa_gen.verification.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module))
+    own = {module for module in imported if module.startswith("nsa_gen")}
+    assert own <= {f"nsa_gen.verification.{each}" for each in INDEPENDENT}
+    assert {module.split(".")[0] for module in imported - own} <= {"torch", *sys.stdlib_module_names}
 
 
 def sequences_for_loops(spec, inputs: Inputs) -> list[dict]:

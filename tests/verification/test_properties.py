@@ -52,6 +52,13 @@ def test_a_right_package_has_the_property(name: str, phi: str) -> None:
     assert failing(name, given, package(given)) == []
 
 
+@pytest.mark.parametrize("phi", ["mean", "external"])
+@pytest.mark.parametrize("name", ["packed", "padded"])
+def test_packed_sequences_shorter_than_the_stride_have_no_compressed_rows_to_compare(name: str, phi: str) -> None:
+    spec = spec_of(branches="cmp win", phi=phi)
+    assert failing(name, spec, package(spec), Case((3,))) == []
+
+
 def reads_all_rows(o: Tensor, aux: dict) -> Tensor:
     return o + 1e-6 * o.mean(-3, keepdim=True)
 
