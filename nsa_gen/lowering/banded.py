@@ -31,7 +31,7 @@ HOPPER_TOKENS = "HOPPER_TOKENS"
 _FROM_ROWS = 2**19
 
 
-def schedules(spec: Spec) -> tuple[Decision, ...]:
+def decisions(spec: Spec) -> tuple[Decision, ...]:
     """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
     if not hopper_fits(spec):
         return ()

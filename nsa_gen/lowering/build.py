@@ -16,7 +16,8 @@ from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
 from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.plan import INTERPRETER, Argument, Config, Kernel, Output, Plan
-from nsa_gen.lowering.selected import choose_schedule, schedules
+from nsa_gen.lowering.selected import choose_schedule
+from nsa_gen.lowering.selected import decisions as selected_decisions
 from nsa_gen.lowering.steps import build_steps, upkeep
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
@@ -59,7 +60,7 @@ def lower(spec: Spec) -> Plan:
         arguments=arguments,
         outputs=outputs,
         kernels=kernels,
-        schedules=(*banded.schedules(spec), *schedules(spec), *hopper_backward.decisions(spec)),
+        decisions=(*banded.decisions(spec), *selected_decisions(spec), *hopper_backward.decisions(spec)),
         sizes=sizes,
         defaults=_defaults(spec, kernels, sizes),
     )
@@ -123,7 +124,7 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
     for target in TABLES:
         gpu = gpu_for_target(target)
         table[target] = {kernel.name: space.choose(kernel, sizes, gpu) for kernel in kernels}
-    for target, configs in table.items() if banded.schedules(spec) else ():
+    for target, configs in table.items() if banded.decisions(spec) else ():
         configs["banded_attention"] = banded.choose_schedule(spec, target)
     if spec.selection:
         for target, configs in table.items():

@@ -227,7 +227,7 @@ class Plan(InferencePlan):
     none. With ``kv_per_branch`` each branch has keys and values of its own; with ``decodes`` there are a cache, prefill
     and decode; with ``rounds_operands`` operands of tl.dot are rounded to tf32 first, as the matrix units would cut
     them off, towards zero. ``hidden`` is the width of an mlp phi, ``phi_sides`` how keys and values are compressed,
-    empty where the package does not. ``schedules`` are the decisions between the steps' schedules and their sizes;
+    empty where the package does not. ``decisions`` choose between the steps' schedules, and their sizes;
     ``upkeep`` has the kernels of no step.
     """
 
@@ -253,7 +253,7 @@ class Plan(InferencePlan):
     arguments: tuple[Argument, ...]
     outputs: tuple[Output, ...]
     kernels: tuple[Kernel, ...]
-    schedules: tuple[Decision, ...]
+    decisions: tuple[Decision, ...]
     sizes: Mapping[sympy.Symbol, int]
     defaults: Mapping[str, Mapping[str, Config]]
 
@@ -513,12 +513,12 @@ class Plan(InferencePlan):
         if kernel.choice is None:
             return kernel.whole
         choice, value = kernel.choice
-        chosen = (self.defaults[target][schedule.name].mapping() for schedule in self.schedules)
+        chosen = (self.defaults[target][decision.name].mapping() for decision in self.decisions)
         return any(values.get(choice) == value for values in chosen)
 
     def sizes_on(self, target: str) -> dict[sympy.Symbol, int]:
         """Values of symbols with the default schedules of an architecture."""
-        chosen = {name: value for each in self.schedules for name, value in self.defaults[target][each.name].values}
+        chosen = {name: value for each in self.decisions for name, value in self.defaults[target][each.name].values}
         return {symbol: chosen.get(symbol.name, value) for symbol, value in self.sizes.items()}
 
     def kernel(self, name: str) -> Kernel:

@@ -159,9 +159,9 @@ def alternatives(program: Plan, gpu_key: str = "h100") -> list[Alternative]:
     """The choices between schedules that a program has on a device, each with what the other side would take."""
     target = gpu(gpu_key).target
     found = []
-    for schedule in program.schedules:
-        values = program.defaults[target][schedule.name].mapping()
-        for choice in schedule.choices:
+    for decision in program.decisions:
+        values = program.defaults[target][decision.name].mapping()
+        for choice in decision.choices:
             chosen = _side(program, choice, values[choice], gpu_key)
             other = _side(program, choice, 1 - values[choice], gpu_key)
             found.append(Alternative(choice, values[choice], *chosen, *other))

@@ -57,7 +57,7 @@ _O_PARTS = _OWN_SLOTS * s.G * s.Dv * s.E
 _DQ_PARTS = _OWN_SLOTS * s.G * s.Dk * s.E
 
 
-def schedules(spec: Spec) -> tuple[Decision, ...]:
+def decisions(spec: Spec) -> tuple[Decision, ...]:
     """What is decided of selected attention: query-major or key-major kernels, for o and for dq, and chunks' tokens.
 
     dk and dv are always key-major: a block sums over the tokens that selected it. Where the window contains the local
@@ -125,7 +125,7 @@ def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mappin
     )
     token_bytes = spec.selection.count * spec.heads.query * widest * sizes[s.E]
     tokens = max(WORKSPACE_BYTES // token_bytes, 1)
-    (chunk,) = (tunable for tunable in schedules(spec)[0].tunables if tunable.name == CHUNK_TOKENS)
+    (chunk,) = (tunable for tunable in decisions(spec)[0].tunables if tunable.name == CHUNK_TOKENS)
     return max((size for size in chunk.values if size <= tokens), default=chunk.values[0])
 
 

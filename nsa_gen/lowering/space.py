@@ -74,7 +74,7 @@ def legal_space(program: Plan) -> dict[str, Legal]:
     """What a package accepts, by kernel and schedule: the tunables' values, and the kernels' own constraints."""
     found = {kernel.name: _legal(kernel, program.sizes) for kernel in program.kernels}
     return found | {
-        schedule.name: Legal({each.name: each.legal for each in schedule.tunables}) for schedule in program.schedules
+        decision.name: Legal({each.name: each.legal for each in decision.tunables}) for decision in program.decisions
     }
 
 

@@ -68,8 +68,8 @@ def space_digest(program: Plan, root: str = ATTENTION) -> str:
     for kernel in (each for each in program.kernels if (each.direction == "decode") == (root == DECODE)):
         rules = sorted(str(rule) for rule in kernel.constraints)
         lines.append(f"{kernel.name} {[(each.name, each.values) for each in kernel.tunables]} {rules}")
-    for schedule in program.schedules if root == ATTENTION else ():
-        lines.append(f"{schedule.name} {[(each.name, each.values) for each in schedule.tunables]}")
+    for decision in program.decisions if root == ATTENTION else ():
+        lines.append(f"{decision.name} {[(each.name, each.values) for each in decision.tunables]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
 
 

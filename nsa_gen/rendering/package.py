@@ -77,7 +77,7 @@ def _tiles(spec: Spec, program: Plan, files: Mapping[str, str]) -> str:
     document: dict[str, Any] = {
         "by": f"{SIGNATURE[2:]} {__version__} from the spec {spec.name}; edits are lost when it is generated again.",
         "identity": _identity(spec, program, files),
-        "schedules": [schedule.name for schedule in program.schedules],
+        "schedules": [decision.name for decision in program.decisions],
         "shared_tables": SHARED_TABLES,
         "shared_memory": {target: gpu_for_target(target).shared_memory_per_block for target in TABLES},
         "multiprocessors": {target: gpu_for_target(target).sm_count for target in TABLES},

@@ -87,7 +87,7 @@ class Search:
     def __post_init__(self) -> None:
         self._selections = {each.kernel: each for each in self.selections}
         self._defaults = {name: config.mapping() for name, config in self.program.defaults[self.target].items()}
-        self._choices = {choice for schedule in self.program.schedules for choice in schedule.choices}
+        self._choices = {choice for decision in self.program.decisions for choice in decision.choices}
         # Kinds of input that races before the final are held on.
         self._kinds = self.bucket.kinds if self.effort.every_kind else self.bucket.kinds[:1]
         self._best = 1.0
@@ -117,13 +117,13 @@ class Search:
     def _combos(self) -> list[Configs]:
         """Every combination of the choices among kernels, the default's first; [{}] where there is no choice."""
         found: list[Configs] = [{}]
-        for schedule in self.program.schedules:
-            names = [each.name for each in schedule.tunables if each.name in self._choices and self._wanted(each.name)]
+        for decision in self.program.decisions:
+            names = [each.name for each in decision.tunables if each.name in self._choices and self._wanted(each.name)]
             if not names:
                 continue
-            values = [each.values for each in schedule.tunables if each.name in names]
+            values = [each.values for each in decision.tunables if each.name in names]
             each = [dict(zip(names, picked, strict=True)) for picked in itertools.product(*values)]
-            found = [{**combo, schedule.name: one} for combo in found for one in each]
+            found = [{**combo, decision.name: one} for combo in found for one in each]
         return sorted(found, key=lambda combo: combo != self._default_combo(combo))
 
     def _wanted(self, choice: str) -> bool:
@@ -154,15 +154,15 @@ class Search:
     def _sized(self, base: Candidate) -> Candidate:
         """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
         reach = (-2, -1, 1, 2) if self.effort.every_kind else (-1, 1)
-        for schedule in () if self.bucket.decode else self.program.schedules:
-            if self.target not in schedule.targets or set(self.passes).isdisjoint(schedule.passes):
+        for decision in () if self.bucket.decode else self.program.decisions:
+            if self.target not in decision.targets or set(self.passes).isdisjoint(decision.passes):
                 continue
-            for tunable in schedule.tunables:
+            for tunable in decision.tunables:
                 if tunable.name in self._choices or self._late():
                     continue
-                at = tunable.values.index(self._defaults[schedule.name][tunable.name])
+                at = tunable.values.index(self._defaults[decision.name][tunable.name])
                 near = [tunable.values[at + i] for i in reach if 0 <= at + i < len(tunable.values)]
-                tried = [base, *(base.with_configs({schedule.name: {tunable.name: value}}) for value in near)]
+                tried = [base, *(base.with_configs({decision.name: {tunable.name: value}}) for value in near)]
                 costs = [(0.0,), *((float(value),) for value in near)]
                 base = tried[self._contest(tried, self.passes, costs, tunable.name)[0]]
         return base
@@ -372,7 +372,7 @@ class Search:
     def _expected(self) -> int:
         """Candidates that will have been timed at the end, about."""
         kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self.effort.sweeps
-        return kernels + 4 * len(self._combos()) + 10 * len(self.program.schedules) + 2 * (1 + self.effort.finalists)
+        return kernels + 4 * len(self._combos()) + 10 * len(self.program.decisions) + 2 * (1 + self.effort.finalists)
 
     def _report(self, found: Sequence[Score], passes: tuple[str, ...], what: str) -> None:
         if passes == self.passes:

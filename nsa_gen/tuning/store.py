@@ -392,14 +392,14 @@ def merged(program: Plan, earlier: Entry, entry: Entry) -> Entry:
     kept = {kernel.name for kernel in program.kernels if kernel.direction in others}
     decided = {kernel.choice[0] for kernel in program.kernels if kernel.choice and kernel.direction in passes}
     configs = {name: values for name, values in before.items() if name in kept} | entry.configs
-    for schedule in program.schedules:
-        # Who runs the kernels that were tuned is decided anew; the rest of a schedule serves the other passes too.
-        default = program.defaults[entry.identity.architecture][schedule.name].mapping()
-        old = before.get(schedule.name, default)
-        new = entry.configs.get(schedule.name, default)
-        configs[schedule.name] = {name: new[name] if name in decided else old[name] for name in default}
-        if configs[schedule.name] == default:
-            del configs[schedule.name]
+    for decision in program.decisions:
+        # Who runs the kernels that were tuned is decided anew; the rest of a decision serves the other passes too.
+        default = program.defaults[entry.identity.architecture][decision.name].mapping()
+        old = before.get(decision.name, default)
+        new = entry.configs.get(decision.name, default)
+        configs[decision.name] = {name: new[name] if name in decided else old[name] for name in default}
+        if configs[decision.name] == default:
+            del configs[decision.name]
     then, now = earlier.result.get("ms", {}), entry.result["ms"]
     times = {kind: {**then.get(kind, {}), **now.get(kind, {})} for kind in {**then, **now}}
     return replace(entry, configs=configs, result={**entry.result, "passes": [*passes, *others], "ms": times})

@@ -64,9 +64,9 @@ def coverage(
 
 def _tunables(program: Plan, passes: Sequence[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
     """Every tunable of the schedules and of the kernels that the passes run, as kernel.NAME, with its legal values."""
-    for schedule in program.schedules:
-        for tunable in schedule.tunables:
-            yield f"{schedule.name}.{tunable.name}", tunable.values
+    for decision in program.decisions:
+        for tunable in decision.tunables:
+            yield f"{decision.name}.{tunable.name}", tunable.values
     for kernel in program.kernels:
         if kernel.whole and kernel.direction in passes:
             for tunable in kernel.tunables:

@@ -303,6 +303,20 @@ def memory_is_bounded(trial: Trial) -> list[Row]:
     return rows if trial.gradients else rows[:1]
 
 
+def a_choice_given_again_gives_the_same_bits(trial: Trial) -> list[Row]:
+    """The blocks that a call has chosen, given to the operator, give what it gave; given once more, the same bits.
+
+    The first and the second call may compute in another order: only an operator that chooses its local blocks itself
+    can leave them to the window's kernels.
+    """
+    p, inputs = trial.parameters, trial.inputs()
+    first = trial.call(inputs)
+    given = replace(inputs, indices=first.aux["indices"], counts=first.aux["counts"])
+    calls = [trial.call(given) for _ in range(2)]
+    rows = relations.near(trial.case.label, "replay", p, inputs, calls[0].tensors(), first.tensors())
+    return [*rows, bits_row(trial.case.label, "replay again", *(call.tensors() for call in calls))]
+
+
 def dense_branches(p: OracleParameters, case: Case) -> list[str]:
     """The branches that see every past key in a case."""
     if isinstance(case.tokens, tuple):
@@ -319,6 +333,11 @@ def dense_branches(p: OracleParameters, case: Case) -> list[str]:
 def comparable_without_groups(p: OracleParameters) -> bool:
     """Whether no block is chosen by the sum over a group, which repeated KV heads do not have."""
     return p.selection_block is None or p.indices_given
+
+
+def _chosen(p: OracleParameters, case: Case) -> bool:
+    """Blocks are chosen by the operator."""
+    return p.selection_block is not None and not p.indices_given and _quiet(p, case)
 
 
 def _several(p: OracleParameters, case: Case) -> bool:
@@ -363,6 +382,7 @@ PROPERTIES: dict[str, Property] = {
     "groups": Property(group_is_repeated_kv_heads, _grouped),
     "doubled": Property(doubled_values_double_the_output, _quiet),
     "bits": Property(same_inputs_same_bits, _always),
+    "replay": Property(a_choice_given_again_gives_the_same_bits, _chosen),
     "guards": Property(writes_only_its_own, _always),
     "waiting": Property(host_never_waits, _always, cuda=True),
     "memory": Property(memory_is_bounded, _always, cuda=True),

@@ -63,7 +63,7 @@ def variations(program: Plan, interpreted: bool, gradients: bool) -> tuple[Varia
     Each value of a choice meets each other choice's and each branch, recomputed and not. Tile sizes and splits take
     turns, on a GPU splits alone. How many tokens a chunk has is for the call to say: `with_chunks`.
     """
-    choices = [(schedule.name, name) for schedule in program.schedules for name in schedule.choices]
+    choices = [(decision.name, name) for decision in program.decisions for name in decision.choices]
     branches = program.spec.branches if gradients else ()
     bits = 3 if choices and len(branches) > 1 else max(len(choices), len(branches))
     found = []
@@ -84,10 +84,10 @@ def with_chunks(program: Plan, variation: Variation, rows: int) -> Variation:
     """The variation for a call of `rows` tokens in all: in three chunks, or in one, half of each choice's calls."""
     tokens = -(-rows // 3) if variation.number.bit_count() % 2 else rows
     sizes = [
-        (schedule.name, tunable.name, max(1, tokens))
-        for schedule in program.schedules
-        for tunable in schedule.tunables
-        if tunable.name not in schedule.choices
+        (decision.name, tunable.name, max(1, tokens))
+        for decision in program.decisions
+        for tunable in decision.tunables
+        if tunable.name not in decision.choices
     ]
     # Values of a kernel stay together.
     values = sorted((*variation.values, *sizes), key=lambda value: value[0])
@@ -103,7 +103,7 @@ def decode_variation(program: Plan, number: int, interpreted: bool) -> Variation
 def most_unlike_the_defaults(program: Plan, found: Sequence[Variation]) -> Variation | None:
     """Of variations the one with the most choices other than the interpreter's."""
     defaults = {name: config.mapping() for name, config in program.defaults["interpreter"].items()}
-    schedules = {schedule.name for schedule in program.schedules}
+    schedules = {decision.name for decision in program.decisions}
 
     def unlike(variation: Variation) -> int:
         return sum(value != defaults[name][key] for name, key, value in variation.values if name in schedules)

@@ -98,7 +98,7 @@ def test_every_kernel_belongs_to_a_schedule_and_every_decision_to_a_tunable(prog
     named = {name for schedule in (*schedules, *program.upkeep) for name in schedule.kernels}
     assert named == {kernel.name for kernel in program.kernels}
     assert all(schedule.kernels or schedule.targets == ("sm_90",) for schedule in schedules)
-    decided = {tunable.name for decision in program.schedules for tunable in decision.tunables}
+    decided = {tunable.name for decision in program.decisions for tunable in decision.tunables}
     assert {schedule.decided_by[0] for schedule in schedules if schedule.decided_by} <= decided
 
 
@@ -120,7 +120,7 @@ def test_facts_of_a_plan_follow_from_the_spec(program: Plan):
 
 @every_program
 def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within_its_constraints(program: Plan):
-    names = [owner.name for owner in (*program.kernels, *program.schedules)]
+    names = [owner.name for owner in (*program.kernels, *program.decisions)]
     assert len(set(names)) == len(names)
     assert set(program.defaults) == set(TABLES)
     for table in TABLES:
@@ -134,11 +134,11 @@ def test_every_kernel_has_a_default_for_every_target_out_of_its_space_and_within
             assert all(values[tunable.name] in tunable.values for tunable in kernel.tunables)
             for constraint in kernel.constraints:
                 assert bool(substitute(constraint, program, values)), (table, kernel.name, constraint)
-        for schedule in program.schedules:
-            config = program.defaults[table][schedule.name]
-            assert config.kernel == schedule.name
-            assert [name for name, _ in config.values] == [tunable.name for tunable in schedule.tunables]
-            assert all(config.mapping()[tunable.name] in tunable.values for tunable in schedule.tunables)
+        for decision in program.decisions:
+            config = program.defaults[table][decision.name]
+            assert config.kernel == decision.name
+            assert [name for name, _ in config.values] == [tunable.name for tunable in decision.tunables]
+            assert all(config.mapping()[tunable.name] in tunable.values for tunable in decision.tunables)
 
 
 @every_program
@@ -236,8 +236,8 @@ def test_explain_gives_floors_that_follow_from_the_devices_peaks(program: Plan):
     device = gpu("h100")
     chosen = {
         choice
-        for schedule in program.schedules
-        for choice in program.defaults[device.target][schedule.name].mapping().items()
+        for decision in program.decisions
+        for choice in program.defaults[device.target][decision.name].mapping().items()
     }
     assert [estimate.kernel for estimate in estimates] == [
         kernel.name for kernel in program.kernels if kernel.whole and (kernel.choice is None or kernel.choice in chosen)

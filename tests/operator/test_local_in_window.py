@@ -136,4 +136,4 @@ def test_prefill_of_a_cache_agrees_with_the_oracle() -> None:
 def test_it_is_offered_only_where_the_window_has_every_local_block(changes: dict[str, Any]) -> None:
     program = lower(small_spec(**changes))
     assert not program.local_in_window
-    assert all("LOCAL_IN_WINDOW" not in schedule.choices for schedule in program.schedules)
+    assert all("LOCAL_IN_WINDOW" not in decision.choices for decision in program.decisions)

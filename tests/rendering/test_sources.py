@@ -142,7 +142,7 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     for target, table in tables.items():
         assert set(table) == {
             *(kernel.name for kernel in program.kernels),
-            *(schedule.name for schedule in program.schedules),
+            *(decision.name for decision in program.decisions),
         }, target
         assert table == {name: config.mapping() for name, config in program.defaults[target].items()}
     assert kernels == {kernel.function: kernel.module for kernel in program.kernels}

@@ -128,10 +128,10 @@ def test_every_value_the_tuner_may_choose_is_accepted_and_no_other(cache: Path) 
         keeps = space._keeping(kernel, PROGRAM.sizes)
         for config in space.candidates(kernel):
             assert (check(kernel.name, config) == "") == keeps(config), (kernel.name, config)
-    for schedule in PROGRAM.schedules:
-        names = [each.name for each in schedule.tunables]
-        for values in itertools.product(*(each.values for each in schedule.tunables)):
-            assert check(schedule.name, dict(zip(names, values, strict=True))) == ""
+    for decision in PROGRAM.decisions:
+        names = [each.name for each in decision.tunables]
+        for values in itertools.product(*(each.values for each in decision.tunables)):
+            assert check(decision.name, dict(zip(names, values, strict=True))) == ""
 
 
 @pytest.mark.parametrize("name", shipped_specs())
