@@ -150,7 +150,7 @@ def test_the_adapter_of_the_page_on_benchmarks_can_be_timed(monkeypatch):
     from nsa_gen.bench import contenders, inputs, measure, peers
     from nsa_gen.bench.workloads import nsa_spec
     from nsa_gen.spec import Spec
-    from nsa_gen.verification.inputs import Inputs
+    from nsa_gen.verification.reference.inputs import Inputs
     from tests.bench.fakes import FakeClock
 
     library = ModuleType("my_library")

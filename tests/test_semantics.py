@@ -10,7 +10,7 @@ import torch
 
 from nsa_gen import load_spec, lower
 from nsa_gen.spec import RANGES, Phi
-from nsa_gen.verification.dense import OracleParameters, compress, overlap_weights
+from nsa_gen.verification.reference.dense import OracleParameters, compress, overlap_weights
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "semantics.md").read_text(encoding="utf-8")
 

@@ -64,7 +64,7 @@ def test_the_figures_are_small_and_the_script_draws_each_of_them(tmp_path):
 def test_the_figures_choice_of_blocks_is_the_oracle_s():
     import torch
 
-    from nsa_gen.verification.dense import OracleParameters, block_importance, select_blocks
+    from nsa_gen.verification.reference.dense import OracleParameters, block_importance, select_blocks
 
     figure = script()
     p = OracleParameters(

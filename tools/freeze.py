@@ -153,7 +153,7 @@ def freeze_bits(name: str) -> Record:
     from nsa_gen.rendering import generate, import_package
     from nsa_gen.tuning.timed import overridden
     from nsa_gen.verification.calls import call_package
-    from nsa_gen.verification.inputs import make_inputs
+    from nsa_gen.verification.reference.inputs import make_inputs
 
     torch.set_num_threads(1)
     spec = interpreted(load_spec(name))
@@ -175,7 +175,7 @@ def inference(module: Any, spec: Spec, page_size: int | None) -> dict[str, Any]:
     """Outputs of a prefill in two chunks and of decode of one and of three tokens."""
     import torch
 
-    from nsa_gen.verification.inputs import make_inputs
+    from nsa_gen.verification.reference.inputs import make_inputs
 
     block = spec.selection.block if spec.selection is not None else 16
     steps = (block + 3, 2 * block, 1, 3)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nsa_gen.bench.records import OURS
 from nsa_gen.verification.calls import arguments_of
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.reference.inputs import Inputs
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

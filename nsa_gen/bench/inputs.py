@@ -1,7 +1,7 @@
 """Inputs drawn on the device they are timed on: one sequence, independent numbers or numbers that resemble a model's.
 
-`nsa_gen.verification.inputs` draws on the CPU, so that a failure is the same everywhere; half a billion numbers take
-longer there than all that is timed here.
+`nsa_gen.verification.reference.inputs` draws on the CPU, so that a failure is the same everywhere; half a billion
+numbers take longer there than all that is timed here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import Inputs, make_inputs
-from nsa_gen.verification.oracle import SINKS
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.oracle import SINKS
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nsa_gen.bench.contenders import Contender, Prepared
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.reference.inputs import Inputs
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -29,7 +29,7 @@ from nsa_gen.bench.contenders import (
     leaves_of,
     not_importable,
 )
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.reference.inputs import Inputs
 
 if TYPE_CHECKING:
     from nsa_gen.spec import Spec

@@ -38,8 +38,8 @@ from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.verification.calls import arguments_of
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
 from nsa_gen.workers import Handle, Lost, Say, note_launches, serve
 
 RAGGED = 511

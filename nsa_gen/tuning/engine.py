@@ -37,15 +37,15 @@ from nsa_gen.tuning.timed import (
 )
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import References
 from nsa_gen.verification.inference import run_scenario
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import References
+from nsa_gen.verification.reference.inputs import make_inputs
 from nsa_gen.verification.report import environment
 from nsa_gen.workers import Handle, Lost, note_launches, serve
 
 if TYPE_CHECKING:
-    from nsa_gen.verification.inputs import Inputs
+    from nsa_gen.verification.reference.inputs import Inputs
     from nsa_gen.verification.report import Row
 
 FLUSHED_OVER_L2 = 2

@@ -25,13 +25,13 @@ from nsa_gen.targets.launches import name_with
 from nsa_gen.tuning.space import Bucket
 from nsa_gen.tuning.store import Configs
 from nsa_gen.verification.inference import Scenario, Step
-from nsa_gen.verification.inputs import make_inputs
-from nsa_gen.verification.oracle import SINKS, OracleParameters
+from nsa_gen.verification.reference.inputs import make_inputs
+from nsa_gen.verification.reference.oracle import SINKS, OracleParameters
 
 if TYPE_CHECKING:
     from nsa_gen.lowering import Kernel
     from nsa_gen.spec import Spec
-    from nsa_gen.verification.inputs import Inputs
+    from nsa_gen.verification.reference.inputs import Inputs
 
 
 def bucket_inputs(

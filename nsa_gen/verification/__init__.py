@@ -3,13 +3,13 @@
 `reference_attention` is the contract in code; `verify` holds a generated package against it.
 """
 
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import Reference, reference_gradients
-from nsa_gen.verification.inputs import Inputs, make_inputs
-from nsa_gen.verification.oracle import OracleResult, reference_attention
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import Reference, reference_gradients
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.oracle import OracleResult, reference_attention
+from nsa_gen.verification.reference.selection import SelectionCheck, check_indices, check_selection
+from nsa_gen.verification.reference.tolerance import Comparison, compare
 from nsa_gen.verification.report import Row, VerifyReport, print_report
-from nsa_gen.verification.selection import SelectionCheck, check_indices, check_selection
-from nsa_gen.verification.tolerance import Comparison, compare
 from nsa_gen.verification.verify import assert_verified, verify
 
 __all__ = [

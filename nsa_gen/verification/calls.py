@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.reference.inputs import Inputs
 
 
 @dataclass(frozen=True)

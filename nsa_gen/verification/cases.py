@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from nsa_gen.lowering import lower
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import Inputs, kinds_of, make_inputs
-from nsa_gen.verification.oracle import argument_suffixes
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs, kinds_of, make_inputs
+from nsa_gen.verification.reference.oracle import argument_suffixes
 from nsa_gen.verification.schedules import Variation, most_unlike_the_defaults, variations, with_chunks
 
 INTERPRETER_LONGEST = 130

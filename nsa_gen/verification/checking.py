@@ -12,14 +12,14 @@ from torch import Tensor
 
 from nsa_gen.verification.calls import Call, call_package
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import Reference, References
-from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import BY_BLOCK, SINKS, compressed_rows
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import Reference, References
+from nsa_gen.verification.reference.inputs import Inputs
+from nsa_gen.verification.reference.oracle import BY_BLOCK, SINKS, compressed_rows
+from nsa_gen.verification.reference.selection import check_selection, magnitude_of
+from nsa_gen.verification.reference.tolerance import FACTOR, Comparison, compare, unit_roundoff
 from nsa_gen.verification.report import Row
 from nsa_gen.verification.schedules import varied
-from nsa_gen.verification.selection import check_selection, magnitude_of
-from nsa_gen.verification.tolerance import FACTOR, Comparison, compare, unit_roundoff
 
 COMPRESSED = ("k_cmp", "v_cmp")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from nsa_gen.verification.cases import Case, start_remainders
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inference import PAGE_SIZES, Scenario
+from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.report import Coverage
 from nsa_gen.verification.schedules import LAUNCH_OPTIONS, Variation
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_gen.verification.cases import Case, boundary_lengths
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
-from nsa_gen.verification.inputs import KINDS, kinds_of
-from nsa_gen.verification.oracle import argument_suffixes
 from nsa_gen.verification.properties import PROPERTIES, Trial
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import KINDS, kinds_of
+from nsa_gen.verification.reference.oracle import argument_suffixes
 from nsa_gen.verification.report import Row, raised
 from nsa_gen.verification.schedules import drawn_schedules
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_gen.verification.calls import arguments_of
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs
 
 BAND = 4096
 """Elements before and behind a tensor: a tile of 128 rows written past the end of a small head dim lands inside."""

@@ -19,11 +19,11 @@ from torch import Tensor
 from nsa_gen.verification.calls import Call, steady_products
 from nsa_gen.verification.cases import Case, boundary_lengths, inputs_of
 from nsa_gen.verification.checking import check_call
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick
-from nsa_gen.verification.gradients import References
-from nsa_gen.verification.inputs import Inputs, make_indices
-from nsa_gen.verification.oracle import SINKS, argument_suffixes, reference_attention
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import References
+from nsa_gen.verification.reference.inputs import Inputs, make_indices
+from nsa_gen.verification.reference.oracle import SINKS, argument_suffixes, reference_attention
 from nsa_gen.verification.report import Row
 
 if TYPE_CHECKING:

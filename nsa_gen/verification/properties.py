@@ -18,11 +18,11 @@ from nsa_gen.verification import relations
 from nsa_gen.verification.calls import Call, arguments_of, call_package
 from nsa_gen.verification.cases import FORWARD_ONLY, Case, inputs_of
 from nsa_gen.verification.checking import bits_row, check_case, compare_result, comparison_row, written
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import truth_and_baseline
 from nsa_gen.verification.hygiene import ALLOCATOR_BYTES, GuardBands, measured, memory_bound, synchronises
-from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import argument_suffixes, padding_value
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import truth_and_baseline
+from nsa_gen.verification.reference.inputs import Inputs
+from nsa_gen.verification.reference.oracle import argument_suffixes, padding_value
 from nsa_gen.verification.report import Row
 
 if TYPE_CHECKING:

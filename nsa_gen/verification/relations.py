@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nsa_gen.verification.calls import Call
 from nsa_gen.verification.checking import COMPRESSED, compare_result, comparison_row
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import truth_and_baseline
-from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import SINKS, compressed_rows, mapped
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import truth_and_baseline
+from nsa_gen.verification.reference.inputs import Inputs
+from nsa_gen.verification.reference.oracle import SINKS, compressed_rows, mapped
 from nsa_gen.verification.report import Row
 
 BY_QUERY = ("q", "do", "gates", "indices", "counts")

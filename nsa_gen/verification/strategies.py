@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from nsa_gen.spec import Spec
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.drawing import Pick, drawn_spec
 from nsa_gen.verification.examples import drawn_case, drawn_property
+from nsa_gen.verification.reference.dense import OracleParameters
 
 try:
     from hypothesis import strategies as st

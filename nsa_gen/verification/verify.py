@@ -17,7 +17,6 @@ import torch
 from nsa_gen.lowering import lower
 from nsa_gen.verification.cases import Case, default_cases
 from nsa_gen.verification.coverage import coverage
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.examples import (
     SECONDS,
     Build,
@@ -30,6 +29,7 @@ from nsa_gen.verification.examples import (
     shrink,
 )
 from nsa_gen.verification.inference import SCENARIOS, Scenario, fixed_scenarios, scenario_of_seed
+from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.report import ExampleRecord, Reproduction, Row, VerifyReport, environment
 from nsa_gen.verification.running import CaseCheck, InProcess, Isolated, Runner, ScenarioCheck
 from nsa_gen.verification.schedules import Variation, decode_variation

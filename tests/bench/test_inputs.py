@@ -9,7 +9,7 @@ import nsa_gen
 from nsa_gen.bench.inputs import RHO, draw_inputs, selection_overlap, selection_shares
 from nsa_gen.bench.workloads import nsa_spec
 from nsa_gen.spec import Spec
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.reference.inputs import make_inputs
 
 SMALL = nsa_spec("small", 4, 2, 32, 16)
 

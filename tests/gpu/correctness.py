@@ -14,9 +14,9 @@ from nsa_gen.rendering import import_package
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
-from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
 from nsa_gen.verification.report import Row, environment
 from nsa_gen.verification.verify import verify
 from tests.gpu.common import release, save, say

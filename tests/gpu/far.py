@@ -23,9 +23,9 @@ from nsa_gen.verification import relations
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case, written
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import Inputs, make_inputs
-from nsa_gen.verification.oracle import compressed_rows
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.oracle import compressed_rows
 from nsa_gen.verification.report import Row, environment
 from tests.gpu.common import other_bits, release, save, say
 from tests.gpu.support import memory_slot, package_of, spec_of_request

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.dense import OracleParameters
 from nsa_gen.verification.examples import Example, run_example
+from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.report import Row, environment
 from tests.gpu.common import release, save, say
 from tests.gpu.support import builder, memory_slot, spec_of_request

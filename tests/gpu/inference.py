@@ -10,8 +10,8 @@ import torch
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.inference import run_scenario, scenario_of_seed
-from nsa_gen.verification.inputs import parameter_shapes
-from nsa_gen.verification.oracle import OracleParameters
+from nsa_gen.verification.reference.inputs import parameter_shapes
+from nsa_gen.verification.reference.oracle import OracleParameters
 from nsa_gen.verification.report import Row, environment, raised
 from nsa_gen.verification.verify import adapt
 from tests.gpu.common import say

@@ -12,12 +12,12 @@ from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.checking import comparison_row, drift_sources
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import Reference, reference_gradients
-from nsa_gen.verification.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import Reference, reference_gradients
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
+from nsa_gen.verification.reference.selection import NEGLIGIBLE, check_selection
+from nsa_gen.verification.reference.tolerance import FACTOR, compare, unit_roundoff
 from nsa_gen.verification.report import Row, environment
-from nsa_gen.verification.selection import NEGLIGIBLE, check_selection
-from nsa_gen.verification.tolerance import FACTOR, compare, unit_roundoff
 from tests.gpu.common import release, save, say
 from tests.gpu.correctness import not_finite
 from tests.gpu.support import memory_slot, package_of, variant

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from nsa_gen.spec import Spec
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.reference.inputs import make_inputs
 from tools.gpu import host_time
 
 SPECS = ("llama3_8b", "mha_16", "tiny")

@@ -12,8 +12,8 @@ from nsa_gen.rendering import import_package
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import written
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import make_inputs
 from nsa_gen.verification.report import Row, environment
 from tests.gpu.common import other_bits, release, save, say
 from tests.gpu.support import package_of, spec_of_request

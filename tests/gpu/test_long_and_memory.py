@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.gradients import reference_gradients
-from nsa_gen.verification.inputs import make_inputs
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.gradients import reference_gradients
+from nsa_gen.verification.reference.inputs import make_inputs
 from tests.gpu.long import check_rows
 from tests.gpu.support import variant
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_gen.rendering import generate, import_package
 from nsa_gen.spec import Spec, parse_spec
-from nsa_gen.verification.dense import OracleParameters, compress
+from nsa_gen.verification.reference.dense import OracleParameters, compress
 
 BLOCK, STRIDE, HEADS, BATCH, HIDDEN = 4, 2, 2, 2, 32
 EDGES = (0, 1, BLOCK - 1, BLOCK + 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.inputs import Inputs
+from nsa_gen.verification.reference.inputs import Inputs
 from tests.support import DEVICE, Operator, call, call_with_gradients, inputs_of, operator_of
 
 SPECS: dict[str, tuple[str, dict[str, Any]]] = {

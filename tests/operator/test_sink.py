@@ -18,10 +18,10 @@ from nsa_gen.tuning.timed import bucket_inputs, decode_inputs
 from nsa_gen.verification import Inputs
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.dense import attend
 from nsa_gen.verification.examples import Example, run_example
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
-from nsa_gen.verification.oracle import reference_attention
+from nsa_gen.verification.reference.dense import attend
+from nsa_gen.verification.reference.oracle import reference_attention
 from nsa_gen.verification.relations import padded
 from tests.support import (
     DEVICE,

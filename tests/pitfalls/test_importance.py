@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification import check_selection, reference_attention
-from nsa_gen.verification.dense import overlap_weights
+from nsa_gen.verification.reference.dense import overlap_weights
 from tests.support import DEVICE, Operator, assert_matches_oracle, call, inputs_of, operator_of
 
 RATIOS = [(16, 16, 16), (8, 4, 16), (32, 16, 64), (16, 8, 32), (4, 4, 16), (12, 4, 16), (1, 1, 16), (16, 2, 32)]

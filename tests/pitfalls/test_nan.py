@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification import OracleParameters
-from nsa_gen.verification.dense import visible_compressed, visible_selected, visible_window
+from nsa_gen.verification.reference.dense import visible_compressed, visible_selected, visible_window
 from tests.support import DEVICE, assert_matches_oracle, operator_of
 
 ROWS, TOKENS = 20, 52

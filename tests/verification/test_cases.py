@@ -10,7 +10,7 @@ import torch
 from nsa_gen.verification import OracleParameters, Row, make_inputs, reference_attention
 from nsa_gen.verification.cases import Case, default_cases
 from nsa_gen.verification.checking import check_case
-from nsa_gen.verification.inputs import KINDS, kinds_of
+from nsa_gen.verification.reference.inputs import KINDS, kinds_of
 from tests.mutants.model import SPECS, build
 from tests.mutants.table import BY_NAME
 from tests.support import DEVICE, GPU, operator_of_spec

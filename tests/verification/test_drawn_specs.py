@@ -17,8 +17,8 @@ from nsa_gen.spec import Spec
 from nsa_gen.verification import OracleParameters, assert_verified, verify
 from nsa_gen.verification.drawing import spec_of_seed
 from nsa_gen.verification.examples import drawn_case, drawn_example, parse_example
-from nsa_gen.verification.inputs import kinds_of
 from nsa_gen.verification.properties import PROPERTIES, Trial
+from nsa_gen.verification.reference.inputs import kinds_of
 from nsa_gen.verification.strategies import cases, properties, specs
 from tests.support import DEVICE, operator_of_spec, small_spec
 from tests.verification.test_verify import package

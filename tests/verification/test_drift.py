@@ -13,9 +13,9 @@ from torch import Tensor
 from nsa_gen.spec import Combine, Compression, HeadDim, Heads, Phi, Position, Spec
 from nsa_gen.verification import Comparison, Inputs, OracleParameters, Reference, compare, make_inputs
 from nsa_gen.verification.checking import compare_result
-from nsa_gen.verification.dense import gelu, round_to_tf32
-from nsa_gen.verification.gradients import reference_gradients, truth_and_baseline
-from nsa_gen.verification.rounding import chain
+from nsa_gen.verification.reference.dense import gelu, round_to_tf32
+from nsa_gen.verification.reference.gradients import reference_gradients, truth_and_baseline
+from nsa_gen.verification.reference.rounding import chain
 from tests.verification.verification_specs import spec_of
 
 UNIT = 2.0**-24

@@ -16,9 +16,9 @@ from nsa_gen.spec import Spec
 from nsa_gen.verification import hygiene
 from nsa_gen.verification.calls import arguments_of
 from nsa_gen.verification.cases import Case
-from nsa_gen.verification.dense import OracleParameters
-from nsa_gen.verification.inputs import Inputs, make_inputs
 from nsa_gen.verification.properties import PROPERTIES, Trial
+from nsa_gen.verification.reference.dense import OracleParameters
+from nsa_gen.verification.reference.inputs import Inputs, make_inputs
 from tests.support import GPU, Operator, inputs_of, operator_of, operator_of_spec
 from tests.verification.test_verify import package
 from tests.verification.verification_specs import spec_of

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa_gen import verification
-from nsa_gen.verification import Inputs, OracleParameters, make_inputs, reference_attention
-from nsa_gen.verification.dense import compress, overlap_weights, select_blocks
-from nsa_gen.verification.oracle import split_sequences
+from nsa_gen.verification import Inputs, OracleParameters, make_inputs, reference, reference_attention
+from nsa_gen.verification.reference.dense import compress, overlap_weights, select_blocks
+from nsa_gen.verification.reference.oracle import split_sequences
 from tests.verification.brute_force import assert_row
 from tests.verification.verification_specs import spec_of
 
@@ -31,15 +30,15 @@ def run(spec, inputs: Inputs, **changes):
 
 @pytest.mark.parametrize("name", INDEPENDENT)
 def test_what_is_right_shares_no_code_with_what_is_judged(name: str) -> None:
-    tree = ast.parse(Path(verification.__file__).with_name(f"{name}.py").read_text())
+    tree = ast.parse(Path(reference.__file__).with_name(f"{name}.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "nsa_gen.verification":
-            imported |= {f"nsa_gen.verification.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module == "nsa_gen.verification.reference":
+            imported |= {f"nsa_gen.verification.reference.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module))
     own = {module for module in imported if module.startswith("nsa_gen")}
-    assert own <= {f"nsa_gen.verification.{each}" for each in INDEPENDENT}
+    assert own <= {f"nsa_gen.verification.reference.{each}" for each in INDEPENDENT}
     assert {module.split(".")[0] for module in imported - own} <= {"torch", *sys.stdlib_module_names}
 
 

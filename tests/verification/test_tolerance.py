@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification import OracleParameters, Reference, compare, make_inputs, reference_gradients
-from nsa_gen.verification.tolerance import unit_roundoff
+from nsa_gen.verification.reference.tolerance import unit_roundoff
 from tests.verification.verification_specs import spec_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

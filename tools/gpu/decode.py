@@ -22,7 +22,7 @@ from nsa_gen.bench.measure import captured
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.tuning.timed import step_bytes
-from nsa_gen.verification.oracle import OracleParameters
+from nsa_gen.verification.reference.oracle import OracleParameters
 from nsa_gen.verification.report import environment
 from tests.gpu.common import say
 from tests.gpu.inference import CHUNK, new_tokens, queries

@@ -33,7 +33,7 @@ sys.path.insert(0, str(PROJECT))
 from nsa_gen.rendering import generate, import_package  # noqa: E402
 from nsa_gen.spec import Spec, load_spec  # noqa: E402
 from nsa_gen.verification.calls import arguments_of  # noqa: E402
-from nsa_gen.verification.inputs import make_inputs  # noqa: E402
+from nsa_gen.verification.reference.inputs import make_inputs  # noqa: E402
 from tools.gpu.no_device import no_device  # noqa: E402
 
 BURST, BURSTS = 20, 25

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsa_gen.verification.dense import (
+from nsa_gen.verification.reference.dense import (
     OracleParameters,
     attend,
     block_fingerprint,

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.dense import OracleParameters
+from nsa_gen.verification.reference.dense import OracleParameters
 
 NEGLIGIBLE = 1e-6
 """Importance (a probability summed over the group) below which a relative error says nothing."""

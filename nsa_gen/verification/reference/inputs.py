@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.dense import OracleParameters, exact_dtype
-from nsa_gen.verification.oracle import SINKS, argument_suffixes, mapped
+from nsa_gen.verification.reference.dense import OracleParameters, exact_dtype
+from nsa_gen.verification.reference.oracle import SINKS, argument_suffixes, mapped
 
 Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "late", "abyss", "ties", "counts", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nsa_gen.verification import rounding
-from nsa_gen.verification.dense import OracleParameters, compress, exact_dtype
-from nsa_gen.verification.inputs import Inputs
-from nsa_gen.verification.oracle import (
+from nsa_gen.verification.reference import rounding
+from nsa_gen.verification.reference.dense import OracleParameters, compress, exact_dtype
+from nsa_gen.verification.reference.inputs import Inputs
+from nsa_gen.verification.reference.oracle import (
     SCORE_BYTES,
     SINKS,
     OracleResult,
@@ -30,7 +30,7 @@ from nsa_gen.verification.oracle import (
     split_sequences,
     take_rows,
 )
-from nsa_gen.verification.tolerance import unit_roundoff
+from nsa_gen.verification.reference.tolerance import unit_roundoff
 
 Choice = tuple[Tensor | None, Tensor | None]
 """Indices and counts, None where the oracle chooses or nothing is chosen."""

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_gen.verification.dense import OracleParameters, attend, compress, gelu
-from nsa_gen.verification.oracle import Pair, Sequence, branch_mask, gate_values
+from nsa_gen.verification.reference.dense import OracleParameters, attend, compress, gelu
+from nsa_gen.verification.reference.oracle import Pair, Sequence, branch_mask, gate_values
 
 ROUNDOFF = 2.0**-24
 """Float32's."""
