@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nsa_gen.spec import load_spec, parse_spec
 from nsa_gen.tuning import dry_run, tune
-from nsa_gen.tuning.report import TuneReport
+from nsa_gen.tuning.run import TuneReport
 
 WINDOW = """
 version: 1

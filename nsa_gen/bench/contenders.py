@@ -81,8 +81,7 @@ class Operator(Contender):
         self._package = package
 
     def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
-        positional, arguments = arguments_of(self._package, inputs.replace_differentiable(leaves))
+        leaves, positional, arguments = arguments_of(self._package, inputs, True)
         attend: Callable[..., Any] = self._package.nsa_attention
         return Prepared(lambda: attend(*positional, **arguments), tuple(leaves.values()), inputs.do)
 

@@ -206,7 +206,7 @@ def _selected(package: Any, inputs: Inputs) -> torch.Tensor | None:
     """The blocks that our operator chooses, (1, T, Hkv, n) int32; None without a choice of its own."""
     if inputs.indices is not None:
         return None
-    positional, arguments = arguments_of(package, inputs)
+    _, positional, arguments = arguments_of(package, inputs, False)
     with torch.no_grad():
         _, aux = package.nsa_attention(*positional, **arguments, return_aux=True)
     return getattr(aux, "indices", None)

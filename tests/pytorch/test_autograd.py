@@ -139,7 +139,7 @@ def test_branches_computed_anew_give_the_same_bits_and_keep_none_of_what_the_doc
     found = gradients(op, lambda *x: op.nsa_attention(*x, recompute=recompute))
     assert same(found, gradients(op, op.nsa_attention))
     text = " ".join(op.nsa_attention.__doc__.split())
-    _, *outputs = op.registration.operator("attention")(*drawn(op), None, 64, "")
+    _, *outputs = op.registration.operator("attention")(*drawn(op), None, None, None, 64, "")
     sizes = {name: x.numel() * x.element_size() for name, x in zip(op.ops.ATTENTION.outputs[1:], outputs, strict=True)}
     dropped = [name for branch in recompute for name in text.split(f"for {branch}: ")[1].split(";")[0].split(", ")]
     assert len(dropped) >= 2 * len(recompute) and not {"indices", "counts"} & set(dropped)

@@ -64,7 +64,7 @@ def counted(module: ModuleType) -> Iterator[list[str]]:
 def calls(module: ModuleType, spec: Spec, tokens: int, device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """A forward without gradients, one with, and a forward with its backward; each returns what it computed."""
     inputs = make_inputs(spec, tokens=tokens, batch=1, dtype=getattr(torch, spec.dtype), device=torch.device(device))
-    positional, named = arguments_of(module, inputs)
+    _, positional, named = arguments_of(module, inputs, False)
     given = {name: x for name, x in zip(("q", "k", "v"), positional, strict=True) if x is not None} | named
     plain = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     leaves = {name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in plain.items()}
