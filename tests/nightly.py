@@ -37,8 +37,8 @@ KEPT = {
         "test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuration_is_within": 12,
     },
     "tests/mutants/test_mutants.py": {
-        "test_a_package_with_a_mistake_fails_its_check": 40,
-        "test_the_package_without_a_mistake_passes_the_same_check": 15,
+        "test_a_package_with_a_mistake_fails_its_check": 30,
+        "test_the_package_without_a_mistake_passes_the_same_check": 10,
     },
     "tests/operator/test_hopper.py": {
         "test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinary_ones_too": 0,
@@ -53,6 +53,11 @@ KEPT = {
     "tests/operator/test_mean_scores.py": {
         "test_more_slots_than_a_thread_sorts_are_filled_with_scores_of_either_sign": 0,
         "test_with_other_branches_everything_is_the_oracles": 4,
+    },
+    "tests/operator/test_replay.py": {
+        "test_the_operators_own_choice_gives_the_same_bits_again": 5,
+        "test_another_choice_is_what_a_spec_with_given_indices_makes_of_it": 2,
+        "test_nothing_is_chosen_anew": 2,
     },
     "tests/operator/test_sink.py": {
         "test_an_operator_with_a_sink_has_the_properties_of_any": 6,
