@@ -11,11 +11,15 @@ import pytest
 #: Tests, and how many of their cases, spread evenly, stay in every run. What is quick, or finds most, is not here.
 KEPT = {
     "tests/bench/test_session.py": {
+        "test_a_contender_that_hangs_is_ended_after_its_silence": 0,
         "test_a_contender_that_died_is_not_tried_again_at_that_length_or_a_longer_one": 0,
         "test_two_contenders_that_die_in_one_task_are_both_left_out": 0,
     },
     "tests/cli/test_verify.py": {
         "test_examples_are_drawn_from_their_seeds_and_one_of_them_is_repeated_by_its_words": 0,
+    },
+    "tests/gpu/test_checks.py": {
+        "test_a_soak_reports_a_failure_with_its_spec_and_goes_on": 0,
     },
     "tests/gpu/test_hopper_check.py": {
         "test_equal_gradients_have_no_fault_with_a_gate_or_without": 2,
@@ -105,6 +109,9 @@ KEPT = {
     "tests/test_loading.py": {
         "test_a_package_that_was_partly_cleared_from_the_cache_is_generated_again": 0,
     },
+    "tests/tools/test_context_parallel.py": {
+        "test_it_measures_and_compares_ranks_with_one_process": 0,
+    },
     "tests/tools/test_freeze.py": {
         "test_a_kernel_that_differs_is_named_and_the_exit_status_says_so": 0,
         "test_a_record_of_the_same_sources_compares_equal": 0,
@@ -114,7 +121,7 @@ KEPT = {
         "test_two_tuners_on_one_cache_both_come_to_an_end": 0,
     },
     "tests/verification/test_cases.py": {
-        "test_a_subtle_mistake_is_caught_by_the_default_cases": 2,
+        "test_a_subtle_mistake_is_caught_by_the_default_cases": 0,
     },
     "tests/verification/test_memory.py": {
         "test_generated_packages_allocate_no_more_than_the_bound": 6,
