@@ -303,7 +303,8 @@ def main() -> int:
     every = [row for of_spec in kernels.values() for rows in of_spec.values() for row in rows.values()]
     compared = sorted({target for of_spec in kernels.values() for target in of_spec})
     with_resources = any(row[1] is not None for row in every)
-    record = freeze(sorted({*kernels, *bits_before}), compared, before, with_resources, parts, jobs)
+    held = [part for part, of_file in (("kernels", kernels), ("bits", bits_before)) if of_file]
+    record = freeze(sorted({*kernels, *bits_before}), compared, before, with_resources, held, jobs)
     found = differences({"kernels": kernels, "bits": bits_before}, {name: record[name] for name in ("kernels", "bits")})
     print("\n".join(found) if found else "nothing differs")
     return 1 if found else 0

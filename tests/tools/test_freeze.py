@@ -36,7 +36,7 @@ def edited(file: Path, change: Any) -> Path:
 
 
 def test_a_record_of_the_same_sources_compares_equal(recorded: Path) -> None:
-    done = run("compare", str(recorded), "--parts", "kernels", "--jobs", "1")
+    done = run("compare", str(recorded), "--jobs", "1")  # bits were not recorded, so they are not compared
     assert (done.returncode, done.stdout) == (0, "nothing differs\n"), done.stderr
 
 
