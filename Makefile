@@ -6,7 +6,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format generate check-generated check-schema pytest nightly compile-versions docs clean distclean
+.PHONY: help install demo test lint format generate check-generated check-schema pytest nightly compile-all compile-versions docs clean distclean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,9 @@ STAMP := $(VENV)/.installed
 SPECS := $(wildcard specs/*.yaml)
 PYTEST_ARGS ?= -n 2 --dist worksteal -q
 # The oldest Triton supported and the newest there is; the tests run on the one in between.
-TRITONS := $(VENV)/triton-3.6.0 $(VENV)/triton-3.9.0
+NEWEST_TRITON := $(VENV)/triton-3.9.0
+TRITONS := $(VENV)/triton-3.6.0 $(NEWEST_TRITON)
+ARCHITECTURES := sm_80,sm_90,sm_100,sm_103,sm_120,gfx942,gfx950
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -50,8 +52,11 @@ check-schema: $(STAMP) ## Check that the JSON Schema is what the models say
 pytest: $(STAMP) ## Run the tests alone (PYTEST_ARGS="-k window")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-nightly: $(STAMP) ## Run the tests that a run of all leaves out (tests/nightly.py)
+nightly: compile-all ## Run the tests that a run of all leaves out (tests/nightly.py), and compile-all
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m nightly
+
+compile-all: $(STAMP) $(NEWEST_TRITON) ## Compile every shipped spec for every kind of architecture with the newest Triton
+	$(BIN)/nsa-gen compile $(SPECS) --triton $(NEWEST_TRITON) --calls batched --target $(ARCHITECTURES)
 
 $(TRITONS): $(VENV)/triton-%: | $(STAMP)
 	rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
