@@ -82,10 +82,10 @@ def test_the_table_of_gpus_has_every_architecture_of_the_hardware_table():
     names = " ".join(row[0] for row in rows)
     for gpu in GPUS:
         assert re.search(rf"\b{gpu.product}\b", names), gpu.product
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    compiled = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ncompile-versions:")[2].partition("\n\n")[0]
     for row in rows:
         for target in re.findall(r"\b(?:sm_\d+|gfx\w+)\b", row[1]):
-            assert ("make test" in row[3]) == (target in makefile), target
+            assert ("make test" in row[3]) == (target in compiled), target
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/results/README.md"])
