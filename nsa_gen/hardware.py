@@ -11,7 +11,7 @@ the time, never a prediction.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Backend = Literal["cuda", "hip"]
 TENSOR_MEMORY_COLUMNS = 512
@@ -212,3 +212,8 @@ def gpu_for_device(device_name: str) -> Gpu | None:
         if candidate.product.lower() in name:
             return candidate
     return None
+
+
+def target_of(properties: Any, *, hip: bool) -> str:
+    """The architecture of a device by what `torch.cuda.get_device_properties` says; `hip`: torch is built for ROCm."""
+    return properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"

@@ -146,7 +146,7 @@ def _verdict(verdict: Verdict) -> list[Text]:
 
 def _device(name: str | None) -> Device:
     """The GPU of a name, or this machine's."""
-    from nsa_gen.hardware import UnknownGpuError, find_gpu, gpu_for_device
+    from nsa_gen.hardware import UnknownGpuError, find_gpu, gpu_for_device, target_of
     from nsa_gen.tuning.store import Device
 
     if name is not None:
@@ -162,8 +162,7 @@ def _device(name: str | None) -> Device:
     import triton
 
     facts = torch.cuda.get_device_properties(0)
-    hip = torch.version.hip is not None
-    architecture = facts.gcnArchName.split(":")[0] if hip else f"sm_{facts.major}{facts.minor}"
+    architecture = target_of(facts, hip=bool(torch.version.hip))
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     return Device(facts.name, facts.multi_processor_count, architecture, **versions)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsa_gen.cli.common import JsonOption, print_json, stop
+from nsa_gen.cli.env import is_interpreting, nvidia_driver, triton_cache
 
 Status = Literal["ok", "note", "fault"]
 
@@ -153,7 +154,7 @@ def _package(name: str, problem: str) -> Check:
 
 def _gpu(torch: Any) -> list[Check]:
     """GPUs as torch sees them, and the driver as the machine has it."""
-    driver = _nvidia_driver()
+    driver = nvidia_driver()
     if torch is None:
         return [Check("gpu", "note", "unknown: torch cannot be asked", "mend torch first")]
     if not torch.cuda.is_available():
@@ -179,10 +180,10 @@ def _gpu(torch: Any) -> list[Check]:
 
 
 def _device(torch: Any, index: int) -> Check:
-    from nsa_gen.hardware import TARGETS
+    from nsa_gen.hardware import TARGETS, target_of
 
     facts = torch.cuda.get_device_properties(index)
-    target = facts.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{facts.major}{facts.minor}"
+    target = target_of(facts, hip=bool(torch.version.hip))
     found = f"{facts.name}, {target}, {facts.total_memory / 2**30:.0f} GiB"
     if target in TARGETS:
         return Check(f"gpu {index}", "ok", found)
@@ -201,23 +202,16 @@ def _answer(torch: Any) -> Check:
     return Check("gpu computes", "ok" if two == 2 else "fault", f"1 + 1 = {two:g}")
 
 
-def _nvidia_driver() -> str | None:
-    from nsa_gen.cli.env import _nvidia_driver as driver
-
-    return driver()
-
-
 def _interpreter(torch: Any) -> list[Check]:
     """TRITON_INTERPRET beside what there is."""
-    value = os.environ.get("TRITON_INTERPRET", "")
-    on, has_gpu = value not in ("", "0"), torch is not None and torch.cuda.is_available()
+    on, has_gpu = is_interpreting(), torch is not None and torch.cuda.is_available()
     found = [Check("interpreter", "ok", "on, by TRITON_INTERPRET" if on else "off")]
     if on and has_gpu:
         found = [
             Check(
                 "interpreter",
                 "note",
-                f"on: TRITON_INTERPRET={value}, so kernels run on the CPU",
+                f"on: TRITON_INTERPRET={os.environ['TRITON_INTERPRET']}, so kernels run on the CPU",
                 "unset TRITON_INTERPRET",
             )
         ]
@@ -281,12 +275,10 @@ def _output(*command: str) -> str:
 def _folders() -> list[Check]:
     """Folders that are written to, and those that nsa-gen reads its templates and specs from."""
     from nsa_gen._resources import CACHE_VARIABLE, cache_dir, specs_dir, templates_dir
-    from nsa_gen.cli.env import _triton_home
 
-    triton = Path(os.environ.get("TRITON_CACHE_DIR") or _triton_home() / "cache")
     found = [
         _writable("cache", cache_dir(), CACHE_VARIABLE),
-        _writable("triton's cache", triton, "TRITON_CACHE_DIR"),
+        _writable("triton's cache", triton_cache(), "TRITON_CACHE_DIR"),
     ]
     for name, where in (("templates", templates_dir), ("specs", specs_dir)):
         found.append(_there(name, where))

@@ -46,18 +46,24 @@ def environment() -> dict[str, Any]:
         "torch": _installed_version("torch"),
         "triton": _installed_version("triton"),
         **_accelerators(),
-        "driver": _nvidia_driver(),
-        "interpreter": "on (TRITON_INTERPRET)" if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") else "off",
+        "driver": nvidia_driver(),
+        "interpreter": "on (TRITON_INTERPRET)" if is_interpreting() else "off",
         "templates": str(templates_dir()),
         "specs": str(specs_dir()),
         "cache": str(cache_dir()),
-        "triton_cache": os.environ.get("TRITON_CACHE_DIR") or str(_triton_home() / "cache"),
+        "triton_cache": str(triton_cache()),
     }
 
 
-def _triton_home() -> Path:
-    """The folder triton keeps its cache in, as triton itself decides it."""
-    return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton"
+def is_interpreting() -> bool:
+    """Whether TRITON_INTERPRET has kernels run on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def triton_cache() -> Path:
+    """The folder triton keeps machine code in, as triton itself decides it."""
+    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
 
 def _installed_version(package: str) -> str | None:
@@ -87,7 +93,7 @@ def _accelerators() -> dict[str, Any]:
     return {"cuda": torch.version.cuda, "rocm": torch.version.hip, "gpus": gpus}
 
 
-def _nvidia_driver() -> str | None:
+def nvidia_driver() -> str | None:
     """The NVIDIA driver's version, or None where nvidia-smi is absent or does not answer."""
     if shutil.which("nvidia-smi") is None:
         return None

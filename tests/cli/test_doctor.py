@@ -71,7 +71,7 @@ def test_the_versions_it_asks_for_are_those_of_the_project():
     ],
 )
 def test_what_torch_sees_is_held_against_the_driver(monkeypatch, torch, driver, status, words):
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: driver)
     (check,) = doctor._gpu(torch)
     assert check.status == status and words in check.found and check.mend
 
@@ -86,7 +86,7 @@ def test_gpus_are_named_with_their_architecture_and_asked_to_compute(monkeypatch
             return SimpleNamespace(item=lambda: 2.0)
 
     torch.ones = lambda *arguments, **options: Sum()
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: "580.1")
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: "580.1")
     first, second, driver, computes = doctor._gpu(torch)
     assert (first.status, second.status, driver.status, computes.status) == ("ok", "note", "ok", "ok")
     assert "sm_90" in first.found and "sm_990" in second.found
