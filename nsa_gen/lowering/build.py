@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
-from nsa_gen.lowering import banded, hopper_backward, space
+from nsa_gen.lowering import banded, hopper_backward, selected, space
 from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
@@ -16,8 +16,6 @@ from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
 from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.plan import INTERPRETER, Argument, Config, Kernel, Output, Plan
-from nsa_gen.lowering.selected import choose_schedule
-from nsa_gen.lowering.selected import decisions as selected_decisions
 from nsa_gen.lowering.steps import build_steps, upkeep
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
@@ -60,7 +58,7 @@ def lower(spec: Spec) -> Plan:
         arguments=arguments,
         outputs=outputs,
         kernels=kernels,
-        decisions=(*banded.decisions(spec), *selected_decisions(spec), *hopper_backward.decisions(spec)),
+        decisions=(*banded.decisions(spec), *selected.decisions(spec), *hopper_backward.decisions(spec)),
         sizes=sizes,
         defaults=_defaults(spec, kernels, sizes),
     )
@@ -129,7 +127,7 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
     if spec.selection:
         for target, configs in table.items():
             gpu = None if target == INTERPRETER else gpu_for_target(target)
-            configs["selected_attention"] = choose_schedule(spec, kernels, sizes, configs, gpu)
+            configs["selected_attention"] = selected.choose_schedule(spec, kernels, sizes, configs, gpu)
     for target, configs in table.items():
         configs |= hopper_backward.choose(spec, target)
     return table | {target: table[shared] for target, shared in SHARED_TABLES.items()}

@@ -33,6 +33,7 @@ class InferencePlan:
         v: HeadDim
         overlap: Overlap | None
         compressed: Step | None
+        selected: Step | None
         compresses: bool
         external: bool
         selects: bool
@@ -79,7 +80,7 @@ class InferencePlan:
     def free_blocks(self) -> int:
         """Slots of a list that blocks win by their importance."""
         select = self.step("select")
-        return select.size("FREE") if select else 0
+        return select.size("COUNT") - select.size("INITIAL") - select.size("LOCAL") if select else 0
 
     @property
     def decode_selects(self) -> bool:
@@ -122,9 +123,8 @@ class InferencePlan:
     @property
     def list_slots(self) -> int:
         """Slots of a list, padded to a power of two."""
-        selected = self.step("attend", "slc")
-        assert selected is not None
-        return power_of_two(selected.size("COUNT"))
+        assert self.selected is not None
+        return power_of_two(self.selected.size("COUNT"))
 
     @property
     def before_keys(self) -> int:

@@ -459,14 +459,6 @@ class Plan(InferencePlan):
         return tuple((f"d{name}", widths[name.partition("_")[0]]) for name in names)
 
     @property
-    def padding_constants(self) -> list[str]:
-        """Constants that the widths of padded rows are made of."""
-        widths = [width for _, width, _ in self.padded_outputs]
-        if self.backward:
-            widths += [width for _, width in self.padded_gradients]
-        return sorted({part for width in widths for part in width.split(" * ") if not part.isdigit()})
-
-    @property
     def saved_outputs(self) -> tuple[Output, ...]:
         """Outputs of the forward that the backward reads."""
         unused = {"o"} if self.combined else set()

@@ -165,7 +165,7 @@ def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
     scorer = _score_means(spec, present) if selection.scores == "mean" else _score_compressed(block, present)
     count = {
         "COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local,
-        "FREE": selection.count - selection.initial - selection.local, "MEAN_SCORES": int(selection.scores == "mean"),
+        "MEAN_SCORES": int(selection.scores == "mean"),
     }  # fmt: skip
     decode = _decoding(("decode_select",), present)
     select = Step(
