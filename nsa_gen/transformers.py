@@ -189,12 +189,9 @@ class _Padding:
 
     def of(self, mask: Tensor | None, batch: int, tokens: int) -> _Rows:
         """The tokens that a mask (1 or B, 1, T, T) leaves; the values are waited for, once in a forward."""
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[0] not in (1, batch):
+        if not isinstance(mask, Tensor) or mask.shape not in {(each, 1, tokens, tokens) for each in (1, batch)}:
             shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask: expected (1 or B, 1, T, T) for B={batch}, T={tokens}, got {shown}")
-        if mask.shape[1:] != (1, tokens, tokens):
-            wanted = f"(1 or B, 1, T, T) for B={batch}, T={tokens}"
-            raise ValueError(f"attention_mask: expected {wanted}, got {tuple(mask.shape)}")
         version = 0 if mask.is_inference() else mask._version
         if self._last is not None and self._last[0]() is mask and self._last[1] == version:
             return self._last[2]
