@@ -1,4 +1,4 @@
-"""What a run of the whole suite leaves to the nightly one, which takes as long again.
+"""What a run of the whole suite leaves to the nightly one.
 
 `pytest` without a selection runs the rest; `make nightly`, which is `pytest -m nightly`, runs these. A run of a folder,
 a file or a name runs everything that it names.
