@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from nsa_gen.distributed import ContextParallel
 from nsa_gen.distributed.sharding import Shards
 from tests.distributed.worker import CASES
+from tests.ranks import run_ranks
 from tests.support import GPU, operator_of
 
-WORKER = Path(__file__).with_name("worker.py")
 WORLD = 4
 
 pytestmark = [
@@ -33,27 +30,9 @@ pytestmark = [
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """By case, what each of its ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.worker", str(rank), str(WORLD), str(folder)],
-            stdout=(folder / f"{rank}.out").open("w"),
-            stderr=(folder / f"{rank}.err").open("w"),
-            cwd=WORKER.parents[2],
-            env=environment,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [worker.wait(timeout=400) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    errors = [(folder / f"{rank}.err").read_text()[-3000:] for rank in range(WORLD)]
-    assert codes == [0] * WORLD, "\n".join(errors)
     found: dict[str, list[dict[str, float]]] = {}
-    for rank in range(WORLD):
-        for line in (folder / f"{rank}.out").read_text().splitlines():
+    for printed in run_ranks(WORLD, folder, ["-m", "tests.distributed.worker"], str(folder), timeout=400):
+        for line in printed.splitlines():
             told = json.loads(line)
             found.setdefault(told["case"], []).append(told["errors"])
     return found

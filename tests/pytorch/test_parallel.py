@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed
 
+from tests.ranks import run_ranks
 from tests.support import GPU, operator_of
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -21,23 +19,8 @@ WORLD = 2
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_a_step_of_two_ranks_is_the_step_on_both_batches_wrapped_either_way(tmp_path: Path) -> None:
     folder = operator_of("cmp win", phi="weighted").folder
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(WORLD), str(tmp_path / "meeting"), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        ended = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * WORLD, ended[0][1][-3000:] + ended[1][1][-3000:]
-    for out, _ in ended:
+    more = str(tmp_path / "meeting"), str(folder)
+    for out in run_ranks(WORLD, tmp_path, [str(WORKER)], *more, timeout=120):
         for kind, found in json.loads(out.strip().splitlines()[-1]).items():
             assert found["error"] < 1e-5 < 1e-2 < found["moved"], kind
             assert found["sharded"] == (found["parameters"] if kind == "fsdp" else 0), kind
