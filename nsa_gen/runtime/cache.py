@@ -18,14 +18,13 @@ class Cache:
     """The tensors of a cache, the host's books of it, and the lengths on the device; see a package's `NSACache`.
 
     A package's own are `write`, which names what new tokens have, and what follows here: checks, operators, most tokens
-    that one call decodes, what addresses rows, the tensors of a layer and its type, what makes the workspace of decode,
-    and the width of an mlp's hidden rows with how many of them new tokens may have.
+    that one call decodes, the tensors of a layer and its type, what makes the workspace of decode, and the width of an
+    mlp's hidden rows with how many of them new tokens may have.
     """
 
     _checks: Arguments
     _operator: Callable[[str], Callable]
     _most_tokens: int
-    _layout: Callable[..., Layout]
     _kept: Mapping[str, Kept]
     _layer_type: Callable[..., tuple[torch.Tensor, ...]]
     _new_workspace: Callable[[Layout, int, torch.device], Any]
@@ -62,7 +61,7 @@ class Cache:
                 check_whole("pages", pages, 1, 2**31 - 1)
             self._pages = Pages(batch, page_size, batch * width if pages is None else pages, width)
             table = torch.full((batch, width), -1, dtype=torch.int32, device=device)
-        self.layout = self._layout(batch, capacity, page_size or 0, table)
+        self.layout = Layout(batch, capacity, page_size or 0, table)
         self.max_new_tokens = max_new_tokens
         self.device = device
         self._allocate(layers, None if self._pages is None else self._pages.free)
@@ -83,16 +82,13 @@ class Cache:
         """Make the tensors of the layers, and what decode works in; `pages` is None for a contiguous cache."""
         layout, sizes = self.layout, self._checks.sizes
 
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=self._checks.dtype, device=self.device)
+        def zeros(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype or self._checks.dtype, device=self.device)
 
-        def rows(kept: Kept) -> tuple[int, int]:
-            if pages is None:
-                return layout.batch, layout.compressed_capacity if kept.compressed else layout.capacity
-            return pages, layout.blocks_per_page if kept.compressed else layout.page_size
-
-        shapes = [(*rows(kept), sizes["Hkv"], sizes[kept.dim]) for kept in self._kept.values()]
-        self.layers = tuple(self._layer_type(*(zeros(*shape) for shape in shapes)) for _ in range(layers))
+        kept = [(each, (*layout.rows(each, pages), sizes["Hkv"], sizes[each.dim])) for each in self._kept.values()]
+        self.layers = tuple(
+            self._layer_type(*(zeros(*shape, dtype=each.dtype) for each, shape in kept)) for _ in range(layers)
+        )
         self._hidden: torch.Tensor | None = None
         if self._hidden_rows is not None:
             width, most = self._hidden_rows
@@ -174,11 +170,11 @@ class Cache:
             check_kind(name, tensor, "a tensor (B, N, Hkv, D)")
             if tensor.dim() != 4:
                 raise ValueError(f"{name}: expected a tensor (B, N, Hkv, D), got shape {tuple(tensor.shape)}")
-            rows = new["k_cmp" if self._kept[name].compressed else first].shape[1]
+            rows = new["k_cmp" if self._kept[name].blocks else first].shape[1]
             shape = (self.layout.batch, rows, sizes["Hkv"], sizes[self._kept[name].dim])
             new[name] = self._checks.check_tensor(name, tensor, ("B", "N", "Hkv", "D"), shape, device=self.device)
         rows, most = new[first].shape[1], max(self._new)
-        if most > rows and not self._kept[first].compressed:
+        if most > rows and not self._kept[first].blocks:
             raise ValueError(f"{first}: expected at least the {most} tokens that `extend` made room for, got {rows}")
         learned = self._checks.check_parameters(parameters, new[first]) if self._checks.parameters else ()
         with torch.no_grad():

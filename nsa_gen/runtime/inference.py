@@ -43,7 +43,7 @@ class Inference:
         kept: the tensors of a layer of the cache, by name, in order.
         written: names of those that a caller brings for new tokens.
         outputs: what a call finds, o first, and what a row holds that sees nothing.
-        layout, layer, workspace: types of the package, made of what operators are given of them.
+        layer, workspace: types of the package, made of what operators are given of them.
         parameters: the type of phi's parameters, None if it has none.
         sinks: names of logits (Hq,) float32 of each head, which calls bring behind their other arguments.
         gated: whether calls have gates.
@@ -60,7 +60,6 @@ class Inference:
         kept: Mapping[str, Kept],
         written: tuple[str, ...],
         outputs: tuple[tuple[Output, float], ...],
-        layout: Callable[..., Layout],
         layer: Callable[..., Any],
         workspace: Callable[..., Any],
         parameters: Callable[..., Any] | None = None,
@@ -70,7 +69,7 @@ class Inference:
     ) -> None:
         self._library, self._serving, self._checks, self.launches = library, serving, checks, launches
         self._kept, self._written, self._outputs = kept, written, outputs
-        self._layout, self._layer, self._workspace, self._parameters = layout, layer, workspace, parameters
+        self._layer, self._workspace, self._parameters = layer, workspace, parameters
         self._sinks, self._gated, self._given_lists = sinks, gated, given_lists
         register = library.register_in_place
         weights = ", ".join(["Tensor? gates", *(f"Tensor {name}" for name in sinks)])
@@ -154,7 +153,7 @@ class Inference:
         return [output.allocate(q, sizes.__getitem__) for output, _ in self._outputs]
 
     def _layout_at(self, lengths: torch.Tensor, table: torch.Tensor | None, capacity: int, page_size: int) -> Layout:
-        return self._layout(lengths.shape[0], capacity, page_size, table)
+        return Layout(lengths.shape[0], capacity, page_size, table)
 
     # The public functions
 
@@ -268,15 +267,10 @@ class Inference:
         """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""
         layout, tensors = cache.layout, list(zip(self._kept.values(), cache._layer(layer), strict=True))
         if layout.table is None:
-            blocks = layout.blocks_of(tokens)
-            return [tensor[first:end, : blocks if kept.compressed else tokens] for kept, tensor in tensors]
-        index = {
-            compressed: layout.compressed_index(first, end, layout.blocks_of(tokens))
-            if compressed
-            else layout.token_index(first, end, tokens)
-            for compressed in {kept.compressed for kept in self._kept.values()}
-        }
-        return [tensor.flatten(0, 1)[index[kept.compressed]] for kept, tensor in tensors]
+            return [x[first:end, : kept.blocks.of(tokens) if kept.blocks else tokens] for kept, x in tensors]
+        kinds = {kept.blocks for kept in self._kept.values()}
+        index = {blocks: layout.index(blocks, first, end, tokens) for blocks in kinds}
+        return [tensor.flatten(0, 1)[index[kept.blocks]] for kept, tensor in tensors]
 
     def _padded(self, q: torch.Tensor, runs: list[Run], parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """The outputs of all runs in rows of the batch; the others hold what a query has that sees nothing."""

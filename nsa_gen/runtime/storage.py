@@ -2,8 +2,8 @@
 """Where a cache keeps its tokens and compressed blocks, and how a kernel finds them.
 
 Laid flat, every tensor of a cache is (rows, KV heads, D). Contiguous, sequence b owns `capacity` rows of tokens; paged,
-it owns pages of PAGE_SIZE rows that a table names. A compressed block lies in the page of its last token: what a full
-page holds depends on no later token, so sequences with a common beginning share whole pages.
+it owns pages of PAGE_SIZE rows that a table names. A block lies in the page of its last token: what a full page holds
+depends on no later token, so sequences with a common beginning share whole pages.
 """
 
 from typing import NamedTuple
@@ -27,6 +27,29 @@ def token_rows(table_ptr, table_width, capacity, batch, positions, valid, PAGE_S
 
 
 @triton.jit
+def block_rows(
+    table_ptr,
+    table_width,
+    capacity,
+    batch,
+    blocks,
+    valid,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Rows (int64) of blocks of BLOCK tokens, one every STRIDE, of one sequence; it owns `capacity` if contiguous."""
+    if PAGE_SIZE == 0:
+        return tl.cast(batch, tl.int64) * capacity + blocks
+    else:
+        BLOCKS_PER_PAGE: tl.constexpr = (PAGE_SIZE + STRIDE - 1) // STRIDE
+        last = blocks * STRIDE + BLOCK - 1
+        entries = table_ptr + tl.cast(batch, tl.int64) * table_width
+        pages = tl.load(entries + last // PAGE_SIZE, mask=valid, other=0)
+        return pages.to(tl.int64) * BLOCKS_PER_PAGE + last % PAGE_SIZE // STRIDE
+
+
+@triton.jit
 def locate_new_tokens(starts_ptr, lengths_ptr, batch, tokens):
     """Position of the first of `tokens` queries of a sequence, and how many there are: those of its new tokens.
 
@@ -37,55 +60,61 @@ def locate_new_tokens(starts_ptr, lengths_ptr, batch, tokens):
     return first_position, length - first_position
 
 
+class Blocks(NamedTuple):
+    """Blocks of a sequence's tokens: `size` tokens each, one every `stride` tokens."""
+
+    size: int
+    stride: int
+
+    def of(self, tokens: int) -> int:
+        """Complete blocks of so many tokens."""
+        return max(0, (tokens - self.size) // self.stride + 1)
+
+
 class Kept(NamedTuple):
-    """A tensor of a layer: what its head dim is called, Dk or Dv, and whether its rows are compressed blocks."""
+    """A tensor of a layer: the name of its head dim, Dk or Dv, its blocks where a row is a block, and its dtype.
+
+    `blocks` is None where a row is a token, `dtype` where it is the package's.
+    """
 
     dim: str
-    compressed: bool = False
+    blocks: Blocks | None = None
+    dtype: torch.dtype | None = None
 
 
 class Layout(NamedTuple):
     """How rows are addressed: tokens a sequence may have, the table of pages (B, width) int32 or None, a page's tokens.
 
-    `page_size` is 0 for a contiguous cache. A compressed block is `block` tokens, and begins every `stride` tokens.
+    `page_size` is 0 for a contiguous cache.
     """
 
     batch: int
     capacity: int
     page_size: int
     table: torch.Tensor | None
-    block: int = 1
-    stride: int = 1
 
-    @property
-    def compressed_capacity(self) -> int:
-        """Compressed blocks that a sequence of `capacity` tokens has; at least one row is kept."""
-        return max(1, self.blocks_of(self.capacity))
+    def rows(self, kept: Kept, pages: int | None) -> tuple[int, int]:
+        """The first two dims of a tensor: sequences and rows of each or, with `pages`, pages and rows of each."""
+        if pages is None:
+            return self.batch, self.capacity_of(kept.blocks) if kept.blocks else self.capacity
+        return pages, cdiv(self.page_size, kept.blocks.stride) if kept.blocks else self.page_size
 
-    @property
-    def blocks_per_page(self) -> int:
-        """Compressed blocks that may end in one page."""
-        return cdiv(self.page_size, self.stride)
+    def capacity_of(self, blocks: Blocks) -> int:
+        """Rows of blocks that a contiguous cache keeps of a sequence; at least one."""
+        return max(1, blocks.of(self.capacity))
 
     @property
     def table_width(self) -> int:
         """Pages that a sequence may have."""
         return 0 if self.table is None else self.table.shape[1]
 
-    def blocks_of(self, tokens: int) -> int:
-        """Complete compressed blocks of so many tokens."""
-        return max(0, (tokens - self.block) // self.stride + 1)
+    def index(self, blocks: Blocks | None, first: int, end: int, tokens: int) -> torch.Tensor:
+        """Rows (sequences, n) int64 of the first tokens, or of their complete blocks, of sequences first .. end.
 
-    def token_index(self, first: int, end: int, tokens: int) -> torch.Tensor:
-        """Rows (sequences, tokens) int64 of the first tokens of sequences first .. end, as `token_rows` finds them."""
+        They are where `token_rows` and `block_rows` find them.
+        """
         assert self.table is not None
-        positions = torch.arange(tokens, device=self.table.device)
-        pages = self.table[first:end].long()[:, positions // self.page_size]
-        return pages * self.page_size + positions % self.page_size
-
-    def compressed_index(self, first: int, end: int, blocks: int) -> torch.Tensor:
-        """Rows (sequences, blocks) int64 of compressed blocks, which lie with their last tokens."""
-        assert self.table is not None
-        last = torch.arange(blocks, device=self.table.device) * self.stride + self.block - 1
+        size, stride = blocks or (1, 1)
+        last = torch.arange(Blocks(size, stride).of(tokens), device=self.table.device) * stride + size - 1
         pages = self.table[first:end].long()[:, last // self.page_size]
-        return pages * self.blocks_per_page + last % self.page_size // self.stride
+        return pages * cdiv(self.page_size, stride) + last % self.page_size // stride

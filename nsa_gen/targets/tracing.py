@@ -67,16 +67,17 @@ def trace_inference(
     empty = _allocator(plan, device)
     names = ("kernels.append", "storage", "decode", "workspace")
     kernels, storage, decode, workspace = (_module(package, name) for name in names)
-    widths = {name: (plan.kv_heads, plan.qk.size if "k" in name.split("_") else plan.v.size) for name in _keys(plan)}
+    dims = {"Dk": plan.qk.size, "Dv": plan.v.size}
+    widths = {name: (plan.kv_heads, dims[kept.dim]) for name, kept in storage.KEPT.items()}
     for page_size in page_sizes:
         pages = -(-tokens // page_size) if page_size else 0
         table = empty(batch, pages, dtype=torch.int32) if page_size else None
-        layout = storage.new_layout(batch, tokens, page_size, table)
-        rows = compressed = (batch * pages, page_size) if page_size else (batch, tokens)
-        if plan.compressed:
-            compressed = (rows[0], layout.blocks_per_page if page_size else layout.compressed_capacity)
-        held = {name: compressed if name.endswith("_cmp") else rows for name in plan.cache_names}
-        layer = storage.Layer(**{name: empty(*held[name], *widths[name]) for name in plan.cache_names})
+        layout = storage.Layout(batch, tokens, page_size, table)
+        held = (
+            empty(*layout.rows(kept, batch * pages if page_size else None), *widths[name], dtype=kept.dtype)
+            for name, kept in storage.KEPT.items()
+        )
+        layer = storage.Layer(*held)
         starts, lengths = empty(batch, dtype=torch.int32), empty(batch, dtype=torch.int32)
         kernels.advance(starts, lengths, empty(batch, dtype=torch.int32), 1, layout)
         for number in new_tokens:
@@ -114,15 +115,11 @@ def _plan(package: ModuleType) -> Plan:
     return lower(Spec.model_validate(dict(package.SPEC)))
 
 
-def _keys(plan: Plan) -> set[str]:
-    return {*plan.cache_names, *plan.append_names}
-
-
 def _allocator(plan: Plan, device: str) -> Callable[..., torch.Tensor]:
     own: torch.dtype = getattr(torch, plan.dtype)
 
-    def empty(*sizes: int, dtype: torch.dtype = own) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device)
+    def empty(*sizes: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype or own, device=device)
 
     return empty
 

@@ -73,12 +73,12 @@ def test_a_shared_page_is_copied_in_time_where_the_host_does_not_know_that_it_wi
     append(cache, module, [40, 0])
     cache.fork(0, 1)
     append(cache, module, [0, 1], seed=1)
-    before = cache.layers[0].k.flatten(0, 1)[cache.layout.token_index(0, 1, 40)].clone()
+    before = cache.layers[0].k.flatten(0, 1)[cache.layout.index(None, 0, 1, 40)].clone()
     # Within a page that sequence 0 still uses; the host believes that 41 tokens are held.
     cache.truncate(torch.tensor([40, 20], dtype=torch.int32, device=DEVICE))
     append(cache, module, [0, 1], seed=2)
     assert cache.lengths.tolist() == [40, 21] == list(cache.tokens)
-    assert torch.equal(before, cache.layers[0].k.flatten(0, 1)[cache.layout.token_index(0, 1, 40)])
+    assert torch.equal(before, cache.layers[0].k.flatten(0, 1)[cache.layout.index(None, 0, 1, 40)])
 
 
 def test_a_sequence_that_is_forgotten_has_found_no_lack_of_room() -> None:
@@ -152,7 +152,7 @@ def test_a_compressed_block_is_written_once_when_its_last_token_comes(page_size:
     whole, _ = module.compress(k, v)
     found = cache.layers[0].k_cmp[:, : whole.shape[1]]
     if page_size:
-        found = cache.layers[0].k_cmp.flatten(0, 1)[cache.layout.compressed_index(0, 1, whole.shape[1])]
+        found = cache.layers[0].k_cmp.flatten(0, 1)[cache.layout.index(module.storage.COMPRESSED, 0, 1, 40)]
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from nsa_gen.runtime.arguments import Arguments
 from nsa_gen.runtime.cache import Cache
 from nsa_gen.runtime.inference import runs_of
 from nsa_gen.runtime.pages import CapacityError
-from nsa_gen.runtime.storage import Kept, Layout
+from nsa_gen.runtime.storage import Blocks, Kept, Layout
 
 SIZES = {"Hq": 4, "Hkv": 2, "Dk": 16, "Dv": 8}
 
@@ -23,8 +23,7 @@ class Layer(NamedTuple):
     v_cmp: torch.Tensor
 
 
-def new_layout(batch: int, capacity: int, page_size: int, table: torch.Tensor | None) -> Layout:
-    return Layout(batch, capacity, page_size, table, block=8, stride=4)
+BLOCKS = Blocks(8, 4)
 
 
 def extend(starts, lengths, overflow, counts, number, table, capacity, page_size):
@@ -37,8 +36,7 @@ class Small(Cache):
 
     _checks = Arguments(torch.float32, (), SIZES)
     _most_tokens = 8
-    _layout = staticmethod(new_layout)
-    _kept = {"k": Kept("Dk"), "v": Kept("Dv"), "k_cmp": Kept("Dk", True), "v_cmp": Kept("Dv", True)}  # noqa: RUF012
+    _kept = {"k": Kept("Dk"), "v": Kept("Dv"), "k_cmp": Kept("Dk", BLOCKS), "v_cmp": Kept("Dv", BLOCKS)}  # noqa: RUF012
     _layer_type = Layer
     _new_workspace = staticmethod(lambda layout, tokens, device: (layout, tokens))
 
@@ -65,11 +63,11 @@ def test_tensors_have_a_row_a_token_and_a_block_contiguous_and_in_pages() -> Non
 
 
 def test_a_row_in_pages_is_found_where_the_table_says() -> None:
-    layout = new_layout(1, 48, 16, torch.tensor([[7, 2, 5]], dtype=torch.int32))
-    assert layout.token_index(0, 1, 33)[0, [0, 15, 16, 32]].tolist() == [112, 127, 32, 80]
+    layout = Layout(1, 48, 16, torch.tensor([[7, 2, 5]], dtype=torch.int32))
+    assert layout.index(None, 0, 1, 33)[0, [0, 15, 16, 32]].tolist() == [112, 127, 32, 80]
     # Block 3 is tokens 12 to 19: it lies in the second page, at the fourth token's place.
-    assert layout.blocks_of(20) == 4 and layout.compressed_index(0, 1, 4)[0].tolist() == [29, 30, 31, 8]
-    assert [layout.blocks_of(tokens) for tokens in (0, 7, 8, 11, 12)] == [0, 0, 1, 1, 2]
+    assert BLOCKS.of(20) == 4 and layout.index(BLOCKS, 0, 1, 20)[0].tolist() == [29, 30, 31, 8]
+    assert [BLOCKS.of(tokens) for tokens in (0, 7, 8, 11, 12)] == [0, 0, 1, 1, 2]
 
 
 def test_growth_is_refused_whole_where_one_sequence_has_no_room() -> None:
