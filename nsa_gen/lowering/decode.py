@@ -12,6 +12,7 @@ from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
 from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.plan import Kernel, Resources, Tunable
+from nsa_gen.lowering.selection import append_means, free_slots
 from nsa_gen.spec import Spec
 
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
@@ -41,10 +42,22 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
             kernels.append(_append_linear(spec))
         if spec.external:
             kernels.append(_append_compressed())
-        kernels += [_decode_compressed(spec), _decode_select(spec)]
+        kernels.append(_decode_compressed(spec))
+    if _ranks(spec, "mean"):
+        kernels.append(append_means(spec))
+    if spec.compression is not None or _ranks(spec):
+        kernels.append(_decode_select(spec))
     if spec.selection is not None or spec.window is not None:
         kernels.append(_decode_attend(spec))
     return tuple(kernels)
+
+
+def _ranks(spec: Spec, scores: str = "") -> bool:
+    """Whether decode ranks blocks, by these scores or by any."""
+    selection = spec.selection
+    if selection is None or selection.indices == "input" or not free_slots(spec):
+        return False
+    return scores in ("", selection.scores)
 
 
 def _simple(
@@ -140,7 +153,8 @@ def _key_tiles(spec: Spec, least: int = FEWEST_ROWS) -> Tunable:
 
 def _decode_compressed(spec: Spec) -> Kernel:
     assert spec.compression is not None
-    scored = spec.selection is not None and spec.selection.indices == "computed"
+    selection = spec.selection
+    scored = selection is not None and selection.indices == "computed" and selection.scores == "compression"
     least = (
         max(FEWEST_ROWS, spec.selection.block // spec.compression.stride) if scored and spec.selection else FEWEST_ROWS
     )
@@ -174,20 +188,24 @@ def _decode_compressed(spec: Spec) -> Kernel:
 
 
 def _decode_select(spec: Spec) -> Kernel:
-    selection = spec.selection
-    scored = selection is not None and selection.indices == "computed"
-    scored = scored and selection.count > selection.initial + selection.local
-    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64, 128)),) if scored else ()
+    scored, means = _ranks(spec), _ranks(spec, "mean")
+    # Mean keys are the rows of fp32 products, whose operands live in registers.
+    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if means else (16, 32, 64, 128)),) if scored else ()
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else s.B * s.Hq * FP32 * s.T / s.T
+    if means:
+        importance = s.B * s.Hkv * s.T / s.SLC_BLOCK * s.Dk * FP32
     traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
     # Every block is compared with every other, and heads are looked at sixteen at a time.
     registers = 3 * s.BLOCK_TILE**2 / 2 + 32 * s.BLOCK_TILE if scored else _ZERO
+    if means:
+        registers += s.BLOCK_TILE * s.PAD_QK
+    merged, best = "compressed attention merged" if spec.compression else "", "the best blocks of each share"
     return Kernel(
         name="decode_select",
         module="decode_select",
         branch="slc" if scored else "cmp",
         direction="decode",
-        purpose="compressed attention merged" + (", and the best blocks of each share" if scored else ""),
+        purpose=", and ".join(filter(None, (merged, best if scored else ""))),
         schedule="a program a share of the blocks; each counts how many are better" if scored else "a program a row",
         tunables=(*tiles, *launch((4, 8), (1,))),
         constraints=(),

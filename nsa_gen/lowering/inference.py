@@ -36,7 +36,9 @@ class InferencePlan:
         selected: Step | None
         compresses: bool
         external: bool
+        decodes: bool
         selects: bool
+        scores_means: bool
         combined: bool
         raw_names: tuple[str, ...]
 
@@ -51,7 +53,8 @@ class InferencePlan:
     @property
     def cache_names(self) -> tuple[str, ...]:
         """Tensors of a layer of the cache, in order."""
-        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.compressed else ()))
+        compressed = ("k_cmp", "v_cmp") if self.compressed else ()
+        return (*self.raw_names, *compressed, *(("mean_keys",) if self.decode_means else ()))
 
     @property
     def cache_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -65,7 +68,7 @@ class InferencePlan:
 
     def head_dim(self, name: str) -> str:
         """What the head dim of a tensor of keys or values is called: Dk or Dv."""
-        return "Dk" if name in (*self.raw_names[::2], "k_cmp") else "Dv"
+        return "Dk" if name in (*self.raw_names[::2], "k_cmp", "mean_keys") else "Dv"
 
     @property
     def pooled_elements(self) -> int:
@@ -84,8 +87,18 @@ class InferencePlan:
 
     @property
     def decode_selects(self) -> bool:
-        """Decode ranks blocks by importance."""
+        """Decode ranks blocks by importance or by scores."""
         return self.free_blocks > 0
+
+    @property
+    def decode_means(self) -> bool:
+        """Decode ranks blocks by their mean keys, which the cache holds."""
+        return self.decodes and self.decode_selects and self.scores_means
+
+    @property
+    def decode_importance(self) -> bool:
+        """Decode ranks blocks by importance, which attention to the compressed keys leaves."""
+        return self.decode_selects and not self.scores_means
 
     @property
     def largest_share(self) -> int:
@@ -112,7 +125,8 @@ class InferencePlan:
     @property
     def decode_launches(self) -> str:
         """How many launches a step of decode has, in words."""
-        count = 2 * (self.compressed is not None) + (self.branches != ("cmp",))
+        compressed = self.compressed is not None
+        count = compressed + (compressed or self.decode_selects) + (self.branches != ("cmp",))
         return {1: "one launch", 2: "two launches", 3: "three launches"}[count]
 
     @property
@@ -184,11 +198,14 @@ class InferencePlan:
                 ("compressed_max", "(rows, splits) fp32, base 2", f"floats(rows, {splits})"),
                 ("compressed_sum", "(rows, splits) fp32", f"floats(rows, {splits})"),
             ]
-        if self.decode_selects:
-            slots = "lists, shares, CANDIDATES"
+        if self.decode_importance:
             found += [
                 ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
+            ]
+        if self.decode_selects:
+            slots = "lists, shares, CANDIDATES"
+            found += [
                 ("values", "(lists, shares, candidates) fp32", f"floats({slots})"),
                 ("candidates", "(lists, shares, candidates) int32",
                  f"torch.empty({slots}, dtype=torch.int32, device=device)"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import FEWEST_ROWS, FP32, LSE_BYTES, Q_BYTES, height_rule, launch, tile, token_tile
+from nsa_gen.lowering.common import FEWEST_ROWS, FP32, LSE_BYTES, Q_BYTES, height_rule, launch, token_tile
 from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
@@ -23,14 +25,14 @@ _SCORE_BYTES = FP32 * s.B * s.Hkv * s.T**2 / (2 * s.SLC_BLOCK)
 def selection_kernels(spec: Spec) -> list[Kernel]:
     """The kernels that choose blocks, in the order in which they run."""
     assert spec.selection is not None
-    free = _free_slots(spec)
+    free = free_slots(spec)
     if not free:
         return [_select_blocks(spec, free)]
     scorer = [_mean_keys(spec), _mean_scores()] if spec.selection.scores == "mean" else [_block_scores(spec)]
     return [*scorer, _select_blocks(spec, free)]
 
 
-def _free_slots(spec: Spec) -> int:
+def free_slots(spec: Spec) -> int:
     """Slots that blocks win by their importance: those that are not forced."""
     assert spec.selection is not None
     return spec.selection.count - spec.selection.initial - spec.selection.local
@@ -77,6 +79,10 @@ _KEY_BYTES = s.B * s.T * s.Hkv * s.Dk * s.E
 _MEAN_BYTES = s.B * s.T / s.SLC_BLOCK * s.Hkv * s.Dk * FP32
 
 
+#: Tokens of a block that are added at a time: one number, so that a mean has the same bits in every kernel.
+_BLOCK_TOKENS = Tunable(s.TOKEN_BLOCK.name, (FEWEST_ROWS,))
+
+
 def _mean_keys(spec: Spec) -> Kernel:
     moved = _KEY_BYTES + _MEAN_BYTES
     return Kernel(
@@ -86,7 +92,7 @@ def _mean_keys(spec: Spec) -> Kernel:
         direction="forward",
         purpose="mean key of each selection block",
         schedule="a program a block; one pass over its tokens",
-        tunables=(_block_tokens(spec), *launch(warps=(4,), stages=(1, 2, 3))),
+        tunables=(_BLOCK_TOKENS, *launch(warps=(4,), stages=(1, 2, 3))),
         constraints=(),
         resources=Resources(
             shared_memory=sympy.Integer(0),
@@ -104,11 +110,17 @@ def _mean_keys(spec: Spec) -> Kernel:
     )
 
 
-def _block_tokens(spec: Spec) -> Tunable:
-    """Tokens of a selection block that are added at a time."""
-    assert spec.selection is not None
-    values = tile(spec, s.TOKEN_BLOCK, 64).values
-    return Tunable(s.TOKEN_BLOCK.name, tuple(size for size in values if size <= spec.selection.block))
+def append_means(spec: Spec) -> Kernel:
+    """The mean keys of the blocks that new tokens complete, from the cache; a block every SLC_BLOCK tokens."""
+    moved = (_KEY_BYTES + _MEAN_BYTES) / s.T
+    return dataclasses.replace(
+        _mean_keys(spec),
+        name="append_means",
+        direction="decode",
+        purpose="mean keys of the blocks that new tokens complete",
+        resources=dataclasses.replace(_mean_keys(spec).resources, traffic=moved, programs=s.B * s.Hkv, memory=moved),
+        compulsory_bytes=moved,
+    )
 
 
 def _mean_scores() -> Kernel:

@@ -192,7 +192,7 @@ def _score_means(spec: Spec, present: set[str]) -> list[Step]:
     keys, _ = kv_names(spec, "slc")
     pool = Step(
         "pool", "mean_keys", (keys,), ("mean_keys",), (), (), block | {"STRIDE": spec.selection.block},
-        (Schedule("blocks", ("mean_keys",)),),
+        (Schedule("blocks", ("mean_keys",)), *_decoding(("append_means",), present)),
     )  # fmt: skip
     schedules = (Schedule("group_sum", ("mean_scores",)),)
     return [pool, Step("score", "mean_scores", ("q", "mean_keys"), ("scores",), (), (), block, schedules)]

@@ -198,15 +198,6 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         hint="local: 1 is the query's own block",
     ),
     Constraint(
-        id="mean_scores_do_not_decode",
-        when=BY_MEAN,
-        holds=lambda v: "decode" not in v["passes"],
-        at="passes",
-        also=("selection.scores",),
-        message="decode is not offered yet with selection.scores: mean",
-        hint="remove decode from passes, or score by compression",
-    ),
-    Constraint(
         id="external_is_both_or_neither",
         when=COMPRESSED,
         holds=lambda v: (v["compression.phi.key"] == "external") == (v["compression.phi.value"] == "external"),

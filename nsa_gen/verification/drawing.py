@@ -64,7 +64,7 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         document["compression"] = _compression(pick, block, sizes)
     if "slc" in branches:
         count = pick(sizes.counts)
-        means = "decode" not in document["passes"] and pick((True, False, False))
+        means = pick((True, False, False))
         if means or ("cmp" in branches and pick((True, True, False))):
             most = count - 1 if means else count
             initial = pick(range(min(most, 3) + 1) if wide else range(most + 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import pytest
@@ -33,6 +35,15 @@ SPECS: dict[str, dict[str, Any]] = {
     "blocks that reach over none": {"compression": (16, 16)},
     "a group of twenty": {"group": 20, "count": 5, "window": 70},
     "half precision": {"dtype": "float16"},
+    "mean scores alone": {"branches": "slc", "gate": "none", "scores": "mean", "initial": 0},
+    "mean scores beside compression": {
+        "scores": "mean",
+        "kv": "per_branch",
+        "group": 3,
+        "kv_heads": 2,
+        "dims": (24, 40),
+    },
+    "mean scores, forced blocks only": {"branches": "slc win", "scores": "mean", "count": 3, "initial": 1, "local": 2},
 }
 
 
@@ -74,6 +85,50 @@ def test_drawn_scenarios_agree_with_the_oracle(seed: int) -> None:
     op = operator_of(scale=0.37, passes=PASSES, kv_heads=2, count=4)
     rows = run_scenario(op.spec, op.module, scenario_of_seed(op.spec, seed, DEVICE.type), DEVICE.type)
     assert rows and [row for row in rows if not row.ok] == []
+
+
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+def test_mean_keys_and_the_choice_have_the_same_bits_in_one_forward_in_chunks_and_step_by_step(
+    page_size: int | None,
+) -> None:
+    op = operator_of("slc", gate="none", scores="mean", block=32, kv_heads=2, group=3, initial=0, passes=PASSES)
+    generator = torch.Generator().manual_seed(3)
+    tokens = 32 * 6 + 9
+    q, k, v = (torch.randn(1, tokens, heads, 16, generator=generator).to(DEVICE) for heads in (6, 2, 2))
+    whole = op.select_blocks(q[:, -12:], k)[0]
+    cache, at, chosen = op.NSACache(1, 250, page_size=page_size, max_new_tokens=2, device=DEVICE), 0, []
+    for count in (31, 1, 70, 87, 5, 3, 1, 1, 2):
+        rows = slice(at, at + count)
+        cache.extend(count)
+        cache.write(k[:, rows], v[:, rows])
+        at += count
+        if at > tokens - 12:
+            attend = op.nsa_decode if count < 3 else op.nsa_prefill
+            chosen.append(attend(q[:, rows], cache, return_aux=True)[1].indices)
+    assert torch.equal(torch.cat(chosen, 1), whole)
+    means = sys.modules[f"{op.module.__name__}.kernels.mean_keys"]
+    expected = means.pool_mean_keys(k, op.runtime.sequences.Sequences(1, tokens, tokens))
+    found = cache.layers[0].mean_keys
+    if page_size:
+        found = found.flatten(0, 1)[cache.layout.index(op.storage.SELECTED, 0, 1, tokens)]
+    assert torch.equal(found[:, :6], expected)
+
+
+def test_unknown_and_equal_scores_are_ranked_in_decode_as_in_the_forward() -> None:
+    op = operator_of("slc", gate="none", scores="mean", group=1, count=4, initial=1, passes=PASSES)
+    q, k = torch.ones(1, 1, 1, 16), torch.zeros(1, 24 * 16, 1, 16)
+    for levels in ([-1.0] * 23, [-5.0, *[float(-(j % 7)) for j in range(22)]], [math.nan] * 23, [-math.inf] * 23):
+        k[0, : 23 * 16, 0, 0] = torch.tensor(levels).repeat_interleave(16)
+        for torn in ((), (1, 2, 9, 20), range(3, 23)):
+            keys = k.clone()
+            for block in torn:
+                keys[0, 16 * block + 3, 0, 5] = math.nan
+            keys, queries = keys.to(DEVICE), q.to(DEVICE)
+            cache = op.NSACache(1, 24 * 16, device=DEVICE)
+            cache.extend(24 * 16)
+            cache.write(keys, keys)
+            found = op.nsa_decode(queries, cache, return_aux=True)[1].indices
+            assert torch.equal(found, op.select_blocks(queries, keys)[0]), (levels[:3], torn)
 
 
 def test_a_decoded_token_has_the_same_bits_whatever_else_the_cache_and_the_batch_hold() -> None:

@@ -34,6 +34,12 @@ def _mutant(
     return Mutant(name, mistake, check, killed_by, (Edit(file, old, new, times),))
 
 
+MEANS = CacheCheck("cached means", Scenario(1, 320, None, (Step("fill", (300,)), Step("decode", (2,))), seed=2))
+GROWN = CacheCheck("cached means", Scenario(1, 260, 16, (*[Step("fill", (24,))] * 10, Step("decode", (1,)))))
+EQUAL = CacheCheck(
+    "cached means", Scenario(1, 320, None, (Step("fill", (300,)), Step("decode", (1,))), kind="ties", seed=1)
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "decoded_token_sees_the_next",
@@ -123,9 +129,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "a shared page holds compressed blocks that depend on later tokens",
         FORKED,
         ("o_cmp",),
-        "storage.py",
-        "last = blocks * COMPRESSION_STRIDE + COMPRESSION_BLOCK - 1",
-        "last = blocks * COMPRESSION_STRIDE",
+        "runtime/storage.py",
+        "last = blocks * STRIDE + BLOCK - 1",
+        "last = blocks * STRIDE",
     ),
     _mutant(
         "shared_page_written_in_place",
@@ -144,6 +150,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "runtime/storage.py",
         "entries = table_ptr + tl.cast(batch, tl.int64) * table_width",
         "entries = table_ptr + tl.cast(batch, tl.int64) * 0",
+        times=2,
     ),
     _mutant(
         "decode_ties_to_the_higher_block",
@@ -180,5 +187,50 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/decode_attend.py",
         "for share in range(0, used_shares):",
         "for share in range(0, 1):",
+    ),
+    _mutant(
+        "last_blocks_of_new_tokens_not_averaged",
+        "the last blocks that new tokens complete have no mean key",
+        MEANS,
+        ("selection",),
+        "kernels/mean_keys.py",
+        "(block + 1) * SELECTION_BLOCK > tl.load(lengths_ptr + batch)",
+        "(block + 6) * SELECTION_BLOCK > tl.load(lengths_ptr + batch)",
+    ),
+    _mutant(
+        "mean_of_new_tokens_alone",
+        "the mean key of a block that was begun before is not written",
+        GROWN,
+        ("selection",),
+        "kernels/mean_keys.py",
+        "block = tl.load(starts_ptr + batch) // SELECTION_BLOCK",
+        "block = (tl.load(starts_ptr + batch) + SELECTION_BLOCK - 1) // SELECTION_BLOCK",
+    ),
+    _mutant(
+        "decoded_score_of_one_head",
+        "the group's first head alone decides in decode",
+        MEANS,
+        ("selection",),
+        "kernels/decode_select.py",
+        "for head in range(0, GROUP):",
+        "for head in range(0, 1):",
+    ),
+    _mutant(
+        "decode_ranks_blocks_without_their_sign",
+        "decode ranks blocks by the size of their scores",
+        MEANS,
+        ("selection",),
+        "kernels/decode_select.py",
+        "exact_product(means, q)",
+        "tl.abs(exact_product(means, q))",
+    ),
+    _mutant(
+        "equal_decoded_scores_to_the_higher_block",
+        "equal scores go to the higher block in decode",
+        EQUAL,
+        ("selection",),
+        "kernels/decode_select.py",
+        "other_block[None, :] < block[:, None]",
+        "other_block[None, :] > block[:, None]",
     ),
 )

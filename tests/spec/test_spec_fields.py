@@ -251,16 +251,6 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         41,
         "selection.local",
     ),
-    "mean_scores_do_not_decode": (
-        {
-            "version": 2,
-            "selection": {"block": 64, "count": 4, "scores": "mean"},
-            "passes": ["forward", "decode"],
-        },
-        9,
-        9,
-        "passes",
-    ),
     "external_is_both_or_neither": (
         {"compression": {"block": 32, "stride": 16, "phi": {"value": "external"}}},
         6,
