@@ -49,6 +49,8 @@ def small_spec(
     local: int = 1,
     indices: str = "computed",
     scores: str = "compression",
+    pool: str = "sum",
+    scope: str = "group",
     window: int = 10,
     sink: str = "none",
     passes: tuple[str, ...] = ("forward", "backward"),
@@ -61,11 +63,13 @@ def small_spec(
         present["compression"] = Compression(block=compression[0], stride=compression[1], phi=kinds, position=places)
     if "slc" in branches:
         forced = {} if indices == "input" else {"initial": initial, "local": local}
-        present["selection"] = Selection(block=block, count=count, indices=indices, scores=scores, **forced)
+        present["selection"] = Selection(
+            block=block, count=count, indices=indices, scores=scores, pool=pool, scope=scope, **forced
+        )
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
     spec = Spec(
-        version=1 if (sink, scores) == ("none", "compression") else 2,
+        version=1 if (sink, scores, pool, scope) == ("none", "compression", "sum", "group") else 2,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),

@@ -98,15 +98,15 @@ def _clustered(shape: tuple[int, ...], device: torch.device | str, generator: to
 
 
 def _draw_indices(p: OracleParameters, tokens: int, device: torch.device | str, generator: torch.Generator) -> Tensor:
-    """Valid indices (1, T, Hkv, n) int32: the query's own block and random earlier ones, ascending, then -1."""
+    """Valid indices (1, T, S, n) int32: the query's own block and random earlier ones, ascending, then -1."""
     assert p.selection_block is not None
     blocks = -(-tokens // p.selection_block)
     n = min(p.selection_count, blocks)
-    found = torch.full((1, tokens, p.kv_heads, p.selection_count), -1, dtype=torch.int32, device=device)
+    found = torch.full((1, tokens, p.scopes, p.selection_count), -1, dtype=torch.int32, device=device)
     block = torch.arange(blocks, device=device)
     for start in range(0, tokens, ROWS_AT_ONCE):
         own = torch.arange(start, min(start + ROWS_AT_ONCE, tokens), device=device)[:, None, None] // p.selection_block
-        rank = torch.rand(own.shape[0], p.kv_heads, blocks, generator=generator, device=device)
+        rank = torch.rand(own.shape[0], p.scopes, blocks, generator=generator, device=device)
         rank = rank.masked_fill(block == own, 2.0).masked_fill(block > own, -1.0)
         best, chosen = rank.topk(n, dim=-1)
         chosen = chosen.masked_fill(best < 0, blocks).sort(dim=-1).values
@@ -117,7 +117,7 @@ def _draw_indices(p: OracleParameters, tokens: int, device: torch.device | str, 
 def selection_overlap(indices: Tensor) -> float | None:
     """The mean share of a query's blocks that the query before it has selected too; None for fewer than two queries.
 
-    `indices` is (B, T, Hkv, n) int32 with -1 for empty slots, as a package's auxiliary outputs hold it.
+    `indices` is (B, T, S, n) int32 with -1 for empty slots, as a package's auxiliary outputs hold it.
     """
     both = chosen = 0
     for start in range(1, indices.shape[1], ROWS_AT_ONCE):
@@ -136,7 +136,7 @@ SELECTION_BINS = 48
 def selection_shares(indices: Tensor, block: int, bins: int = SELECTION_BINS) -> tuple[tuple[float, ...], ...]:
     """Where the selected blocks of the first sequence lie: shares of a query part's slots by part of the keys.
 
-    `indices` is (B, T, Hkv, n) int32 with -1 for empty slots, `block` the tokens of a selection block. Queries and keys
+    `indices` is (B, T, S, n) int32 with -1 for empty slots, `block` the tokens of a selection block. Queries and keys
     are cut into `bins` parts of equal length (fewer where there are fewer blocks); row i adds up to 1.
     """
     tokens = indices.shape[1]

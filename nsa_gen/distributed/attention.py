@@ -68,6 +68,8 @@ class ContextParallel:
             raise TypeError(f"head_groups: expected an int, got {type(head_groups).__name__} {head_groups!r}")
         if head_groups < 1 or kv_heads % head_groups:
             raise ValueError(f"head_groups: expected a divisor of the {kv_heads} KV heads, got {head_groups}")
+        if head_groups > 1 and self.spec.selection is not None and self.spec.selection.scope == "all":
+            raise ValueError(f"head_groups: expected 1 with selection.scope: all, got {head_groups}; all heads choose")
         if self.spec.external:
             raise ValueError(
                 "compression.phi: expected a phi that the operator computes, got external; blocks that straddle ranks "

@@ -23,3 +23,11 @@ def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
     if spec.kv == "shared" or branch == raw_readers(spec)[0]:
         return "k", "v"
     return f"k_{branch}", f"v_{branch}"
+
+
+def selected_lists(spec: Spec) -> int:
+    """Lists of selected blocks that attention reads for a token: one for each KV head, or each query head.
+
+    A list that every head shares is read by each KV head's program.
+    """
+    return max(spec.scopes, spec.heads.kv)

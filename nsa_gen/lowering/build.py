@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import banded, hopper_backward, selected, space
-from nsa_gen.lowering.branches import raw_readers
+from nsa_gen.lowering.branches import raw_readers, selected_lists
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
@@ -29,12 +29,13 @@ def lower(spec: Spec) -> Plan:
     qk = split_head_dim(spec.head_dim.qk)
     v = split_head_dim(spec.head_dim.v)
     group_rows = power_of_two(spec.heads.group)
-    selected_rows = max(group_rows, FEWEST_ROWS)
+    list_rows = power_of_two(spec.heads.query // selected_lists(spec))
+    selected_rows = max(list_rows, FEWEST_ROWS)
     weights = _overlap(spec)
     kernels = (*compression_kernels(spec), *attention_kernels(spec), *inference_kernels(spec))
     arguments, outputs = _arguments(spec), _outputs(spec)
     steps = build_steps(spec, arguments, outputs, kernels)
-    sizes = spec_sizes(spec, qk, v, group_rows, selected_rows)
+    sizes = spec_sizes(spec, qk, v, list_rows, selected_rows)
     return Plan(
         spec=spec,
         dtype=spec.dtype,
@@ -49,6 +50,7 @@ def lower(spec: Spec) -> Plan:
         qk=qk,
         v=v,
         group_rows=group_rows,
+        list_rows=list_rows,
         selected_rows=selected_rows,
         scale=spec.scale_value,
         scale_log2=spec.scale_value * math.log2(math.e),
@@ -90,7 +92,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
     if spec.selection:
         # Where the operator computes the selection, one that was made before may be given in its place.
         given = spec.selection.indices == "input"
-        dims = ("B", "Tq", "Hkv", str(spec.selection.count))
+        dims = ("B", "Tq", "S", str(spec.selection.count))
         arguments.append(Argument("indices", dims, dtype="int32", required=given, differentiable=False))
         arguments.append(Argument("counts", dims[:-1], dtype="int32", required=False, differentiable=False))
     return tuple(arguments)
@@ -106,8 +108,8 @@ def _outputs(spec: Spec) -> tuple[Output, ...]:
             outputs.append(Output(f"o_{branch}", o_dims))
         outputs.append(Output(f"lse_{branch}", lse_dims, "float32"))
     if spec.selection and spec.selection.indices == "computed":
-        outputs.append(Output("indices", ("B", "Tq", "Hkv", "n"), "int32"))
-        outputs.append(Output("counts", ("B", "Tq", "Hkv"), "int32"))
+        outputs.append(Output("indices", ("B", "Tq", "S", "n"), "int32"))
+        outputs.append(Output("counts", ("B", "Tq", "S"), "int32"))
     outputs += [output for output in compressed if not output.saved_by_phi]
     if spec.selection and "backward" in spec.passes:
         outputs.append(Output("sorted_keys", ("slots",), "int32", auxiliary=False))

@@ -37,10 +37,10 @@ def key_tile(spec: Spec) -> Tunable:
 
 def token_tile(spec: Spec, fewest_rows: int = FEWEST_ROWS) -> tuple[Tunable, tuple[sympy.Basic, ...]]:
     """Tokens whose heads of one group make the rows of a product, and the rules that keep the rows legal."""
-    rows = s.TOKEN_BLOCK * s.GROUP_ROWS
+    rows = s.TOKEN_BLOCK * s.LIST_ROWS
     most = 32 if spec.dtype == "float32" else MOST_ROWS
     tile = Tunable(s.TOKEN_BLOCK.name, (1, 2, 4, 8, 16, 32, 64, 128))
-    return tile, (sympy.Ge(rows, fewest_rows), sympy.Le(rows, sympy.Max(most, s.GROUP_ROWS)))
+    return tile, (sympy.Ge(rows, fewest_rows), sympy.Le(rows, sympy.Max(most, s.LIST_ROWS)))
 
 
 def height_rule(height: sympy.Expr) -> sympy.Basic:

@@ -23,11 +23,11 @@ _FROM_ROWS, _FROM_BANDED_TOKENS = 2**18, 8192
 def hopper_selected_backward_fits(spec: Spec) -> bool:
     """Whether the package has the kernel of selected blocks.
 
-    Its blocks are whole tiles of keys, and groups at most a tile of heads.
+    Its blocks are whole tiles of keys, groups at most a tile of heads, and the heads of a group follow one list.
     """
-    return (
-        spec.selection is not None and spec.selection.block % _KEYS == 0 and spec.heads.group <= _ROWS and _fits(spec)
-    )
+    if spec.selection is None or spec.selection.block % _KEYS or spec.scopes > spec.heads.kv:
+        return False
+    return spec.heads.group <= _ROWS and _fits(spec)
 
 
 def hopper_banded_backward_fits(spec: Spec) -> bool:

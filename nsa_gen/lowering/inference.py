@@ -37,6 +37,8 @@ class InferencePlan:
         compresses: bool
         external: bool
         decodes: bool
+        query_heads: int
+        scopes: int
         selects: bool
         scores_means: bool
         combined: bool
@@ -135,6 +137,11 @@ class InferencePlan:
         return power_of_two(self.free_blocks)
 
     @property
+    def scope_rows(self) -> int:
+        """Query heads that share a choice, padded to a power of two."""
+        return power_of_two(self.query_heads // self.scopes)
+
+    @property
     def list_slots(self) -> int:
         """Slots of a list, padded to a power of two."""
         assert self.selected is not None
@@ -173,8 +180,8 @@ class InferencePlan:
         kinds = {
             "o": ("B Tq Hq Dv", "", "0.0"),
             "lse": ("B Tq Hq", "float32", 'float("-inf")'),
-            "indices": ("B Tq Hkv n", "int32", "-1"),
-            "counts": ("B Tq Hkv", "int32", "0"),
+            "indices": ("B Tq S n", "int32", "-1"),
+            "counts": ("B Tq S", "int32", "0"),
         }
         return tuple((name, *kinds[name.partition("_")[0]]) for name in ("o", *self.decode_outputs))
 
@@ -204,15 +211,15 @@ class InferencePlan:
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
             ]
         if self.decode_selects:
-            slots = "lists, shares, CANDIDATES"
+            slots = "layout.batch * tokens * SCOPES, shares, CANDIDATES"
             found += [
-                ("values", "(lists, shares, candidates) fp32", f"floats({slots})"),
-                ("candidates", "(lists, shares, candidates) int32",
+                ("values", "(choices, shares, candidates) fp32", f"floats({slots})"),
+                ("candidates", "(choices, shares, candidates) int32",
                  f"torch.empty({slots}, dtype=torch.int32, device=device)"),
             ]  # fmt: skip
         if self.branches != ("cmp",):
             branches = len([branch for branch in self.branches if branch != "cmp"])
-            parts = f"{branches}, lists, MOST_ATTEND_SPLITS, HQ // HKV"
+            parts = f"{branches}, lists, MOST_ATTEND_SPLITS, HQ // LISTS"
             found += [
                 ("parts", "(branches, lists, splits, heads, Dv) fp32", f"floats({parts}, DV)"),
                 ("max_parts", "(branches, lists, splits, heads) fp32, base 2", f"floats({parts})"),
@@ -226,10 +233,10 @@ class InferencePlan:
                 (f"lse_{branch}", "(B, N, Hq) fp32", "floats(*outputs)"),
             ]
         if self.selects:
-            lists = "layout.batch, tokens, HKV"
+            lists = "layout.batch, tokens, SCOPES"
             found += [
-                ("indices", "(B, N, Hkv, n) int32",
+                ("indices", "(B, N, S, n) int32",
                  f"torch.empty({lists}, SELECTION_COUNT, dtype=torch.int32, device=device)"),
-                ("counts", "(B, N, Hkv) int32", f"torch.empty({lists}, dtype=torch.int32, device=device)"),
+                ("counts", "(B, N, S) int32", f"torch.empty({lists}, dtype=torch.int32, device=device)"),
             ]  # fmt: skip
         return found

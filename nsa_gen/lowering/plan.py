@@ -189,7 +189,7 @@ class Step:
     ``kind`` is pool, score, select, attend or combine. ``gradients`` are those of ``reads`` that get one; ``saved`` are
     those of ``writes`` that its backward reads. An attend step reads q, keys and values first, in this order, and has
     the ``branch`` whose output it is; the constant GATE is the branch's place in the combination, SINK says whether its
-    softmax has a `sink`.
+    softmax has a `sink`, SCOPES how many choices of blocks a token has.
     """
 
     kind: str
@@ -244,6 +244,7 @@ class Plan(InferencePlan):
     qk: HeadDim
     v: HeadDim
     group_rows: int
+    list_rows: int
     selected_rows: int
     scale: float
     scale_log2: float
@@ -305,6 +306,26 @@ class Plan(InferencePlan):
         return self.query_heads // self.kv_heads
 
     @property
+    def scopes(self) -> int:
+        """Choices of blocks that a token has (S)."""
+        return self.selected.size("SCOPES") if self.selected else self.kv_heads
+
+    @property
+    def lists(self) -> int:
+        """Lists of blocks that selected attention reads for a token: a choice that all heads share is read by each."""
+        return max(self.scopes, self.kv_heads)
+
+    @property
+    def shares_choice(self) -> bool:
+        """Whether one choice serves several KV heads."""
+        return self.scopes < self.kv_heads
+
+    @property
+    def per_head(self) -> bool:
+        """Whether query heads of a KV head follow different lists."""
+        return self.lists > self.kv_heads
+
+    @property
     def external(self) -> bool:
         """The caller brings the compressed keys and values."""
         return self.compressed is not None and not self.compresses
@@ -335,6 +356,12 @@ class Plan(InferencePlan):
         """Blocks are chosen by their mean keys, as opposed to the compressed keys; where every slot is forced, too."""
         select = self.step("select")
         return select is not None and select.size("MEAN_SCORES") == 1
+
+    @property
+    def pools_by_maximum(self) -> bool:
+        """A block's importance is the largest probability of the compressed blocks that overlap it, not their sum."""
+        select = self.step("select")
+        return select is not None and select.size("MAXIMUM") == 1
 
     @property
     def selects(self) -> bool:
@@ -381,6 +408,18 @@ class Plan(InferencePlan):
         """Eq. 5 for the branches present, for a docstring."""
         gate = "g_{0} " if self.gated else ""
         return " + ".join(f"{gate}o_{{0}}".format(branch) for branch in self.branches)
+
+    @property
+    def choice(self) -> str:
+        """What the blocks of a selection are chosen by and for whom, for a docstring; empty without a selection."""
+        if self.selected is None:
+            return ""
+        heads = {self.query_heads: "for each query head", 1: "for all heads together"}
+        whom = {**heads, self.kv_heads: "for each KV head"}[self.scopes]
+        if not self.selects:
+            return f"given by the caller, {whom}"
+        pooled = "largest probability" if self.pools_by_maximum else "summed probabilities"
+        return f"chosen by {'mean keys' if self.scores_means else f'the {pooled} of compressed keys'}, {whom}"
 
     def kv(self, branch: str) -> tuple[str, str]:
         """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
@@ -444,8 +483,8 @@ class Plan(InferencePlan):
         kinds = {
             "o": ("QUERY_HEADS * HEAD_DIM_V", "0.0"),
             "lse": ("QUERY_HEADS", 'float("-inf")'),
-            "indices": ("SLOTS_PER_TOKEN", "-1"),
-            "counts": ("KV_HEADS", "0"),
+            "indices": ("SCOPES * SELECTION_COUNT", "-1"),
+            "counts": ("SCOPES", "0"),
         }
         found = ((output.name, kinds.get(output.name.partition("_")[0])) for output in self.outputs)
         return tuple((name, *kind) for name, kind in found if kind is not None)

@@ -34,8 +34,8 @@ from nsa_gen.spec import Spec
 # Of the blocks that a token selects, the local ones may be the window's to do; they have slots all the same.
 _SELECTED_KEYS = s.SLC_OWN * s.SLC_BLOCK
 _SELECTED_PAIRS = s.B * s.T * s.Hq * _SELECTED_KEYS
-_SLOTS = s.B * s.T * s.Hkv * s.SLC_COUNT
-_OWN_SLOTS = s.B * s.T * s.Hkv * s.SLC_OWN
+_SLOTS = s.B * s.T * s.LISTS * s.SLC_COUNT
+_OWN_SLOTS = s.B * s.T * s.LISTS * s.SLC_OWN
 _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
@@ -53,8 +53,8 @@ _INDEX_BUFFERS = 1024
 _BUFFERS = sympy.Max(1, s.NUM_STAGES - 1)
 # A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
 _PARTS = s.SLC_BLOCK / s.KEY_BLOCK
-_O_PARTS = _OWN_SLOTS * s.G * s.Dv * s.E
-_DQ_PARTS = _OWN_SLOTS * s.G * s.Dk * s.E
+_O_PARTS = _OWN_SLOTS * s.LIST_HEADS * s.Dv * s.E
+_DQ_PARTS = _OWN_SLOTS * s.LIST_HEADS * s.Dk * s.E
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
@@ -154,8 +154,8 @@ def _selected_forward(spec: Spec) -> Kernel:
             shared_memory=(s.SELECTED_ROWS * (s.PAD_QK + s.SCORES_STAGED * s.KEY_BLOCK) + _BUFFERS * s.KEY_BLOCK * QK_V)
             * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
-            flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * QK_V,
-            traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * QK_V * s.E + Q_BYTES + O_BYTES,
+            flops=2 * s.B * s.T * s.LISTS * s.SELECTED_ROWS * _SELECTED_KEYS * QK_V,
+            traffic=s.B * s.T * s.LISTS * _SELECTED_KEYS * QK_V * s.E + Q_BYTES + O_BYTES,
             streamed=s.KEY_BLOCK,
             height=s.SELECTED_ROWS,
         ),
@@ -165,7 +165,7 @@ def _selected_forward(spec: Spec) -> Kernel:
 
 
 def _selected_forward_key_major(spec: Spec) -> Kernel:
-    rows = s.TOKEN_BLOCK * s.GROUP_ROWS
+    rows = s.TOKEN_BLOCK * s.LIST_ROWS
     buffers = sympy.Min(s.NUM_STAGES, 2)
     tokens, constraints = token_tile(spec)
     return Kernel(
@@ -193,12 +193,12 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
                 rows * (s.PAD_V * FP32 + s.KEY_BLOCK * s.E),
             ),
             registers=rows * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
-            flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * QK_V,
-            traffic=_OWN_SLOTS * _PARTS * s.GROUP_ROWS * s.PAD_QK * s.E
+            flops=2 * s.B * s.T * s.LISTS * s.LIST_ROWS * _SELECTED_KEYS * QK_V,
+            traffic=_OWN_SLOTS * _PARTS * s.LIST_ROWS * s.PAD_QK * s.E
             + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * s.E,
             streamed=rows,
             height=rows,
-            memory=_SLOTS * s.G * s.Dv * s.E * _PARTS,
+            memory=_SLOTS * s.LIST_HEADS * s.Dv * s.E * _PARTS,
             # Scores of full and of masked tiles, probabilities, the output and what is not sound of it.
             tensor_memory=sympy.Rational(5, 2) * s.KEY_BLOCK + 2 * s.PAD_V,
         ),
@@ -234,7 +234,7 @@ def _merge(name: str, direction: str, purpose: str, moved: sympy.Expr, choice: s
 
 def _merge_dkdv() -> Kernel:
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
-    pieces = _OWN_SLOTS * s.GROUP_ROWS / _BACKWARD_ROWS
+    pieces = _OWN_SLOTS * s.LIST_ROWS / _BACKWARD_ROWS
     kernel = elementwise(
         "merge_dkdv", "selected_key_major_merge", "slc", "backward", "sum of what the pieces of a long list found",
         pieces * s.SLC_BLOCK * (s.Dk + s.Dv) * FP32, launch,
@@ -257,8 +257,8 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
             shared_memory=(s.SELECTED_ROWS * (QK_V + s.SCORES_STAGED * s.KEY_BLOCK) + _BUFFERS * s.KEY_BLOCK * QK_V)
             * s.E,
             registers=s.SELECTED_ROWS * (s.PAD_QK + 3 * s.KEY_BLOCK),
-            flops=2 * s.B * s.T * s.Hkv * s.SELECTED_ROWS * _SELECTED_KEYS * (2 * s.PAD_QK + s.PAD_V),
-            traffic=s.B * s.T * s.Hkv * _SELECTED_KEYS * QK_V * s.E + Q_BYTES + O_BYTES + dq_bytes(spec, "slc"),
+            flops=2 * s.B * s.T * s.LISTS * s.SELECTED_ROWS * _SELECTED_KEYS * (2 * s.PAD_QK + s.PAD_V),
+            traffic=s.B * s.T * s.LISTS * _SELECTED_KEYS * QK_V * s.E + Q_BYTES + O_BYTES + dq_bytes(spec, "slc"),
             streamed=s.KEY_BLOCK,
             height=s.SELECTED_ROWS,
         ),
@@ -276,12 +276,12 @@ _FORWARD_ROWS, _BACKWARD_ROWS = 1024, 2048
 
 
 def _piece_rules(most_rows: int) -> tuple[sympy.Basic, ...]:
-    most = sympy.Max(most_rows, _PIECE.values[0] * s.GROUP_ROWS)
-    return sympy.Ge(s.PIECE, s.TOKEN_BLOCK), sympy.Le(s.PIECE * s.GROUP_ROWS, most)
+    most = sympy.Max(most_rows, _PIECE.values[0] * s.LIST_ROWS)
+    return sympy.Ge(s.PIECE, s.TOKEN_BLOCK), sympy.Le(s.PIECE * s.LIST_ROWS, most)
 
 
 def _selected_backward_dkdv(spec: Spec) -> Kernel:
-    rows = s.TOKEN_BLOCK * s.GROUP_ROWS
+    rows = s.TOKEN_BLOCK * s.LIST_ROWS
     tokens, constraints = token_tile(spec)
     return Kernel(
         name="selected_backward_dkdv",
@@ -309,13 +309,13 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
             # not fit is spilled in every step, and passes through the L2 cache as do the rows.
             registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows)
             + rows * (s.PAD_QK / 4 + 80 * sympy.Min(s.NUM_STAGES - 1, 1)),
-            flops=2 * s.B * s.T * s.Hkv * s.GROUP_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
-            traffic=_OWN_SLOTS * _PARTS * s.GROUP_ROWS * QK_V * s.E
+            flops=2 * s.B * s.T * s.LISTS * s.LIST_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
+            traffic=_OWN_SLOTS * _PARTS * s.LIST_ROWS * QK_V * s.E
             + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
             + 2 * KV_BYTES,
             streamed=rows,
             height=sympy.Min(rows, s.KEY_BLOCK),
-            memory=_SLOTS * s.G * s.Dk * s.E * _PARTS,
+            memory=_SLOTS * s.LIST_HEADS * s.Dk * s.E * _PARTS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (2 * s.Dk + 2 * s.Dv),
         compulsory_bytes=Q_BYTES + 2 * KV_BYTES + O_BYTES + 2 * LSE_BYTES + 2 * _INDEX_BYTES,

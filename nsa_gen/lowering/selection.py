@@ -19,7 +19,7 @@ _MOST_KEYS = 64
 #: Compressed keys of a selection block.
 _RATIO = s.SLC_BLOCK / s.CMP_STRIDE
 #: A float for each token, KV head and candidate: written once, read twice.
-_SCORE_BYTES = FP32 * s.B * s.Hkv * s.T**2 / (2 * s.SLC_BLOCK)
+_SCORE_BYTES = FP32 * s.B * s.LISTS * s.T**2 / (2 * s.SLC_BLOCK)
 
 
 def selection_kernels(spec: Spec) -> list[Kernel]:
@@ -39,12 +39,12 @@ def free_slots(spec: Spec) -> int:
 
 
 def _block_scores(spec: Spec) -> Kernel:
-    rows, keys = s.TOKEN_BLOCK * s.GROUP_ROWS, s.BLOCK_TILE * _RATIO
+    rows, keys = s.TOKEN_BLOCK * s.LIST_ROWS, s.BLOCK_TILE * _RATIO
     block_tile = Tunable(s.BLOCK_TILE.name, (1, 2, 4, 8, 16, 32, 64))
     most_keys = 32 if spec.dtype == "float32" else _MOST_KEYS
     tokens, constraints = token_tile(spec)
     # A step more than the blocks need brings in the keys that reach into the first ones.
-    pairs = s.B * s.Hkv * s.GROUP_ROWS * s.T * (s.T / (2 * s.CMP_STRIDE) + keys)
+    pairs = s.B * s.LISTS * s.LIST_ROWS * s.T * (s.T / (2 * s.CMP_STRIDE) + keys)
     return Kernel(
         name="block_scores",
         module="selection",
@@ -116,6 +116,7 @@ def append_means(spec: Spec) -> Kernel:
     return dataclasses.replace(
         _mean_keys(spec),
         name="append_means",
+        function="append_means",
         direction="decode",
         purpose="mean keys of the blocks that new tokens complete",
         resources=dataclasses.replace(_mean_keys(spec).resources, traffic=moved, programs=s.B * s.Hkv, memory=moved),
@@ -125,15 +126,15 @@ def append_means(spec: Spec) -> Kernel:
 
 def _mean_scores() -> Kernel:
     # fp32 products run on the ordinary units, whose operands live in registers: tiles are small in every dtype.
-    pairs = s.B * s.Hkv * s.T * (s.T / (2 * s.SLC_BLOCK) + s.BLOCK_TILE / 2)
+    pairs = s.B * s.LISTS * s.T * (s.T / (2 * s.SLC_BLOCK) + s.BLOCK_TILE / 2)
     tiles = (16, 32, 64)
     return Kernel(
         name="mean_scores",
         module="selection",
         branch="slc",
         direction="forward",
-        purpose="scores of selection blocks: the group's queries times the mean keys",
-        schedule="the group's queries are summed first; blocks are the rows of the products",
+        purpose="scores of selection blocks: the queries times the mean keys",
+        schedule="a group's queries are summed first; blocks are the rows of the products",
         tunables=(Tunable(s.TOKEN_BLOCK.name, tiles), Tunable(s.BLOCK_TILE.name, tiles), *launch(stages=(1, 2))),
         constraints=(
             sympy.Le(s.TOKEN_BLOCK * s.BLOCK_TILE, 2048),
@@ -148,14 +149,14 @@ def _mean_scores() -> Kernel:
             streamed=s.BLOCK_TILE,
             height=s.BLOCK_TILE,
         ),
-        useful_flops=s.B * s.Hkv * s.T**2 / s.SLC_BLOCK * s.Dk,
+        useful_flops=s.B * s.LISTS * s.T**2 / s.SLC_BLOCK * s.Dk,
         compulsory_bytes=Q_BYTES + _MEAN_BYTES,
     )
 
 
 def _select_blocks(spec: Spec, free: int) -> Kernel:
     assert spec.selection is not None
-    index_bytes = s.B * s.T * s.Hkv * (s.SLC_COUNT + 1) * 4
+    index_bytes = s.B * s.T * s.LISTS * (s.SLC_COUNT + 1) * 4
     longest = min(power_of_two(free), _LONGEST_LIST) if free else 0
     read = 2 * _SCORE_BYTES if free else 0
     return Kernel(

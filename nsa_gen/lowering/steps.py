@@ -145,7 +145,7 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
     index = ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()
     return _attend(
         spec, combined, "slc", "selected", kv_names(spec, "slc"),
-        {"BLOCK": spec.selection.block, "COUNT": spec.selection.count},
+        {"BLOCK": spec.selection.block, "COUNT": spec.selection.count, "SCOPES": spec.scopes},
         (*schedules, *_decoding(("decode_attend",), present)), ("indices", "counts"), index,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
     scorer = _score_means(spec, present) if selection.scores == "mean" else _score_compressed(block, present)
     count = {
         "COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local,
-        "MEAN_SCORES": int(selection.scores == "mean"),
+        "MEAN_SCORES": int(selection.scores == "mean"), "MAXIMUM": int(selection.pool == "max"),
     }  # fmt: skip
     decode = _decoding(("decode_select",), present)
     select = Step(

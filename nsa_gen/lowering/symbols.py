@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import sympy
 
+from nsa_gen.lowering.branches import selected_lists
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.spec import Spec
 
@@ -19,10 +20,12 @@ SLC_LOCAL = sympy.Symbol("n_local", nonnegative=True, integer=True)
 # Of a schedule: 1 if the window's kernels do the local blocks; and what is then left of a token's selected blocks.
 LOCAL_IN_WINDOW = sympy.Symbol("LOCAL_IN_WINDOW", nonnegative=True, integer=True)
 SLC_OWN = SLC_COUNT - SLC_LOCAL * LOCAL_IN_WINDOW
+# Lists of selected blocks that attention reads for a token, and the query heads that follow each.
+LISTS, LIST_HEADS = sympy.symbols("lists list_heads", positive=True, integer=True)
 WINDOW = sympy.Symbol("w", positive=True, integer=True)
 HIDDEN = sympy.Symbol("hidden", positive=True, integer=True)
-# Of lowering: head dims and group as the matrix units see them, padded.
-PAD_QK, PAD_V, GROUP_ROWS, SELECTED_ROWS = sympy.symbols(
+# Of lowering: head dims and the heads that follow a list as the matrix units see them, padded.
+PAD_QK, PAD_V, LIST_ROWS, SELECTED_ROWS = sympy.symbols(
     "Dk_padded Dv_padded G_padded G_rows", positive=True, integer=True
 )
 # Tunables.
@@ -36,7 +39,7 @@ NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, int
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_rows: int) -> Mapping[sympy.Symbol, int]:
+def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, list_rows: int, selected_rows: int) -> Mapping[sympy.Symbol, int]:
     """Values of every symbol that a spec decides, and 0 for what a schedule may; absent branches have none."""
     sizes = {
         Hq: spec.heads.query,
@@ -47,7 +50,7 @@ def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_ro
         E: _ELEMENT_BYTES[spec.dtype],
         PAD_QK: qk.padded,
         PAD_V: v.padded,
-        GROUP_ROWS: group_rows,
+        LIST_ROWS: list_rows,
         SELECTED_ROWS: selected_rows,
         LOCAL_IN_WINDOW: 0,
     }
@@ -60,6 +63,8 @@ def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, group_rows: int, selected_ro
         sizes[SLC_BLOCK] = spec.selection.block
         sizes[SLC_COUNT] = spec.selection.count
         sizes[SLC_LOCAL] = spec.selection.local
+        sizes[LISTS] = selected_lists(spec)
+        sizes[LIST_HEADS] = spec.heads.query // selected_lists(spec)
     if spec.window:
         sizes[WINDOW] = spec.window.size
     return sizes

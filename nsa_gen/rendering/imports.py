@@ -52,7 +52,7 @@ def import_from(module: str, names: Iterable[str]) -> str:
 
 def _name_order(name: str) -> tuple[int, str]:
     kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2
-    return kind, name
+    return kind, name.lower()
 
 
 def _used(tree: ast.Module) -> set[str]:

@@ -244,6 +244,7 @@ def _explanation(program: Plan) -> str:
         f"{program.spec.name}: o = {program.combine_formula}",
         f"{program.query_heads} query heads on {program.kv_heads} KV heads (groups of {program.group}), "
         f"head dims {program.qk.size} and {program.v.size}, {program.dtype}",
+        *([f"blocks are {program.choice}"] if program.choice else []),
         "",
     ]
     width = max(len(kernel.name) for kernel in program.kernels)

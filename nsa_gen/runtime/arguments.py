@@ -22,7 +22,7 @@ class Arguments:
     Args:
         dtype: of tensors with no other.
         branches: names of the branches, in order.
-        sizes: what a tensor's dims named Hq, Hkv, Dk and Dv must be.
+        sizes: what a tensor's dims named Hq, Hkv, Dk, Dv and S, the choices of blocks of a token, must be.
         compression: block and stride of compressed keys; zeros without compression.
         selected: blocks that a query selects; 0 without selection.
         gate: what gates are called: "logits" or "gate values".
@@ -199,14 +199,14 @@ class Arguments:
         *,
         required: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Check indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), both int32, and return them contiguous.
+        """Check indices (B, Tq, S, n) and counts (B, Tq, S), both int32, and return them contiguous.
 
         Both may be None if they are not `required`.
         """
         if not required and indices is None and counts is None:
             return None, None
-        shape = (*q.shape[:2], self.sizes["Hkv"], self.selected)
-        dims = ("B", "Tq", "Hkv", "n")
+        shape = (*q.shape[:2], self.sizes["S"], self.selected)
+        dims = ("B", "Tq", "S", "n")
         indices = self.with_batch("indices", indices, cu_seqlens is not None)
         indices = self.check_tensor("indices", indices, dims, shape, device=q.device, dtype=torch.int32)
         if counts is None:
@@ -310,7 +310,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, device: torch.device
 
 
 def copied_lists(indices: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv), n each if None: an operator returns no input."""
+    """Copies of indices (B, Tq, S, n) and counts (B, Tq, S), n each if None: an operator returns no input."""
     slots = indices.shape[-1]
     return indices.clone(), indices.new_full(indices.shape[:-1], slots) if counts is None else counts.clone()
 

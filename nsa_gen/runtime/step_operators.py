@@ -20,7 +20,8 @@ class StepOperators:
 
     Args:
         library: where they are registered.
-        sizes: of the dims of outputs that are the same for all calls: Hq, Hkv, Dk, Dv and n, blocks that are selected.
+        sizes: of the dims of outputs that are the same for all calls: Hq, Hkv, Dk, Dv, S, the choices of blocks of a
+            token, and n, the blocks of a choice.
         rows: dims that depend on a call, by name: functions of its first tensor and its `Sequences`.
         pad_outputs, pad_gradients: fill the rows that pad a packed batch, in the tensors named.
         delta: row sums of do times o, which the gradients of attention need; None without a backward.
@@ -157,7 +158,7 @@ class StepOperators:
                 self._pad_outputs(sequences, indices=indices, counts=counts)
             return indices, counts
 
-        lists = Output("indices", "B Tq Hkv n", torch.int32), Output("counts", "B Tq Hkv", torch.int32)
+        lists = Output("indices", "B Tq S n", torch.int32), Output("counts", "B Tq S", torch.int32)
         return self.register(Operator(name, inputs, lists), run)
 
     def compress(

@@ -38,6 +38,7 @@ EXTERNAL = Condition("phi of keys or values is external", lambda v: _some_phi(v,
 MLP = Condition("phi of keys or values is an mlp", lambda v: _some_phi(v, "mlp"))
 NO_MLP = Condition("there is compression without an mlp", lambda v: v["compression"] and not MLP(v))
 GIVEN = Condition("the caller selects blocks", lambda v: v["selection"] and v["selection.indices"] == "input")
+SELECTED = Condition("there is selection", lambda v: v["selection"])
 COMPUTED = Condition(
     "the operator selects blocks itself", lambda v: v["selection"] and v["selection.indices"] == "computed"
 )
@@ -50,7 +51,12 @@ BY_MEAN = Condition(
 )
 SCORED = Condition("blocks are selected by compressed scores", lambda v: v["compression"] and BY_COMPRESSION(v))
 
-SINCE_VERSION_2: Mapping[str, object] = {"selection.scores": "compression", "window.sink": "none"}
+SINCE_VERSION_2: Mapping[str, object] = {
+    "selection.scores": "compression",
+    "selection.pool": "sum",
+    "selection.scope": "group",
+    "window.sink": "none",
+}
 """Fields that version 2 adds, and the value that they have in every spec of version 1."""
 
 
@@ -187,6 +193,24 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         at="selection.scores",
         message="with indices: input nothing is scored; scores ({selection.scores}) would have no effect",
         hint="remove scores, or set selection.indices: computed",
+    ),
+    Constraint(
+        id="pools_of_compressed_scores",
+        when=SELECTED,
+        holds=lambda v: v["selection.pool"] == "sum" or BY_COMPRESSION(v),
+        at="selection.pool",
+        message="selection.pool ({selection.pool}) is of compressed probabilities, but blocks are chosen by "
+        "indices: {selection.indices}, scores: {selection.scores}",
+        hint="remove pool, or choose by scores: compression",
+    ),
+    Constraint(
+        id="maxima_do_not_decode",
+        when=BY_COMPRESSION,
+        holds=lambda v: v["selection.pool"] == "sum" or "decode" not in v["passes"],
+        at="passes",
+        also=("selection.pool",),
+        message="decode is not offered with selection.pool: {selection.pool}",
+        hint="remove decode from passes, or write pool: sum",
     ),
     Constraint(
         id="mean_scores_need_the_own_block",

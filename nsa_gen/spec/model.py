@@ -131,7 +131,17 @@ class Selection(Record):
     scores: Annotated[Literal["compression", "mean"], one_of("compression", "mean")] = Field(
         default="compression",
         description="What blocks are ranked by: compression (attention to the compressed keys) or, in version 2, mean "
-        "(the products of a group's queries with the mean key of the block).",
+        "(the products of queries with the mean key of the block).",
+    )
+    pool: Annotated[Literal["sum", "max"], one_of("sum", "max")] = Field(
+        default="sum",
+        description="How the probabilities of the compressed blocks that overlap a block become its importance: sum "
+        "(weighted by the overlap) or, in version 2, max; max needs scores: compression.",
+    )
+    scope: Annotated[Literal["group", "head", "all"], one_of("group", "head", "all")] = Field(
+        default="group",
+        description="Which query heads share a choice, and add up their scores for it: group (those of a KV head) or, "
+        "in version 2, head (each alone) or all (those of the layer).",
     )
 
     @classmethod
@@ -224,6 +234,12 @@ class Spec(Record):
         """The branches that are present, in the order cmp, slc, win."""
         present: dict[BranchName, Record | None] = {"cmp": self.compression, "slc": self.selection, "win": self.window}
         return tuple(name for name, branch in present.items() if branch is not None)
+
+    @property
+    def scopes(self) -> int:
+        """Choices of blocks that a query token has, one for each scope of query heads: the third dim of indices."""
+        scope = self.selection.scope if self.selection else "group"
+        return {"group": self.heads.kv, "head": self.heads.query, "all": 1}[scope]
 
     @property
     def external(self) -> bool:

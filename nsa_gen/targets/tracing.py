@@ -92,7 +92,7 @@ def trace_inference(
             lists: tuple[torch.Tensor | None, ...] = ()
             if plan.selected and not plan.selects:
                 count = int(plan.selected.constants["COUNT"] or 0)
-                lists = (empty(batch, number, plan.kv_heads, count, dtype=torch.int32), None)
+                lists = (empty(batch, number, plan.scopes, count, dtype=torch.int32), None)
             decode.decode_forward(
                 empty(batch, number, plan.query_heads, plan.qk.size),
                 *gates,
@@ -127,7 +127,14 @@ def _allocator(plan: Plan, device: str) -> Callable[..., torch.Tensor]:
 def _empty(
     empty: Callable[..., torch.Tensor], plan: Plan, argument: Argument, sizes: Mapping[str, int]
 ) -> torch.Tensor:
-    known = {"Hq": plan.query_heads, "Hkv": plan.kv_heads, "Dk": plan.qk.size, "Dv": plan.v.size, **sizes}
+    known = {
+        "Hq": plan.query_heads,
+        "Hkv": plan.kv_heads,
+        "Dk": plan.qk.size,
+        "Dv": plan.v.size,
+        "S": plan.scopes,
+        **sizes,
+    }
     shape = [known[dim] if dim in known else int(dim) for dim in argument.dims]
     return empty(*shape) if argument.dtype == "spec" else empty(*shape, dtype=getattr(torch, argument.dtype))
 

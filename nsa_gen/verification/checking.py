@@ -66,7 +66,7 @@ def check_call(p: OracleParameters, case: Case, inputs: Inputs, call: Call, refe
 
 def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
     """What is wrong with the form of the indices and counts that a package returns, or ""."""
-    lead = (*inputs.q.shape[:-2], p.kv_heads)
+    lead = (*inputs.q.shape[:-2], p.scopes)
     for name, shape in (("indices", (*lead, p.selection_count)), ("counts", lead)):
         x = call.aux.get(name)
         if x is None:

@@ -75,8 +75,15 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
             if means:
                 document["version"] = 2
                 document["selection"]["scores"] = "mean"
+            elif "decode" not in document["passes"] and pick((True, False, False)):
+                document["version"] = 2
+                document["selection"]["pool"] = "max"
         else:
             document["selection"] = {"block": block, "count": count, "indices": "input"}
+        scope = pick(("group", "group", "head", "all"))
+        if scope != "group":
+            document["version"] = 2
+            document["selection"]["scope"] = scope
     if "win" in branches:
         document["window"] = {"size": pick(sizes.windows)}
         if pick((True, False, False)):

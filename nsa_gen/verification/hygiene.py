@@ -149,13 +149,13 @@ class MemoryBound:
 def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None) -> MemoryBound:
     """The bound of a call: shapes alone are read. `hidden` is the width of an mlp phi.
 
-    With R query rows, C compressed rows, S slots of l' keys a query and KV head, e bytes an element, and s = 4 where
-    parts of gradients are added in another dtype than their own (else 0):
+    With R query rows, C compressed rows, n slots of l' keys in each of L lists (Hq with scope: head, else Hkv) a query,
+    e bytes an element, and s = 4 where parts of gradients are added in another dtype than their own (else 0):
 
-        saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R Hkv (S + 1) + C Hkv (Dk + Dv + hidden widths) e
-        work      min(3 GiB, R S Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)) + 64 R Hkv S
-        scores    4 Hkv (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
-                  with scores: mean, 4 Hkv (Tkv / l') Dk a sequence besides
+        saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R L (n + 1) + C Hkv (Dk + Dv + hidden widths) e
+        work      min(3 GiB, R n Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)) + 64 R L n
+        scores    4 L (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
+                  with scores: mean, 4 L (Tkv / l') Dk a sequence besides
         forward   saved + work + scores
         backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
                   + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
@@ -175,12 +175,14 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     work = 0
     if p.selection_block is not None:
         slots = rows * p.selection_count
-        saved += FLOAT32 * (slots + rows) * p.kv_heads
+        # Where one choice serves every KV head, attention reads a copy for each.
+        lists = max(p.scopes, p.kv_heads)
+        saved += FLOAT32 * (slots + rows) * lists
         parts = -(-p.selection_block // SMALLEST_PART)
         bytes_of_part = max(p.head_dim_qk, p.head_dim_v) * size + 2 * FLOAT32
         bytes_of_keys = FLOAT32 * p.selection_block * pair // SMALLEST_PIECE
         work = min(WORKSPACE_BYTES, slots * heads * (parts * bytes_of_part + bytes_of_keys))
-        work += SLOT_BYTES * slots * p.kv_heads
+        work += SLOT_BYTES * slots * lists
 
     differentiable = inputs.differentiable()
     elements = sum(x.numel() for x in differentiable.values())
@@ -201,7 +203,7 @@ def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
     sequences = inputs.cu_seqlens.numel() if inputs.cu_seqlens is not None else inputs.q.shape[0]
     rows = inputs.q.shape[0] if packed else inputs.q.shape[0] * inputs.q.shape[1]
     keys = rows if packed else inputs.raw_keys().shape[1]
-    token_bytes = FLOAT32 * p.kv_heads * -(-keys // p.selection_block)
+    token_bytes = FLOAT32 * max(p.scopes, p.kv_heads) * -(-keys // p.selection_block)
     padding = sequences * LARGEST_TILE
     means = token_bytes * p.head_dim_qk * (1 if packed else sequences) if p.scores == "mean" else 0
     return token_bytes * (min(rows, max(SCORE_BYTES // max(1, token_bytes), SCORE_TOKENS)) + padding) + means

@@ -214,7 +214,7 @@ def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
     assert trial.build is not None
     p, inputs = trial.parameters, trial.inputs()
     module = trial.build(trial.spec.replace(heads={"query": p.query_heads, "kv": p.query_heads}))
-    apart = relations.repeated(inputs, p.group)
+    apart = relations.repeated(p, inputs)
     whole = comparable_without_groups(p)
     gradients = trial.gradients and whole
     call, other = trial.call(inputs, gradients=gradients), call_package(module, apart, gradients)

@@ -197,15 +197,16 @@ def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
     return [of_tokens(inputs, change) for change in (first, second)]
 
 
-def repeated(inputs: Inputs, group: int) -> Inputs:
+def repeated(p: OracleParameters, inputs: Inputs) -> Inputs:
     """The same call with a KV head for each query head."""
+    same = ("q", "do", "gates", "cu_seqlens", *(() if p.scope == "group" else ("indices", "counts")))
 
     def change(name: str, x: Tensor) -> Tensor:
-        if name in ("q", "do", "gates", "cu_seqlens"):
+        if name in same:
             return x
         learned = name.startswith(("key_", "value_"))
         dim = 0 if learned else x.dim() - (1 if name == "counts" else 2)
-        return x.repeat_interleave(group, dim).contiguous()
+        return x.repeat_interleave(p.group, dim).contiguous()
 
     return changed(inputs, change)
 

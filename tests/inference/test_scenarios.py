@@ -43,6 +43,19 @@ SPECS: dict[str, dict[str, Any]] = {
         "kv_heads": 2,
         "dims": (24, 40),
     },
+    "mean scores, each head alone": {
+        "branches": "slc win",
+        "scores": "mean",
+        "scope": "head",
+        "group": 3,
+        "kv_heads": 2,
+        "dims": (24, 40),
+    },
+    "mean scores, all heads together": {"scores": "mean", "scope": "all", "kv_heads": 2},
+    "compressed scores, each head alone": {"scope": "head", "group": 3, "kv_heads": 2},
+    "compressed scores, all heads together": {"scope": "all", "group": 3, "kv_heads": 2, "kv": "per_branch"},
+    "selection of the caller for all heads": {"branches": "slc win", "indices": "input", "scope": "all", "kv_heads": 2},
+    "selection of the caller for each head": {"branches": "slc", "indices": "input", "scope": "head", "kv_heads": 2},
     "mean scores, forced blocks only": {"branches": "slc win", "scores": "mean", "count": 3, "initial": 1, "local": 2},
 }
 
@@ -87,11 +100,12 @@ def test_drawn_scenarios_agree_with_the_oracle(seed: int) -> None:
     assert rows and [row for row in rows if not row.ok] == []
 
 
-@pytest.mark.parametrize("page_size", [None, 16, 64])
+@pytest.mark.parametrize(("page_size", "scope"), [(None, "group"), (16, "head"), (64, "all")])
 def test_mean_keys_and_the_choice_have_the_same_bits_in_one_forward_in_chunks_and_step_by_step(
-    page_size: int | None,
+    page_size: int | None, scope: str
 ) -> None:
-    op = operator_of("slc", gate="none", scores="mean", block=32, kv_heads=2, group=3, initial=0, passes=PASSES)
+    shape = {"block": 32, "kv_heads": 2, "group": 3, "initial": 0}
+    op = operator_of("slc", gate="none", scores="mean", scope=scope, passes=PASSES, **shape)
     generator = torch.Generator().manual_seed(3)
     tokens = 32 * 6 + 9
     q, k, v = (torch.randn(1, tokens, heads, 16, generator=generator).to(DEVICE) for heads in (6, 2, 2))

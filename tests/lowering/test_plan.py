@@ -290,7 +290,7 @@ def test_arguments_say_what_the_spec_takes(program: Plan):
 
 @every_program
 def test_arguments_have_known_dims_and_integers_have_no_gradient(program: Plan):
-    known = {"B", "Tq", "Tkv", "Nc", "Hq", "Hkv", "Dk", "Dv"}
+    known = {"B", "Tq", "Tkv", "Nc", "Hq", "Hkv", "Dk", "Dv", "S"}
     for argument in program.arguments:
         assert argument.dtype in ("spec", "int32", "float32")
         assert argument.group in ("tensor", "compression")

@@ -211,8 +211,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "the group's first head alone decides in decode",
         MEANS,
         ("selection",),
-        "kernels/decode_select.py",
-        "for head in range(0, GROUP):",
+        "kernels/selection.py",
+        "for head in range(0, LIST_HEADS):",
         "for head in range(0, 1):",
     ),
     _mutant(

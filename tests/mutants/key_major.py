@@ -207,21 +207,33 @@ MUTANTS = (
         "the heads of a group leave their parts in each other's rows",
         GROUPED,
         O_LSE,
-        (Edit(FORWARDS, "* GROUP + group_heads\n    tl.store(parts.row_max", "* GROUP\n    tl.store(parts.row_max"),),
+        (
+            Edit(
+                FORWARDS,
+                "* LIST_HEADS + list_heads\n    tl.store(parts.row_max",
+                "* LIST_HEADS\n    tl.store(parts.row_max",
+            ),
+        ),
     ),
     Mutant(
         "parts_of_another_head",
         "the merge gives each head of a group the parts of another",
         GROUPED,
         O_LSE,
-        (Edit(MERGE, "slots * PARTS * GROUP + heads % GROUP", "slots * PARTS * GROUP + GROUP - 1 - heads % GROUP"),),
+        (
+            Edit(
+                MERGE,
+                "slots * PARTS * LIST_HEADS + heads % LIST_HEADS",
+                "slots * PARTS * LIST_HEADS + LIST_HEADS - 1 - heads % LIST_HEADS",
+            ),
+        ),
     ),
     Mutant(
         "parts_of_the_first_kv_head",
         "the merge gives every head the parts of the first KV head's slots",
         GROUPED_BACKWARD,
         ("dq",),
-        (Edit(MERGE, "(rows // QUERY_HEADS * KV_HEADS + heads // GROUP)", "(rows // QUERY_HEADS * KV_HEADS)"),),
+        (Edit(MERGE, "(rows // QUERY_HEADS * LISTS + heads // LIST_HEADS)", "(rows // QUERY_HEADS * LISTS)"),),
     ),
     Mutant(
         "padding_rows_counted",
@@ -231,13 +243,8 @@ MUTANTS = (
         (
             Edit(
                 BACKWARDS,
-                "    valid = (slots >= 0) & (group_heads < GROUP)\n"
-                "    tokens = slots // SLOTS_PER_TOKEN\n"
-                "    row_offsets",
-                "    group_heads = tl.minimum(group_heads, GROUP - 1)\n"
-                "    valid = slots >= 0\n"
-                "    tokens = slots // SLOTS_PER_TOKEN\n"
-                "    row_offsets",
+                "    valid = (slots >= 0) & (list_heads < LIST_HEADS)\n",
+                "    list_heads = tl.minimum(list_heads, LIST_HEADS - 1)\n    valid = slots >= 0\n",
             ),
         ),
     ),

@@ -47,6 +47,38 @@ SPECS: dict[str, Spec] = {
     "means": small_spec("slc", gate="none", scale=0.37, initial=0, scores="mean"),
     # Blocks of two tiles of tokens.
     "means of 32": small_spec("slc", gate="none", scale=0.37, initial=0, scores="mean", block=32),
+    "means of heads": small_spec(
+        "slc", gate="none", scale=0.37, initial=0, scores="mean", scope="head", group=3, kv_heads=2
+    ),
+    "means of all heads": small_spec(
+        "slc", gate="none", scale=0.37, initial=0, scores="mean", scope="all", group=2, kv_heads=2
+    ),
+    "importance for all heads": small_spec(
+        "cmp slc", gate="none", scale=0.37, initial=0, scope="all", group=2, kv_heads=2
+    ),
+    "maxima": small_spec("cmp slc", gate="none", scale=0.37, initial=0, local=0, pool="max"),
+    "cached means of heads": small_spec(
+        "slc",
+        gate="none",
+        scale=0.37,
+        initial=0,
+        scores="mean",
+        scope="head",
+        group=3,
+        kv_heads=2,
+        passes=("forward", "decode"),
+    ),
+    "cached means of all heads": small_spec(
+        "slc",
+        gate="none",
+        scale=0.37,
+        initial=0,
+        scores="mean",
+        scope="all",
+        group=2,
+        kv_heads=2,
+        passes=("forward", "decode"),
+    ),
     "full": small_spec(scale=0.37),
     "local": small_spec(scale=0.37, count=4, local=2, window=40),
     "sink": small_spec("win", scale=0.37, sink="learned"),

@@ -259,8 +259,8 @@ EQUIVALENT = (
         (
             Edit(
                 SELECTION,
-                "(compressed >= 0) & (last_key <= last_position))",
-                "(compressed >= 0) & (last_key < tokens_kv))",
+                "(compressed >= 0) & (last_key <= last_position)",
+                "(compressed >= 0) & (last_key < tokens_kv)",
             ),
         ),
     ),

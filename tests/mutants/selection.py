@@ -55,7 +55,7 @@ MUTANTS = (
         "1/sqrt(Dk) in the importance where the spec gives another scale",
         FREE,
         ("selection",),
-        (Edit("kernels/selection.py", "* SCALE_LOG2 - lse", "* 0.36067376022224085 - lse"),),
+        (Edit("kernels/selection.py", "* SCALE_LOG2 - rows.lse", "* 0.36067376022224085 - rows.lse"),),
     ),
     Mutant(
         "importance_of_one_head",
@@ -65,8 +65,9 @@ MUTANTS = (
         (
             Edit(
                 "kernels/selection.py",
-                "p = tl.sum(tl.reshape(p,",
-                "p = tl.sum(tl.reshape(tl.where((group_heads == 0)[None, :], p, 0.0),",
+                "return tl.sum(tl.reshape(p,",
+                "head = tl.arange(0, LIST_ROWS * TOKEN_BLOCK) // TOKEN_BLOCK\n"
+                "    return tl.sum(tl.reshape(tl.where((head == 0)[None, :], p, 0.0),",
             ),
         ),
     ),

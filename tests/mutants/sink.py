@@ -128,6 +128,6 @@ MUTANTS = (
         "decode takes the sinks of the first KV head's group for every group's",
         CACHE,
         ("o", "lse_win"),
-        (Edit(DECODE, "tl.load(sink_ptr + kv_head * GROUP + heads", "tl.load(sink_ptr + heads"),),
+        (Edit(DECODE, "tl.load(sink_ptr + list_number * LIST_HEADS + heads", "tl.load(sink_ptr + heads"),),
     ),
 )

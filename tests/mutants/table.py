@@ -23,6 +23,7 @@ from tests.mutants import (
     mean_scores,
     options,
     packing,
+    scopes,
     selection,
     sink,
 )
@@ -32,6 +33,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
     *selection.MUTANTS,
     *mean_scores.MUTANTS,
+    *scopes.MUTANTS,
     *packing.MUTANTS,
     *backward.MUTANTS,
     *key_major.MUTANTS,

@@ -36,7 +36,7 @@ class Branch:
             "cmp": lambda: visible_compressed(p, t, self.keys),
             "win": lambda: visible_window(p, t, TOKENS),
             "slc": lambda: visible_selected(p, t, TOKENS, lists[:, None], None),
-        }[name]()[0]
+        }[name]()[0, 0]
 
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.name == "cmp":

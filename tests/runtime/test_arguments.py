@@ -13,7 +13,7 @@ from nsa_gen.runtime.arguments import Arguments, check_cu_seqlens, refuse
 CHECKS = Arguments(
     torch.float32,
     ("cmp", "win"),
-    {"Hq": 4, "Hkv": 2, "Dk": 16, "Dv": 8},
+    {"Hq": 4, "Hkv": 2, "Dk": 16, "Dv": 8, "S": 2},
     compression=(8, 4),
     selected=3,
     parameters={"key_weight": ("Hkv", 8)},

@@ -27,7 +27,7 @@ class Steps:
         self.library = Library(f"tests_steps_{next(NUMBERS)}", lambda device, bucket: contextlib.nullcontext())
         self.steps = StepOperators(
             self.library,
-            {"Hq": 2, "Hkv": 2, "Dk": 4, "Dv": 3, "n": 5},
+            {"Hq": 2, "Hkv": 2, "Dk": 4, "Dv": 3, "S": 2, "n": 5},
             {"Nc": lambda _, x: x.compressed_rows(2, 2), "slots": lambda q, x: 7 * x.tokens_kv},
             self.pad,
             self.pad,

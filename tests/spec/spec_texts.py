@@ -90,8 +90,12 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     selection_block = draw(_integers("selection.block"))
     document["compression"] = draw(_compressions(selection_block))
     document["selection"] = draw(_selections(selection_block, "compression" in branches))
-    if "selection" in branches and "decode" not in (document.get("passes") or ()) and draw(st.integers(0, 3)) == 0:
+    if "selection" in branches and draw(st.integers(0, 3)) == 0:
         document |= {"version": 2, "selection": draw(_mean_selections(selection_block))}
+    scope = draw(st.sampled_from(["group", "group", "head", "all"]))
+    if "selection" in document and scope != "group":
+        document["version"] = 2
+        document["selection"] = {**document["selection"], "scope": scope}
     document["window"] = {"size": draw(st.integers(1, 65536))}
     if draw(st.sampled_from([False, False, True])):
         document["version"] = 2

@@ -245,6 +245,34 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         58,
         "selection.scores",
     ),
+    "selection_pool_needs_version_2": (
+        {"selection": {"block": 64, "count": 4, "pool": "max"}},
+        7,
+        40,
+        "selection.pool",
+    ),
+    "selection_scope_needs_version_2": (
+        {"selection": {"block": 64, "count": 4, "scope": "head"}},
+        7,
+        41,
+        "selection.scope",
+    ),
+    "pools_of_compressed_scores": (
+        {"version": 2, "selection": {"block": 64, "count": 4, "scores": "mean", "pool": "max"}},
+        7,
+        54,
+        "selection.pool",
+    ),
+    "maxima_do_not_decode": (
+        {
+            "version": 2,
+            "selection": {"block": 64, "count": 4, "pool": "max"},
+            "passes": ["forward", "decode"],
+        },
+        9,
+        9,
+        "passes",
+    ),
     "mean_scores_need_the_own_block": (
         {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": "mean"}},
         7,

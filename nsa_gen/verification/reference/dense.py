@@ -43,6 +43,8 @@ class OracleParameters:
     local: int = 0
     indices_given: bool = False
     scores: Literal["compression", "mean"] = "compression"
+    pool: Literal["sum", "max"] = "sum"
+    scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
     window_sink: bool = False
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
@@ -71,6 +73,8 @@ class OracleParameters:
                 "local": 0 if given else selection.local,
                 "indices_given": given,
                 "scores": selection.scores,
+                "pool": selection.pool,
+                "scope": selection.scope,
             }
         return cls(
             query_heads=spec.heads.query,
@@ -90,6 +94,11 @@ class OracleParameters:
     def group(self) -> int:
         """Query heads that share one KV head (G)."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def scopes(self) -> int:
+        """Choices of blocks that a token has (S)."""
+        return {"group": self.kv_heads, "head": self.query_heads, "all": 1}[self.scope]
 
     @property
     def computed(self) -> bool:
@@ -214,16 +223,16 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention under a dense mask.
 
-    q (H, G, R, Dk), k (H, K, Dk), v (H, K, Dv), visible (H or 1, R, K) bool. Returns o (H, G, R, Dv) in q's dtype,
-    lse (H, G, R) and the probabilities (H, G, R, K), both exact and the lse detached. A row that sees nothing has
-    o = 0, lse = -inf and zero gradients. What a row does not see cannot reach it, be it NaN or inf.
+    q (H, G, R, Dk), k (H, K, Dk), v (H, K, Dv), visible (H or 1, G or 1, R, K) bool. Returns o (H, G, R, Dv) in q's
+    dtype, lse (H, G, R) and the probabilities (H, G, R, K), both exact and the lse detached. A row that sees nothing
+    has o = 0, lse = -inf and zero gradients. What a row does not see cannot reach it, be it NaN or inf.
 
     `sink` (H, G) is the logit, not scaled, of one more key of every row, whose value is 0: the probabilities of a row,
     in which it has none, sum to less than 1, and a row that sees nothing has its lse.
     """
     heads, group, rows, dim = q.shape
     keys = k.shape[1]
-    unseen = ~visible[:, None]
+    unseen = ~visible
     blind = unseen.all(-1, keepdim=True)
     scores = _product(q.reshape(heads, group * rows, dim), k.transpose(1, 2), tf32).view(heads, group, rows, keys)
     scores = scores.to(exact_dtype(q.dtype)) * scale
@@ -241,30 +250,33 @@ def attend(
     bad = ~torch.isfinite(v).all(-1)
     o = _product(rounded, v.masked_fill(bad[..., None], 0.0), tf32).view(heads, group, rows, v.shape[-1])
     for head, key in bad.nonzero().tolist():
-        seen = visible[head % visible.shape[0], :, key]
+        seen = visible[head % visible.shape[0], :, :, key]
         term = probabilities[head, :, :, key, None].to(q.dtype) * v[head, key]
         extra = torch.zeros_like(o)
-        extra[head] = torch.where(seen[None, :, None], term, torch.zeros_like(term))
+        extra[head] = torch.where(seen[..., None], term, torch.zeros_like(term))
         o = o + extra
     return o, lse, probabilities
 
 
 def visible_compressed(p: OracleParameters, t: Tensor, blocks: int) -> Tensor:
-    """(1, R, blocks): compressed block i is visible iff its last raw position is not in the future of t (R,)."""
+    """(1, 1, R, blocks): compressed block i is visible iff its last raw position is not in the future of t (R,)."""
     assert p.compression_block is not None and p.compression_stride is not None
     last = torch.arange(blocks, device=t.device) * p.compression_stride + p.compression_block - 1
-    return (last <= t[:, None])[None]
+    return (last <= t[:, None])[None, None]
 
 
 def visible_window(p: OracleParameters, t: Tensor, tokens: int) -> Tensor:
-    """(1, R, tokens): the window's keys, exactly `window` of them once t >= window - 1."""
+    """(1, 1, R, tokens): the window's keys, exactly `window` of them once t >= window - 1."""
     assert p.window is not None
     key = torch.arange(tokens, device=t.device)
-    return ((key <= t[:, None]) & (key > t[:, None] - p.window))[None]
+    return ((key <= t[:, None]) & (key > t[:, None] - p.window))[None, None]
 
 
 def visible_selected(p: OracleParameters, t: Tensor, tokens: int, indices: Tensor, counts: Tensor | None) -> Tensor:
-    """(H, R, tokens): keys of the chosen blocks of indices (R, H, n), causal; bad and surplus slots are ignored."""
+    """(H or 1, G or 1, R, tokens): keys of the chosen blocks of indices (R, S, n), causal, for the heads of each scope.
+
+    Bad and surplus slots are ignored.
+    """
     assert p.selection_block is not None
     own = (t // p.selection_block)[:, None, None]
     used = (indices >= 0) & (indices <= own)
@@ -274,50 +286,70 @@ def visible_selected(p: OracleParameters, t: Tensor, tokens: int, indices: Tenso
     unused_slot = chosen.shape[-1] - 1
     chosen.scatter_(-1, torch.where(used, indices, unused_slot).long(), True)
     key = torch.arange(tokens, device=t.device)
-    return chosen[..., key // p.selection_block].transpose(0, 1) & (key <= t[:, None])
+    seen = chosen[..., key // p.selection_block].transpose(0, 1) & (key <= t[:, None])  # (S, R, tokens)
+    return seen.unflatten(0, (p.kv_heads, p.group)) if p.scope == "head" else seen[:, None]
 
 
 # Section 2 (Eq. 9, 10) and section 3
 
 
+def over_scope(p: OracleParameters, by_head: Tensor) -> Tensor:
+    """Eq. 10's sum over the heads of each scope: (H, G, ...) -> (S, ...)."""
+    return by_head.flatten(0, 1).unflatten(0, (p.scopes, -1)).sum(1)
+
+
 def block_importance(p: OracleParameters, probabilities: Tensor, blocks: int) -> Tensor:
-    """imp (R, H, blocks) of probabilities (H, G, R, Nc): Eq. 9's overlap sum, then Eq. 10's sum over the group."""
-    summed = probabilities.detach().sum(1)  # (H, R, Nc)
+    """imp (R, S, blocks) of probabilities (H, G, R, Nc): the sum over a scope (Eq. 10), then over blocks that overlap.
+
+    That is Eq. 9's sum, weighted by the overlap, or with pool: max the largest of them, 0 where there is none.
+    """
+    return _pooled(p, over_scope(p, probabilities.detach()), blocks, None)
+
+
+def _pooled(p: OracleParameters, summed: Tensor, blocks: int, factors: Tensor | None) -> Tensor:
+    """(R, S, blocks) of summed probabilities (S, R, Nc); `factors` (Nc, blocks) weigh each term besides."""
     weights = overlap_weights(p, summed.shape[-1], blocks).to(summed)
     unknown = torch.isnan(summed)
-    importance = summed.masked_fill(unknown, 0.0) @ weights
+    known = summed.masked_fill(unknown, 0.0)
     reached = (unknown.to(summed) @ weights) > 0
-    return importance.masked_fill(reached, math.nan).transpose(0, 1)
+    factors = torch.ones_like(weights) if factors is None else factors
+    if p.pool == "sum":
+        found = known @ (weights * factors)
+    else:
+        found = known.new_zeros(*known.shape[:-1], blocks)
+        for block in range(blocks):
+            over = weights[:, block] > 0
+            if over.any():
+                best = known[..., over].max(-1)
+                found[..., block] = best.values * factors[over, block][best.indices]
+    return found.masked_fill(reached, math.nan).transpose(0, 1)
 
 
 def block_fingerprint(p: OracleParameters, probabilities: Tensor, blocks: int) -> Tensor:
-    """(R, H, blocks) of probabilities (H, G, R, Nc): Eq. 9 and 10 with each term times a factor of its place.
+    """(R, S, blocks) of probabilities (H, G, R, Nc): Eq. 9 and 10 with each term times a factor of its place.
 
     NaN where importance is. Blocks of equal importance have equal fingerprints where the same head gives the same
     probability to the same place of both, and practically never otherwise. Sums of other terms that happen to be equal
     may round differently.
     """
-    heads = torch.arange(p.group, dtype=torch.float64)[:, None, None].to(probabilities)
-    factors = 1.0 + (heads * math.pi) % 1.0
-    summed = (probabilities.detach() * factors).sum(1)
+    heads = torch.arange(p.query_heads, dtype=torch.float64).to(probabilities)
+    factors = (1.0 + (heads * math.pi) % 1.0).view(p.kv_heads, p.group, 1, 1)
+    summed = over_scope(p, probabilities.detach() * factors)
     assert p.selection_block is not None and p.compression_block is not None and p.compression_stride is not None
-    weights = overlap_weights(p, summed.shape[-1], blocks).to(summed)
-    compressed = torch.arange(weights.shape[0], dtype=summed.dtype, device=weights.device)[:, None]
+    compressed = torch.arange(summed.shape[-1], dtype=summed.dtype, device=summed.device)[:, None]
     ratio = p.selection_block // p.compression_stride
-    starts = torch.arange(blocks, dtype=summed.dtype, device=weights.device) * ratio
+    starts = torch.arange(blocks, dtype=summed.dtype, device=summed.device) * ratio
     places = compressed - starts + p.compression_block // p.compression_stride
-    unknown = torch.isnan(summed)
-    found = summed.masked_fill(unknown, 0.0) @ (weights * (1.0 + (places * math.e) % 1.0))
-    return found.masked_fill((unknown.to(summed) @ weights) > 0, math.nan).transpose(0, 1)
+    return _pooled(p, summed, blocks, 1.0 + (places * math.e) % 1.0)
 
 
 def mean_scores(p: OracleParameters, q: Tensor, k: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores by mean keys, their magnitudes and fingerprints, all (R, H, blocks), exact and detached.
+    """Scores by mean keys, their magnitudes and fingerprints, all (R, S, blocks), exact and detached.
 
-    q (H, G, R, Dk), k (tokens, H, Dk). score = sum over the group of scale * q . mean(k of the block's tokens), the
-    mean over the tokens that exist. The magnitude is the sum of the terms' absolute values, to which the rounding of
-    a score is relative; the fingerprint weighs each term by its place, as `block_fingerprint` does. What a row must
-    not see is in there, and not ranked: `select_blocks` takes the blocks before its own.
+    q (H, G, R, Dk), k (tokens, H, Dk). score = sum over the heads of a scope of scale * q . mean(k of the block's
+    tokens), the mean over the tokens that exist. The magnitude is the sum of the terms' absolute values, to which the
+    rounding of a score is relative; the fingerprint weighs each term by its place, as `block_fingerprint` does. What a
+    row must not see is in there, and not ranked: `select_blocks` takes the blocks before its own.
     """
     assert p.selection_block is not None
     exact = exact_dtype(q.dtype)
@@ -325,20 +357,20 @@ def mean_scores(p: OracleParameters, q: Tensor, k: Tensor, blocks: int) -> tuple
     heads, group, _, dim = q.shape
     pieces = k.split(p.selection_block)[:blocks]  # of no tokens, split makes one piece
     places = 1.0 + (torch.arange(p.selection_block, dtype=torch.float64) * math.e) % 1.0
-    terms = 1.0 + (torch.arange(group * dim, dtype=torch.float64).view(group, 1, dim) * math.pi) % 1.0
+    terms = 1.0 + (torch.arange(heads * group * dim, dtype=torch.float64).view(heads, group, 1, dim) * math.pi) % 1.0
     places, terms = places.to(k)[:, None, None], terms.to(q)
     found = []
     for weigh, weighed_q in ((lambda x: x, q), (torch.abs, q.abs()), (lambda x: x * places[: len(x)], q * terms)):
         means = [weigh(piece).mean(0) for piece in pieces]
         keys = torch.stack(means) if means else k.new_zeros(0, heads, dim)
         by_head = weighed_q @ keys.permute(1, 2, 0)[:, None]  # (H, G, R, blocks)
-        found.append((p.scale * by_head).sum(1).transpose(0, 1))
+        found.append(over_scope(p, p.scale * by_head).transpose(0, 1))
     score, magnitude, fingerprint = found
     return score, magnitude, fingerprint
 
 
 def select_blocks(p: OracleParameters, importance: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Section 3's choice: importance (R, H, blocks), positions t (R,) -> indices (R, H, n), counts (R, H), int32.
+    """Section 3's choice: importance (R, S, blocks), positions t (R,) -> indices (R, S, n), counts (R, S), int32.
 
     Forced blocks rank first, then importance or scores, of either sign, then NaN; ties go to the lower index; future
     blocks never rank.

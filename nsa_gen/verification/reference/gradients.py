@@ -300,6 +300,8 @@ def _head(s: Sequence, p: OracleParameters, head: int) -> Sequence:
             return x[own]
         if name in SINKS:
             return x[group]
+        if name in ("indices", "counts"):
+            return x[:, {"group": own, "head": group, "all": slice(None)}[p.scope]]
         return x[:, group if name in ("q", "gates", "do") else own]
 
     return mapped(s, cut)

@@ -110,7 +110,7 @@ def parameter_shapes(p: OracleParameters, hidden: int | None) -> dict[str, tuple
 
 
 def make_indices(p: OracleParameters, position: Tensor, generator: torch.Generator, hot: bool) -> Tensor:
-    """Random valid indices (R, Hkv, n) int32 for queries at `position` (R,): ascending, -1 on the right.
+    """Random valid indices (R, S, n) int32 for queries at `position` (R,): ascending, -1 on the right.
 
     Between 0 and n blocks a row; one row in eight holds -1 only. With `hot` every row takes the first n blocks.
     """
@@ -119,12 +119,12 @@ def make_indices(p: OracleParameters, position: Tensor, generator: torch.Generat
     own = (position // p.selection_block)[:, None, None]
     blocks = int(position.max()) // p.selection_block + 1 if rows else 1
     block = torch.arange(blocks)
-    rank = -block.expand(rows, p.kv_heads, blocks).float()
-    wanted = torch.full((rows, p.kv_heads, 1), n)
+    rank = -block.expand(rows, p.scopes, blocks).float()
+    wanted = torch.full((rows, p.scopes, 1), n)
     if not hot:
-        rank = torch.rand(rows, p.kv_heads, blocks, generator=generator)
-        wanted = torch.randint(1, n + 1, (rows, p.kv_heads, 1), generator=generator)
-        wanted *= torch.randint(0, 8, (rows, p.kv_heads, 1), generator=generator) > 0
+        rank = torch.rand(rows, p.scopes, blocks, generator=generator)
+        wanted = torch.randint(1, n + 1, (rows, p.scopes, 1), generator=generator)
+        wanted *= torch.randint(0, 8, (rows, p.scopes, 1), generator=generator) > 0
     order = torch.argsort(rank.masked_fill(block > own, -math.inf), dim=-1, descending=True, stable=True)[..., :n]
     kept = (order <= own) & (torch.arange(order.shape[-1]) < wanted)
     order = torch.sort(order.masked_fill(~kept, blocks), dim=-1).values
@@ -214,7 +214,7 @@ def make_inputs(
         else:
             position = torch.arange(keys - rows, keys).repeat(batch)
         indices = make_indices(p, position, generator, kind == "hot")
-        found["indices"] = indices if packed else indices.view(batch, rows, p.kv_heads, p.selection_count)
+        found["indices"] = indices if packed else indices.view(batch, rows, p.scopes, p.selection_count)
         if kind == "counts":
             shape = found["indices"].shape[:-1]
             found["counts"] = torch.randint(0, p.selection_count + 1, shape, generator=generator, dtype=torch.int32)

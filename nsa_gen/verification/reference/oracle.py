@@ -44,8 +44,8 @@ class OracleResult:
     """What the operator returns, and everything on the way. Absent pieces are None.
 
     Shapes are those of the generated package, batched (B, Tq, ...) or packed (T_total, ...): `o` and `o_x`
-    (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, Hkv, n) int32, `counts` (B, Tq, Hkv)
-    int32, `importance` and `fingerprint` (B, Tq, Hkv, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
+    (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, S, n) int32, `counts` (B, Tq, S)
+    int32, `importance` and `fingerprint` (B, Tq, S, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
     (B, Nc, Hkv, Dv). With scores: mean, `importance` is the score, and `magnitude` what its rounding is relative to.
     Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
     """
@@ -133,7 +133,7 @@ def gate_values(p: OracleParameters, gates: Tensor | None, like: Tensor) -> list
 
 
 def branch_mask(p: OracleParameters, s: Sequence, branch: str, t: Tensor, indices: Tensor | None) -> Tensor:
-    """The dense mask (H or 1, R, keys) of one branch for queries at positions t (R,)."""
+    """The dense mask (H or 1, G or 1, R, keys) of one branch for queries at positions t (R,)."""
     if branch == "cmp":
         assert s.cmp is not None
         return visible_compressed(p, t, s.cmp[0].shape[0])

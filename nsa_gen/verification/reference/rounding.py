@@ -68,7 +68,7 @@ class Sums:
 class BranchRows(NamedTuple):
     """Query rows of one KV head and their attention in one branch; `p` has one KV head.
 
-    q (G, R, Dk), do (G, R, Dv), k (K, Dk), v (K, Dv), mask (1, R, K), gate, sink and lse (G, R, 1), o (G, R, Dv),
+    q (G, R, Dk), do (G, R, Dv), k (K, Dk), v (K, Dv), mask (G or 1, R, K), gate, sink and lse (G, R, 1), o (G, R, Dv),
     weights, the probabilities, and their squares `chances` (G, R, K), scores q . k without the scale.
     """
 
@@ -114,7 +114,7 @@ def branch_rows(p: OracleParameters, s: Sequence) -> Iterator[BranchRows]:
         gate = gate.expand(rows, p.query_heads, 1).permute(1, 0, 2)
         logit = None if sink is None else sink[0, :, None, None].expand(-1, rows, 1)
         found = o[0], lse[0, ..., None], weights[0], weights[0].square(), q @ k.T
-        yield BranchRows(p, number, branch, q, do, k, v, mask, gate, logit, *found)
+        yield BranchRows(p, number, branch, q, do, k, v, mask[0], gate, logit, *found)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def add_drift(r: BranchRows, drift: Squares, sums: Mapping[str, Sums], terms: Se
     rows are in, and the squared terms of a sink's gradient to the sink of `terms`."""
     p, off = r.p, drift.of_keys(r)
     q_squared, do_squared, k_squared, v_squared = r.q.square(), r.do.square(), r.k.square(), r.v.square()
-    keys = r.mask[0].sum(-1)[:, None].to(r.q.dtype)  # (R, 1)
+    keys = r.mask.sum(-1, keepdim=True).to(r.q.dtype)  # (G or 1, R, 1)
     score = chain(p.head_dim_qk, r.scores.square(), q_squared @ k_squared.T)
     own = chain(keys, r.o.square(), r.chances @ v_squared)  # of o, for given probabilities
     if off is not None:
@@ -244,7 +244,7 @@ def add_drift(r: BranchRows, drift: Squares, sums: Mapping[str, Sums], terms: Se
     here.totals[1][:length].add_(weights.T @ do_branch)
     here.squares[0][:length].add_(flat_ds.square().T @ flat_q.square())
     here.squares[1][:length].add_(weights.square().T @ do_branch.square())
-    here.terms[:length].add_(p.group * r.mask[0].sum(0)[:, None])
+    here.terms[:length].add_(r.mask.expand(p.group, -1, -1).sum((0, 1))[:, None])
 
 
 # phi
