@@ -112,6 +112,9 @@ def test_a_mesh_of_two_dims_and_blocks_from_outside_are_refused(one_rank: None) 
         ContextParallel("tiny", mesh)
     with pytest.raises(ValueError, match=r"compression.phi: expected a phi that the operator computes, got external"):
         ContextParallel(operator_of("cmp win", phi="external").spec, mesh["cp"])
+    shared = operator_of("slc", scores="mean", scope="all", kv_heads=2).spec
+    with pytest.raises(ValueError, match=r"head_groups: expected 1 with selection.scope: all, got 2"):
+        ContextParallel(shared, mesh["cp"], head_groups=2)
 
 
 def test_arguments_of_a_call_are_refused_by_name(one_rank: None) -> None:

@@ -16,7 +16,7 @@ from nsa_gen.lowering.hopper import hopper_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
-from nsa_gen.spec import Compression, Selection, Window, parse_spec, shipped_specs
+from nsa_gen.spec import Compression, Selection, Window, load_spec, parse_spec, shipped_specs
 from tests.lowering.drawn_specs import specs
 
 SPECS = specs()
@@ -92,6 +92,18 @@ def test_mean_scores_are_pool_score_select_and_attend_with_or_without_the_other_
     # Where every slot is forced, nothing is pooled or scored.
     forced = lower(spec.replace(selection=Selection(block=64, count=2, initial=1, local=1, scores="mean")))
     assert [step.name for step in forced.steps] == ["select_blocks", "selected"] and forced.scores_means
+
+
+@pytest.mark.parametrize(("scope", "scopes", "lists"), [("group", 8, 8), ("head", 32, 32), ("all", 1, 8)])
+def test_a_scope_decides_how_many_choices_and_lists_a_token_has(scope: str, scopes: int, lists: int):
+    shipped = load_spec("moba_llama3_8b")
+    plan = lower(shipped.replace(selection={**shipped.selection.model_dump(), "scope": scope}))
+    assert (plan.scopes, plan.lists, plan.list_rows) == (scopes, lists, 32 // lists)
+    assert plan.per_head == (scope == "head") and plan.shares_choice == (scope == "all")
+    # Hopper's kernel gathers the heads of a group, which must follow one list.
+    assert plan.hopper_selected_backward == (scope != "head")
+    indices = next(each for each in plan.arguments if each.name == "indices")
+    assert indices.dims == ("B", "Tq", "S", "12")
 
 
 @every_program

@@ -112,6 +112,9 @@ def test_what_the_spec_does_not_have_is_refused_by_name() -> None:
         parallel_nsa_of(operator_of(gate="given"))
     with pytest.raises(ValueError, match=r"^selection.scores: expected 'compression', got 'mean'"):
         parallel_nsa_of(operator_of(gate="given", compression=(16, 16), scores="mean"))
+    for field, value, other in (("pool", "sum", "max"), ("scope", "group", "head")):
+        with pytest.raises(ValueError, match=f"^selection.{field}: expected '{value}', got '{other}'"):
+            parallel_nsa_of(operator_of(gate="given", compression=(16, 16), **{field: other}))
     attention, x = parallel_nsa_of(chosen()), drawn(4)
     sizes = {"block_counts": COUNT, "block_size": BLOCK, "window_size": WINDOW}
     for changes, message in (
