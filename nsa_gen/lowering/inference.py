@@ -41,6 +41,7 @@ class InferencePlan:
         scopes: int
         selects: bool
         scores_means: bool
+        pools_by_maximum: bool
         combined: bool
         raw_names: tuple[str, ...]
 
@@ -101,6 +102,11 @@ class InferencePlan:
     def decode_importance(self) -> bool:
         """Decode ranks blocks by importance, which attention to the compressed keys leaves."""
         return self.decode_selects and not self.scores_means
+
+    @property
+    def decode_maxima(self) -> bool:
+        """Decode ranks blocks by their largest compressed probability."""
+        return self.decode_importance and self.pools_by_maximum
 
     @property
     def largest_share(self) -> int:
@@ -207,7 +213,13 @@ class InferencePlan:
             ]
         if self.decode_importance:
             found += [
-                ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
+                (
+                    "importance",
+                    "(rows, compressed blocks) fp32, relative to",
+                    "floats(rows, blocks * BLOCKS_PER_SELECTION)",
+                )
+                if self.decode_maxima
+                else ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
             ]
         if self.decode_selects:

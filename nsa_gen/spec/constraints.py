@@ -204,15 +204,6 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         hint="remove pool, or choose by scores: compression",
     ),
     Constraint(
-        id="maxima_do_not_decode",
-        when=BY_COMPRESSION,
-        holds=lambda v: v["selection.pool"] == "sum" or "decode" not in v["passes"],
-        at="passes",
-        also=("selection.pool",),
-        message="decode is not offered with selection.pool: {selection.pool}",
-        hint="remove decode from passes, or write pool: sum",
-    ),
-    Constraint(
         id="mean_scores_need_the_own_block",
         when=BY_MEAN,
         holds=lambda v: v["selection.local"] >= 1,

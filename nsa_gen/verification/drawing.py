@@ -75,7 +75,7 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
             if means:
                 document["version"] = 2
                 document["selection"]["scores"] = "mean"
-            elif "decode" not in document["passes"] and pick((True, False, False)):
+            elif pick((True, False, False)):
                 document["version"] = 2
                 document["selection"]["pool"] = "max"
         else:

@@ -43,6 +43,9 @@ SPECS: dict[str, dict[str, Any]] = {
         "kv_heads": 2,
         "dims": (24, 40),
     },
+    "maxima": {"pool": "max", "group": 3, "kv_heads": 2, "initial": 0},
+    "maxima, all heads together": {"branches": "cmp slc", "pool": "max", "scope": "all", "kv_heads": 2},
+    "maxima, each head alone": {"pool": "max", "scope": "head", "compression": (16, 4), "initial": 0, "local": 0},
     "mean scores, each head alone": {
         "branches": "slc win",
         "scores": "mean",
@@ -86,7 +89,8 @@ def test_a_prompt_in_chunks_of_unequal_sequences_is_one_forward() -> None:
 
 def test_equal_importances_go_to_the_lower_block_in_whichever_tile_they_are() -> None:
     steps = (Step("fill", (230,)), Step("decode", (1,)), Step("decode", (3,)))
-    check(Scenario(1, 300, None, steps, kind="ties"), count=4, initial=0, local=0)
+    for pool in ("sum", "max"):
+        check(Scenario(1, 300, None, steps, kind="ties"), count=4, initial=0, local=0, pool=pool)
 
 
 def test_logits_far_apart_lose_no_part_of_the_softmax() -> None:

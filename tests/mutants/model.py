@@ -57,6 +57,9 @@ SPECS: dict[str, Spec] = {
         "cmp slc", gate="none", scale=0.37, initial=0, scope="all", group=2, kv_heads=2
     ),
     "maxima": small_spec("cmp slc", gate="none", scale=0.37, initial=0, local=0, pool="max"),
+    "cached maxima": small_spec(
+        "cmp slc", gate="none", scale=0.37, initial=0, local=0, pool="max", passes=("forward", "decode")
+    ),
     "cached means of heads": small_spec(
         "slc",
         gate="none",

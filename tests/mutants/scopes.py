@@ -15,6 +15,9 @@ UNKNOWN = Check("maxima", 3, tokens_kv=99, kind="nan")
 STEPS = (Step("fill", (150,)), Step("decode", (2,)))
 CACHED = CacheCheck("cached means of heads", Scenario(1, 200, 16, STEPS))
 CACHED_ALL = CacheCheck("cached means of all heads", Scenario(1, 200, None, STEPS))
+CACHED_MAXIMA = CacheCheck(
+    "cached maxima", Scenario(1, 320, None, (Step("fill", (300,)), Step("decode", (2,))), seed=2)
+)
 SELECTION, LISTS = "kernels/selection.py", "kernels/selected_key_major_lists.py"
 DECODE, PRIMITIVES = "kernels/decode_select.py", "kernels/primitives.py"
 
@@ -73,6 +76,18 @@ MUTANTS = (
     _mutant(
         "decoded_choice_of_the_first_head", "in decode every head is scored by the first head's queries",
         CACHED, ("selection",), DECODE, "batch, token, scope, mean_rows", "batch, token, scope * 0, mean_rows",
+    ),
+    _mutant(
+        "decoded_maximum_is_a_sum", "in decode a block's importance is the sum of its compressed blocks' probabilities",
+        CACHED_MAXIMA, ("selection",), DECODE, "tl.max(keep_unknown(p), 1)", "tl.sum(keep_unknown(p), 1)",
+    ),
+    _mutant(
+        "decoded_maximum_without_what_reaches_in", "in decode compressed blocks that begin before a block do not count",
+        CACHED_MAXIMA, ("selection",), DECODE, "members = FIRST_OVERLAP +", "members =",
+    ),
+    _mutant(
+        "decoded_maximum_relative_to_its_tile", "probabilities of tiles with different references are compared",
+        CACHED_MAXIMA, ("selection",), DECODE, "tl.exp2(reference - lse[:, None, None]) * relative", "relative",
     ),
     _mutant(
         "decoded_list_of_another_kv_head", "in decode a head reads the blocks of the first KV head",

@@ -263,16 +263,6 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         54,
         "selection.pool",
     ),
-    "maxima_do_not_decode": (
-        {
-            "version": 2,
-            "selection": {"block": 64, "count": 4, "pool": "max"},
-            "passes": ["forward", "decode"],
-        },
-        9,
-        9,
-        "passes",
-    ),
     "mean_scores_need_the_own_block": (
         {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": "mean"}},
         7,
