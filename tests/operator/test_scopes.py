@@ -194,3 +194,11 @@ def test_memory_between_q_and_the_choice_is_bounded_where_heads_choose_alone(mon
     monkeypatch.setattr(selection, "SCORE_BYTES", 4 * 9 * 32)
     monkeypatch.setattr(selection, "SCORE_TOKENS", 32)
     assert torch.equal(op.select_blocks(q, k)[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("mean, head", "for each query head"), ("compression, all", "for all heads")]
+)
+def test_a_package_says_who_chooses_its_blocks(name: str, said: str) -> None:
+    op = operator_of_spec(SPECS[name])
+    assert said in op.explain() and said in op.nsa_attention.__doc__
