@@ -152,12 +152,19 @@ def _selected_schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
     if not plan.selected:
         yield True
         return
+    override = _module(package, "configs").override
     for key_major, local in ((0, 0), (0, 1), (1, 0), (1, 1)) if plan.local_in_window else ((0, 0), (1, 0)):
         chosen = {"KEY_MAJOR_FORWARD": key_major}
         chosen |= {"KEY_MAJOR_DQ": key_major} if plan.backward else {}
         chosen |= {"LOCAL_IN_WINDOW": local} if plan.local_in_window else {}
-        with _module(package, "configs").override("selected_attention", **chosen):
+        with ExitStack() as stack:
+            stack.enter_context(override("selected_attention", **chosen))
+            if plan.hopper_selected_forward:
+                stack.enter_context(override("selected_outputs", HOPPER_TOKENS=NEVER))
             yield True
+    if plan.hopper_selected_forward:
+        with override("selected_outputs", HOPPER_TOKENS=ALWAYS):
+            yield False
 
 
 def _trace_operator(
