@@ -151,8 +151,8 @@ MUTANTS: tuple[Mutant, ...] = (
         TIED,
         ("selection",),
         "kernels/decode_select.py",
-        "other_block[None, :] < block[:, None]",
-        "other_block[None, :] > block[:, None]",
+        "(tl.cumsum(equal.to(tl.int32), 0) <= left)",
+        "(tl.cumsum(equal.to(tl.int32), 0) > tl.sum(equal.to(tl.int32), 0) - left)",
     ),
     _mutant(
         "importance_from_before_the_tile_forgotten",
@@ -173,12 +173,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "p",
     ),
     _mutant(
-        "candidates_of_one_share",
-        "a candidate is ranked among those of the first share alone",
+        "candidates_of_the_first_tile",
+        "blocks are chosen among those that the first tile named",
         LONG,
         ("selection",),
-        "kernels/decode_attend.py",
-        "for share in range(0, used_shares):",
-        "for share in range(0, 1):",
+        "kernels/decode_select.py",
+        "mask=places < tiles * CANDIDATES",
+        "mask=places < CANDIDATES",
     ),
 )
