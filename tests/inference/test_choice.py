@@ -111,3 +111,22 @@ def test_the_work_of_one_launch_does_not_depend_on_the_capacity() -> None:
         shares = [module.workspace.shares_of(tiles, lists, DEVICE) for tiles in (1, 64, 10**4, 10**6)]
         assert shares[0] == 1 and shares[2] == shares[3], "as many as the device runs at once, whatever the capacity"
         assert lists * shares[3] <= max(lists, 8 * multiprocessors)
+
+
+@pytest.mark.parametrize("tokens", [76, 79, 80, 140])
+def test_a_block_that_only_blocks_of_the_tile_before_reach_has_their_importance(tokens: int) -> None:
+    """Of the newest block no compressed block begins yet, and none of its tile; it competes where no block is local."""
+    op = operator_of(passes=("forward", "decode"), compression=(16, 4), initial=0, local=0, scale=0.3)
+    generator = torch.Generator().manual_seed(tokens)
+    k, v = (torch.randn(1, tokens, 1, 16, generator=generator).to(DEVICE) for _ in range(2))
+    q, gates = (torch.randn(1, tokens, 2, width, generator=generator).to(DEVICE) for width in (16, 3))
+    _, whole = op.nsa_attention(q, k, v, gates, return_aux=True)
+    cache = op.NSACache(1, 200, device=DEVICE)
+    for left in (math.nan, math.inf, 0.0):
+        cache.reset()
+        cache.workspace.importance.fill_(left)
+        cache.workspace.reference.zero_()
+        cache.extend(tokens)
+        cache.write(k, v)
+        _, found = op.nsa_decode(q[:, -1:].contiguous(), cache, gates[:, -1:], return_aux=True)
+        assert torch.equal(found.indices[:, 0], whole.indices[:, -1]), left
