@@ -169,7 +169,7 @@ MUTANTS: tuple[Mutant, ...] = (
         LONG,
         ("selection",),
         "kernels/decode_select.py",
-        "tl.exp2(reference - lse[:, None]) * p",
+        "factor[:, :, None] * p",
         "p",
     ),
     _mutant(
