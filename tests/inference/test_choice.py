@@ -104,6 +104,27 @@ def test_a_million_tokens_have_their_best_blocks_selected() -> None:
     check(drawn.tolist(), [2**20], 2**20, 256)
 
 
+def test_pages_change_no_bit_of_the_choice_among_many_blocks_and_it_is_the_forwards() -> None:
+    op, lengths, new = package(), [40 * BLOCK + 7, 9 * BLOCK, 1], 2
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(len(lengths), max(lengths), 2, 16, generator=generator).to(DEVICE) for _ in range(2))
+    q, gates = (torch.randn(len(lengths), max(lengths), 4, d, generator=generator).to(DEVICE) for d in (16, 3))
+    newest = torch.tensor([[max(length - new, 0), length - 1] for length in lengths], device=DEVICE)
+    rows = newest[:, :, None, None].expand(-1, -1, 4, 16)
+    outputs = []
+    for page_size in (None, 16, 64):
+        cache = op.NSACache(len(lengths), 700, page_size=page_size, max_new_tokens=new, device=DEVICE)
+        cache.extend(lengths)
+        cache.write(k, v)
+        asked = q.gather(1, rows), cache, gates.gather(1, rows[..., :3])
+        outputs.append(op.nsa_decode(*asked, return_aux=True)[1])
+    for other in outputs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outputs[0], other, strict=True))
+    for b, length in enumerate(lengths[:2]):
+        _, whole = op.nsa_attention(*(x[b : b + 1, :length] for x in (q, k, v, gates)), return_aux=True)
+        assert torch.equal(outputs[0].indices[b], whole.indices[0, -new:]), b
+
+
 def test_the_work_of_one_launch_does_not_depend_on_the_capacity() -> None:
     module = package().module
     multiprocessors = module.configs.multiprocessors(DEVICE)

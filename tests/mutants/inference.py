@@ -178,7 +178,7 @@ MUTANTS: tuple[Mutant, ...] = (
         LONG,
         ("selection",),
         "kernels/decode_select.py",
-        "mask=places < tiles * CANDIDATES",
-        "mask=places < CANDIDATES",
+        "used = places < tiles * CANDIDATES",
+        "used = places < CANDIDATES",
     ),
 )
