@@ -89,7 +89,7 @@ class InferencePlan:
 
     @property
     def largest_share(self) -> int:
-        """Most selection blocks that one program ranks."""
+        """Most selection blocks of a tile, which one program ranks at once."""
         (tiles,) = (each for each in self.kernel("decode_select").tunables if each.name == "BLOCK_TILE")
         return tiles.values[-1]
 
@@ -117,7 +117,7 @@ class InferencePlan:
 
     @property
     def candidates(self) -> int:
-        """Blocks that a share of the blocks names, padded to a power of two."""
+        """Blocks that a tile of them names, padded to a power of two."""
         return power_of_two(self.free_blocks)
 
     @property
@@ -185,12 +185,12 @@ class InferencePlan:
                 ("compressed_sum", "(rows, splits) fp32", f"floats(rows, {splits})"),
             ]
         if self.decode_selects:
-            slots = "lists, shares, CANDIDATES"
+            slots = "lists, named_tiles, CANDIDATES"
             found += [
                 ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
-                ("values", "(lists, shares, candidates) fp32", f"floats({slots})"),
-                ("candidates", "(lists, shares, candidates) int32",
+                ("values", "(lists, tiles, candidates) fp32", f"floats({slots})"),
+                ("candidates", "(lists, tiles, candidates) int32",
                  f"torch.empty({slots}, dtype=torch.int32, device=device)"),
             ]  # fmt: skip
         if self.branches != ("cmp",):
