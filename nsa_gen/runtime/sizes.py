@@ -1,5 +1,18 @@
 """Arithmetic of sizes on the host, where Triton's functions of these names take microseconds a call."""
 
+import torch
+
+# Bytes of partial results, of o or of gradients of the selected branch, that a call holds at a time by default: four
+# times those of q, of which there are some 16 without a bound, and never fewer or more than these.
+WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 4, 2**28, 2**31
+
+
+def workspace_of(q: torch.Tensor, asked: int | None = None) -> int:
+    """Bytes of partial results that a call may hold at a time: what was asked for, else the default for q."""
+    if asked is not None:
+        return asked
+    return min(max(WORKSPACE_SHARE * q.numel() * q.element_size(), LEAST_WORKSPACE), MOST_WORKSPACE)
+
 
 def cdiv(total: int, size: int) -> int:
     """How many pieces of `size` cover `total`."""

@@ -11,7 +11,7 @@ import functools
 import importlib
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,15 +134,15 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _past_the_dispatcher(library: Any) -> Iterator[None]:
     """Within the block the package's operators launch, as they do for CUDA tensors, where others would be traced."""
 
-    def call(name: str, *arguments: Any) -> Any:
+    def route(name: str, arguments: Sequence[Any]) -> Callable[..., Any]:
         needed = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)
-        return library._eager[name].apply(*arguments) if needed else library._launches[name](*arguments)
+        return library._eager[name].apply if needed else library._launches[name]
 
-    library.call = call
+    library._route = route
     try:
         yield
     finally:
-        del library.call
+        del library._route
 
 
 def measure_memory(

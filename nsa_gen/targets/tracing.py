@@ -200,6 +200,6 @@ def _trace_operator(
             for name in has:
                 if has[name]:
                     stack.enter_context(override(name, HOPPER_BACKWARD_TOKENS=tokens))
-            operator.attention_backward(torch.empty_like(outputs[0]), *arguments, *agreed, *saved)
+            operator.attention_backward([torch.empty_like(outputs[0]), *arguments, *agreed, *saved])
     # The steps alone launch one kernel that the whole operator does not.
     _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])
