@@ -146,18 +146,23 @@ def _past_the_dispatcher(library: Any) -> Iterator[None]:
 
 
 def measure_memory(
-    package: ModuleType, tokens: int, target: str, batch: int = 1, recompute: Sequence[str] = ()
+    package: ModuleType,
+    tokens: int,
+    target: str,
+    batch: int = 1,
+    recompute: Sequence[str] = (),
+    workspace_bytes: int | None = None,
 ) -> list[Peak]:
     """Peaks of forward and backward of the whole operator, for a batch of sequences of `tokens` tokens on `target`.
 
-    The output of the forward lives on in the backward, as with a caller who keeps it. Not in a process in which Triton
-    is the interpreter.
+    The output of the forward lives on in the backward, as with a caller who keeps it; `recompute` and `workspace_bytes`
+    are those of `nsa_attention`. Not in a process in which Triton is the interpreter (RuntimeError).
     """
     arguments, sequences = empty_call(package, tokens, batch, "meta")
     leaves = [x.requires_grad_() for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
     library = importlib.import_module(f"{package.__name__}.registration").LIBRARY
     with package.configs.use_target(target), launching_by(_nothing), _past_the_dispatcher(library):
-        agreed = agreed_values(package, leaves[0], sequences, " ".join(recompute))
+        agreed = agreed_values(package, leaves[0], sequences, " ".join(recompute), workspace_bytes)
         live = LiveStorages(Path(package.__file__ or "").parent)
         with live:
             o = library.call("attention", *arguments, *agreed)[0]

@@ -63,15 +63,19 @@ def empty_call(
     return arguments, sequences
 
 
-def agreed_values(package: ModuleType, q: torch.Tensor, sequences: Any, recompute: str = "") -> tuple[Any, ...]:
+def agreed_values(
+    package: ModuleType, q: torch.Tensor, sequences: Any, recompute: str = "", workspace_bytes: int | None = None
+) -> tuple[Any, ...]:
     """What the operator takes behind its arguments: bounds of sequences, and what forward and backward agree on."""
     found: list[Any] = [sequences.cu_seqlens]
     for name in _plan(package).schema_constants:
         if name == "recompute":
             found.append(recompute)
+        elif name == "chunk_tokens":
+            module = _module(package, "kernels.selected_attention")
+            found.append(module.most_chunk_tokens(q, sequences, workspace_bytes))
         else:
-            chosen = {"chunk_tokens": "most_chunk_tokens", "local_in_window": "window_does_local"}[name]
-            found.append(getattr(_module(package, "kernels.selected_attention"), chosen)(q, sequences))
+            found.append(_module(package, "kernels.selected_attention").window_does_local(q, sequences))
     return tuple(found)
 
 
