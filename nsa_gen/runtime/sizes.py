@@ -2,9 +2,10 @@
 
 import torch
 
-# Bytes of partial results, of o or of gradients of the selected branch, that a call holds at a time by default: four
-# times those of q, of which there are some 16 without a bound, and never fewer or more than these.
-WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 4, 2**28, 2**31
+# Bytes of partial results, of o or of gradients of the selected branch, that a call holds at a time by default: five
+# times those of q, and no fewer or more than these. With 16 blocks a query all of them take 17 or 18 times those of q,
+# so that there are four chunks.
+WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 5, 5 * 2**26, 5 * 2**29
 
 
 def workspace_of(q: torch.Tensor, asked: int | None = None) -> int:

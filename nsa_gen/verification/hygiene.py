@@ -118,9 +118,9 @@ FLOAT32 = 4
 SLOT_BYTES = 64
 """A slot of the selection in an index by key block: key, sorted key, place (8 bytes), and as much again and the sort's
 own buffers while it sorts."""
-WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 4, 2**28, 2**31
-"""The workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): four times the
-bytes of q, at least 256 MiB and at most 2 GiB, holds those of o or dq, their lse, and partial sums of dk and dv."""
+WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 5, 5 * 2**26, 5 * 2**29
+"""The workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): five times the
+bytes of q, at least 320 MiB and at most 2.5 GiB, holds those of o or dq, their lse, and partial sums of dk and dv."""
 CHUNK_TOKENS = 64
 """Tokens whose partial results are held at a time at least, whatever they take."""
 SMALLEST_PART = 16
@@ -157,7 +157,7 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
         saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R Hkv (S + 1) + C Hkv (Dk + Dv + hidden widths) e
         work      min(R t, max(W, 64 t)) + 64 R Hkv S, where a token has
                   t = S Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)
-                  and W = 4 R Hq Dk e, but at least 256 MiB and at most 2 GiB
+                  and W = 5 R Hq Dk e, but at least 320 MiB and at most 2.5 GiB
         scores    4 Hkv (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
                   with scores: mean, 4 Hkv (Tkv / l') Dk a sequence besides
         forward   saved + work + scores
