@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from nsa_gen.runtime.sizes import LEAST_WORKSPACE, MOST_WORKSPACE, workspace_of
 from nsa_gen.verification.calls import arguments_of
@@ -92,3 +93,25 @@ def test_budgets_that_are_none_are_refused(value: Any, error: type[Exception], t
         call(op, value)
     with pytest.raises(error, match=f"^{text}"):
         op.module.NativeSparseAttention(8, workspace_bytes=value)
+
+
+def test_compiled_code_has_the_chunks_of_each_length_without_being_compiled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    op = operator_of(count=2)
+    attention, sequences = op.module.kernels.selected_attention, op.module.runtime.sequences.Sequences
+    monkeypatch.setattr(op.module.runtime.sizes, "LEAST_WORKSPACE", 1)
+    monkeypatch.setattr(attention, "FEWEST_CHUNK_TOKENS", 1)
+    counter = CompileCounter()
+
+    def scaled(q: torch.Tensor) -> torch.Tensor:
+        return q * attention.most_chunk_tokens(q, sequences(1, q.shape[1], q.shape[1]))
+
+    compiled = torch.compile(scaled, backend=counter, dynamic=True, fullgraph=True)
+    found = set()
+    with op.configs.override("selected_attention", CHUNK_TOKENS=4096):
+        for tokens in (40, 80, 120):
+            q = torch.ones(1, tokens, op.spec.heads.query, op.spec.head_dim.qk)
+            assert torch.equal(compiled(q), scaled(q))
+            found.add(int(scaled(q).max()))
+    assert len(found) == 3 and counter.frame_count == 1
