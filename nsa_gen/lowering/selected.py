@@ -40,7 +40,8 @@ _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
 LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
-#: Bound on what the key-major kernels of a chunk leave for a later sum.
+#: What the key-major kernels of a chunk leave for a later sum, by default at most; a call's own bound is `workspace_of`
+#: in `runtime/sizes.py`, which is less for all but long calls.
 WORKSPACE_BYTES = 2**31
 #: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
 _CLEARLY = 0.85
