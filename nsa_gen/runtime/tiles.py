@@ -188,10 +188,9 @@ class Tiles:
     def dependent_launch(self, device: torch.device) -> dict[str, bool]:
         """Constants of launches that may begin while the one before ends, as they can on CUDA devices from sm_90 on.
 
-        Their kernels wait for it (`DEPENDENT`) before they touch what it reads or writes. In the interpreter none does.
+        Their kernels wait for it (`DEPENDENT`) before they touch what it reads or writes.
         """
-        interpreted = INTERPRETED and device.type != "meta"
-        return _dependent_launch(None if interpreted else self.target_of(device))
+        return _dependent_launch(self.target_of(device))
 
     def architecture(self, device: torch.device) -> str:
         """Entry of `defaults` that serves a device, such as "sm_90"; "interpreter" for the CPU."""
