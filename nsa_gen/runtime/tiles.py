@@ -185,13 +185,6 @@ class Tiles:
         gpu = self.gpu_of(device)
         return None if gpu is None else gpu.architecture
 
-    def dependent_launch(self, device: torch.device) -> dict[str, bool]:
-        """Constants of launches that may begin while the one before ends, as they can on CUDA devices from sm_90 on.
-
-        Their kernels wait for it (`DEPENDENT`) before they touch what it reads or writes.
-        """
-        return _dependent_launch(self.target_of(device))
-
     def architecture(self, device: torch.device) -> str:
         """Entry of `defaults` that serves a device, such as "sm_90"; "interpreter" for the CPU."""
         found = self._architectures.get(device)
@@ -239,13 +232,6 @@ class Tiles:
             yield
         finally:
             self._overrides = before
-
-
-@functools.cache
-def _dependent_launch(target: str | None) -> dict[str, bool]:
-    if target is None or not target.startswith("sm_") or int(target.removeprefix("sm_")) < 90:
-        return {"DEPENDENT": False}
-    return {"DEPENDENT": True, "launch_pdl": True}
 
 
 @functools.cache

@@ -131,20 +131,6 @@ def test_generated_sources_are_free_of(what: str) -> None:
             assert found is None, f"{spec.name}/{path.name}: {found.group()!r}"
 
 
-@pytest.mark.parametrize("branches", ["cmp slc win", "cmp", "win"])
-def test_a_launch_that_begins_early_waits_before_it_reads_or_writes_what_launches_before_it_use(branches: str) -> None:
-    """But for lengths and queries: they are there when the second launch of a step begins, whatever was before it."""
-    folder = operator_of_spec(small_spec(branches, passes=("forward", "decode"))).folder
-    kernels = sorted((folder / "kernels").glob("decode_*.py"))
-    for number, path in enumerate(sorted(kernels, key=lambda each: each.stem != "decode_compressed")):
-        text = path.read_text()
-        kernel = text[text.index("DEPENDENT: tl.constexpr") : text.index("\n\n\ndef ")]
-        before = kernel[: kernel.index("await_launch_before(DEPENDENT)")]
-        assert re.search(r"tl\.(store|load|atomic)|load_keys", before) is None, path.name
-        assert number or re.search(r"load|locate", before) is None, path.name
-    assert len(kernels) == {"cmp slc win": 3, "cmp": 2, "win": 1}[branches]
-
-
 POSITIVE = {"block_rows", "blocks_per_batch", "chunk_tokens", "tiles_per_batch", "tokens"}
 """Arguments of kernels that are positive wherever a kernel that divides by them is launched."""
 

@@ -51,19 +51,6 @@ def test_a_cpu_has_the_interpreters_table_and_a_target_in_force_its_own(tiles: T
         tiles.use_target("sm_1").__enter__()
 
 
-def test_launches_begin_early_where_cuda_has_dependent_launches_and_nowhere_else(tiles: Tiles) -> None:
-    early, late = {"DEPENDENT": True, "launch_pdl": True}, {"DEPENDENT": False}
-    assert tiles.dependent_launch(CPU) == tiles.dependent_launch(META) == late
-    for target in ("sm_90", "sm_100", "sm_103"):
-        with tiles.use_target(target):
-            assert tiles.dependent_launch(META) == early
-    with tiles.use_target("interpreter"):
-        assert tiles.dependent_launch(META) == late
-    for target, found in (("sm_75", late), ("sm_89", late), ("gfx942", late), ("gfx90a", late), ("sm_120", early)):
-        tiles.target_of = lambda device, target=target: target  # type: ignore[method-assign]
-        assert tiles.dependent_launch(META) == found, target
-
-
 def test_an_override_replaces_some_values_within_its_block_and_must_suit_the_others(tiles: Tiles) -> None:
     with tiles.override("attend", KEY_BLOCK=64):
         assert tiles.get("attend", CPU, BUCKET) == {"KEY_BLOCK": 64, "num_warps": 8}
