@@ -69,6 +69,7 @@ def tensor(*strides: int, offset: int = 0, sizes: tuple[int, ...] = (2, 5, 3, 64
         ({}, True, True, True),
         ({"dims": (128, 64)}, True, True, True),
         ({"group": 7, "block": 128}, True, True, True),
+        ({"group": 4}, True, True, True),
         ({"gate": "none"}, True, True, True),
         ({"gate": "given"}, True, False, False),
         ({"dims": (192, 128)}, True, False, False),
@@ -93,7 +94,7 @@ def test_a_package_has_the_kernels_where_their_tiles_fit(
     assert set(render(spec)) & set().union(*FILES.values()) == wanted
     most_rows = 2048 if changes.get("group") == 65 else 8192  # 2**18 rows, and no more than 8192 tokens
     for name, tunable, has_it, from_tokens in (
-        ("selected_outputs", "HOPPER_TOKENS", forward, 2048),
+        ("selected_outputs", "HOPPER_TOKENS", forward, 2048 if changes.get("group", 2) >= 4 else NEVER),
         ("selected_backward", "HOPPER_BACKWARD_TOKENS", selected, 2048),
         ("banded_backward", "HOPPER_BACKWARD_TOKENS", banded, most_rows),
     ):
