@@ -157,17 +157,43 @@ class TaskRow:
     seconds: float = 0.0
 
 
-Record = Row | KernelRow | OverlapRow | SelectionRow | CheckRow | TaskRow
+@dataclass(frozen=True)
+class DecodeRow:
+    """One step of decode: a query a sequence and what it takes, in microseconds, for one layer.
+
+    Attributes:
+        workload: the name of the spec.
+        tokens, batch: tokens that each sequence holds, and sequences.
+        bytes: keys and values that a step must read.
+        floor_us: the time that a plain copy takes to read so many.
+        us, paged_us: a step on a contiguous cache, and in pages.
+        dense_us: dense attention of the same queries to the contiguous keys; None where it was not timed.
+        problem: why there is no time.
+    """
+
+    workload: str
+    tokens: int
+    batch: int
+    bytes: float = 0.0
+    floor_us: float | None = None
+    us: float | None = None
+    paged_us: float | None = None
+    dense_us: float | None = None
+    problem: str = ""
+
+
+Record = Row | DecodeRow | KernelRow | OverlapRow | SelectionRow | CheckRow | TaskRow
 _KINDS: dict[str, type[Any]] = {
     "row": Row,
     "kernel": KernelRow,
     "overlap": OverlapRow,
     "selection": SelectionRow,
+    "decode": DecodeRow,
     "check": CheckRow,
     "task": TaskRow,
 }
 """Records by what a journal's line calls them; with an s, it is the name of their list in `Results`."""
-_LATER = ("selection",)
+_LATER = ("selection", "decode")
 """Kinds that results of earlier versions do not have."""
 
 
@@ -183,12 +209,13 @@ class Results:
     checks: tuple[CheckRow, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
     selections: tuple[SelectionRow, ...] = ()
+    decodes: tuple[DecodeRow, ...] = ()
 
     @property
     def ours_is_timed(self) -> bool:
         """Whether our operator was right and has a time for everything that was asked for."""
-        mine = [row for row in self.rows if row.contender == OURS]
-        timed = bool(mine) and all(row.median_ms is not None for row in mine)
+        mine = [row.median_ms for row in self.rows if row.contender == OURS] + [row.us for row in self.decodes]
+        timed = bool(mine) and all(time is not None for time in mine)
         return timed and all(task.status == "ok" for task in self.tasks)
 
     @classmethod
@@ -289,7 +316,7 @@ def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
 
 def _subject(record: Record) -> tuple[Any, ...]:
     """What a record is about: two of a kind with the same subject are two answers to one question."""
-    names = ("part", "workload", "inputs", "tokens", "contender", "direction", "kernel")
+    names = ("part", "workload", "inputs", "tokens", "batch", "contender", "direction", "kernel")
     return tuple(getattr(record, name, None) for name in names)
 
 

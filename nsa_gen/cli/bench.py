@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,8 +31,10 @@ from nsa_gen.cli.common import (
 
 if TYPE_CHECKING:
     from nsa_gen.bench.records import Results
+    from nsa_gen.spec import Spec
 
 DEFAULT_LENGTHS = (8192, 32768, 65536)
+DECODE_LENGTHS, DECODE_BATCHES = (4096, 16384, 65536, 262144, 1048576), (1, 4, 16, 32, 64)
 CONTENDERS = "Contenders: dense (cudnn, fa2, fa4), flex, efficient, peers (fla, sfnsa, nsa-triton, fsa), none."
 INPUTS = ("independent", "correlated")
 
@@ -46,7 +50,10 @@ def bench(
     spec: SpecArgument,
     against: Annotated[list[str], names_option(CONTENDERS, split_list, "dense and peers that are installed")] = [],
     tokens: Annotated[list[str], lengths_option("Lengths.", "8192,32768,65536")] = [],
-    passes: Annotated[list[str], names_option("Passes to time.", require_passes, "the spec's")] = [],
+    passes: Annotated[
+        list[str], names_option("Passes to time; decode alone.", require_passes, "the spec's but decode")
+    ] = [],
+    batch: Annotated[list[str], lengths_option("Sequences of a step of decode.", "1,4,16,32,64")] = [],
     inputs: Annotated[
         list[str],
         names_option("Random inputs: independent, correlated (as in a model).", some_of(INPUTS), "independent"),
@@ -67,6 +74,9 @@ def bench(
     Every contender takes its turn in every round. The operator is verified first. A contender that fails is a line of
     the report. Needs a GPU; without one, see what the operator must cost: nsa-gen explain.
 
+    With --passes decode, steps of decode on caches of --tokens tokens and --batch sequences are timed, contiguous and
+    paged, beside cuDNN's dense attention (--against none: without it).
+
     With --output FILE.json, what is known at any time is in FILE.jsonl, which stays if the benchmark is interrupted.
 
     \b
@@ -74,10 +84,22 @@ def bench(
       nsa-gen bench llama3_8b
       nsa-gen bench llama3_8b --against dense --tokens 8192,65536 --inputs independent,correlated --plot speed.png
       nsa-gen bench llama3_8b -o results.json
+      nsa-gen bench llama3_8b --passes decode --tokens 65536 --batch 1,32
     """
     loaded = read_spec(spec, as_json=as_json)
     wanted = tuple(passes) or tuple(name for name in loaded.passes if name != "decode")
     require_pass(loaded, wanted)
+    if "decode" in wanted:
+        if wanted != ("decode",):
+            raise typer.BadParameter("--passes: decode is timed alone")
+        if plot is not None:
+            raise typer.BadParameter("--plot: decode has a table alone")
+        _require_gpu(str(spec))
+        shapes = [(n, b) for n in tuple(tokens) or DECODE_LENGTHS for b in tuple(batch) or DECODE_BATCHES]
+        _report(_decode_results(loaded, shapes, against != ["none"], budget, seed), output, as_json)
+        return
+    if batch:
+        raise typer.BadParameter("--batch: other passes than decode are timed on one sequence")
     from nsa_gen.bench.peers import DEFAULT_NAMES, choose
 
     names = [] if against == ["none"] else against or list(DEFAULT_NAMES)
@@ -88,7 +110,6 @@ def bench(
     if not against:
         contenders = [each for each in contenders if not each.missing()]
     _require_gpu(str(spec))
-    from nsa_gen.bench.records import write_json
     from nsa_gen.bench.session import Session, run_session
     from nsa_gen.bench.workloads import spec_tasks
 
@@ -103,9 +124,16 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="nsa_gen_bench_") as folder:
         session = Session(Path(folder), 1e9 if budget is None else budget, seed, journal, progress=note)
         results = run_session(session, tasks, {"spec": loaded.resolved_yaml()})
-    if output is not None and journal is not None:
+    _report(results, output, as_json, plot)
+
+
+def _report(results: Results, output: Path | None, as_json: bool, plot: Path | None = None) -> None:
+    """Keep the results and print them; exit code 1 where our operator was wrong or has not all its times."""
+    if output is not None:
+        from nsa_gen.bench.records import write_json
+
         write_json(output, results)
-        journal.unlink(missing_ok=True)
+        output.with_suffix(".jsonl").unlink(missing_ok=True)
         note(f"wrote {output}; to look at it: nsa-gen report {output}")
     if as_json:
         print_json(results.to_document())
@@ -117,6 +145,32 @@ def bench(
     if plot is not None:
         _plot(results, plot)
     stop(results.ours_is_timed)
+
+
+def _decode_results(
+    spec: Spec, shapes: Sequence[tuple[int, int]], dense: bool, budget: float | None, seed: int
+) -> Results:
+    """Steps of decode, in this process; nothing is timed where decode is wrong."""
+    import nsa_gen
+    from nsa_gen.bench.decode import decode_faults, measure_decode
+    from nsa_gen.bench.records import OURS, CheckRow, DecodeRow, Record, Results
+    from nsa_gen.machine import machine
+
+    started = time.monotonic()
+    package = nsa_gen.load(spec)
+    note("checking decode against the oracle")
+    wrong = tuple(decode_faults(spec, package))
+    found: list[Record] = [CheckRow(spec.name, 0, OURS, wrong)]
+    if not wrong:
+        rows = measure_decode(spec, package, shapes, dense=dense, seed=seed)
+        for tokens, batch in shapes:
+            if budget is not None and time.monotonic() - started > budget:
+                found.append(DecodeRow(spec.name, tokens, batch, problem="the budget was spent"))
+            else:
+                note(f"{tokens:,} tokens, batch {batch}")
+                found.append(next(rows))
+    settings = {"seed": seed, "budget_seconds": budget, "spec": spec.resolved_yaml()}
+    return Results.of(found, machine(), settings)
 
 
 def _require_gpu(spec: str) -> None:

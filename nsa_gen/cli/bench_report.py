@@ -33,7 +33,7 @@ def report_blocks(results: Results) -> list[Block]:
         blocks += cost_blocks(row for row in results.rows if row.workload == workload)
         for kernels in profiles(row for row in results.kernels if row.workload == workload):
             blocks.append(branch_table(kernels))
-    blocks += group_blocks(results) + crossing_blocks(results)
+    blocks += group_blocks(results) + crossing_blocks(results) + decode_blocks(results)
     return blocks + closing_blocks(results)
 
 
@@ -168,6 +168,23 @@ def crossing_blocks(results: Results) -> list[Block]:
     return [Heading("Break-even against the best dense"), Table(columns, rows)]
 
 
+def decode_blocks(results: Results) -> list[Block]:
+    """Microseconds of a step of decode by batch and context."""
+    blocks: list[Block] = []
+    for workload in dict.fromkeys(row.workload for row in results.decodes):
+        rows = []
+        for row in results.decodes:
+            if row.workload == workload and row.us is not None:
+                share = "-" if row.floor_us is None else f"{100 * row.floor_us / row.us:.0f}%"
+                gain = None if row.dense_us is None else row.dense_us / row.us
+                times = (row.us, row.paged_us, row.floor_us)
+                cells = (*map(_us, times), share, _us(row.dense_us), _ratio(gain))
+                rows.append((f"{row.tokens:,}", f"{row.batch}", *cells))
+        columns = (">tokens", ">batch", ">us", ">paged us", ">floor us", ">of the floor", ">dense us", ">speed-up")
+        blocks += [Heading(f"{workload}: decode"), Table(columns, rows, title="A step of one layer, from a CUDA graph")]
+    return blocks
+
+
 def closing_blocks(results: Results) -> list[Block]:
     """What a reader must know beside the figures: checks, notes, and what was not measured."""
     lines: list[str] = []
@@ -176,6 +193,11 @@ def closing_blocks(results: Results) -> list[Block]:
             lines.append(f"{check.workload}: {check.contender} is wrong: {'; '.join(check.faults)}")
         elif check.error:
             lines.append(f"{check.workload}: {check.contender} failed its check: {check.error}")
+    lines += [
+        f"{row.workload}, decode, {row.tokens:,} tokens, batch {row.batch}: {row.problem}"
+        for row in results.decodes
+        if row.problem
+    ]
     differences: dict[str, list[float]] = {}
     for check in results.checks:
         if check.difference is not None:
@@ -211,6 +233,10 @@ def _ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _share(floor_ms: float | None, ms: float) -> str:

@@ -29,7 +29,7 @@ MOST_TOKENS = 2**31 - 1
 MOST_SEED = 2**62
 """Seeds are counted on from, and torch takes 64 bits."""
 MOST_JOBS, MOST_EXAMPLES = 1024, 10**6
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "decode")
 
 
 # Output

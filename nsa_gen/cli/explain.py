@@ -33,6 +33,7 @@ DEFAULT_TOKENS = 65536
 def explain(
     spec: SpecArgument,
     tokens: Annotated[int | None, number_option("Length of the one sequence.", default=f"{DEFAULT_TOKENS}")] = None,
+    batch: Annotated[int | None, number_option("Sequences of the call, or of a step of decode.", default="1")] = None,
     gpu: Annotated[str, typer.Option(metavar="NAME", callback=require_gpu_name, help="The GPU it is for.")] = "h100",
     measured: Annotated[
         Path | None,
@@ -60,15 +61,18 @@ def explain(
     \b
     Example:
       nsa-gen explain llama3_8b --tokens 65536 --gpu h100
+      nsa-gen explain llama3_8b --tokens 65536 --batch 32
       nsa-gen explain llama3_8b --measured results.json
       nsa-gen explain llama3_8b --tokens 65536 --plot explain.svg
     """
     loaded = read_spec(spec, as_json=as_json)
+    if measured is not None and batch not in (None, 1):
+        raise typer.BadParameter("--batch: the kernels of a benchmark are of one sequence; leave --measured out")
     times, tokens = ({}, tokens or DEFAULT_TOKENS) if measured is None else _read_times(measured, loaded, tokens)
     from nsa_gen.lowering import lower
 
     plan = lower(loaded)
-    result = explain_result(plan, tokens=tokens, gpu=gpu, times=times, formulas=formulas)
+    result = explain_result(plan, tokens=tokens, batch=batch or 1, gpu=gpu, times=times, formulas=formulas)
     if plot is not None:
         _plot(plan, result, plot)
     if as_json:
@@ -97,19 +101,20 @@ def _plot(plan: Plan, result: dict[str, Any], path: Path) -> None:
 
 
 def explain_result(
-    program: Plan, *, tokens: int, gpu: str, times: dict[str, KernelRow], formulas: bool = False
+    program: Plan, *, tokens: int, batch: int, gpu: str, times: dict[str, KernelRow], formulas: bool = False
 ) -> dict[str, Any]:
     """What `explain --json` prints. `times` are measured kernels by name; those the call does not run come last."""
     from nsa_gen.lowering import explain as estimate
     from nsa_gen.lowering.prediction import alternatives, predict
 
-    predictions = predict(program, tokens=tokens, gpu_key=gpu)
-    estimates = estimate(program, tokens=tokens, gpu_key=gpu)
+    predictions = predict(program, tokens=tokens, batch=batch, gpu_key=gpu)
+    estimates = estimate(program, tokens=tokens, batch=batch, gpu_key=gpu)
     rows = [_row(one, predictions[one.kernel], times.get(one.kernel), formulas=formulas) for one in estimates]
     return {
         "ok": True,
         "name": program.spec.name,
         "tokens": tokens,
+        "batch": batch,
         "gpu": gpu,
         "kernels": rows,
         "choices": [asdict(each) for each in alternatives(program, gpu)],

@@ -30,7 +30,8 @@ def _opening(result: Json) -> str:
 
     facts = gpu(result["gpu"])
     peaks = f"{facts.name} ({facts.bf16_tflops:.0f} TFLOP/s, {facts.bandwidth_tbs:g} TB/s)"
-    return f"{result['name']}: one sequence of {result['tokens']:,} tokens on {peaks}"
+    sequences = "one sequence" if result["batch"] == 1 else f"{result['batch']} sequences"
+    return f"{result['name']}: {sequences} of {result['tokens']:,} tokens on {peaks}"
 
 
 def _cost_table(result: Json, direction: str) -> Table:

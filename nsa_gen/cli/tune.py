@@ -53,8 +53,7 @@ def _require_out(path: Path | None) -> Path | None:
 
 def _require_passes(values: list[str]) -> list[str]:
     """Refuse what is no pass; in the order in which they are tuned."""
-    known = (*PASSES, "decode")
-    return sorted(some_of(known)(values), key=known.index)
+    return sorted(some_of(PASSES)(values), key=PASSES.index)
 
 
 PASSES_HELP = "Passes to tune; decode is tuned where it is named."

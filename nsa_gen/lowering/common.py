@@ -81,9 +81,10 @@ def dq_bytes(spec: Spec, branch: str) -> sympy.Expr:
     return s.B * s.T * s.Hq * s.Dk * (read + written)
 
 
-def rows_tunables() -> tuple[Tunable, ...]:
-    """Rows that a kernel without products handles at a time."""
-    return Tunable(s.ROW_BLOCK.name, (4, 8, 16, 32)), Tunable("num_warps", (4,)), Tunable("num_stages", (1,))
+def rows_tunables(most: int = 32) -> tuple[Tunable, ...]:
+    """Rows that a kernel without products handles at a time, at most so many."""
+    rows = tuple(size for size in (4, 8, 16, 32) if size <= most)
+    return Tunable(s.ROW_BLOCK.name, rows), Tunable("num_warps", (4,)), Tunable("num_stages", (1,))
 
 
 def elementwise(

@@ -190,23 +190,23 @@ def _decode_compressed(spec: Spec) -> Kernel:
 def _decode_select(spec: Spec) -> Kernel:
     scored, means = _ranks(spec), _ranks(spec, "mean")
     # Mean keys are the rows of fp32 products, whose operands live in registers.
-    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if means else (16, 32, 64, 128)),) if scored else ()
+    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if means else (16, 32, 64, 128, 256)),) if scored else ()
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else s.B * s.Hq * FP32 * s.T / s.T
     if means:
         importance = s.B * s.Hkv * s.T / s.SLC_BLOCK * s.Dk * FP32
     traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
-    # Every block is compared with every other, and heads are looked at sixteen at a time.
-    registers = 3 * s.BLOCK_TILE**2 / 2 + 32 * s.BLOCK_TILE if scored else _ZERO
+    # Heads are looked at sixteen at a time: importance, its reference, and an address.
+    registers = 64 * s.BLOCK_TILE if scored else _ZERO
     if means:
         registers += s.BLOCK_TILE * s.PAD_QK
-    merged, best = "compressed attention merged" if spec.compression else "", "the best blocks of each share"
+    merged, best = "compressed attention merged" if spec.compression else "", "blocks selected"
     return Kernel(
         name="decode_select",
         module="decode_select",
         branch="slc" if scored else "cmp",
         direction="decode",
         purpose=", and ".join(filter(None, (merged, best if scored else ""))),
-        schedule="a program a share of the blocks; each counts how many are better" if scored else "a program a row",
+        schedule="tiles of blocks shared out; the last program chooses among the best" if scored else "a program a row",
         tunables=(*tiles, *launch((4, 8), (1,))),
         constraints=(),
         resources=Resources(_ZERO, registers, _ZERO, traffic, _ONE, sympy.Integer(64)),

@@ -1,7 +1,8 @@
-"""Which specs have a kernel of banded attention for Hopper, in Gluon, beside the ordinary kernels."""
+"""Which specs have kernels of the forward for Hopper, in Gluon, beside the ordinary ones, for which calls."""
 
 from __future__ import annotations
 
+from nsa_gen.lowering.plan import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
 #: The only architecture that kernels in Gluon are compiled for.
@@ -11,6 +12,12 @@ NEVER = 2**31
 #: Head dims of q and k, and of v, of which tiles of 128 keys fit shared memory twice. 256 do not, and the columns of v
 #: are a power of two.
 _HEAD_DIMS = ((64, 64), (96, 128), (128, 128), (192, 128))
+#: The same for selected blocks, whose tiles are of 64 rows, and of 64 or 128 keys of one block.
+_SELECTED_QK, _SELECTED_V = (64, 128, 192), (64, 128)
+_SELECTED_ROWS, _SELECTED_KEYS = 64, 64
+#: Query tokens of a call from which the kernel of selected blocks is the quicker, and key-major with it, and heads of a
+#: group: on an H200 it is so with 4 and 16, and slower by 15 to 20% with 1.
+_SELECTED_FROM_TOKENS, _SELECTED_FROM_HEADS = 2048, 4
 
 
 def hopper_fits(spec: Spec, *branches: str) -> bool:
@@ -21,3 +28,34 @@ def hopper_fits(spec: Spec, *branches: str) -> bool:
     without_sink = {"cmp": spec.compression is not None, "win": spec.window is not None and spec.window.sink == "none"}
     banded = any(without_sink[branch] for branch in branches or without_sink)
     return banded and spec.dtype != "float32" and (spec.head_dim.qk, spec.head_dim.v) in _HEAD_DIMS
+
+
+def hopper_selected_forward_fits(spec: Spec) -> bool:
+    """Whether the package has the kernel of selected blocks.
+
+    Its blocks are whole tiles of keys, groups at most a tile of heads, and the heads of a group follow one list.
+    """
+    return (
+        spec.selection is not None
+        and spec.scopes <= spec.heads.kv
+        and spec.selection.block % _SELECTED_KEYS == 0
+        and spec.heads.group <= _SELECTED_ROWS
+        and spec.dtype != "float32"
+        and spec.head_dim.qk in _SELECTED_QK
+        and spec.head_dim.v in _SELECTED_V
+    )
+
+
+def decisions(spec: Spec) -> tuple[Decision, ...]:
+    """From how many query tokens on a call's selected blocks are served by Hopper's kernel, if the package has it."""
+    if not hopper_selected_forward_fits(spec):
+        return ()
+    tokens = Tunable("HOPPER_TOKENS", (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
+    return (Decision("selected_outputs", (tokens,), (HOPPER,)),)
+
+
+def choose(spec: Spec, target: str) -> dict[str, Config]:
+    """The same number on an architecture or the interpreter, by the decision's name."""
+    serves = target == HOPPER and spec.heads.group >= _SELECTED_FROM_HEADS
+    least = _SELECTED_FROM_TOKENS if serves else NEVER
+    return {each.name: Config(each.name, (("HOPPER_TOKENS", least),)) for each in decisions(spec)}

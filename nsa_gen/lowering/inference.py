@@ -110,7 +110,7 @@ class InferencePlan:
 
     @property
     def largest_share(self) -> int:
-        """Most selection blocks that one program ranks."""
+        """Most selection blocks of a tile, which one program ranks at once."""
         (tiles,) = (each for each in self.kernel("decode_select").tunables if each.name == "BLOCK_TILE")
         return tiles.values[-1]
 
@@ -139,7 +139,7 @@ class InferencePlan:
 
     @property
     def candidates(self) -> int:
-        """Blocks that a share of the blocks names, padded to a power of two."""
+        """Blocks that a tile of them names, padded to a power of two."""
         return power_of_two(self.free_blocks)
 
     @property
@@ -223,10 +223,10 @@ class InferencePlan:
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
             ]
         if self.decode_selects:
-            slots = "layout.batch * tokens * SCOPES, shares, CANDIDATES"
+            slots = "layout.batch * tokens * SCOPES, named_tiles, CANDIDATES"
             found += [
-                ("values", "(choices, shares, candidates) fp32", f"floats({slots})"),
-                ("candidates", "(choices, shares, candidates) int32",
+                ("values", "(choices, tiles, candidates) fp32", f"floats({slots})"),
+                ("candidates", "(choices, tiles, candidates) int32",
                  f"torch.empty({slots}, dtype=torch.int32, device=device)"),
             ]  # fmt: skip
         if self.branches != ("cmp",):

@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from nsa_gen.lowering.branches import kv_names
-from nsa_gen.lowering.hopper import HOPPER, hopper_fits
+from nsa_gen.lowering.hopper import HOPPER, hopper_fits, hopper_selected_forward_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
-from nsa_gen.lowering.plan import HOPPER_GATHER, HOPPER_KEYS, HOPPER_ROWS, Argument, Kernel, Output, Schedule, Step
+from nsa_gen.lowering.plan import (
+    HOPPER_GATHER,
+    HOPPER_GATHER_QUERIES,
+    HOPPER_KEYS,
+    HOPPER_ROWS,
+    Argument,
+    Kernel,
+    Output,
+    Schedule,
+    Step,
+)
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
@@ -140,6 +150,8 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
         Schedule(KEY_MAJOR, (*key_major, *([] if combined else _among([_DELTA], present))),
                  decided_by=("KEY_MAJOR_FORWARD", 1)),
     ]  # fmt: skip
+    if hopper_selected_forward_fits(spec):
+        schedules.append(Schedule(HOPPER_GATHER_QUERIES, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
     if hopper_selected_backward_fits(spec):
         schedules.append(Schedule(HOPPER_GATHER, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
     index = ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()

@@ -201,11 +201,13 @@ def _modules(program: Plan) -> list[str]:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_banded_backward:
         kernels.add("hopper_banded_backward")
+    if program.hopper_selected_forward:
+        kernels |= {"hopper_selected_forward", "hopper_tiles"}
     if program.hopper_selected_backward:
         kernels.add("hopper_selected_backward")
     if program.hopper_banded_backward or program.hopper_selected_backward:
         kernels |= {"hopper_backward", "hopper_tiles"}
-    if program.hopper or "hopper_backward" in kernels:
+    if program.hopper or "hopper_tiles" in kernels:
         kernels.add("hopper_device")
         runtime.add("hopper_names")
     if program.compresses:

@@ -264,6 +264,17 @@ class Arguments:
         return " ".join(branch for branch in self.branches if branch in names)
 
 
+def check_workspace(workspace_bytes: int | None) -> int | None:
+    """The bytes of partial results that a call may hold at a time, None for the default, or an error."""
+    if workspace_bytes is None:
+        return None
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes: expected an int or None, got {_describe(workspace_bytes)}")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
+    return workspace_bytes
+
+
 def check_kind(name: str, tensor: object, expected: str = "a torch.Tensor") -> None:
     """Raise unless it is a tensor whose numbers lie in strided memory of one device."""
     if not isinstance(tensor, torch.Tensor):

@@ -1,7 +1,7 @@
 """How the operators of a package are made known to PyTorch: one library, one convention for gradients."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -130,9 +130,11 @@ class Library:
     def register(self, operator: Operator, forward: Callable, fake: Callable, backward: Callable | None = None) -> None:
         """Register an operator and its backward, if any, with shapes for tracing and gradients for autograd.
 
-        `forward` and `backward` launch kernels; `fake` allocates forward's outputs and launches nothing.
+        `forward` and `backward` launch kernels; `fake` allocates forward's outputs and launches nothing. `backward`
+        gets its arguments in a list: what it takes out and drops is freed while it runs, unless the graph is retained.
         """
-        self._define(operator.name, operator.schema, forward, fake, _bucket_reader(operator.inputs, 0))
+        launch = self._within(lambda arguments: forward(*arguments), _bucket_reader(operator.inputs, 0))
+        self._install(operator.name, operator.schema, lambda *arguments: launch(arguments), fake)
         if backward is None:
             torch.library.register_autograd(f"{self.namespace}::{operator.name}", self._no_gradient, lib=self._library)
             self._transformable(operator.name, self._no_gradient, _save_nothing)
@@ -149,7 +151,10 @@ class Library:
             gradients = tuple(inputs[position].new_empty(inputs[position].shape) for position in positions)
             return gradients[0] if len(gradients) == 1 else gradients
 
-        self._define(name, operator.backward_schema, backward, backward_fake, _bucket_reader(operator.inputs, offset))
+        launch_backward = self._within(backward, _bucket_reader(operator.inputs, offset))
+        self._install(
+            name, operator.backward_schema, lambda *arguments: launch_backward(list(arguments)), backward_fake
+        )
         saved_positions = [operator.outputs.index(output) for output in operator.saved]
         dropped_positions = {
             branch: {operator.outputs.index(output) for output in names}
@@ -180,7 +185,15 @@ class Library:
                 constant if tensor is None else tensor
                 for tensor, constant in zip(tensors[:count], ctx.constants, strict=True)
             ]
-            computed = self.call(name, *incoming, *inputs, *tensors[count:])
+            given = [*incoming, *inputs, *tensors[count:]]
+            del incoming, tensors, inputs
+            route = self._route(name, given)
+            if route is self._launches[name]:
+                # Nobody but the list holds what was saved, if the graph is not retained.
+                ctx.maybe_clear_saved_tensors()
+                computed = launch_backward(given)
+            else:
+                computed = route(*given)
             computed = computed if isinstance(computed, tuple) else (computed,)
             for position, gradient in zip(positions, computed, strict=True):
                 result[position] = gradient
@@ -220,15 +233,15 @@ class Library:
 
         self._functions[name], self._eager[name] = Transformed, Eager
 
-    def _define(
-        self, name: str, schema: str, implementation: Callable, fake: Callable, bucket: Callable[[tuple], Bucket]
-    ) -> None:
-        def launch(*arguments):
+    def _within(self, implementation: Callable, bucket: Callable[[Sequence], Bucket]) -> Callable:
+        """An implementation, a function of all its arguments, served by the configurations of their bucket."""
+
+        def launch(arguments: Sequence) -> Any:
             # Triton launches on the current device, which need not be the tensors'.
             with torch.cuda.device_of(arguments[0]), self._serving(arguments[0].device, bucket(arguments)):
-                return implementation(*arguments)
+                return implementation(arguments)
 
-        self._install(name, schema, launch, fake)
+        return launch
 
     def _install(self, name: str, schema: str, launch: Callable, fake: Callable) -> None:
         if name in self._launches:
@@ -254,30 +267,34 @@ class Library:
         return getattr(getattr(torch.ops, self.namespace), name).default
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call an operator that is differentiable, or refuses to be; inside transformations of torch.func too.
+        """Call an operator that is differentiable, or refuses to be; inside transformations of torch.func too."""
+        return self._route(name, arguments)(*arguments)
+
+    def _route(self, name: str, arguments: Sequence) -> Callable:
+        """What calls an operator with these arguments.
 
         The dispatcher, slower than the launches, is passed by where it would find nothing to do but to launch.
         """
         if torch.compiler.is_compiling():
-            return self.operator(name)(*arguments)
+            return self.operator(name)
         # Dual tensors can be met only inside of a level.
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            return self._functions[name].apply(*arguments)
+            return self._functions[name].apply
         if torch._C._len_torch_dispatch_stack():
-            return self.operator(name)(*arguments)
+            return self.operator(name)
         requires_grad = False
         for x in arguments:
             kind = type(x)
             if kind in _TENSORS:
                 # A tensor without data, or one whose sign is still to be changed, which the dispatcher does.
                 if not (x.is_cuda or x.is_cpu) or x.is_neg():
-                    return self.operator(name)(*arguments)
+                    return self.operator(name)
                 requires_grad = requires_grad or x.requires_grad
             elif kind not in _NO_TENSORS and isinstance(x, torch.Tensor):  # of a class that wants to see operators
-                return self.operator(name)(*arguments)
+                return self.operator(name)
         if requires_grad and torch.is_grad_enabled():
-            return self._eager[name].apply(*arguments)
-        return self._launches[name](*arguments)
+            return self._eager[name].apply
+        return self._launches[name]
 
 
 def _own_library(package: str) -> torch.library.Library:
@@ -311,13 +328,13 @@ def _refusal(reason: str) -> Callable:
     return refuse
 
 
-def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[tuple], Bucket]:
+def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[Sequence], Bucket]:
     """How the bucket of a call is read off an operator's arguments, of which `offset` come before its inputs."""
     place, packed = sequence_places(inputs)
     keys, counted = offset + place, name_of(inputs[place]) == "tokens"
     ends = None if packed is None else offset + packed
 
-    def bucket(arguments: tuple) -> Bucket:
+    def bucket(arguments: Sequence) -> Bucket:
         rows = arguments[keys] if counted else arguments[keys].shape[1]
         return bucket_of(rows, arguments[offset].shape[0], ends is not None and arguments[ends] is not None)
 

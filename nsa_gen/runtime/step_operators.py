@@ -40,7 +40,7 @@ class StepOperators:
         self._pad_outputs, self._pad_gradients, self._delta = pad_outputs, pad_gradients, delta
 
     def register(self, operator: Operator, forward: Callable, backward: Callable | None = None) -> Operator:
-        """Register an operator whose outputs are allocated as it declares them."""
+        """Register an operator whose outputs are allocated as it declares them; `backward` gets a list to empty."""
         self._library.register(operator, forward, self._fake_of(operator), backward)
         return operator
 
@@ -139,7 +139,7 @@ class StepOperators:
             *(Output(each, "slots", torch.int32, saved=saved) for each in index),
         )
         operator = Operator(name, inputs, outputs, ("q", k, v, *([sink] if sink else [])) if saved else ())
-        return self.register(operator, run, run_backward if saved else None)
+        return self.register(operator, run, (lambda given: run_backward(*given)) if saved else None)
 
     def select(self, name: str, inputs: tuple[str, ...], launch: Callable[..., Tensors]) -> Operator:
         """The choice of blocks alone, `indices` and `counts`; it has no gradient.
@@ -204,7 +204,7 @@ class StepOperators:
         inputs = ("k", "v", *fields, "cu_seqlens?")
         gradients = () if backward is None else inputs[:-1]
         operator = Operator("compress", inputs, outputs, gradients, differentiable_outputs=2 if gradients else 1)
-        return self.register(operator, run, run_backward if gradients else None)
+        return self.register(operator, run, (lambda given: run_backward(*given)) if gradients else None)
 
     def combine(
         self, inputs: tuple[str, ...], gate: str, forward: Callable, backward: Callable[..., tuple] | None = None
@@ -226,4 +226,4 @@ class StepOperators:
 
         differentiable = backward is not None
         operator = Operator("combine", inputs, (Output("o", OUTPUT),), inputs if differentiable else ())
-        return self.register(operator, forward, run_backward if differentiable else None)
+        return self.register(operator, forward, (lambda given: run_backward(*given)) if differentiable else None)

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Tiles:
         self._overrides: Table = {}
         self._call = _Call()
         self._tables: dict[tuple[torch.device, Bucket], Table] = {}
+        self._derived: dict[tuple[Any, torch.device, Bucket], int] = {}
         self._overridden: dict[tuple[str, Items, Items], dict[str, int]] = {}
         self._architectures: dict[torch.device, str] = {}
         # Held while a table is made, for which files are read: other threads wait for it.
@@ -110,8 +111,30 @@ class Tiles:
         """One value of a schedule for calls of a bucket: a constant to compilers, which do not see where it is kept."""
         return self.get(schedule, device, Bucket(tokens, batch, packed, decode))[name]
 
+    def derived(
+        self,
+        number: Callable[[Callable[[str], dict[str, int]]], int],
+        device: torch.device,
+        tokens: int,
+        batch: int,
+        packed: bool,
+        decode: bool = False,
+    ) -> int:
+        """What a function makes of the configurations for calls of a bucket, which it asks for by kernel.
+
+        It is kept, by function, until these change, and a constant to compilers.
+        """
+        bucket = Bucket(tokens, batch, packed, decode)
+        if self._target is not None or self._overrides:
+            return number(lambda kernel: self.get(kernel, device, bucket))
+        key = number, device, bucket
+        found = self._derived.get(key)
+        if found is None:
+            found = self._derived[key] = number(lambda kernel: self.get(kernel, device, bucket))
+        return found
+
     # What torch.compiler.assume_constant_result does, which would import the compiler with every import of a package.
-    vars(chosen)["_dynamo_marked_constant"] = True
+    vars(chosen)["_dynamo_marked_constant"] = vars(derived)["_dynamo_marked_constant"] = True
 
     def serving(self, device: torch.device, bucket: Bucket) -> Serving:
         """Within the block, kernels that this thread launches on `device` are configured for calls of a bucket."""
@@ -137,6 +160,7 @@ class Tiles:
     def forget(self) -> None:
         """Look for tuned configurations again at the next call, as after tuning in this process."""
         self._tables.clear()
+        self._derived.clear()
         self._architectures.clear()
         self._tuned.forget()
 

@@ -90,21 +90,32 @@ def record_launches() -> Iterator[list[Launch]]:
     Raises:
         RuntimeError: Triton is the interpreter in this process, so there are no launches to record.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "record_launches: expected TRITON_INTERPRET unset when triton was imported, got the interpreter; "
-            "start a process without it"
-        )
     launches: list[Launch] = []
 
     def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         named = dict(zip(self.arg_names, arguments, strict=False)) | keywords
         launches.append(Launch(self, arguments, keywords, _resolve_grid(grid, named)))
 
-    original = JITFunction.run
-    JITFunction.run = record
-    try:
+    with launching_by(record):
         yield launches
+
+
+@contextmanager
+def launching_by(run: Callable[..., None]) -> Iterator[None]:
+    """Within the block `run(kernel, *arguments, grid=..., warmup=..., **keywords)` is what launches of this process do.
+
+    Raises:
+        RuntimeError: Triton is the interpreter in this process, so there are no launches to record.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "record_launches: expected TRITON_INTERPRET unset when triton was imported, got the interpreter; "
+            "start a process without it"
+        )
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield
     finally:
         JITFunction.run = original
 

@@ -38,6 +38,16 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
     plan = _plan(package)
     if plan.decodes and "decode" in passes and not packed:
         trace_inference(package, tokens, batch, device)
+    arguments, sequences = empty_call(package, tokens, batch, device, packed)
+    for others in _schedules(package, plan):
+        _trace_operator(package, plan, arguments, sequences, passes if others else ())
+
+
+def empty_call(
+    package: ModuleType, tokens: int, batch: int, device: str, packed: bool = False
+) -> tuple[tuple[torch.Tensor | None, ...], Any]:
+    """Arguments of the whole operator without values, no choice of blocks given, and their `Sequences`."""
+    plan = _plan(package)
     rows, entries = (tokens * batch, 1) if packed else (tokens, batch)
     empty = _allocator(plan, device)
     cu_seqlens = empty(batch + 1, dtype=torch.int32) if packed else None
@@ -50,8 +60,23 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
     arguments = tuple(
         None if argument.name in chosen else _empty(empty, plan, argument, sizes) for argument in plan.arguments
     )
-    for others in _schedules(package, plan):
-        _trace_operator(package, plan, arguments, sequences, passes if others else ())
+    return arguments, sequences
+
+
+def agreed_values(
+    package: ModuleType, q: torch.Tensor, sequences: Any, recompute: str = "", workspace_bytes: int | None = None
+) -> tuple[Any, ...]:
+    """What the operator takes behind its arguments: bounds of sequences, and what forward and backward agree on."""
+    found: list[Any] = [sequences.cu_seqlens]
+    for name in _plan(package).schema_constants:
+        if name == "recompute":
+            found.append(recompute)
+        elif name == "chunk_tokens":
+            module = _module(package, "kernels.selected_attention")
+            found.append(module.most_chunk_tokens(q, sequences, workspace_bytes))
+        else:
+            found.append(_module(package, "kernels.selected_attention").window_does_local(q, sequences))
+    return tuple(found)
 
 
 def trace_inference(
@@ -156,25 +181,26 @@ def _selected_schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
     if not plan.selected:
         yield True
         return
+    override = _module(package, "configs").override
     for key_major, local in ((0, 0), (0, 1), (1, 0), (1, 1)) if plan.local_in_window else ((0, 0), (1, 0)):
         chosen = {"KEY_MAJOR_FORWARD": key_major}
         chosen |= {"KEY_MAJOR_DQ": key_major} if plan.backward else {}
         chosen |= {"LOCAL_IN_WINDOW": local} if plan.local_in_window else {}
-        with _module(package, "configs").override("selected_attention", **chosen):
+        with ExitStack() as stack:
+            stack.enter_context(override("selected_attention", **chosen))
+            if plan.hopper_selected_forward:
+                stack.enter_context(override("selected_outputs", HOPPER_TOKENS=NEVER))
             yield True
+    if plan.hopper_selected_forward:
+        with override("selected_outputs", HOPPER_TOKENS=ALWAYS):
+            yield False
 
 
 def _trace_operator(
     package: ModuleType, plan: Plan, arguments: tuple[Any, ...], sequences: Any, passes: Sequence[str]
 ) -> None:
     operator, q = _module(package, "operator"), arguments[0]
-    agreed: list[Any] = [sequences.cu_seqlens]
-    for name in plan.schema_constants:
-        if name == "recompute":
-            agreed.append("")
-        else:
-            chosen = {"chunk_tokens": "most_chunk_tokens", "local_in_window": "window_does_local"}[name]
-            agreed.append(getattr(_module(package, "kernels.selected_attention"), chosen)(q, sequences))
+    agreed = agreed_values(package, q, sequences)
     outputs = operator.attention_forward(*arguments, *agreed)
     if not (plan.backward and "backward" in passes):
         return
@@ -189,6 +215,6 @@ def _trace_operator(
             for name in has:
                 if has[name]:
                     stack.enter_context(override(name, HOPPER_BACKWARD_TOKENS=tokens))
-            operator.attention_backward(torch.empty_like(outputs[0]), *arguments, *agreed, *saved)
+            operator.attention_backward([torch.empty_like(outputs[0]), *arguments, *agreed, *saved])
     # The steps alone launch one kernel that the whole operator does not.
     _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from nsa_gen.bench.contenders import Contender
+from nsa_gen.bench.decode import DecodeInputs, decode_inputs
 from nsa_gen.bench.measure import GRAPH_BELOW_MS, Clock, DeviceLost, Measurement, Times, faults, first_line, race
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
@@ -24,14 +25,12 @@ from nsa_gen.tuning.space import Bucket, check_tokens
 from nsa_gen.tuning.store import Configs
 from nsa_gen.tuning.timed import (
     Call,
-    DecodeInputs,
     DecodeStep,
     NoLaunch,
     Solo,
     Tuned,
     bucket_inputs,
     check_scenario,
-    decode_inputs,
     noted_launches,
     overridden,
 )
@@ -226,7 +225,9 @@ class GpuEngine:
         """The cache of a bucket of decode; that of the last one is kept."""
         if bucket != self._drawn_for or self._cache is None:
             self._forget(bucket)
-            self._cache = decode_inputs(self._spec, self._package, bucket, device=self._device, seed=self._seed)
+            self._cache = decode_inputs(
+                self._spec, self._package, bucket.tokens, bucket.batch, device=self._device, seed=self._seed
+            )
         return self._cache
 
     def _forget(self, bucket: Bucket) -> None:

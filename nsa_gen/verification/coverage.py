@@ -20,6 +20,7 @@ ALWAYS_LEFT_OUT = (
     f"{' and '.join(LAUNCH_OPTIONS)} other than those in force",
 )
 """What no run of the fixed cases exercises; the tuner checks the launch options, and tile sizes, that it takes."""
+BUDGET_LEFT_OUT = "workspace_bytes, which makes chunks as CHUNK_TOKENS does"
 
 
 def coverage(
@@ -57,6 +58,8 @@ def coverage(
         if done:
             exercised[name] = done
         left_out += [missing] if missing else []
+    if program.selected:
+        left_out.append(BUDGET_LEFT_OUT)
     if "decode" in passes:
         left_out.append("layers, layer, pages and out of the cache and of decode")
     return Coverage(exercised, (*left_out, *ALWAYS_LEFT_OUT), tuple(way.text for way in ways))

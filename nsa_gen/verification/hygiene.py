@@ -118,9 +118,11 @@ FLOAT32 = 4
 SLOT_BYTES = 64
 """A slot of the selection in an index by key block: key, sorted key, place (8 bytes), and as much again and the sort's
 own buffers while it sorts."""
-WORKSPACE_BYTES = 3 * 2**30
-"""The largest workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): 2 GiB
-of o or dq, their lse, and partial sums of dk and dv."""
+WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 9, 5 * 2**26, 15 * 2**27
+"""The workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): five times the
+bytes of q, at least 320 MiB and at most 1,920 MiB, holds those of o or dq, their lse, and partial sums of dk and dv."""
+CHUNK_TOKENS = 64
+"""Tokens whose partial results are held at a time at least, whatever they take."""
 SMALLEST_PART = 16
 """Keys of a block that leave a partial result of their own, at least."""
 SMALLEST_PIECE = 1024
@@ -153,7 +155,9 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     e bytes an element, and s = 4 where parts of gradients are added in another dtype than their own (else 0):
 
         saved     R Hq ((branches + 1) Dv e + 4 branches) + 4 R L (n + 1) + C Hkv (Dk + Dv + hidden widths) e
-        work      min(3 GiB, R n Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)) + 64 R L n
+        work      min(R t, max(W, 64 t)) + 64 R L n, where a token has
+                  t = n Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)
+                  and W = 9 R Hq Dk e, but at least 320 MiB and at most 1,920 MiB
         scores    4 L (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
                   with scores: mean, 4 L (Tkv / l') Dk a sequence besides
         forward   saved + work + scores
@@ -181,7 +185,9 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
         parts = -(-p.selection_block // SMALLEST_PART)
         bytes_of_part = max(p.head_dim_qk, p.head_dim_v) * size + 2 * FLOAT32
         bytes_of_keys = FLOAT32 * p.selection_block * pair // SMALLEST_PIECE
-        work = min(WORKSPACE_BYTES, slots * heads * (parts * bytes_of_part + bytes_of_keys))
+        token_bytes = p.selection_count * heads * (parts * bytes_of_part + bytes_of_keys)
+        budget = min(max(WORKSPACE_SHARE * q.numel() * size, LEAST_WORKSPACE), MOST_WORKSPACE)
+        work = min(rows * token_bytes, max(budget, CHUNK_TOKENS * token_bytes))
         work += SLOT_BYTES * slots * lists
 
     differentiable = inputs.differentiable()

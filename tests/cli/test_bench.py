@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from nsa_gen.bench import decode as decode_module
 from nsa_gen.bench import session as session_module
-from nsa_gen.bench.records import Results, TaskRow, read_results
+from nsa_gen.bench.records import DecodeRow, Results, TaskRow, read_results
 from tests.bench.fakes import pair, sample_results
 
 
@@ -48,6 +49,9 @@ def test_without_a_gpu_it_says_so_offers_explain_and_ends_with_2(call, monkeypat
         (["--passes", "backward"], "needs its forward"),
         (["--inputs", "zeros"], "'zeros'"),
         (["--budget", "0"], "budget"),
+        (["--passes", "forward,decode"], "decode is timed alone"),
+        (["--passes", "decode", "--plot", "x.png"], "--plot"),
+        (["--batch", "4"], "--batch"),
     ],
 )
 def test_a_wrong_call_ends_with_2_and_names_what_is_wrong(call, arguments, named):
@@ -136,3 +140,53 @@ def test_results_are_kept_where_it_is_asked_for_and_explain_reads_them(call, ask
     assert answer.returncode == 0 and "nsa-gen report out/results.json" in answer.stderr
     assert read_results(tmp_path / "out" / "results.json").rows == asked.results.rows
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """What steps of decode are asked for, without a GPU; `faults` are found before."""
+
+    class Decoded:
+        shapes = ()
+        dense = None
+        faults: tuple[str, ...] = ()
+
+    found = Decoded()
+
+    def measure_decode(spec, package, shapes, *, dense, seed):
+        found.shapes, found.dense = tuple(shapes), dense
+        for tokens, batch in shapes:
+            times = (4.0, 5.0, 8.0) if tokens * batch < 10**6 else ()
+            yield DecodeRow(spec.name, tokens, batch, 1e6, 1.0, *times, problem="" if times else "too large")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(decode_module, "measure_decode", measure_decode)
+    monkeypatch.setattr(decode_module, "decode_faults", lambda spec, package: list(found.faults))
+    return found
+
+
+def test_decode_is_a_table_over_contexts_and_batches(call, decoded, tmp_path):
+    shapes = ("--tokens", "4096,65536", "--batch", "1,4")
+    answer = call("bench", "tiny", "--passes", "decode", *shapes, "--output", "decode.json")
+    assert answer.returncode == 0 and decoded.dense is True
+    assert decoded.shapes == ((4096, 1), (4096, 4), (65536, 1), (65536, 4))
+    (line,) = (line for line in answer.stdout.splitlines() if "65,536" in line and " 4 " in line)
+    assert line.split() == ["65,536", "4", "4.0", "5.0", "1.0", "25%", "8.0", "2.00x"]
+    kept = read_results(tmp_path / "decode.json")
+    assert [(row.tokens, row.batch) for row in kept.decodes] == list(decoded.shapes) and kept.ours_is_timed
+    assert call("report", "decode.json", "--output", "decode.html").returncode == 0
+    assert "65,536" in (tmp_path / "decode.html").read_text()
+
+
+def test_decode_without_dense_and_by_default_takes_every_context(call, decoded):
+    answer = call("bench", "tiny", "--passes", "decode", "--against", "none", "--json")
+    assert answer.returncode == 1, "some shapes have no time"
+    assert decoded.dense is False and (1048576, 64) in decoded.shapes and (4096, 1) in decoded.shapes
+    rows = json.loads(answer.stdout)["decodes"]
+    assert len(rows) == len(decoded.shapes) and rows[-1]["problem"] == "too large"
+
+
+def test_wrong_decode_is_not_timed(call, decoded):
+    decoded.faults = ("o_slc 3 of 1",)
+    answer = call("bench", "tiny", "--passes", "decode")
+    assert answer.returncode == 1 and decoded.shapes == () and "o_slc 3 of 1" in answer.stdout

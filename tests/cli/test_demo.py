@@ -52,7 +52,7 @@ def answers(tmp_path):
         "env": ({**versions, "gpus": []}, True),
         "check": ({"ok": True}, True),
         "generate": ({"ok": True, "packages": [{"name": "tiny", "path": str(package)}]}, True),
-        "explain": ({"name": "tiny", "tokens": 65536, "gpu": "h100", "kernels": [kernel], **no_more}, True),
+        "explain": ({"name": "tiny", "tokens": 65536, "batch": 1, "gpu": "h100", "kernels": [kernel], **no_more}, True),
         "compile": ({"ok": True, "specs": [{"rows": [compiled]}]}, True),
         "verify": (
             {

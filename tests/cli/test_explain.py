@@ -139,3 +139,16 @@ def test_a_picture_of_an_unknown_kind_or_without_matplotlib_is_refused(call, tmp
     drawing.pyplot.cache_clear()
     assert answer.returncode == 1 and "nsa-gen[bench]" in answer.stderr
     assert list(tmp_path.glob("explain*")) == []
+
+
+def test_a_batch_is_predicted_and_not_set_beside_measurements_of_one_sequence(call, tmp_path):
+    one, many = (
+        {kernel["kernel"]: kernel for kernel in explained(call, "tiny", "--batch", batch)["kernels"]}
+        for batch in ("1", "32")
+    )
+    assert many["decode_compressed"]["bytes"] == 32 * one["decode_compressed"]["bytes"]
+    assert many["decode_compressed"]["seconds_predicted"] > one["decode_compressed"]["seconds_predicted"]
+    assert "32 sequences of 65,536 tokens" in call("explain", "tiny", "--batch", "32").stdout
+    (tmp_path / "results.json").write_text("{}")
+    answer = call("explain", "tiny", "--measured", "results.json", "--batch", "4")
+    assert answer.returncode == 2 and "--batch" in answer.stderr

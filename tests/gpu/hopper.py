@@ -156,13 +156,13 @@ def _visible(module: Any, branch: str, sequences: Any, keys: int, device: str) -
 def differentiate(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, gate: Tensor | None, scale: float, seen: Callable[[int, int], Tensor]
 ) -> dict[str, Tensor]:
-    """lse and delta (B, Tq, Hq) float32, and dq, dk and dv in float64, from the definition.
+    """lse and delta (B, Tq, Hq) float32, and o, dq, dk and dv in float64, from the definition.
 
     `seen` gives which keys the queries of a batch entry see by a KV head, (Tq, keys) bool.
     """
     group = q.shape[2] // k.shape[2]
     found = {name: torch.empty(q.shape[:3], device=q.device) for name in ("lse", "delta")}
-    for name, x in (("dq", q), ("dk", k), ("dv", v)):
+    for name, x in (("o", do), ("dq", q), ("dk", k), ("dv", v)):
         found[name] = torch.zeros(x.shape, dtype=torch.float64, device=q.device)
     for b in range(q.shape[0]):
         for head in range(q.shape[2]):
@@ -172,6 +172,7 @@ def differentiate(
             scores = (queries @ keys.T * scale).masked_fill(unseen, -torch.inf)
             lse = torch.logsumexp(scores, 1)
             p = torch.exp(scores - lse[:, None]).masked_fill(unseen, 0.0)
+            found["o"][b, :, head] = p @ v[b, :, h].double()
             dp = do[b, :, head].double() @ v[b, :, h].double().T
             delta = (p * dp).sum(1)
             found["lse"][b, :, head], found["delta"][b, :, head] = lse.float(), delta.float()

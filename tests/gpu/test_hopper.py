@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.gpu import hopper, hopper_backward
+from tests.gpu import hopper, hopper_selected
 from tests.gpu.common import expect_ok
 from tests.gpu.device import DEVICE, SEED
 
@@ -51,10 +51,17 @@ def test_the_banded_kernel_agrees_with_the_ordinary_ones(name: str, dtype: str, 
 
 
 @pytest.mark.gpu(alone=True, seconds=900)
+@pytest.mark.parametrize("name", having("hopper_selected_forward"))
+def test_attention_to_selected_blocks_is_as_near_to_float64_as_the_ordinary_one(name: str) -> None:
+    needs_hopper()
+    expect_ok(hopper_selected.forward_job, importlib.import_module(f"generated.{name}"))
+
+
+@pytest.mark.gpu(alone=True, seconds=900)
 @pytest.mark.parametrize("name", having("hopper_selected_backward"))
 def test_the_backward_of_selected_attention_is_as_near_to_float64_as_the_ordinary_one(name: str) -> None:
     needs_hopper()
-    expect_ok(hopper_backward.backward_job, GENERATED / name)
+    expect_ok(hopper_selected.backward_job, importlib.import_module(f"generated.{name}"))
 
 
 @pytest.mark.gpu(alone=True, seconds=900)

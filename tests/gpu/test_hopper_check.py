@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu import hopper
+from tests.gpu import hopper, hopper_selected
 from tests.support import DEVICE, Operator, operator_of
 
 SHAPES = ((37, None, "fused"), (5, 30, "heads first"), ((20, 0, 9), None, "plain"))
@@ -71,3 +71,35 @@ def test_other_gradients_and_other_bits_are_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gradients, "window_backward", backward)
     found = list(hopper.gradient_faults(module, "window", 37, None, "plain", True, DEVICE))
     assert "other bits when called again" in found and any(fault.startswith("dk: off by") for fault in found)
+
+
+@pytest.fixture
+def selected(monkeypatch: pytest.MonkeyPatch) -> Operator:
+    """An operator whose package has Hopper's kernels of selected blocks, and few cases to compare them in."""
+    monkeypatch.setattr(hopper_selected, "CASES", {"packed": ({"rows": 40, "tokens": 40, "lengths": (1, 0, 39)}, 32)})
+    monkeypatch.setattr(hopper_selected, "TOKENS", 40)
+    monkeypatch.setattr(hopper_selected, "BROKEN", (("v", 30, "nan"),))
+    return operator_of("slc", dims=(64, 64), dtype="float16", block=64, count=2, indices="input")
+
+
+@pytest.mark.parametrize("job", [hopper_selected.forward_job, hopper_selected.backward_job])
+def test_equal_kernels_of_selected_blocks_have_no_fault(selected: Operator, job: Callable[..., None]) -> None:
+    result: dict[str, Any] = {}
+    job(result, selected.module, str(DEVICE))
+    assert result["ok"], result["error"]
+    assert len(result["rows"]) == (2 if job is hopper_selected.forward_job else 4)
+
+
+def test_other_outputs_of_selected_blocks_are_found(selected: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module(f"{selected.module.__name__}.kernels.selected_key_major_forward")
+    right = kernels.forward
+
+    def forward(*arguments: Any) -> None:
+        right(*arguments)
+        if selected.configs.get("selected_outputs", arguments[0].device)["HOPPER_TOKENS"] == 0:
+            arguments[7].nan_to_num_(0.0).mul_(1.01)  # o
+
+    monkeypatch.setattr(kernels, "forward", forward)
+    result: dict[str, Any] = {}
+    hopper_selected.forward_job(result, selected.module, str(DEVICE))
+    assert [row["ok"] for row in result["rows"]] == [False, False]

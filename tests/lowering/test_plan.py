@@ -12,7 +12,7 @@ from nsa_gen.hardware import TARGETS, UnknownGpuError, gpu, gpu_for_target
 from nsa_gen.lowering import lower, space
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.cost import explain
-from nsa_gen.lowering.hopper import hopper_fits
+from nsa_gen.lowering.hopper import hopper_fits, hopper_selected_forward_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
@@ -128,6 +128,7 @@ def test_facts_of_a_plan_follow_from_the_spec(program: Plan):
     assert program.scores_means == (program.selects and spec.selection.scores == "mean")
     assert program.local_in_window == local_in_window(spec)
     assert program.hopper == hopper_fits(spec)
+    assert program.hopper_selected_forward == hopper_selected_forward_fits(spec)
     assert program.hopper_banded_backward == hopper_banded_backward_fits(spec)
     assert program.hopper_selected_backward == hopper_selected_backward_fits(spec)
 

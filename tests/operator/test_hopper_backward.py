@@ -1,4 +1,4 @@
-"""Hopper's kernels of gradients: which packages have them, and which calls they serve.
+"""Hopper's kernels of gradients and of selected blocks: which packages have them, and which calls they serve.
 
 Their values are checked on a GPU, by tests/gpu/test_hopper.py: the interpreter does not know the language that they are
 written in.
@@ -20,12 +20,14 @@ from nsa_gen.runtime.sequences import OutputGradient
 from tests.support import DEVICE, Operator, assert_matches_oracle, operator_of, small_spec
 
 FILES = {
+    "forward": {"kernels/hopper_tiles.py", "kernels/hopper_selected_forward.py"},
     "banded": {"kernels/hopper_backward.py", "kernels/hopper_tiles.py", "kernels/hopper_banded_backward.py"},
     "selected": {"kernels/hopper_backward.py", "kernels/hopper_tiles.py", "kernels/hopper_selected_backward.py"},
 }
 CALL = {"dims": (64, 64), "dtype": "float16", "block": 64, "count": 2}
 NEVER = 2**31
-KERNELS = ("hopper_banded_backward_dkdv_kernel", "hopper_selected_backward_kernel")
+SELECTED = ("hopper_selected_forward_kernel", "hopper_selected_backward_kernel")
+KERNELS = ("hopper_banded_backward_dkdv_kernel", *SELECTED)
 
 TRACED = """
 import importlib, sys
@@ -62,37 +64,45 @@ def tensor(*strides: int, offset: int = 0, sizes: tuple[int, ...] = (2, 5, 3, 64
 
 
 @pytest.mark.parametrize(
-    ("changes", "selected", "banded"),
+    ("changes", "forward", "selected", "banded"),
     [
-        ({}, True, True),
-        ({"dims": (128, 64)}, True, True),
-        ({"group": 7, "block": 128}, True, True),
-        ({"gate": "none"}, True, True),
-        ({"gate": "given"}, False, False),
-        ({"dims": (192, 128)}, False, False),
-        ({"dims": (80, 80)}, False, False),
-        ({"block": 32}, False, True),
-        ({"group": 65}, False, True),
-        ({"dtype": "float32"}, False, False),
-        ({"passes": ("forward",)}, False, False),
-        ({"branches": "win"}, False, True),
-        ({"branches": "slc"}, True, False),
+        ({}, True, True, True),
+        ({"dims": (128, 64)}, True, True, True),
+        ({"group": 7, "block": 128}, True, True, True),
+        ({"group": 4}, True, True, True),
+        ({"gate": "none"}, True, True, True),
+        ({"gate": "given"}, True, False, False),
+        ({"dims": (192, 128)}, True, False, False),
+        ({"dims": (80, 80)}, False, False, False),
+        ({"block": 32}, False, False, True),
+        ({"group": 65}, False, False, True),
+        ({"dtype": "float32"}, False, False, False),
+        ({"passes": ("forward",)}, True, False, False),
+        ({"branches": "win"}, False, False, True),
+        ({"branches": "slc"}, True, True, False),
     ],
 )
-def test_a_package_has_the_kernels_where_their_tiles_fit(changes: dict[str, Any], selected: bool, banded: bool) -> None:
+def test_a_package_has_the_kernels_where_their_tiles_fit(
+    changes: dict[str, Any], forward: bool, selected: bool, banded: bool
+) -> None:
     spec = small_spec(**{"branches": "slc win", "indices": "input", **CALL, **changes})
     program = lower(spec)
-    assert (program.hopper_selected_backward, program.hopper_banded_backward) == (selected, banded)
-    wanted = (FILES["selected"] if selected else set()) | (FILES["banded"] if banded else set())
-    assert set(render(spec)) & (FILES["selected"] | FILES["banded"]) == wanted
-    for name, has, from_tokens in (("selected", selected, 2048), ("banded", banded, None)):
-        tables = {target: table.get(f"{name}_backward") for target, table in program.defaults.items()}
-        assert all((config is not None) is has for config in tables.values())
-        if has:
-            least = {target: config.mapping()["HOPPER_BACKWARD_TOKENS"] for target, config in tables.items()}
-            on_hopper = least.pop("sm_90")
-            banded_least = 2048 if changes.get("group") == 65 else 8192  # 2**18 rows, and no more than 8192 tokens
-            assert on_hopper == (from_tokens or banded_least) and set(least.values()) == {NEVER}
+    has = {"forward": forward, "selected": selected, "banded": banded}
+    found = (program.hopper_selected_forward, program.hopper_selected_backward, program.hopper_banded_backward)
+    assert found == tuple(has.values())
+    wanted = set().union(*(FILES[name] for name in has if has[name]))
+    assert set(render(spec)) & set().union(*FILES.values()) == wanted
+    most_rows = 2048 if changes.get("group") == 65 else 8192  # 2**18 rows, and no more than 8192 tokens
+    for name, tunable, has_it, from_tokens in (
+        ("selected_outputs", "HOPPER_TOKENS", forward, 2048 if changes.get("group", 2) >= 4 else NEVER),
+        ("selected_backward", "HOPPER_BACKWARD_TOKENS", selected, 2048),
+        ("banded_backward", "HOPPER_BACKWARD_TOKENS", banded, most_rows),
+    ):
+        tables = {target: table.get(name) for target, table in program.defaults.items()}
+        assert all((config is not None) is has_it for config in tables.values())
+        if has_it:
+            least = {target: config.mapping()[tunable] for target, config in tables.items()}
+            assert least.pop("sm_90") == from_tokens and set(least.values()) == {NEVER}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +153,7 @@ def test_kernels_compile_without_a_gpu_to_asynchronous_products_and_fit_a_multip
     assert shared <= (228 * 1024) // 2 - 1024
     assert products > 3 * waits > 0
     # A `for` about loops whose bounds it carries would be compiled wrongly by some versions, which keep the first.
-    assert whiles == (kernel == "hopper_selected_backward_kernel")
+    assert whiles == (kernel in SELECTED)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -111,7 +111,7 @@ def test_torch_converts_no_gradient_but_keys_and_values_to_which_selection_adds_
     arguments = [named[argument.name] for argument in program.arguments] + [*constants]
     outputs = dict(zip(operator.outputs, attention.attention_forward(*arguments), strict=True))
     with Conversions() as conversions:
-        attention.attention_backward(inputs.do, *arguments, *(outputs[name] for name in operator.saved))
+        attention.attention_backward([inputs.do, *arguments, *(outputs[name] for name in operator.saved)])
     last_of_selection = {"compressed keys given": ("k", "v"), "selected alone": ("k", "v")}
     last_of_selection["keys of each branch"] = ("k_slc", "v_slc")
     gradients = [x for x in conversions.sizes if len(x) == 4]

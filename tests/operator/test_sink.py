@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa_gen.bench.decode import decode_inputs
 from nsa_gen.lowering import lower
 from nsa_gen.lowering.plan import HOPPER_ROWS
 from nsa_gen.rendering import render
 from nsa_gen.tuning.space import Bucket
-from nsa_gen.tuning.timed import bucket_inputs, decode_inputs
+from nsa_gen.tuning.timed import bucket_inputs
 from nsa_gen.verification import Inputs
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
@@ -372,7 +373,7 @@ def test_the_tuner_measures_an_operator_with_its_sinks(packed: bool) -> None:
     inputs = bucket_inputs(op.spec, bucket, "correlated", device=DEVICE)
     assert inputs.sink_win is not None and inputs.sink_win.shape == (4,) and inputs.sink_win.dtype == torch.float32
     assert call(op, inputs).shape == inputs.do.shape
-    step = decode_inputs(op.spec, op.module, bucket, device=DEVICE)
+    step = decode_inputs(op.spec, op.module, bucket.tokens, bucket.batch, device=DEVICE)
     step.out.fill_(math.nan)
     step.step()
     assert torch.isfinite(step.out).all()

@@ -112,7 +112,8 @@ MEANT = {
     "arguments.py": r"    if device\.type == \"cpu\" and .*?\n        bounds = cu_seqlens\.tolist\(\)",
     # Whose purpose is to read the lengths that a replayed graph has left on the device.
     "cache.py": r"    def synchronize\(.*?(?=\n    def |\Z)",
-    # It tells who adds up the parts, which are always added in the same order.
+    # They tell who chooses among the blocks, and who adds up the parts, which are always added in the same order.
+    "kernels/decode_select.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
     "kernels/decode_attend.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
 }
 """What a module may have once of what is forbidden elsewhere."""

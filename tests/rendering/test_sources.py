@@ -137,6 +137,8 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
         assert kernels.pop("row_statistics") == "hopper_backward"
     if program.hopper_banded_backward:  # it has one configuration, by its design
         assert kernels.pop("hopper_banded_backward_dkdv") == "hopper_banded_backward"
+    if program.hopper_selected_forward:  # it has one configuration, by its design
+        assert kernels.pop("hopper_selected_forward") == "hopper_selected_forward"
     if program.hopper_selected_backward:  # it has one configuration, by its design
         assert kernels.pop("hopper_selected_backward") == "hopper_selected_backward"
     for target, table in tables.items():

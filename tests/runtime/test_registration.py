@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nsa_gen.runtime.lookup import Bucket
 from nsa_gen.runtime.registration import Library, Operator, Output
@@ -32,6 +33,7 @@ class Calls:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         self.saved: list[torch.Tensor | None] = []
+        self.drops, self.freed = False, [False]
         self.library = Library(f"tests_runtime_{next(NUMBERS)}", self.serving)
         self.library.register(SCALED, self.forward, self.fake, self.backward)
 
@@ -46,8 +48,15 @@ class Calls:
     def fake(self, q, *_):
         return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty((), dtype=torch.int32)
 
-    def backward(self, do, q, k, factor, cu_seqlens, times, recompute, *saved):
+    def backward(self, given):
+        do, q, _, factor, _, times, _, *saved = given
         self.saved = list(saved)
+        if self.drops:
+            kept = [StorageWeakRef(x.untyped_storage()) for x in saved]
+            given.clear()
+            self.saved.clear()
+            del saved
+            self.freed = [each.expired() for each in kept]
         return do * factor * times, do * q * times
 
     def __call__(self, q: torch.Tensor, factor: torch.Tensor, recompute: str = "") -> torch.Tensor:
@@ -90,6 +99,22 @@ def test_what_a_branch_computes_again_is_not_saved(scaled: Calls) -> None:
     assert torch.equal(scaled.saved[1], q * q)
     scaled(q, factor, "cmp win").sum().backward()
     assert scaled.saved[0] is not None and scaled.saved[1] is None
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_what_the_backward_drops_is_freed_while_it_runs_unless_the_graph_is_retained(
+    scaled: Calls, retained: bool
+) -> None:
+    scaled.drops = True
+    q, factor = torch.randn(2, 5, requires_grad=True), torch.ones(2, 5)
+    o = scaled(q, factor)  # saved as well, and held here
+    (first,) = torch.autograd.grad(o.sum(), q, retain_graph=retained)
+    assert scaled.freed == [False, not retained]
+    if retained:
+        (second,) = torch.autograd.grad(o.sum(), q)
+        assert torch.equal(first, second) and scaled.freed == [False, True]
+    with pytest.raises(RuntimeError, match="a second time"):
+        o.sum().backward()
 
 
 def test_a_call_is_served_by_the_bucket_of_its_keys(scaled: Calls) -> None:

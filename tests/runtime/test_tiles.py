@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,23 @@ def test_an_override_replaces_some_values_within_its_block_and_must_suit_the_oth
     assert key_block(tiles) == 16
     with pytest.raises(ValueError, match=r"attend\.KEY_BLOCK: expected 16 or 32 or 64, got 128"):
         tiles.override("attend", KEY_BLOCK=128).__enter__()
+
+
+def test_what_is_made_of_configurations_is_made_once_unless_an_override_or_a_target_is_in_force(tiles: Tiles) -> None:
+    asked: list[int] = []
+
+    def half(config_of: Callable[[str], dict[str, int]]) -> int:
+        asked.append(config_of("attend")["KEY_BLOCK"])
+        return asked[-1] // 2
+
+    assert [tiles.derived(half, CPU, *BUCKET) for _ in range(3)] == [8, 8, 8] and asked == [16]
+    with tiles.override("attend", KEY_BLOCK=64):
+        assert tiles.derived(half, CPU, *BUCKET) == 32
+    with tiles.use_target("sm_90"):
+        assert tiles.derived(half, CPU, *BUCKET) == 16
+    assert tiles.derived(half, CPU, *BUCKET) == 8 and asked == [16, 64, 32]
+    tiles.forget()
+    assert tiles.derived(half, CPU, *BUCKET) == 8 and asked == [16, 64, 32, 16]
 
 
 def test_the_table_that_serves_a_call_is_its_threads_alone(tiles: Tiles) -> None:

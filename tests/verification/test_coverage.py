@@ -15,7 +15,7 @@ from nsa_gen.lowering import lower
 from nsa_gen.spec import Spec, load_spec
 from nsa_gen.verification import Inputs, OracleParameters
 from nsa_gen.verification.cases import Case, default_cases, packed_offsets, start_remainders
-from nsa_gen.verification.coverage import ALWAYS_LEFT_OUT, coverage
+from nsa_gen.verification.coverage import ALWAYS_LEFT_OUT, BUDGET_LEFT_OUT, coverage
 from nsa_gen.verification.examples import drawn_example
 from nsa_gen.verification.inference import PAGE_SIZES, fixed_scenarios
 from nsa_gen.verification.report import Coverage
@@ -37,7 +37,7 @@ OPTIONS = {
     "NSACache": {"batch", "capacity", "page_size", "max_new_tokens"},
 }
 """Options that the fixed cases use, besides the tensors of `Inputs`."""
-LEFT_OUT = {"layers", "layer", "pages", "out", "device"}
+LEFT_OUT = {"workspace_bytes", "layers", "layer", "pages", "out", "device"}
 """Options that they leave out, which the report names; where tensors live is the run's, not the package's."""
 
 
@@ -61,6 +61,7 @@ def test_every_tunable_of_a_package_has_several_values_in_the_default_run(name: 
               if kernel not in alone and key not in LAUNCH_OPTIONS}  # fmt: skip
     assert wanted == set(found.exercised) - {"recompute", "packed offsets", "page_size"}
     options = {"layers, layer, pages and out of the cache and of decode"} if "decode" in spec.passes else set()
+    options |= {BUDGET_LEFT_OUT} if spec.selection else set()
     assert set(found.left_out) == {*ALWAYS_LEFT_OUT, *options}
 
 

@@ -124,7 +124,7 @@ def test_workspace_and_scores_are_bounded_whatever_the_length() -> None:
     assert hygiene.SCORE_TOKENS * token > scores  # so many tokens at a time at least
     scores = (hygiene.SCORE_TOKENS + hygiene.LARGEST_TILE) * token
     index = hygiene.SLOT_BYTES * 2**18 * 6 * 4
-    assert found.forward - found.saved == hygiene.WORKSPACE_BYTES + index + scores
+    assert found.forward - found.saved == hygiene.MOST_WORKSPACE + index + scores
 
 
 @pytest.mark.parametrize(("excess", "wrong"), [(0, []), (1, ["memory: forward"]), (2, ["memory: backward"])])

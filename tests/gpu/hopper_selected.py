@@ -1,13 +1,13 @@
-"""Hopper's kernel of selected attention's gradients beside the ordinary one. Which is quicker, `nsa-gen tune` measures.
+"""Hopper's kernels of selected attention beside the ordinary ones. Which are quicker, `nsa-gen tune` measures.
 
-Needs a GPU of capability 9.0, and of Python torch and triton alone.
+Needs of Python torch and triton alone. Where the kernel does not run, the ordinary one is compared with itself.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
+import inspect
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,17 +25,20 @@ Call = dict[str, Any]
 
 
 class Package:
-    """The modules of a generated package that take part in the backward of selected attention."""
+    """The modules of a generated package that take part in selected attention, block by block."""
 
-    def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(folder.resolve().parent))
-        self.top = importlib.import_module(folder.name)
+    def __init__(self, module: ModuleType, device: str) -> None:
+        self.top, self.device = module, device
         names = (
-            "configs", "spec", "kernels.inverted_index", "runtime.sequences", "kernels.selected_key_major_backward"
+            "configs", "spec", "kernels.inverted_index", "runtime.sequences", "kernels.selected_key_major_forward",
+            "kernels.selected_key_major_backward",
         )  # fmt: skip
-        self.configs, constants, self.index, self.sequences, self.kernels = (
-            importlib.import_module(f"{folder.name}.{name}") for name in names
+        self.configs, constants, self.index, self.sequences, self.forward, self.backward = (
+            importlib.import_module(f"{module.__name__}.{name}") for name in names
         )
+        takes_local = "without_local" in inspect.signature(self.index.slot_keys).parameters
+        # That the window's kernel does no local blocks, for the index and for the forward.
+        self.without_local, self.local = ((False,), (None,)) if takes_local else ((), ())
         self.hq, self.hkv = constants.QUERY_HEADS.value, constants.KV_HEADS.value
         self.group, self.count = constants.GROUP.value, constants.SELECTION_COUNT.value
         self.dk, self.dv = constants.HEAD_DIM_QK.value, constants.HEAD_DIM_V.value
@@ -59,10 +62,10 @@ def make_call(
     strided: bool = False,
 ) -> Call:
     """A call, its gradients in float64; `same`: all queries choose alike; `strided`: inputs are views of one tensor."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(package.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").to(package.dtype)
+        return torch.randn(*shape, generator=generator, device=package.device).to(package.dtype)
 
     hq, hkv, dk, dv = package.hq, package.hkv, package.dk, package.dv
     if strided:
@@ -74,14 +77,14 @@ def make_call(
     do = normal(batch, rows, hq, dv)
     gate = normal(batch, rows, hq, 3)[..., 1] if gated and package.gated else None
     position, first = (
-        torch.arange(rows, device="cuda") + tokens - rows,
-        torch.zeros(rows, dtype=torch.long, device="cuda"),
+        torch.arange(rows, device=package.device) + tokens - rows,
+        torch.zeros(rows, dtype=torch.long, device=package.device),
     )
     bounds = None
     if lengths:
-        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
-        first = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths, device="cuda"))
-        position = torch.arange(rows, device="cuda") - first
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=package.device)
+        first = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths, device=package.device))
+        position = torch.arange(rows, device=package.device) - first
     indices = _choose(package, position, batch, tokens, same, generator)
     call = {
         "q": q,
@@ -101,15 +104,15 @@ def _choose(
 ) -> Tensor:
     """The own block, the first, and others at random or always the same, ascending; -1 where there are no more."""
     blocks = -(-tokens // package.block)
-    number = torch.arange(blocks, device="cuda")
-    score = torch.rand(batch, len(position), package.hkv, blocks, generator=generator, device="cuda")
+    number = torch.arange(blocks, device=package.device)
+    score = torch.rand(batch, len(position), package.hkv, blocks, generator=generator, device=package.device)
     if same:
         score = -number.float().expand_as(score)
     own = (position // package.block)[:, None, None]
     score = torch.where((number == own) | (number == 0), 2.0, score).where(number <= own, -torch.inf)
     best, chosen = torch.topk(score, min(package.count, blocks), dim=-1)
     chosen = torch.sort(chosen.where(best > -torch.inf, blocks), dim=-1)[0]
-    indices = torch.full((*score.shape[:3], package.count), -1, dtype=torch.int32, device="cuda")
+    indices = torch.full((*score.shape[:3], package.count), -1, dtype=torch.int32, device=package.device)
     indices[..., : chosen.shape[-1]] = chosen.where(chosen < blocks, -1)
     return indices
 
@@ -130,22 +133,42 @@ def _differentiate(package: Package, call: Call, position: Tensor, first: Tensor
     return hopper.differentiate(q, k, v, do, gate, package.scale, seen)
 
 
+def _poison_memory(package: Package) -> None:
+    """Leave NaN in the memory that the allocator gives next."""
+    if package.device == "cuda":
+        junk = [torch.full((size,), torch.nan, device="cuda") for size in (2**28, 2**26, 2**22, 2**18)]
+        del junk
+
+
+def attend(package: Package, call: Call, kernel: str, chunk_tokens: int) -> dict[str, Tensor]:
+    """o and lse of a call by one of the kernels, where memory held NaN before."""
+    layout = package.index.Layout.of(call["sequences"], chunk_tokens)
+    keys = package.index.slot_keys(call["indices"], call["counts"], call["sequences"], layout, *package.without_local)
+    ordered = package.index.sort_slots(keys, layout)
+    _poison_memory(package)
+    q, k, v = (call[name] for name in ("q", "k", "v"))
+    o = torch.full_like(call["do"], torch.nan)
+    lse = torch.full(q.shape[:3], torch.nan, device=package.device)
+    with package.configs.override("selected_outputs", HOPPER_TOKENS=KERNELS[kernel]):
+        package.forward.forward(q, k, v, keys, *ordered, layout, o, lse, call["sequences"], *package.local)
+    return {"o": o, "lse": lse}
+
+
 def differentiate(
     package: Package, call: Call, kernel: str, chunk_tokens: int, with_dq: bool = True
 ) -> dict[str, Tensor]:
     """dk, dv and dq of a call by one of the kernels, where memory held NaN before; dk and dv are added to."""
     layout = package.index.Layout.of(call["sequences"], chunk_tokens)
-    keys = package.index.slot_keys(call["indices"], call["counts"], call["sequences"], layout, False)
+    keys = package.index.slot_keys(call["indices"], call["counts"], call["sequences"], layout, *package.without_local)
     ordered = package.index.sort_slots(keys, layout)
-    junk = [torch.full((size,), torch.nan, device="cuda") for size in (2**28, 2**26, 2**22, 2**18)]
-    del junk
-    dk, dv = (torch.full(call[name].shape, before, device="cuda") for name, before in (("k", 0.25), ("v", -0.5)))
+    _poison_memory(package)
+    before = (("k", 0.25), ("v", -0.5))
+    dk, dv = (torch.full(call[name].shape, value, device=package.device) for name, value in before)
     dq = torch.full_like(call["q"], torch.nan).contiguous() if with_dq else None
     tensors = (*(call[name] for name in ("q", "k", "v")), keys, *ordered, layout)
-    given = (*(call[name] for name in ("do", "lse", "delta", "gate")), dq, dk, dv, call["sequences"])
+    gradient = package.sequences.OutputGradient(*(call[name] for name in ("do", "lse", "delta", "gate")))
     with package.configs.override("selected_backward", HOPPER_BACKWARD_TOKENS=KERNELS[kernel]):
-        package.kernels.backward(*tensors, *given)
-    torch.cuda.synchronize()
+        package.backward.backward(*tensors, gradient, dq, dk, dv, call["sequences"])
     found = {"dk": dk - 0.25, "dv": dv + 0.5}
     return found if dq is None else found | {"dq": dq}
 
@@ -161,9 +184,14 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 """By name, what `make_call` takes, and tokens of a chunk."""
 
 
-def backward_job(result: dict[str, Any], folder: Path) -> None:
+TOKENS = 500
+BROKEN = (("k", 200, "nan"), ("v", 499, "nan"), ("v", 460, "inf"), ("v", 10, "nan"), ("q", 150, "nan"))
+"""An input of TOKENS tokens, a place in it, and what is there: some queries of its block see it, and some do not."""
+
+
+def backward_job(result: dict[str, Any], module: ModuleType, device: str = "cuda") -> None:
     """Compare errors of both kernels in every case of a package, whether bits repeat, and where a NaN goes."""
-    package = Package(folder)
+    package = Package(module, device)
     result["rows"] = rows = []
     for name, (arguments, chunk_tokens) in CASES.items():
         call = make_call(package, **arguments)
@@ -175,13 +203,41 @@ def backward_job(result: dict[str, Any], folder: Path) -> None:
             same_bits = all(torch.equal(mine[key], again[key]) for key in mine)
             ok = same_bits and all(x <= FACTOR * y + FLOOR for x, y in errors.values())
             rows.append({"case": name, "dq": with_dq, "errors": errors, "same_bits": same_bits, "ok": ok})
-    call = make_call(package, 500, 500)
-    for name, place in (("k", 200), ("v", 499), ("q", 150), ("do", 300)):
+    call = make_call(package, TOKENS, TOKENS)
+    for name, place, value in (*BROKEN, ("do", TOKENS // 2, "nan")):
         broken = call | {name: call[name].clone()}
-        broken[name][0, place, 0, 5] = torch.nan
+        broken[name][0, place, 0, 5] = float(value)
         mine, theirs = (differentiate(package, broken, kernel, 128) for kernel in KERNELS)
-        ok = all(torch.equal(mine[key].isnan(), theirs[key].isnan()) for key in mine)
-        rows.append({"case": f"a NaN in {name}", "ok": ok})
+        ok = all(torch.equal(mine[key].isfinite(), theirs[key].isfinite()) for key in mine)
+        rows.append({"case": f"{value} in {name} at {place}", "ok": ok})
+    wrong = [row for row in rows if not row["ok"]]
+    result.update(ok=not wrong, error="; ".join(map(str, wrong)))
+
+
+def forward_job(result: dict[str, Any], module: ModuleType, device: str = "cuda") -> None:
+    """Compare errors of both kernels in every case of a package, whether bits repeat, and what a NaN reaches."""
+    package = Package(module, device)
+    result["rows"] = rows = []
+    for name, (arguments, chunk_tokens) in CASES.items():
+        say(name)
+        call = make_call(package, **arguments)
+        mine, again = (attend(package, call, "hopper", chunk_tokens) for _ in range(2))
+        theirs = attend(package, call, "ordinary", chunk_tokens)
+        errors = {key: (_error(mine[key], call[key]), _error(theirs[key], call[key])) for key in mine}
+        same_bits = all(torch.equal(mine[key], again[key]) for key in mine)
+        ok = same_bits and all(x <= FACTOR * y + FLOOR for x, y in errors.values())
+        rows.append({"case": name, "errors": errors, "same_bits": same_bits, "ok": ok})
+    call = make_call(package, TOKENS, TOKENS)
+    clean = attend(package, call, "hopper", 128)
+    for name, place, value in BROKEN:
+        broken = call | {name: call[name].clone()}
+        broken[name][0, place, 0, 5] = float(value)
+        mine, theirs = (attend(package, broken, kernel, 128) for kernel in KERNELS)
+        same_places = all(torch.equal(mine[key].isfinite(), theirs[key].isfinite()) for key in mine)
+        spared = theirs["o"].isfinite()
+        same_bits = torch.equal(mine["o"][spared], clean["o"][spared])
+        ok = same_places and same_bits and not bool(spared.all())
+        rows.append({"case": f"{value} in {name} at {place}", "places": same_places, "same_bits": same_bits, "ok": ok})
     wrong = [row for row in rows if not row["ok"]]
     result.update(ok=not wrong, error="; ".join(map(str, wrong)))
 

@@ -1,0 +1,195 @@
+"""Steps of decode on full caches: by context and batch, contiguous and paged, beside dense attention and the floor.
+
+A step is timed as a captured graph of several layers, whose keys together exceed the L2 cache, over the number of
+layers. The floor is the bytes of keys and values that it must read, over the bandwidth of a plain copy in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa_gen.bench.measure import captured, faults, first_line
+from nsa_gen.bench.records import DecodeRow
+from nsa_gen.verification.inference import fixed_scenarios, run_scenario
+from nsa_gen.verification.reference.inputs import make_inputs
+from nsa_gen.verification.reference.oracle import SINKS, OracleParameters
+
+if TYPE_CHECKING:
+    from nsa_gen.spec import Spec
+
+COLD_BYTES = 200e6
+"""Bytes that the layers of a step read together, four times the L2 cache of an H100, so that each finds it cold."""
+MOST_LAYERS = 32
+ROOM = 64
+"""Tokens that a cache which is benchmarked is larger than what it holds."""
+PAGE_SIZE = 64
+"""Tokens of a page of the paged cache that is benchmarked."""
+COPIED_FLOATS = 2**28
+FREE_SHARE = 0.8
+"""Most of the free memory that the caches of a step may take."""
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """A full cache of some layers, and a query a sequence; `step` decodes with every layer in turn.
+
+    Attributes:
+        cache: the package's NSACache.
+        q: queries (B, 1, Hq, Dk).
+        arguments: gates, lists of blocks and sinks, where the operator takes them.
+        out: where o is written.
+        layers: how many layers a step goes through.
+    """
+
+    package: Any
+    cache: Any
+    q: torch.Tensor
+    arguments: dict[str, torch.Tensor]
+    out: torch.Tensor
+    layers: int
+
+    def step(self) -> None:
+        """One token a sequence, in every layer."""
+        for layer in range(self.layers):
+            self.package.nsa_decode(self.q, self.cache, layer=layer, out=self.out, **self.arguments)
+
+
+def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
+    """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
+    p = OracleParameters.from_spec(spec)
+    rows = p.compressed_blocks(tokens) + min(p.selection_count * (p.selection_block or 0), tokens)
+    rows += min(p.window or 0, tokens)
+    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * _element_bytes(spec)
+
+
+def cache_bytes(spec: Spec, tokens: int, batch: int) -> int:
+    """Bytes of one layer of a cache, about: raw keys and values of one pair, and compressed ones."""
+    p = OracleParameters.from_spec(spec)
+    rows = tokens + p.compressed_blocks(tokens)
+    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * _element_bytes(spec)
+
+
+def _element_bytes(spec: Spec) -> int:
+    return torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
+
+
+def decode_inputs(
+    spec: Spec,
+    package: Any,
+    tokens: int,
+    batch: int,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    room: int = 0,
+    page_size: int | None = None,
+) -> DecodeInputs:
+    """A cache of `tokens` random tokens a sequence, with room for more, in as many layers as leave nothing in L2."""
+    generator = torch.Generator(device).manual_seed(seed)
+    needed = step_bytes(spec, tokens, batch)
+    layers = max(1, min(int(COLD_BYTES / needed) + 1, MOST_LAYERS)) if device.type == "cuda" else 1
+    cache = package.NSACache(batch, tokens + room, layers=layers, page_size=page_size, device=device)
+    for layer in cache.layers:
+        for tensor in layer:
+            tensor.normal_(generator=generator)
+    cache.extend(tokens)
+    small = make_inputs(spec, batch=1, tokens=64, dtype=getattr(torch, spec.dtype), device=device, seed=seed)
+    shape = (batch, 1, *small.q.shape[2:])
+    q = torch.randn(shape, generator=generator, dtype=small.q.dtype, device=device)
+    out = torch.empty((*shape[:-1], spec.head_dim.v), dtype=q.dtype, device=device)
+    arguments: dict[str, torch.Tensor] = {name: x for name in SINKS if (x := getattr(small, name)) is not None}
+    if small.gates is not None:
+        shape = (batch, 1, *small.gates.shape[2:])
+        arguments["gates"] = torch.randn(shape, generator=generator, dtype=q.dtype, device=device)
+    if small.indices is not None:
+        assert spec.selection is not None
+        blocks = torch.arange(spec.selection.count, dtype=torch.int32, device=device)
+        spread = blocks * max(1, tokens // spec.selection.block // spec.selection.count)
+        arguments["indices"] = spread.expand(batch, 1, spec.heads.kv, -1).contiguous()
+    return DecodeInputs(package, cache, q, arguments, out, layers)
+
+
+def decode_faults(spec: Spec, package: Any, device: str = "cuda") -> list[str]:
+    """What is wrong with decode, held against the oracle: contiguous and paged, with more blocks than are selected."""
+    contiguous, paged, *_ = fixed_scenarios(OracleParameters.from_spec(spec))
+    return [fault for each in (contiguous, paged) for fault in faults(run_scenario(spec, package, each, device))]
+
+
+def measure_decode(
+    spec: Spec, package: Any, shapes: Iterable[tuple[int, int]], *, dense: bool = True, seed: int = 0
+) -> Iterator[DecodeRow]:
+    """A row for each (tokens, batch); what does not fit or fails is a row that says so."""
+    bandwidth = copy_bandwidth()
+    for tokens, batch in shapes:
+        torch.cuda.empty_cache()
+        try:
+            yield _measured(spec, package, tokens, batch, bandwidth, dense=dense, seed=seed)
+        except (torch.cuda.OutOfMemoryError, ValueError) as error:
+            yield DecodeRow(spec.name, tokens, batch, problem=first_line(error))
+
+
+def _measured(
+    spec: Spec, package: Any, tokens: int, batch: int, bandwidth: float, *, dense: bool, seed: int
+) -> DecodeRow:
+    needed = step_bytes(spec, tokens, batch)
+    row = DecodeRow(spec.name, tokens, batch, needed, 1e6 * needed / bandwidth)
+    free, size = torch.cuda.mem_get_info()[0], cache_bytes(spec, tokens, batch)
+    if size > FREE_SHARE * free:
+        return replace(row, problem=f"the cache takes {size / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+    found: dict[str, float] = {}
+    for name, page_size in (("us", None), ("paged_us", PAGE_SIZE)):
+        inputs = decode_inputs(
+            spec, package, tokens, batch, device=torch.device("cuda"), seed=seed, room=ROOM, page_size=page_size
+        )
+        found[name] = graph_microseconds(captured(inputs.step)) / inputs.layers
+        if dense and page_size is None and (beside := _dense_microseconds(spec, inputs, tokens)) is not None:
+            found["dense_us"] = beside
+        del inputs
+        torch.cuda.empty_cache()
+    return replace(row, **found)
+
+
+def graph_microseconds(graph: torch.cuda.CUDAGraph, repeats: int = 15, inner: int = 10) -> float:
+    """Median microseconds of a replay, of some rounds of replays in a row."""
+    found = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(inner):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(1e3 * start.elapsed_time(end) / inner)
+    return statistics.median(found)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a plain copy, read and written."""
+    x, y = (torch.empty(COPIED_FLOATS, dtype=torch.float32, device="cuda") for _ in range(2))
+    graph = captured(lambda: y.copy_(x))
+    return 2 * x.nbytes / (graph_microseconds(graph, 5, 3) * 1e-6)
+
+
+def _dense_microseconds(spec: Spec, inputs: DecodeInputs, tokens: int) -> float | None:
+    """Dense attention of the same queries to the same keys, of the first layer, by cuDNN; None where it refuses."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    layer = inputs.cache.layers[0]._asdict()
+    if not {"k", "v"} <= set(layer):
+        return None
+    query = inputs.q.transpose(1, 2)
+    k, v = (layer[name][:, :tokens].transpose(1, 2) for name in "kv")
+
+    def attend() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(query, k, v, scale=spec.scale_value, enable_gqa=True)
+
+    try:
+        return graph_microseconds(captured(attend), 5, 3)
+    except RuntimeError:
+        return None
