@@ -63,7 +63,7 @@ head_dim: 16
 dtype: float16
 selection: {block: 16, count: 3, initial: 0, local: 1, scores: mean}
 window: {size: 24, sink: learned}
-passes: [forward, backward]
+passes: [forward, backward, decode]
 """
 """Blocks chosen by their mean keys, and a window with a sink."""
 

@@ -35,9 +35,9 @@ LARGE = small_spec(
 )
 
 
-def test_the_default_is_five_times_q_within_bounds() -> None:
+def test_the_default_is_nine_times_q_within_bounds() -> None:
     q = torch.empty(1, 2**14, 32, 128, dtype=torch.bfloat16, device="meta")
-    assert workspace_of(q) == 5 * 2**27
+    assert workspace_of(q) == 9 * 2**27
     assert workspace_of(q[:, :100]) == LEAST_WORKSPACE == 320 * 2**20
     assert workspace_of(q.expand(64, -1, -1, -1)) == MOST_WORKSPACE == 1920 * 2**20
     assert workspace_of(q, 12345) == 12345
