@@ -119,7 +119,7 @@ SLOT_BYTES = 64
 """A slot of the selection in an index by key block: key, sorted key, place (8 bytes), and as much again and the sort's
 own buffers while it sorts."""
 WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 9, 5 * 2**26, 15 * 2**27
-"""The workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): five times the
+"""The workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): nine times the
 bytes of q, at least 320 MiB and at most 1,920 MiB, holds those of o or dq, their lse, and partial sums of dk and dv."""
 CHUNK_TOKENS = 64
 """Tokens whose partial results are held at a time at least, whatever they take."""
