@@ -12,7 +12,7 @@ NEVER = 2**31
 #: Head dims of q and k, and of v, of which tiles of 128 keys fit shared memory twice. 256 do not, and the columns of v
 #: are a power of two.
 _HEAD_DIMS = ((64, 64), (96, 128), (128, 128), (192, 128))
-#: The same for selected blocks, whose tiles are of 64 rows, and of 64 or 128 keys of one block.
+#: The same for selected blocks, whose tiles are of 64 rows, and of 64 or more keys of one block.
 _SELECTED_QK, _SELECTED_V = (64, 128, 192), (64, 128)
 _SELECTED_ROWS, _SELECTED_KEYS = 64, 64
 #: Query tokens of a call from which the kernel of selected blocks is the quicker, and key-major with it, and heads of a
@@ -30,20 +30,17 @@ def hopper_fits(spec: Spec, *branches: str) -> bool:
     return banded and spec.dtype != "float32" and (spec.head_dim.qk, spec.head_dim.v) in _HEAD_DIMS
 
 
-def hopper_selected_forward_fits(spec: Spec) -> bool:
-    """Whether the package has the kernel of selected blocks.
+def selected_tiles_fit(spec: Spec) -> bool:
+    """Whether blocks are whole tiles of keys, and groups at most a tile of heads, which follow one list."""
+    if spec.selection is None or spec.selection.block % _SELECTED_KEYS or spec.scopes > spec.heads.kv:
+        return False
+    return spec.heads.group <= _SELECTED_ROWS
 
-    Its blocks are whole tiles of keys, groups at most a tile of heads, and the heads of a group follow one list.
-    """
-    return (
-        spec.selection is not None
-        and spec.scopes <= spec.heads.kv
-        and spec.selection.block % _SELECTED_KEYS == 0
-        and spec.heads.group <= _SELECTED_ROWS
-        and spec.dtype != "float32"
-        and spec.head_dim.qk in _SELECTED_QK
-        and spec.head_dim.v in _SELECTED_V
-    )
+
+def hopper_selected_forward_fits(spec: Spec) -> bool:
+    """Whether the package has the kernel of selected blocks, which takes 16-bit inputs."""
+    dims = spec.head_dim
+    return selected_tiles_fit(spec) and spec.dtype != "float32" and dims.qk in _SELECTED_QK and dims.v in _SELECTED_V
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.hopper import HOPPER, NEVER
+from nsa_gen.lowering.hopper import HOPPER, NEVER, selected_tiles_fit
 from nsa_gen.lowering.plan import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_BACKWARD_TOKENS = "HOPPER_BACKWARD_TOKENS"
-#: Keys of a tile, which selection blocks consist of, and rows, of which a group's heads take a power of two.
-_KEYS, _ROWS = 64, 64
 #: Head dims, of q and k and of v, whose accumulators fit the registers of one warpgroup together.
 _HEAD_DIMS = (64, 128)
 #: Query tokens of a call from which the kernel of selected blocks is the quicker; with fewer the host's part is
@@ -21,13 +19,8 @@ _FROM_ROWS, _FROM_BANDED_TOKENS = 2**18, 8192
 
 
 def hopper_selected_backward_fits(spec: Spec) -> bool:
-    """Whether the package has the kernel of selected blocks.
-
-    Its blocks are whole tiles of keys, groups at most a tile of heads, and the heads of a group follow one list.
-    """
-    if spec.selection is None or spec.selection.block % _KEYS or spec.scopes > spec.heads.kv:
-        return False
-    return spec.heads.group <= _ROWS and _fits(spec)
+    """Whether the package has the kernel of selected blocks."""
+    return selected_tiles_fit(spec) and _fits(spec)
 
 
 def hopper_banded_backward_fits(spec: Spec) -> bool:
