@@ -292,6 +292,10 @@ def _run(options: argparse.Namespace, **where: Any) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **where)
     train(options)
     dist.destroy_process_group()
+    # DDP keeps gloo's threads after the group's end, and one that still frees a tensor when the interpreter has ended
+    # aborts the process: the process ends here, before the interpreter does.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _rank(rank: int, meeting: str, options: argparse.Namespace) -> None:
