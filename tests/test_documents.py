@@ -32,6 +32,7 @@ ELSEWHERE = {
     ("docs/bench.md", "python"): "test_the_adapter_of_the_page_on_benchmarks_can_be_timed, below",
     ("docs/debugging.md", "python"): "test_the_page_on_debugging_prints_what_it_says, below",
     ("docs/distributed.md", "python"): "tests/distributed/test_docs.py",
+    ("docs/serving.md", "python"): "tests/inference/test_docs.py",
     ("docs/inference.md", "python"): "tests/inference/test_docs.py and, of graphs, below",
     ("docs/pytorch.md", "python"): "tests/pytorch/test_docs.py",
     ("docs/verification.md", "python"): "tests/verification/test_drawn_specs.py",

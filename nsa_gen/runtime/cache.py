@@ -1,7 +1,7 @@
 """A cache of keys and values, and what it knows of its sequences: lengths, pages, room for more."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -44,56 +44,147 @@ class Cache:
         device: torch.device | str | None = None,
     ) -> None:
         check_whole("batch", batch, 1, 65535)
-        check_whole("capacity", capacity, 1, 2**31 - 1)
         check_whole("layers", layers, 1, 2**20)
-        check_whole("max_new_tokens", max_new_tokens, 1, self._most_tokens)
-        if page_size is not None and (not isinstance(page_size, int) or page_size not in PAGE_SIZES):
-            raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))} or None, got {page_size!r}")
-        if pages is not None and page_size is None:
-            raise ValueError("pages: expected None for a contiguous cache; set page_size too")
         device = torch.empty(0, device=device).device
-        self._check_capacity(capacity)
-        table = None
-        self._pages: Pages | None = None
+        self._check_sizes(capacity, max_new_tokens)
+        table, own = None, None
         if page_size is not None:
+            check_page_size(page_size)
             width = cdiv(capacity, page_size)
             if pages is not None:
                 check_whole("pages", pages, 1, 2**31 - 1)
-            self._pages = Pages(batch, page_size, batch * width if pages is None else pages, width)
+            own = Pages(batch, page_size, batch * width if pages is None else pages, width)
             table = torch.full((batch, width), -1, dtype=torch.int32, device=device)
-        self.layout = Layout(batch, capacity, page_size or 0, table)
-        self.max_new_tokens = max_new_tokens
-        self.device = device
-        self._allocate(layers, None if self._pages is None else self._pages.free)
-        # Tokens [starts, lengths) of each sequence are those that the last `extend` made room for.
-        self.starts, self.lengths, self.overflow = (
-            torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3)
+        elif pages is not None:
+            raise ValueError("pages: expected None for a contiguous cache; set page_size too")
+        layout = Layout(batch, capacity, page_size or 0, table)
+        shapes = self._shapes(layout, None if own is None else own.free)
+        zeros = (
+            (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()) for _ in range(layers)
         )
-        self._tokens = [0] * batch
-        self._new: list[int] = [0] * batch
-        self._exact = True
-        # Whether a captured graph has a `truncate` with a tensor, so that each replay may shorten sequences.
-        self._graph_truncates = False
+        self._begin(layout, own, tuple(self._layer_type(*each) for each in zeros), max_new_tokens, device)
+
+    @classmethod
+    def attach(
+        cls,
+        layers: Sequence[Mapping[str, torch.Tensor]],
+        table: torch.Tensor,
+        *,
+        page_size: int,
+        capacity: int | None = None,
+        max_new_tokens: int = 1,
+    ) -> Self:
+        """A cache in memory that the caller owns, as an inference engine does, with pages that the caller gives out.
+
+        Lengths and the workspace of decode are allocated, nothing else. `assign` says before each step what the
+        sequences of the batch hold; the caller writes the numbers of their pages into `table`, which each call reads on
+        the device, so that a captured graph serves every batch. `fork` is the caller's, by equal numbers in two rows.
+
+        Args:
+            layers: of each layer the tensors that `page_shapes` names, each (pages, *shape), contiguous; kept as they
+                are.
+            table: numbers of the pages of each sequence (B, W), int32, contiguous; those behind a sequence's tokens
+                are not followed.
+            page_size: tokens of a page, one of 16, 32, 64, 128, 256.
+            capacity: most tokens of a sequence; what W pages hold if None.
+            max_new_tokens: most tokens of a sequence that `nsa_decode` is called with.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        check_page_size(page_size)
+        check_kind("table", table, "a tensor (B, W)")
+        if table.dim() != 2 or table.dtype != torch.int32 or not table.is_contiguous() or not table.numel():
+            raise ValueError(
+                f"table: expected a contiguous int32 tensor (B, W), got {table.dtype} {tuple(table.shape)} of "
+                f"strides {table.stride()}"
+            )
+        batch, width = table.shape
+        capacity = width * page_size if capacity is None else capacity
+        cache = cls.__new__(cls)
+        cache._check_sizes(capacity, max_new_tokens)
+        if capacity > width * page_size:
+            raise ValueError(f"capacity: expected at most the {width * page_size} tokens of W pages, got {capacity}")
+        if not isinstance(layers, Sequence) or not layers:
+            raise ValueError(f"layers: expected the tensors of one layer or more, got {layers!r}")
+        held = tuple(cls._attached(f"layers[{number}]", layer, page_size, table) for number, layer in enumerate(layers))
+        cache._begin(Layout(batch, capacity, page_size, table), None, held, max_new_tokens, table.device)
+        return cache
+
+    @classmethod
+    def page_shapes(cls, page_size: int) -> dict[str, tuple[tuple[int, int, int], torch.dtype]]:
+        """What a page of a layer holds by name: (rows, Hkv, D) and the dtype, raw and compressed."""
+        check_page_size(page_size)
+        return {
+            name: ((rows, heads, dim), dtype)
+            for name, ((_, rows, heads, dim), dtype) in cls._shapes(Layout(0, 0, page_size, None), 0).items()
+        }
+
+    @classmethod
+    def _shapes(cls, layout: Layout, pages: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of a layer's tensors; `pages` is None for a contiguous cache."""
+        sizes = cls._checks.sizes
+        return {
+            name: ((*layout.rows(kept, pages), sizes["Hkv"], sizes[kept.dim]), kept.dtype or cls._checks.dtype)
+            for name, kept in cls._kept.items()
+        }
+
+    @classmethod
+    def _attached(cls, place: str, layer: Mapping[str, torch.Tensor], page_size: int, table: torch.Tensor) -> Any:
+        """The caller's tensors of a layer, checked."""
+        shapes = cls.page_shapes(page_size)
+        if not isinstance(layer, Mapping) or set(layer) != set(shapes):
+            found = ", ".join(layer) if isinstance(layer, Mapping) else type(layer).__name__
+            raise ValueError(f"{place}: expected tensors by name: {', '.join(shapes)}; got {found}")
+        tensors = [layer[name] for name in shapes]
+        pages = tensors[0].shape[0] if isinstance(tensors[0], torch.Tensor) and tensors[0].dim() == 4 else 0
+        for tensor, (name, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
+            cls._checks.check_tensor(
+                f"{place}[{name!r}]",
+                tensor,
+                ("pages", "rows", "Hkv", "D"),
+                (pages, *shape),
+                device=table.device,
+                dtype=dtype,
+            )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{place}[{name!r}]: expected a contiguous tensor, got strides {tensor.stride()}")
+        return cls._layer_type(*tensors)
+
+    def _check_sizes(self, capacity: int, max_new_tokens: int) -> None:
+        check_whole("capacity", capacity, 1, 2**31 - 1)
+        check_whole("max_new_tokens", max_new_tokens, 1, self._most_tokens)
+        self._check_capacity(capacity)
 
     def _check_capacity(self, capacity: int) -> None:
         """Raise where a package cannot decode sequences of so many tokens."""
 
-    def _allocate(self, layers: int, pages: int | None) -> None:
-        """Make the tensors of the layers, and what decode works in; `pages` is None for a contiguous cache."""
-        layout, sizes = self.layout, self._checks.sizes
-
-        def zeros(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype or self._checks.dtype, device=self.device)
-
-        kept = [(each, (*layout.rows(each, pages), sizes["Hkv"], sizes[each.dim])) for each in self._kept.values()]
-        self.layers = tuple(
-            self._layer_type(*(zeros(*shape, dtype=each.dtype) for each, shape in kept)) for _ in range(layers)
-        )
+    def _begin(
+        self,
+        layout: Layout,
+        pages: Pages | None,
+        layers: tuple[Any, ...],
+        max_new_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """Begin with no token; `pages` are the cache's own, which None gives out where the memory is the caller's."""
+        self.layout, self._pages, self.layers = layout, pages, layers
+        self.max_new_tokens, self.device = max_new_tokens, device
         self._hidden: torch.Tensor | None = None
         if self._hidden_rows is not None:
             width, most = self._hidden_rows
-            self._hidden = zeros(layout.batch, most(self.max_new_tokens), sizes["Hkv"], width)
-        self.workspace = self._new_workspace(layout, self.max_new_tokens, self.device)
+            shape = (layout.batch, most(max_new_tokens), self._checks.sizes["Hkv"], width)
+            self._hidden = torch.zeros(shape, dtype=self._checks.dtype, device=device)
+        self.workspace = self._new_workspace(layout, max_new_tokens, device)
+        # Tokens [starts, lengths) of each sequence are those that the last `extend` made room for.
+        self.starts, self.lengths, self.overflow = (
+            torch.zeros(layout.batch, dtype=torch.int32, device=device) for _ in range(3)
+        )
+        self._tokens = [0] * layout.batch
+        self._new: list[int] = [0] * layout.batch
+        self._exact = True
+        # Whether a captured graph has a `truncate` with a tensor, so that each replay may shorten sequences.
+        self._graph_truncates = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -159,6 +250,34 @@ class Cache:
         else:
             counts = torch.tensor(self._new, dtype=torch.int32).to(self.device)
         self._operator("cache_extend")(self.starts, self.lengths, self.overflow, counts, number, *self._place())
+
+    def assign(self, tokens: Sequence[int], new_tokens: Sequence[int]) -> None:
+        """Say what each sequence of an attached cache holds, and how many of its last tokens are new, to be written.
+
+        It takes the place of `extend`, `truncate` and `reset`: the batch may be another one than a step before. A row
+        without a sequence has 0 tokens. The numbers are copied to the device, and nothing is read there.
+
+        Raises:
+            RuntimeError: the cache has memory of its own, so that its books say what it holds.
+            CapacityError: a sequence has more tokens than `capacity`; the cache is as it was.
+        """
+        if not self._is_attached:
+            raise RuntimeError("assign: expected a cache in the caller's memory (`attach`); this one has its own")
+        if self._capturing():
+            raise RuntimeError("assign: lengths come from the host; call it before each replay, not while one captures")
+        held, new = self._counts("tokens", tokens), self._counts("new_tokens", new_tokens)
+        for sequence, (count, more) in enumerate(zip(held, new, strict=True)):
+            if count > self.layout.capacity:
+                raise CapacityError(
+                    f"tokens: sequence {sequence} is to hold {count} of at most {self.layout.capacity} tokens"
+                )
+            if more > count:
+                raise ValueError(f"new_tokens: expected at most the {count} tokens of sequence {sequence}, got {more}")
+        starts = [count - more for count, more in zip(held, new, strict=True)]
+        both = torch.tensor([starts, held], dtype=torch.int32).to(self.device)
+        self.starts.copy_(both[0])
+        self.lengths.copy_(both[1])
+        self._tokens, self._new, self._exact = held, new, True
 
     # Writing
 
@@ -228,6 +347,8 @@ class Cache:
 
         Paged, the pages are shared, and copied once one of the two writes to them; what `target` held is given back.
         """
+        if self._is_attached:
+            raise RuntimeError("fork: the pages are the caller's; let two rows of the table name them")
         self._check_sequence("source", source)
         self._check_sequence("target", target)
         if not self._exact:
@@ -270,6 +391,10 @@ class Cache:
             raise CapacityError(f"sequences {full}: no room was found on the device; call reserve before each replay")
 
     # The host's books
+
+    @property
+    def _is_attached(self) -> bool:
+        return self._pages is None and self.layout.table is not None
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -349,3 +474,8 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
     if not least <= value <= most:
         raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+
+
+def check_page_size(page_size: object) -> None:
+    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))}, got {page_size!r}")

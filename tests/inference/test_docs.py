@@ -1,4 +1,4 @@
-"""What docs/inference.md and examples/ show is what happens."""
+"""What docs/inference.md, docs/serving.md and examples/ show is what happens."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def test_the_first_example_of_the_page_on_inference_runs_and_prints_what_it_says
     text = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
     block = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)[0]
     assert run("-c", block).strip() == re.findall(r"print\(cache.tokens\)  # (.*)", block)[0]
+
+
+def test_the_engine_of_the_page_on_serving_gets_what_one_call_gives() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert run("-c", block).strip() == "True"
 
 
 def test_the_generation_loop_gives_the_same_tokens_with_and_without_pages_and_chunks() -> None:
