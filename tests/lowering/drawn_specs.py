@@ -20,7 +20,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
     return (
         spec.branches,
         compression and (compression.phi.key, compression.phi.value, compression.position),
-        selection and (selection.indices, selection.scores),
+        selection and (selection.indices, selection.scores, selection.scope, selection.pool),
         spec.window and spec.window.sink,
         spec.combine.gate,
         spec.kv,
@@ -54,13 +54,13 @@ def drawn_specs(count: int = DRAWN) -> tuple[Spec, ...]:
     return _drawn()[:count]
 
 
-@functools.cache
-def _drawn() -> tuple[Spec, ...]:
+def structures(examples: int, derandomize: bool = True) -> list[Spec]:
+    """One spec of each structure among so many drawn ones; others on every run unless `derandomize`."""
     found: dict[tuple[object, ...], Spec] = {}
 
     @settings(
-        max_examples=12 * DRAWN,
-        derandomize=True,
+        max_examples=examples,
+        derandomize=derandomize,
         database=None,
         deadline=None,
         phases=(Phase.generate,),
@@ -72,10 +72,15 @@ def _drawn() -> tuple[Spec, ...]:
         found.setdefault(structure(spec), spec)
 
     draw()
-    assert len(found) >= DRAWN
+    return list(found.values())
+
+
+@functools.cache
+def _drawn() -> tuple[Spec, ...]:
+    pool = structures(12 * DRAWN)
+    assert len(pool) >= DRAWN
     # What is drawn changes with hypothesis' version and the project's sources. So: first a spec for every feature that
     # was drawn at all, then others from everywhere, since neighbours of one example come in a row.
-    pool = list(found.values())
     covered: set[tuple[str, object]] = set()
     telling = []
     for number, spec in enumerate(pool):

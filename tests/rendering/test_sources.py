@@ -21,7 +21,7 @@ from nsa_gen.rendering import generate, render
 from nsa_gen.rendering.environment import environment
 from nsa_gen.rendering.package import SIGNATURE, TILES, templates_digest
 from nsa_gen.spec import Spec, load_spec, parse_spec
-from tests.lowering.drawn_specs import specs
+from tests.lowering.drawn_specs import specs, structures
 from tests.pitfalls.carried_bounds import carried_bounds
 
 SPECS = specs(25)
@@ -58,17 +58,39 @@ def all_packages(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", [("check",), ("format", "--check", "--diff")], ids=lambda command: command[0])
-def test_ruff_has_nothing_to_say_of_any_package(all_packages, project_root, command):
+def said_by_ruff(command: tuple[str, ...], packages: Path, project_root: Path) -> str:
+    """What ruff says of the packages of a folder, "" where it finds nothing."""
     ruff = Path(sys.executable).with_name("ruff")
     done = subprocess.run(
         [str(ruff), *command, "--no-cache", "--config", str(project_root / "pyproject.toml"), "."],
-        cwd=all_packages,
+        cwd=packages,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+RUFF = pytest.mark.parametrize("command", [("check",), ("format", "--check", "--diff")], ids=lambda command: command[0])
+
+
+@RUFF
+def test_ruff_has_nothing_to_say_of_any_package(all_packages, project_root, command):
+    assert said_by_ruff(command, all_packages, project_root)[:6000] == ""
+
+
+@pytest.fixture(scope="module")
+def packages_drawn_anew(tmp_path_factory) -> Path:
+    """A folder with packages of many structures, others on every run; each has its spec.yaml."""
+    out = tmp_path_factory.mktemp("drawn_anew")
+    for number, spec in enumerate(structures(600, derandomize=False)):
+        generate(spec.replace(name=f"drawn_{number}"), out)
+    return out
+
+
+@RUFF
+def test_ruff_has_nothing_to_say_of_packages_drawn_anew(packages_drawn_anew, project_root, command):
+    assert said_by_ruff(command, packages_drawn_anew, project_root)[:6000] == ""
 
 
 def test_every_file_begins_with_a_header_of_four_lines(spec, texts):
