@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +13,7 @@ from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.inference import run_scenario, scenario_of_seed
 from nsa_gen.verification.reference.inputs import parameter_shapes
-from nsa_gen.verification.reference.oracle import OracleParameters
+from nsa_gen.verification.reference.oracle import SINKS, OracleParameters
 from nsa_gen.verification.report import Row, environment, raised
 from nsa_gen.verification.verify import adapt
 from tests.gpu.common import say
@@ -41,7 +43,8 @@ def inference_job(
     problems = [f"{bad} of {len(rows)} comparisons failed"] if bad or not rows else []
     if graphs and device == "cuda":
         say(f"{spec}: {REPLAYS} replays of one graph")
-        problems += [*graph_faults(meaning, module), *allocation_faults(meaning, module)]
+        for faults in (graph_faults, attached_faults, allocation_faults):
+            problems += faults(meaning, module)
         result["shapes"] = [{"repeats": REPLAYS, "shape": "growing lengths"}]
     result["ok"] = not problems
     result["error"] = "; ".join(problems)
@@ -64,7 +67,8 @@ def filled_cache(
 def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torch.Generator) -> dict[str, Any]:
     """Random keys and values, and phi's parameters, as `NSACache.write` takes them."""
     p = OracleParameters.from_spec(spec)
-    names = [name for name in module.cache.Layer._fields if not name.endswith("_cmp")]
+    written = inspect.signature(module.NSACache.write).parameters
+    names = [name for name in module.cache.Layer._fields if name in written and not name.endswith("_cmp")]
     found: dict[str, Any] = {}
     for name in names:
         dim = p.head_dim_qk if name.startswith("k") else p.head_dim_v
@@ -83,13 +87,19 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
     return found
 
 
-def queries(spec: Spec, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Random queries, gates by name where the operator has them, and a place for o."""
+def queries(
+    spec: Spec, module: Any, batch: int, tokens: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Random queries, gates and sinks by name where the operator has them, and a place for o."""
     p = OracleParameters.from_spec(spec)
     q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=getattr(torch, spec.dtype))
     gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
     out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=getattr(torch, spec.dtype))
-    return q, {} if p.gate == "none" else {"gates": gates}, out
+    weights = {} if p.gate == "none" else {"gates": gates}
+    for name in SINKS:
+        if name in inspect.signature(module.nsa_decode).parameters:
+            weights[name] = torch.randn(p.query_heads, device="cuda")
+    return q, weights, out
 
 
 def graph_faults(spec: Spec, module: Any) -> list[str]:
@@ -99,7 +109,7 @@ def graph_faults(spec: Spec, module: Any) -> list[str]:
     for page_size in (None, 64):
         generator = torch.Generator("cuda").manual_seed(1)
         cache = filled_cache(spec, module, first, batch, room=REPLAYS + 2, page_size=page_size)
-        q, gates, out = queries(spec, batch, 1)
+        q, gates, out = queries(spec, module, batch, 1)
         new = new_tokens(spec, module, batch, 1, generator)
         tensors = {name: x for name, x in new.items() if isinstance(x, torch.Tensor)}
         # Compiles the kernels, and is taken back.
@@ -138,10 +148,71 @@ def graph_faults(spec: Spec, module: Any) -> list[str]:
     return faults[:4]
 
 
+def attached_faults(spec: Spec, module: Any) -> list[str]:
+    """One graph over an engine's pages, in which requests change rows and pages; held against caches of their own."""
+    batch, first, page_size, steps = 4, 700, 64, 40
+    tokens = first + steps
+    width, chance = -(-tokens // page_size), random.Random(0)
+    shapes = module.NSACache.page_shapes(page_size)
+    layer = {
+        name: torch.full((2 * batch * width, *shape), float("nan"), dtype=dtype, device="cuda")
+        for name, (shape, dtype) in shapes.items()
+    }
+    table = torch.zeros(batch, width, dtype=torch.int32, device="cuda")
+    cache = module.NSACache.attach([layer], table, page_size=page_size)
+    owned = torch.tensor(chance.sample(range(2 * batch * width), batch * width), dtype=torch.int32).view(batch, width)
+    generator = torch.Generator("cuda").manual_seed(2)
+    drawn = new_tokens(spec, module, batch, tokens, generator)
+    whole = {name: x for name, x in drawn.items() if isinstance(x, torch.Tensor)}
+    other = {name: x for name, x in drawn.items() if name not in whole}
+
+    def place(order: list[int], held: int, new: int) -> None:
+        table.copy_(owned[order])
+        cache.assign([held] * batch, [new] * batch)
+
+    place([0, 1, 2, 3], first, first)
+    cache.write(**{name: x[:, :first].contiguous() for name, x in whole.items()}, **other)
+    q, weights, out = queries(spec, module, batch, 1)
+    new = {name: x[:, :1].clone() for name, x in whole.items()}
+
+    def step() -> None:
+        cache.write(**new, **other)
+        module.nsa_decode(q, cache, **weights, out=out)
+
+    def bring(order: list[int], held: int) -> None:
+        place(order, held, 1)
+        for name, x in new.items():
+            x.copy_(whole[name][order, held - 1 : held])
+
+    bring([0, 1, 2, 3], first + 1)
+    step()  # compiles the kernels; the first replay writes the same token again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    faults = []
+    for held in range(first + 1, tokens + 1):
+        order = chance.sample(range(batch), batch)
+        bring(order, held)
+        q.normal_(generator=generator)
+        graph.replay()
+        own = module.NSACache(batch, width * page_size, page_size=page_size, device="cuda")
+        own.extend(held)
+        own.write(**{name: x[order, :held] for name, x in whole.items()}, **other)
+        own.truncate(held - 1)
+        own.extend(1)
+        expected = module.nsa_decode(q, own, **weights)
+        if not torch.equal(out, expected):
+            worst = (out.float() - expected.float()).abs().max().item()
+            faults.append(
+                f"{held} tokens in rows {order} of an engine's pages: differs by {worst:.2e} from its own cache"
+            )
+    return faults[:4]
+
+
 def allocation_faults(spec: Spec, module: Any) -> list[str]:
     """A step, without a graph, allocates nothing."""
     cache = filled_cache(spec, module, 1000, 2, room=64, page_size=64)
-    q, gates, out = queries(spec, 2, 1)
+    q, gates, out = queries(spec, module, 2, 1)
     new = new_tokens(spec, module, 2, 1, torch.Generator("cuda"))
 
     def step() -> None:
