@@ -17,6 +17,7 @@ from tests.figures import PATH, script
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("experiments/*.md")])
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,18 +30,18 @@ _Loader.add_multi_constructor("", lambda loader, tag, node: None)
 def pages_of(nav: list[Any]) -> Iterator[str]:
     """The pages of a navigation, in order."""
     for entry in nav:
-        for value in entry.values():
+        for value in [entry] if isinstance(entry, str) else entry.values():
             yield from [value] if isinstance(value, str) else pages_of(value)
 
 
 def test_every_page_is_in_the_navigation_once():
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Loader)
     named = list(pages_of(config["nav"]))
-    there = [*(path.name for path in DOCS.glob("*.md")), "results/README.md"]
+    there = [*(path.relative_to(DOCS).as_posix() for path in PAGES), "results/README.md"]
     assert sorted(named) == sorted(there)
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_the_links_of_a_page_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -111,7 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_has_every_page_and_nothing_from_elsewhere(site):
-    names = {path.relative_to(DOCS).with_suffix(".html").as_posix() for path in DOCS.glob("*.md")}
+    names = {path.relative_to(DOCS).with_suffix(".html").as_posix() for path in PAGES}
     assert names <= {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
     assert (site / "results" / "index.html").exists()
     for page in site.rglob("*.html"):
