@@ -109,8 +109,8 @@ def launching_by(run: Callable[..., None]) -> Iterator[None]:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
-            "record_launches: expected TRITON_INTERPRET unset when triton was imported, got the interpreter; "
-            "start a process without it"
+            "TRITON_INTERPRET: expected unset when triton was imported, got the interpreter, which has no launches to "
+            "record; start a process without it"
         )
     original = JITFunction.run
     JITFunction.run = run

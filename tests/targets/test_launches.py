@@ -102,4 +102,4 @@ def test_launching_is_as_before_when_the_recording_ends(facts: dict[str, Any]) -
 def test_recording_under_the_interpreter_is_refused_with_the_mend() -> None:
     done = run_facts(TRITON_INTERPRET="1")
     assert done.returncode != 0
-    assert "RuntimeError: record_launches: expected TRITON_INTERPRET unset" in done.stderr
+    assert "RuntimeError: TRITON_INTERPRET: expected unset" in done.stderr
