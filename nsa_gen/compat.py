@@ -85,6 +85,7 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     for field, value in {"scores": "compression", "pool": "sum", "scope": "group"}.items():
         _expect(f"selection.{field}", selection.get(field, value), value)
     if compression is not None:
+        _expect("compression.output", compression.get("output", True), True)
         _expect("compression.block", compression["block"], selection["block"])
         _expect("compression.stride", compression["stride"], selection["block"])
         for side in ("key", "value"):

@@ -62,16 +62,20 @@ class DecodeInputs:
 def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
     p = OracleParameters.from_spec(spec)
-    rows = p.compressed_blocks(tokens) + min(p.selection_count * (p.selection_block or 0), tokens)
-    rows += min(p.window or 0, tokens)
-    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * _element_bytes(spec)
+    rows = min(p.selection_count * (p.selection_block or 0), tokens) + min(p.window or 0, tokens)
+    return batch * p.kv_heads * _row_elements(p, rows, tokens) * _element_bytes(spec)
 
 
 def cache_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of one layer of a cache, about: raw keys and values of one pair, and compressed ones."""
     p = OracleParameters.from_spec(spec)
-    rows = tokens + p.compressed_blocks(tokens)
-    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * _element_bytes(spec)
+    return batch * p.kv_heads * _row_elements(p, tokens, tokens) * _element_bytes(spec)
+
+
+def _row_elements(p: OracleParameters, rows: int, tokens: int) -> int:
+    """Elements of one KV head's keys and values: so many raw rows, and the compressed ones of a sequence."""
+    compressed = p.compressed_blocks(tokens) * (p.head_dim_qk + p.head_dim_v * p.compression_output)
+    return rows * (p.head_dim_qk + p.head_dim_v) + compressed
 
 
 def _element_bytes(spec: Spec) -> int:

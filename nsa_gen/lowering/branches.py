@@ -19,7 +19,9 @@ def raw_readers(spec: Spec) -> tuple[str, ...]:
 
 
 def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
-    """Names of the arguments that hold a branch's raw keys and values."""
+    """Names of the arguments that hold a branch's raw keys and values; without output, those of compressed keys."""
+    if branch == "cmp" and "cmp" not in spec.branches:
+        branch = "slc"  # they score the selection's keys
     if spec.kv == "shared" or branch == raw_readers(spec)[0]:
         return "k", "v"
     return f"k_{branch}", f"v_{branch}"

@@ -88,7 +88,10 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
         elif spec.kv == "per_branch":
             arguments += [Argument(f"k_{branch}", key), Argument(f"v_{branch}", value)]
     if spec.external:
-        arguments += [Argument("k_cmp", ("B", "Nc", "Hkv", "Dk")), Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))]
+        assert spec.compression is not None
+        output = spec.compression.output
+        arguments.append(Argument("k_cmp", ("B", "Nc", "Hkv", "Dk"), differentiable=output))
+        arguments += [Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))] if output else []
     if spec.combine.gate != "none":
         arguments.append(Argument("gates", ("B", "Tq", "Hq", str(len(spec.branches)))))
     if spec.window and spec.window.sink == "learned":
@@ -105,7 +108,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
 
 def _outputs(spec: Spec) -> tuple[Output, ...]:
     o_dims, lse_dims = ("B", "Tq", "Hq", "Dv"), ("B", "Tq", "Hq")
-    compressed = compression_outputs(spec)
+    compressed = compression_outputs(spec) if "cmp" in spec.branches else ()
     alone = len(spec.branches) == 1 and spec.combine.gate == "none"
     outputs = [Output("o", o_dims, auxiliary=False)]
     for branch in spec.branches:

@@ -39,7 +39,8 @@ def build_steps(
     if spec.compression:
         if not spec.external:
             steps.append(_pool(spec, arguments, outputs, kernels))
-        steps.append(_attend_compressed(spec, combined, present))
+        whole = spec.compression.output
+        steps.append(_attend_compressed(spec, combined, present) if whole else _sum_compressed(spec, present))
     if spec.selection and spec.selection.indices == "computed":
         steps += _choose_blocks(spec, present)
     selected = [_attend_selected(spec, combined, kernels)] if spec.selection else []
@@ -66,17 +67,20 @@ def _decoding(names: Iterable[str], present: set[str]) -> tuple[Schedule, ...]:
 
 
 def _pool(spec: Spec, arguments: Sequence[Argument], outputs: Sequence[Output], kernels: Sequence[Kernel]) -> Step:
-    """Compressed keys and values: phi of every block (Eq. 7)."""
+    """Compressed keys and, if they have an output, values: phi of every block (Eq. 7)."""
     assert spec.compression is not None
+    output = spec.compression.output
     parameters = tuple(argument.name for argument in arguments if argument.group == "compression")
     saved = tuple(output.name for output in outputs if output.saved_by_phi)
-    reads = (*kv_names(spec, "cmp"), *parameters)
+    keys, values = kv_names(spec, "cmp")
+    reads = (keys, *((values,) if output else ()), *parameters)
+    writes = ("k_cmp", *(("v_cmp",) if output else ()), *saved)
     names = tuple(each.name for each in kernels if each.module.startswith("compression_"))
     present = {kernel.name for kernel in kernels}
     constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride}
     schedules = (Schedule("blocks", names), *_decoding(("append", "append_linear"), present))
-    gradients = reads if "backward" in spec.passes else ()
-    return Step("pool", "compress", reads, ("k_cmp", "v_cmp", *saved), gradients, saved, constants, schedules)
+    gradients = reads if output and "backward" in spec.passes else ()
+    return Step("pool", "compress", reads, writes, gradients, saved, constants, schedules)
 
 
 def _attend(
@@ -121,6 +125,15 @@ def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
     decode = _decoding(("append_compressed", "decode_compressed"), present)
     schedules = (*_banded(spec, "cmp", "compressed", combined, present), *decode)
     return _attend(spec, combined, "cmp", "compressed", ("k_cmp", "v_cmp"), constants, schedules)
+
+
+def _sum_compressed(spec: Spec, present: set[str]) -> Step:
+    """The lse of the scores of compressed keys without values, which importance needs (Eq. 8)."""
+    assert spec.compression is not None
+    constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride, "WINDOW": None}
+    decode = _decoding(("append_compressed", "decode_compressed"), present)
+    schedules = (Schedule(QUERY_MAJOR, ("compressed_lse",)), *decode)
+    return Step("score", "compressed_lse", ("q", "k_cmp"), ("lse_cmp",), (), (), constants, schedules)
 
 
 def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:

@@ -317,6 +317,8 @@ def _changes(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"compression": {**plain, "phi": {"key": "mean", "value": "mean", "hidden": None}}}
         yield {"compression": plain}
         yield {"compression": {**compression, "block": compression["stride"]}}
+        if not compression.get("output", True):
+            yield {"compression": {**compression, "output": True}}
     if selection is not None:
         if selection["indices"] == "computed":
             yield {"selection": {**selection, "initial": 0, "local": 0}}

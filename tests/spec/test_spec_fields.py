@@ -263,6 +263,42 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         54,
         "selection.pool",
     ),
+    "compression_output_needs_version_2": (
+        {"compression": {"block": 32, "stride": 16, "output": False}},
+        6,
+        46,
+        "compression.output",
+    ),
+    "compression_without_output_scores": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "output": False},
+            "selection": {"block": 64, "count": 4, "indices": "input"},
+        },
+        6,
+        46,
+        "compression.output",
+    ),
+    "compression_without_output_ranks": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "output": False},
+            "selection": {"block": 64, "count": 3},
+        },
+        6,
+        46,
+        "compression.output",
+    ),
+    "compression_without_output_learns_nothing": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "output": False, "phi": "weighted"},
+            "selection": {"block": 64, "count": 4},
+        },
+        6,
+        58,
+        "compression.phi",
+    ),
     "mean_scores_need_the_own_block": (
         {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": "mean"}},
         7,

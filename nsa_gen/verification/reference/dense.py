@@ -23,7 +23,10 @@ Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
 
 @dataclass(frozen=True)
 class OracleParameters:
-    """What the oracle must know of a spec. A branch is present when its block (or window) is not None."""
+    """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
+
+    Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch.
+    """
 
     query_heads: int
     kv_heads: int
@@ -37,6 +40,7 @@ class OracleParameters:
     phi_value: Phi = "mean"
     position_key: bool = False
     position_value: bool = False
+    compression_output: bool = True
     selection_block: int | None = None
     selection_count: int = 0
     initial: int = 0
@@ -63,6 +67,7 @@ class OracleParameters:
                 "phi_value": compression.phi.value,
                 "position_key": compression.position.key == "learned",
                 "position_value": compression.position.value == "learned",
+                "compression_output": compression.output,
             }
         if selection is not None:
             given = selection.indices == "input"
@@ -107,13 +112,19 @@ class OracleParameters:
 
     @property
     def external(self) -> bool:
-        """Whether the caller passes compressed keys and values."""
+        """Whether the caller passes compressed keys and, where they have an output, values."""
         return self.compression_block is not None and self.phi_key == "external"
+
+    @property
+    def scorer_alone(self) -> bool:
+        """Whether there are compressed keys without values, for the choice of blocks."""
+        return self.compression_block is not None and not self.compression_output
 
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches present, in the order of the gates."""
-        present = {"cmp": self.compression_block, "slc": self.selection_block, "win": self.window}
+        compressed = self.compression_block if self.compression_output else None
+        present = {"cmp": compressed, "slc": self.selection_block, "win": self.window}
         return tuple(name for name, size in present.items() if size is not None)
 
     def compressed_blocks(self, tokens: int) -> int:

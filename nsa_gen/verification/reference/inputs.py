@@ -207,7 +207,8 @@ def make_inputs(
         blocks = rows // (p.compression_stride or 1) if packed else p.compressed_blocks(keys)
         lead = (blocks,) if packed else (batch, blocks)
         found["k_cmp"] = draw(*lead, p.kv_heads, p.head_dim_qk)
-        found["v_cmp"] = draw(*lead, p.kv_heads, p.head_dim_v)
+        if p.compression_output:
+            found["v_cmp"] = draw(*lead, p.kv_heads, p.head_dim_v)
     if p.indices_given:
         if packed:
             position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.arange(0)
