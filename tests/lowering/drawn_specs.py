@@ -20,7 +20,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
     return (
         spec.branches,
         compression and (compression.phi.key, compression.phi.value, compression.position),
-        selection and (selection.indices, selection.scores),
+        selection and (selection.indices, selection.scores, selection.sink),
         spec.window and spec.window.sink,
         spec.combine.gate,
         spec.kv,
@@ -43,6 +43,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
     if spec.selection:
         made |= {("indices", spec.selection.indices), ("scores", spec.selection.scores)}
+        made.add(("sink of selection", spec.selection.sink))
     if spec.window:
         made.add(("sink", spec.window.sink))
     return made

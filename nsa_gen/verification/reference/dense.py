@@ -23,7 +23,10 @@ Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
 
 @dataclass(frozen=True)
 class OracleParameters:
-    """What the oracle must know of a spec. A branch is present when its block (or window) is not None."""
+    """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
+
+    `sinks` are the branches whose softmax has one.
+    """
 
     query_heads: int
     kv_heads: int
@@ -46,7 +49,7 @@ class OracleParameters:
     pool: Literal["sum", "max"] = "sum"
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
-    window_sink: bool = False
+    sinks: tuple[str, ...] = ()
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
     tf32: bool = False
 
@@ -54,6 +57,7 @@ class OracleParameters:
     def from_spec(cls, spec: Any) -> OracleParameters:
         """Read the parameters from a spec (any object with the fields of `nsa_gen.spec.Spec`)."""
         compression, selection, window = spec.compression, spec.selection, spec.window
+        sunk = {"slc": selection, "win": window}
         found: dict[str, Any] = {}
         if compression is not None:
             found |= {
@@ -84,7 +88,7 @@ class OracleParameters:
             scale=spec.head_dim.qk**-0.5 if spec.scale == "auto" else float(spec.scale),
             shared_kv=spec.kv == "shared",
             window=None if window is None else window.size,
-            window_sink=window is not None and window.sink == "learned",
+            sinks=tuple(name for name, each in sunk.items() if each is not None and each.sink == "learned"),
             gate=spec.combine.gate,
             tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
             **found,
