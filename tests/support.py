@@ -54,6 +54,7 @@ def small_spec(
     scope: str = "group",
     window: int = 10,
     sink: str = "none",
+    sink_slc: str = "none",
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
     """A spec of the branches named; compression is (l, d), and block is l'."""
@@ -67,12 +68,13 @@ def small_spec(
     if "slc" in branches:
         forced = {} if indices == "input" else {"initial": initial, "local": local}
         present["selection"] = Selection(
-            block=block, count=count, indices=indices, scores=scores, pool=pool, scope=scope, **forced
+            block=block, count=count, indices=indices, scores=scores, pool=pool, scope=scope, sink=sink_slc, **forced
         )
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
+    later = (sink, sink_slc, scores, pool, scope, output)
     spec = Spec(
-        version=1 if (sink, scores, pool, scope, output) == ("none", "compression", "sum", "group", True) else 2,
+        version=1 if set(later) <= {"none", "compression", "sum", "group", True} else 2,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),

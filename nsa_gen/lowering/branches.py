@@ -27,6 +27,17 @@ def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
     return f"k_{branch}", f"v_{branch}"
 
 
+def sunk_branches(spec: Spec) -> tuple[str, ...]:
+    """Branches whose softmax has a sink."""
+    members = {"slc": spec.selection, "win": spec.window}
+    return tuple(name for name, member in members.items() if member is not None and member.sink == "learned")
+
+
+def sink_name(branch: str) -> str:
+    """Name of the argument that is the sink of a branch's softmax."""
+    return f"sink_{branch}"
+
+
 def selected_lists(spec: Spec) -> int:
     """Lists of selected blocks that attention reads for a token: one for each KV head, or each query head.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import sympy
 
 from nsa_gen.hardware import TARGETS
-from nsa_gen.lowering.branches import BACKWARD_ORDER
+from nsa_gen.lowering.branches import BACKWARD_ORDER, sink_name
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.inference import InferencePlan
 from nsa_gen.lowering.overlap import Overlap
@@ -206,7 +206,7 @@ class Step:
     @property
     def sink(self) -> str:
         """The read that is a sink of the softmax: a logit per query head, without a value; empty where it has none."""
-        return f"sink_{self.branch}" if self.constants.get("SINK") else ""
+        return sink_name(self.branch) if self.constants.get("SINK") else ""
 
     def size(self, name: str) -> int:
         """A constant that is a number of tokens, blocks or slots."""

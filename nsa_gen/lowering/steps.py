@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nsa_gen.lowering.branches import kv_names
+from nsa_gen.lowering.branches import kv_names, sink_name, sunk_branches
 from nsa_gen.lowering.hopper import HOPPER, hopper_fits, hopper_selected_forward_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
 from nsa_gen.lowering.plan import (
@@ -94,18 +94,19 @@ def _attend(
     index: tuple[str, ...] = (),
     sorted_index: tuple[str, ...] = (),
 ) -> Step:
-    learned = ("q", *kv, *((f"sink_{branch}",) if constants.get("SINK") else ()))
+    sink = branch in sunk_branches(spec)
+    learned = ("q", *kv, *((sink_name(branch),) if sink else ()))
     writes = (f"o_{branch}" if combined else "o", f"lse_{branch}", *sorted_index)
     backward = "backward" in spec.passes
     return Step(
         "attend", name, (*learned, *index), writes, learned if backward else (), writes if backward else (),
-        {"GATE": spec.branches.index(branch), **constants}, schedules, branch,
+        {"GATE": spec.branches.index(branch), "SINK": int(sink), **constants}, schedules, branch,
     )  # fmt: skip
 
 
 def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str]) -> tuple[Schedule, ...]:
     """Schedules of attention to one moving range of keys."""
-    names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *([] if combined else [_DELTA])]
+    names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *_row_sums(spec, branch, combined)]
     found = [Schedule(QUERY_MAJOR, _among(names, present))]
     if hopper_fits(spec, branch):
         found.append(Schedule(HOPPER_ROWS, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
@@ -114,8 +115,10 @@ def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str
     return tuple(found)
 
 
-#: Rows of do times o: the gradients of a step that is called alone need it, and of a spec with one branch.
-_DELTA = "attention_delta"
+def _row_sums(spec: Spec, branch: str, combined: bool) -> tuple[str, ...]:
+    """Kernels of the backward that read no keys: do times o, which the gradients of a step that is called alone need,
+    and of a spec with one branch, and the gradient of the sink."""
+    return (*(() if combined else ("attention_delta",)), *(("sink_gradient",) if branch in sunk_branches(spec) else ()))
 
 
 def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
@@ -143,7 +146,7 @@ def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
     if local_in_window(spec):
         names = schedules[0].kernels
         schedules.append(Schedule(LOCAL_BLOCKS, names, decided_by=("LOCAL_IN_WINDOW", 1), fuses=("selected",)))
-    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size, "SINK": int(spec.window.sink == "learned")}
+    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size}
     decode = _decoding(("decode_attend",), present)
     return _attend(spec, combined, "win", "window", kv_names(spec, "win"), constants, (*schedules, *decode))
 
@@ -160,7 +163,7 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
     key_major = tuple(each.name for each in own if not each.choice or each.choice[1])
     schedules = [
         Schedule(QUERY_MAJOR, query_major, decided_by=("KEY_MAJOR_FORWARD", 0)),
-        Schedule(KEY_MAJOR, (*key_major, *([] if combined else _among([_DELTA], present))),
+        Schedule(KEY_MAJOR, (*key_major, *_among(_row_sums(spec, "slc", combined), present)),
                  decided_by=("KEY_MAJOR_FORWARD", 1)),
     ]  # fmt: skip
     if hopper_selected_forward_fits(spec):

@@ -58,6 +58,7 @@ SINCE_VERSION_2: Mapping[str, object] = {
     "selection.scores": "compression",
     "selection.pool": "sum",
     "selection.scope": "group",
+    "selection.sink": "none",
     "window.sink": "none",
 }
 """Fields that version 2 adds, and the value that they have in every spec of version 1."""

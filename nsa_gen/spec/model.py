@@ -25,6 +25,9 @@ PhiKind = Literal["mean", "weighted", "linear", "mlp", "external"]
 PositionKind = Literal["none", "learned"]
 BranchName = Literal["cmp", "slc", "win"]
 
+SINK = "none, or learned: a logit per query head, an argument, that joins the softmax's denominator and has no value"
+"""What a sink is, for the reference."""
+
 BROKEN_CONSTRAINTS = "spec_constraints"
 """The pydantic error type of a spec whose fields are fine one by one, but not together."""
 
@@ -148,6 +151,9 @@ class Selection(Record):
         description="Which query heads share a choice, and add up their scores for it: group (those of a KV head) or, "
         "in version 2, head (each alone) or all (those of the layer).",
     )
+    sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
+        default="none", description=f"{SINK}; learned needs version: 2."
+    )
 
     @classmethod
     def expand(cls, document: Any) -> Any:
@@ -163,9 +169,7 @@ class Window(Record):
         description="Keys a query sees, its own included.", examples=[512]
     )
     sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
-        default="none",
-        description="none, or learned: a logit per query head, an argument, that joins the softmax's denominator and "
-        "has no value; learned needs version: 2.",
+        default="none", description=f"{SINK}; learned needs version: 2."
     )
 
 

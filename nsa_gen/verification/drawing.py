@@ -90,6 +90,9 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         if scope != "group":
             document["version"] = 2
             document["selection"]["scope"] = scope
+        if pick((True, False, False)):
+            document["version"] = 2
+            document["selection"]["sink"] = "learned"
     if "win" in branches:
         document["window"] = {"size": pick(sizes.windows)}
         if pick((True, False, False)):

@@ -325,7 +325,7 @@ def _changes(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for count in (1, selection["count"] // 2):
             if 0 < count < selection["count"]:
                 yield {"selection": {**selection, "count": count}}
-        for field, value in (("scope", "group"), ("pool", "sum")):
+        for field, value in (("scope", "group"), ("pool", "sum"), ("sink", "none")):
             if selection.get(field, value) != value:
                 yield {"selection": {**selection, field: value}}
         if selection["block"] > 16:

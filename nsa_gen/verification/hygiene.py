@@ -164,7 +164,7 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
         forward   saved + work + scores
         backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
                   + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
-                  + 4 Hq (R / 16) where the window has a sink
+                  + 4 Hq (R / 16) where a branch has a sink
     """
     q = inputs.q
     size = q.element_size()
@@ -197,8 +197,8 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     summed = size < FLOAT32 and (branches > 1 or p.selection_block is not None)
     backward = elements * (size + FLOAT32 * summed) + rows * heads * (FLOAT32 * branches + p.head_dim_v * size) + work
     backward += FLOAT32 * compressed * p.kv_heads * ((group + 2) * pair + widths) + 5 * FLOAT32 * learned
-    if p.window_sink:
-        backward += FLOAT32 * heads * (rows // 16)  # a part of its gradient for each tile of queries
+    if p.sinks:
+        backward += FLOAT32 * heads * (rows // 16)  # a part of its gradient for each tile of tokens
     return MemoryBound(saved, saved + work + _score_bytes(p, inputs), backward)
 
 

@@ -101,6 +101,9 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     if "selection" in document and scope != "group":
         document["version"] = 2
         document["selection"] = {**document["selection"], "scope": scope}
+    if "selection" in document and draw(st.integers(0, 3)) == 0:
+        document["version"] = 2
+        document["selection"] = {**document["selection"], "sink": "learned"}
     document["window"] = {"size": draw(st.integers(1, 65536))}
     if draw(st.sampled_from([False, False, True])):
         document["version"] = 2

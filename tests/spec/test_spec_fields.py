@@ -216,6 +216,12 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "some_branch": ({"compression": None, "selection": None, "window": None}, 1, 1, ""),
     "groups_are_whole": ({"heads": {"query": 8, "kv": 3}}, 3, 16, "heads.query"),
     "tf32_needs_float32": ({"dtype": "bfloat16", "fp32_precision": "tf32"}, 9, 17, "fp32_precision"),
+    "selection_sink_needs_version_2": (
+        {"selection": {"block": 64, "count": 8, "sink": "learned"}},
+        7,
+        40,
+        "selection.sink",
+    ),
     "window_sink_needs_version_2": ({"window": {"size": 8, "sink": "learned"}}, 8, 25, "window.sink"),
     "stride_divides_compression_block": ({"compression": {"block": 24, "stride": 16}}, 6, 34, "compression.stride"),
     "computed_selection_needs_compression": ({"compression": None}, 6, 12, "selection"),

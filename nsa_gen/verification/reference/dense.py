@@ -25,7 +25,8 @@ Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
 class OracleParameters:
     """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
 
-    Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch.
+    Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch. `sinks`
+    are the branches whose softmax has one.
     """
 
     query_heads: int
@@ -50,7 +51,7 @@ class OracleParameters:
     pool: Literal["sum", "max"] = "sum"
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
-    window_sink: bool = False
+    sinks: tuple[str, ...] = ()
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
     tf32: bool = False
 
@@ -58,6 +59,7 @@ class OracleParameters:
     def from_spec(cls, spec: Any) -> OracleParameters:
         """Read the parameters from a spec (any object with the fields of `nsa_gen.spec.Spec`)."""
         compression, selection, window = spec.compression, spec.selection, spec.window
+        sunk = {"slc": selection, "win": window}
         found: dict[str, Any] = {}
         if compression is not None:
             found |= {
@@ -89,7 +91,7 @@ class OracleParameters:
             scale=spec.head_dim.qk**-0.5 if spec.scale == "auto" else float(spec.scale),
             shared_kv=spec.kv == "shared",
             window=None if window is None else window.size,
-            window_sink=window is not None and window.sink == "learned",
+            sinks=tuple(name for name, each in sunk.items() if each is not None and each.sink == "learned"),
             gate=spec.combine.gate,
             tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
             **found,

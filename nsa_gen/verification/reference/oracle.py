@@ -31,7 +31,7 @@ from nsa_gen.verification.reference.dense import (
 )
 
 SCORE_BYTES = 1 << 28
-SINKS = ("sink_win",)
+SINKS = ("sink_slc", "sink_win")
 """Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
 BY_TOKEN = ("q", "gates", "indices", "counts", "do")
 """Tensors with a row a query token."""
@@ -78,9 +78,9 @@ class Sequence:
     """One sequence, its tensors without a batch dimension; a branch that is absent has None.
 
     `raw_cmp`, `slc`, `win` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when the caller
-    passes them, else by `compress`; where compressed keys have no output, the values of both have no columns.
-    `sink_win` (Hq,) and phi's parameters, `learned`, are the same for every sequence of a call. `do`
-    (Tq, Hq, Dv) is the gradient of o, where there is one.
+    passes them, else by `compress`; where compressed keys have no output, the values of both have no columns. `sinks`,
+    each (Hq,), and phi's parameters, `learned`, are by the names of their arguments and the same for every sequence of
+    a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
     """
 
     tokens: int
@@ -92,13 +92,13 @@ class Sequence:
     win: Pair | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
-    sink_win: Tensor | None = None
     do: Tensor | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    sinks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sink(self, branch: str, kv_heads: int) -> Tensor | None:
         """The sink (Hkv, G) of a branch's softmax, None where it has none."""
-        sink = self.sink_win if branch == "win" else None
+        sink = self.sinks.get(f"sink_{branch}")
         return None if sink is None else sink.unflatten(0, (kv_heads, -1))
 
 
@@ -295,7 +295,7 @@ def split_sequences(
                 cmp=cmp,
                 slc=raw.get("slc"),
                 win=raw.get("win"),
-                sink_win=tensors.get("sink_win"),
+                sinks={name: x for name in SINKS if (x := tensors.get(name)) is not None},
                 learned=learned or {},
                 **mine,
             )
@@ -356,6 +356,7 @@ def reference_attention(
     v_cmp: Tensor | None = None,
     indices: Tensor | None = None,
     counts: Tensor | None = None,
+    sink_slc: Tensor | None = None,
     sink_win: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     score_bytes: int = SCORE_BYTES,
@@ -366,23 +367,24 @@ def reference_attention(
     and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
     the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
     computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. `sink_win` (Hq,) is the window's sink. Query rows are
-    taken in chunks whose scores need at most `score_bytes`.
+    computed all the same), for comparisons on equal indices. `sink_slc` and `sink_win` (Hq,) are branches' sinks.
+    Query rows are taken in chunks whose scores need at most `score_bytes`.
 
-    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sink and phi's parameters.
+    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
     Raises ValueError where the spec needs an argument that is None.
     """
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
-        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_win": sink_win,
+        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_slc": sink_slc,
+        "sink_win": sink_win,
     }  # fmt: skip
     learned = learned_parameters(compression)
     if parameters.gate != "none":
         _required("gates", gates)
     if parameters.indices_given:
         _required("indices", indices)
-    if parameters.window_sink:
-        _required("sink_win", sink_win)
+    for branch in parameters.sinks:
+        _required(f"sink_{branch}", tensors[f"sink_{branch}"])
     sequences = split_sequences(parameters, tensors, cu_seqlens, learned)
     nothing = not sequences
     if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
