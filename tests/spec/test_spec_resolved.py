@@ -13,6 +13,7 @@ from tests.spec.spec_texts import as_text, base_document, valid_documents
 
 DIGESTS = {
     "gptoss_window": "5c3bafce6d11",
+    "infllm_v2_8b": "043f9e7bfaf0",
     "llama3_8b": "f579930cee6f",
     "moba_llama3_8b": "ab3ecbc7ec91",
     "mha_16": "9fc623750898",
