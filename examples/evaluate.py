@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the checkpoint")
     parser.add_argument("--mode", choices=("operator", "reference"), help="run the spec so, however it was trained")
-    parser.add_argument("--rows", type=int, default=32, help="held-out sequences of each kind (32)")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="held-out sequences of each task, a quarter of those of text (32)"
+    )
     parser.add_argument("--lengths", default="", help="further lengths of text for perplexity, such as 16384,32768")
     parser.add_argument("--new", type=int, default=32, help="bytes to generate (32)")
     options = parser.parse_args(arguments)

@@ -172,7 +172,7 @@ TASKS: dict[str, Callable[..., Page]] = {
     "copy": copying,
     "regression": regression,
 }
-SHORTEST = 64
+SHORTEST = 32
 """Fewest bytes of a sequence of a task."""
 
 

@@ -77,17 +77,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything but generation, of a model that was trained on sequences of `tokens` bytes.
 
-    `rows` sequences each: `held_out_loss` at the trained length, `positions` (bins of it), `perplexity` a byte at the
-    trained length and at `lengths`, `tasks` at trained and held-out lengths, `needles` by depth and length, and
-    `peak_bytes`.
+    `rows` sequences of each task and four times as many of text: `held_out_loss` at the trained length, `positions`
+    (bins of it), `perplexity` a byte at the trained length and at `lengths`, `tasks` at trained and held-out lengths,
+    `needles` by depth and length, and `peak_bytes`.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    loss = text_loss(model, corpus, tokens, rows, device)
+    loss = text_loss(model, corpus, tokens, 4 * rows, device)
     perplexity = {tokens: math.exp(loss.mean().item())}
     for length in lengths:
         if length != tokens:
-            perplexity[length] = math.exp(text_loss(model, corpus, length, rows, device).mean().item())
+            perplexity[length] = math.exp(text_loss(model, corpus, length, 4 * rows, device).mean().item())
     trained = [(length, True) for length in _lengths(TRAINED_SHARES, tokens)]
     held_out = [(length, False) for length in _lengths(HELD_OUT_SHARES, tokens)]
     tasks = [

@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks, logits; the embedding is the head's weight too.
+    """Embedding, blocks, logits.
 
     What attentions have in common starts with equal numbers: they depend on the seed and a parameter's name alone.
     """
@@ -129,12 +129,13 @@ class Model(nn.Module):
         torch.manual_seed(seed)  # for phi's parameters
         self.embedding = nn.Embedding(WORDS, width)
         self.blocks = nn.ModuleList(Block(choice, width) for _ in range(layers))
-        self.norm = nn.RMSNorm(width)
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, WORDS, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and "gate_proj" not in name and "phi_" not in name:
                 draw = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-                deep = (2 * layers) ** -0.5 if name.endswith(("down.weight", "o_proj.weight")) else 1.0
-                std = 0.02 if name.startswith("embedding") else deep * parameter.shape[1] ** -0.5
+                ends = name.endswith(("down.weight", "o_proj.weight"))
+                deep = (2 * layers) ** -0.5 if ends else 0.1 if name.startswith("head") else 1.0
+                std = 1.0 if name.startswith("embedding") else deep * parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std, generator=draw)
 
     def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
@@ -146,7 +147,7 @@ class Model(nn.Module):
                 x = checkpoint(block, x, cached, use_reentrant=False)
             else:
                 x = block(x, cached)
-        return functional.linear(self.norm(x), self.embedding.weight)
+        return self.head(self.norm(x))
 
     def operators(self) -> list[Operator]:
         """The operator of each layer; none where attention is dense."""

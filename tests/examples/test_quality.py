@@ -52,7 +52,7 @@ def page_of(task: str, length: int = 300, seed: int = 0, **more: float) -> tuple
 # Data
 
 
-@pytest.mark.parametrize("length", [64, 300, 4000])
+@pytest.mark.parametrize("length", [32, 300, 4000])
 def test_a_recalled_value_is_the_one_that_stands_behind_its_key(length):
     text, answers = page_of("recall", length)
     front, _, questions = text.rpartition(b"\x06")
@@ -122,7 +122,7 @@ def test_held_out_text_is_not_trained_on_and_tasks_are_held_out_at_other_lengths
 def test_a_task_of_too_few_bytes_is_refused():
     from examples.quality.data import library, task_page
 
-    with pytest.raises(ValueError, match="tokens: expected at least 64 bytes of a task, got 20"):
+    with pytest.raises(ValueError, match="tokens: expected at least 32 bytes of a task, got 20"):
         task_page("copy", 20, random.Random(0), library(), held_out=False)
 
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys):
     assert "seed: the checkpoint in" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         pretrain.main([*SMALL, "--tokens", "100"])
-    assert "tokens: expected at least 256, got 100" in capsys.readouterr().err
+    assert "tokens: expected at least 128, got 100" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -305,3 +305,109 @@ def test_generation_with_a_cache_gives_the_bytes_of_whole_forward_passes(trained
         found[mode] = generation(model, prompt, 3)
     assert found["operator"]["by"] == "cache" and found["reference"]["by"] == "forward"
     assert found["operator"]["first"] == found["reference"]["first"]
+
+
+# The study
+
+
+def test_arms_differ_from_the_base_in_what_their_names_say():
+    from examples.quality.arms import PROFILES
+
+    for profile in PROFILES.values():
+        arms = profile.arms()
+        base = arms[f"nsa-group-{profile.group}"].spec
+        assert {"no-compression", "no-selection", "no-window", "phi-mlp", "moba", "window-sink"} < set(arms)
+        for name, choice in arms.items():
+            kind, _, number = name.rpartition("-")
+            spec = choice.spec
+            assert choice.mode == ("dense" if kind.startswith("dense") else profile.mode)
+            if kind.endswith("group"):
+                assert spec.heads.query == int(number) * spec.heads.kv == profile.heads
+            elif kind == "count":
+                assert spec.selection.count == int(number) != base.selection.count
+                assert spec.selection.block == base.selection.block
+            elif kind == "block":
+                assert spec.selection.block == int(number) != base.selection.block
+                assert spec.selection.block * spec.selection.count == profile.selected
+            elif kind == "no":
+                assert getattr(spec, number) is None
+        assert arms["phi-mlp"].spec.compression.phi.key == "mlp" and arms["moba"].spec.branches == ("slc",)
+
+
+@pytest.fixture
+def small_profile(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The study, whose cpu profile is a narrow layer; children run in this process, one after the other."""
+    from dataclasses import replace
+
+    study = example("study")
+    small = replace(study.PROFILES["cpu"], settings={"width": 32, "layers": 1, "tokens": 128, "batch": 1}, rows=1)
+    monkeypatch.setitem(study.PROFILES, "cpu", small)
+
+    class Child:
+        """A process of the study that has run."""
+
+        def __init__(self, options, phase, runs, number=0) -> None:
+            arguments = ["--out", str(options.out), "--steps", str(options.steps), "--phase", phase]
+            study.main([*arguments, "--runs", ",".join(runs)])
+            self.returncode = 0
+
+        def poll(self) -> int:
+            return self.returncode
+
+        wait = poll
+
+    monkeypatch.setattr(study, "child", Child)
+    return study
+
+
+def test_a_study_gives_all_runs_the_same_steps_and_data_and_keeps_finished_runs(small_profile, tmp_path, capsys):
+    call = ["--out", str(tmp_path), "--arms", "dense-group-2,window-sink", "--seeds", "0,1", "--steps", "2"]
+    small_profile.main(call)
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in found["rows"]] == [
+        (arm, seed) for seed in (0, 1) for arm in ("dense-group-2", "window-sink")
+    ]
+    assert all(row["steps"] == 2 and row["held_out_loss"] > 0 and row["tokens_per_second"] > 0 for row in found["rows"])
+    table = (tmp_path / "study.md").read_text().splitlines()
+    assert len(table) == 6 and f"{found['rows'][3]['held_out_loss']:.4f}" in table[-1]
+    kept = (tmp_path / "runs" / "window-sink.0.json").stat().st_mtime_ns
+    (tmp_path / "runs" / "window-sink.1.json").unlink()
+    small_profile.main(call)
+    assert (tmp_path / "runs" / "window-sink.0.json").stat().st_mtime_ns == kept
+    assert json.loads((tmp_path / "study.json").read_text())["rows"][3] | {"peak_bytes": 0, "train_peak_bytes": 0} == (
+        found["rows"][3] | {"peak_bytes": 0, "train_peak_bytes": 0}
+    )
+    with pytest.raises(SystemExit):
+        small_profile.main([*call[:-1], "3"])
+    assert "--steps: the study in" in capsys.readouterr().err
+
+
+def test_minutes_become_as_many_steps_as_all_runs_have_time_for(small_profile, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(small_profile, "train_all", lambda options, runs, started: chosen.append(options.steps))
+    timing = {"dense-group-2": 0.5, "window-sink": 1.0, "evaluation": 3.0, "start": 2.0}
+    monkeypatch.setattr(
+        small_profile, "time_arms", lambda profile, arms, out: small_profile.write_json(out / "timing.json", timing)
+    )
+    monkeypatch.setattr(small_profile, "compile_all", lambda options, arms: None)
+    arms = ["--arms", "dense-group-2,window-sink", "--minutes", "1", "--jobs", "1"]
+    (tmp_path / "study.md").write_text("")
+    small_profile.main(["--out", str(tmp_path), *arms])
+    assert chosen == [pytest.approx(0.9 * (60 - 2 * 5) / 1.5, abs=1)]
+    assert json.loads((tmp_path / "plan.json").read_text())["steps"] == chosen[0]
+
+
+def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(small_profile, tmp_path, monkeypatch):
+    train = small_profile.train
+
+    def failing(settings, *given, **named):
+        if settings.mode == "dense":
+            raise RuntimeError("no such kernel\nand more")
+        return train(settings, *given, **named)
+
+    monkeypatch.setattr(small_profile, "train", failing)
+    with pytest.raises(SystemExit):
+        small_profile.main(["--out", str(tmp_path), "--arms", "dense-group-2,window-sink", "--steps", "1"])
+    first, second = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert first["problem"] == "RuntimeError: no such kernel" and "held_out_loss" in second
+    assert "no such kernel" in (tmp_path / "study.md").read_text()
