@@ -4,6 +4,7 @@
     python examples/evaluate.py build/pretrain --mode reference   # a checkpoint of an operator, on a CPU
 
 Writes evaluation.json, and plots of the loss by position and of needles by depth and length, into the run's folder.
+Where blocks are selected, selection.png is a map of them, and selection.json has statistics for nsa-gen bench --inputs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.quality.data import held_out_batch, library
 from examples.quality.evaluation import evaluate, generation
 from examples.quality.figures import plot_needles, plot_positions
+from examples.quality.selection import write_selection
 from examples.quality.training import device_here, load_model
 
 
@@ -52,11 +54,17 @@ def main(arguments: list[str] | None = None) -> None:
     (options.run / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot_positions(found["positions"], options.run / "positions.png")
     plot_needles(found["needles"], options.run / "needles.png")
+    chosen = write_selection(
+        model, held_out_batch(corpus, "text", settings.tokens, range(4))[0].to(device), options.run
+    )
     print(f"held-out loss {found['held_out_loss']:.4f} nats a byte")
     for each in found["perplexity"]:
         print(f"perplexity {each['perplexity']:.3f} a byte at {each['tokens']:,}")
     for each in found["tasks"]:
         print(f"{each['task']:10} {each['tokens']:7,}  {100 * each['accuracy']:5.1f}% right, loss {each['loss']:.3f}")
+    if chosen is not None:
+        shares = ", ".join(f"{100 * share:.0f}% over {lag}" for lag, share in chosen.shared.items())
+        print(f"blocks shared: {shares} tokens; {100 * chosen.forced:.0f}% are forced")
     speed = found["generation"]
     print(
         f"generates {speed['tokens_per_second']:,.1f} tokens/s by {speed['by']}; peak {found['peak_bytes'] >> 20:,} MiB"

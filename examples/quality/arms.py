@@ -111,7 +111,7 @@ PROFILES = {
         local=1,
         window=32,
         hidden=32,
-        rows=4,
+        rows=2,
     ),
     "gpu": Profile(
         name="gpu",

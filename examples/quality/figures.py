@@ -54,3 +54,14 @@ def plot_needles(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
             axes.figure.colorbar(image, label="letters that are right")
+
+
+def plot_selection(maps: Sequence[Sequence[Sequence[float]]], path: Path) -> None:
+    """Where each layer's selected blocks lie: shares of the slots of a part of the queries, by part of the keys."""
+    with _axes(path, (3 * len(maps) + 1, 3.4), len(maps)) as axes:
+        for number, shares in enumerate(maps if axes is not None else ()):
+            panel = axes if len(maps) == 1 else axes[number]
+            panel.imshow(shares, vmin=0, cmap="Blues", interpolation="nearest")
+            panel.set(title=f"layer {number}", xlabel="keys", ylabel="queries" if number == 0 else "")
+            panel.set_xticks([])
+            panel.set_yticks([])

@@ -249,6 +249,31 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
 # Evaluation
 
 
+def test_the_selection_of_a_model_is_that_of_its_operator_and_becomes_statistics(trained, tmp_path):
+    from examples.quality.selection import selected_blocks, selection_statistics, write_selection
+    from examples.quality.training import load_model
+    from nsa_gen.bench.inputs import draw_inputs
+    from nsa_gen.bench.recorded import Selection
+
+    model, _ = load_model(trained, torch.device("cpu"))
+    tokens = torch.randint(256, (2, 256), generator=torch.Generator().manual_seed(0))
+    (indices,) = selected_blocks(model, tokens)
+    own = torch.arange(256) // 16
+    assert indices.shape == (2, 256, 2, 4) and bool((indices[0, :, 0].max(-1).values == own).all())  # the own block
+    assert bool(((indices == 0).any(-1)).all())  # and the first one
+    assert all(operator.indices is None for operator in model.operators())
+    mean, layers, maps = selection_statistics(model, tokens)
+    assert [mean] == layers and len(maps) == 1 and sum(maps[0][-1]) == pytest.approx(1, abs=1e-3)
+    assert mean.forced == 0.5 and mean.shared[1] >= mean.shared[64]  # two of four
+    write_selection(model, tokens, tmp_path)
+    assert Selection.read(tmp_path / "selection.json") == mean
+    assert draw_inputs(model.choice.spec, 256, device="cpu", kind=str(tmp_path / "selection.json")).q.shape[1] == 256
+    if GPU:
+        return
+    again, _ = load_model(trained, torch.device("cpu"), "operator")
+    assert torch.equal(selected_blocks(again, tokens[:1, :48])[0], indices[:1, :48])
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps by the reference."""
