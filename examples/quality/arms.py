@@ -131,6 +131,6 @@ PROFILES = {
         local=2,
         window=512,
         hidden=256,
-        rows=16,
+        rows=4,
     ),
 }
