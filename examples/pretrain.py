@@ -1,7 +1,7 @@
 """Pretrain a small llama-like model on bytes, with dense attention or with the operator of a spec.
 
     torchrun --nproc-per-node 8 examples/pretrain.py --attention my.yaml --tokens 8192 --width 512 --layers 8 --batch 64
-    python examples/pretrain.py --attention reference:tiny --steps 100     # on a CPU: the same formulas in plain torch
+    python examples/pretrain.py --attention reference:tiny --steps 300     # on a CPU: the same formulas in plain torch
 
 The data, Python's own sources and five tasks (examples/quality/data.py), and their order are the same whichever
 attention runs. A run that was interrupted goes on from the checkpoint in --out as if it had not been; log.jsonl and
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step, on all processes together (8)")
     parser.add_argument("--width", type=int, default=64, help="of the residual stream (64)")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300, help="in all, those before an interruption included (300)")
+    parser.add_argument("--steps", type=int, default=100, help="in all, those before an interruption included (100)")
     parser.add_argument("--stop-after", type=int, help="stop behind this step, to go on later")
     parser.add_argument("--lr", type=float, default=3e-3, help="the highest learning rate (0.003)")
     parser.add_argument("--warmup", type=int, default=20, help="steps in which it rises (20)")

@@ -5,7 +5,8 @@
 
 Every run has the same data, seed and number of steps. With --minutes, the first call compiles the operators, times a
 few steps of each arm and gives all runs as many steps as fit; --steps says how many. A run that was finished is kept,
-one that was interrupted goes on from its checkpoint. study.json and study.md are written after every run.
+one that was interrupted goes on from its checkpoint, one that failed is tried again. After every run, study.json and
+study.md are written.
 """
 
 from __future__ import annotations
@@ -254,6 +255,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--steps: the study in {options.out} has {kept['steps']} steps, got {options.steps}")
     options.steps = options.steps or (kept["steps"] if kept else choose_steps(options, runs, started))
     write_json(plan, {"profile": options.profile, "steps": options.steps})
+    for result in (_result(options.out, run) for run in runs):
+        if result.exists() and "problem" in json.loads(result.read_text()):
+            result.unlink()
     print(f"{len(runs)} runs of {options.steps} steps", flush=True)
     train_all(options, runs, started)
     rows = report(options, runs, started)

@@ -36,7 +36,7 @@ class Settings:
     layers: int = 2
     tokens: int = 256
     batch: int = 8
-    steps: int = 300
+    steps: int = 100
     lr: float = 3e-3
     warmup: int = 20
     seed: int = 0

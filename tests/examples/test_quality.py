@@ -422,7 +422,9 @@ def test_minutes_become_as_many_steps_as_all_runs_have_time_for(small_profile, t
     assert json.loads((tmp_path / "plan.json").read_text())["steps"] == chosen[0]
 
 
-def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(small_profile, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again_by_the_next_call(
+    small_profile, tmp_path, monkeypatch
+):
     train = small_profile.train
 
     def failing(settings, *given, **named):
@@ -436,3 +438,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(small_pr
     first, second = json.loads((tmp_path / "study.json").read_text())["rows"]
     assert first["problem"] == "RuntimeError: no such kernel" and "held_out_loss" in second
     assert "no such kernel" in (tmp_path / "study.md").read_text()
+    monkeypatch.setattr(small_profile, "train", train)
+    small_profile.main(["--out", str(tmp_path), "--arms", "dense-group-2,window-sink"])
+    again = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert "held_out_loss" in again[0] and again[1] == second
