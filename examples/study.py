@@ -51,7 +51,7 @@ def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dic
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model = train(settings, folder, library(), save_every=max(20, steps // 4))
-    memory = peak_bytes(device)
+    memory = peak_bytes(device) if device.type == "cuda" else None  # a process remembers its earlier runs
     log = read_log(folder / "log.jsonl")
     speeds = sorted(line["tokens_per_second"] for line in log)
     found = evaluate(model.eval(), library(), settings.tokens, device, rows=profile.rows)
@@ -196,7 +196,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         needles = [each["accuracy"] for each in row["needles"]]
         cells = [row["arm"], str(row["seed"]), f"{row['held_out_loss']:.4f}"]
         cells += [f"{100 * sum(found) / len(found):.1f}" for found in (*right.values(), needles)]
-        cells += [f"{row['tokens_per_second']:,}", f"{row['train_peak_bytes'] / 2**20:,.0f}"]
+        memory = row["train_peak_bytes"]
+        cells += [f"{row['tokens_per_second']:,}", "-" if memory is None else f"{memory / 2**20:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
