@@ -34,7 +34,6 @@ from examples.quality.training import device_here, peak_bytes, read_log, train
 from nsa_gen._files import write_whole
 
 TIMED_STEPS = 3
-BASE = "nsa-group-{}"
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -76,7 +75,7 @@ def time_arms(profile: Profile, arms: list[str], out: Path) -> None:
         model = train(profile.run(arm, 0, TIMED_STEPS), folder, library(), save_every=TIMED_STEPS)
         tokens = profile.settings["tokens"] * profile.settings["batch"]
         found[arm] = tokens / max(line["tokens_per_second"] for line in read_log(folder / "log.jsonl"))
-        if arm == BASE.format(profile.group) or len(arms) == 1:
+        if arm == (profile.base if profile.base in arms else arms[-1]):
             found["start"] = time.perf_counter() - started - TIMED_STEPS * found[arm]
             started = time.perf_counter()
             evaluate(model.eval(), library(), profile.settings["tokens"], device_here(), rows=profile.rows)

@@ -340,7 +340,7 @@ def test_arms_differ_from_the_base_in_what_their_names_say():
 
     for profile in PROFILES.values():
         arms = profile.arms()
-        base = arms[f"nsa-group-{profile.group}"].spec
+        base = arms[profile.base].spec
         assert {"no-compression", "no-selection", "no-window", "phi-mlp", "moba", "window-sink"} < set(arms)
         for name, choice in arms.items():
             kind, _, number = name.rpartition("-")
