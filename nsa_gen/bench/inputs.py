@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from nsa_gen.bench.recorded import PROCESSES, Process, Selection, process_weights, query_correlations
 from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.reference.inputs import Inputs, make_inputs
 from nsa_gen.verification.reference.oracle import SINKS
@@ -25,26 +27,34 @@ INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
 
 RHO = 0.95
 """Correlation of neighbouring queries of correlated inputs."""
+RECORDED = ".json"
+"""How the name of a kind ends that is a file of recorded statistics."""
 CLUSTERS, CLUSTER_SHARE, RUN_TOKENS = 64, 0.8, 128
 """Correlated keys: directions a KV head has, the share of a key that is its direction, mean length of a run of one."""
 ROWS_AT_ONCE = 4096
 
 
 def draw_inputs(
-    spec: Spec, tokens: int, *, device: torch.device | str, seed: int = 0, kind: InputKind = "independent"
+    spec: Spec, tokens: int, *, device: torch.device | str, seed: int = 0, kind: InputKind | str = "independent"
 ) -> Inputs:
     """One sequence of `tokens` tokens in the spec's dtype, drawn on `device`.
 
     independent: unit normal everywhere. correlated: q_t = rho q_(t-1) + sqrt(1 - rho^2) noise with rho = 0.95, and each
     key is 0.8 times one of 64 directions of its head plus 0.6 times noise, where a direction lasts 128 tokens on
-    average; both have unit variance. Learned parameters of phi are those of `make_inputs`; a spec that takes indices
-    gets random distinct blocks, the query's own among them.
+    average; both have unit variance. A path that ends in .json is that of statistics of a model's selection: keys are
+    correlated, and queries such that the operator's choices share as many blocks as recorded; see
+    `nsa_gen.bench.recorded`. Learned parameters of phi are those of `make_inputs`; a spec that takes indices gets
+    random distinct blocks, the query's own among them.
 
-    Raises ValueError for an unknown kind.
+    Raises ValueError for an unknown kind, for a file that holds no such statistics, and for statistics with a spec that
+    does not choose blocks.
     """
-    if kind not in INPUT_KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(INPUT_KINDS)}, got {kind!r}")
+    if kind not in INPUT_KINDS and not kind.endswith(RECORDED):
+        raise ValueError(f"kind: expected one of {', '.join(INPUT_KINDS)} or a file {RECORDED}, got {kind!r}")
     p = OracleParameters.from_spec(spec)
+    recorded = Selection.read(Path(kind)) if kind.endswith(RECORDED) else None
+    if recorded is not None and not p.computed:
+        raise ValueError(f"kind: expected a spec that chooses blocks itself with {kind}, got {spec.name}")
     dtype = getattr(torch, spec.dtype)
     # A short sequence names the arguments that the spec takes, and brings phi's parameters, which no length changes.
     small = make_inputs(spec, batch=1, tokens=p.selection_block or 64, dtype=dtype, device=device, seed=seed)
@@ -58,27 +68,44 @@ def draw_inputs(
         if name == "indices":
             drawn[name] = _draw_indices(p, tokens, device, generator)
         elif kind == "correlated" and name == "q":
-            drawn[name] = _autoregressive(shape, device, generator).to(dtype)
-        elif kind == "correlated" and name.startswith("k"):
+            drawn[name] = _autoregressive(shape, device, generator, Process(RHO)).to(dtype)
+        elif kind != "independent" and name.startswith("k"):
             drawn[name] = _clustered(shape, device, generator).to(dtype)
         else:
             drawn[name] = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    if recorded is not None:
+        arguments = {**drawn, "compression": small.compression}
+        weights = process_weights(query_correlations(p, arguments, recorded.shared_choice, generator))
+        parts = [
+            math.sqrt(weight) * _autoregressive(drawn["q"].shape, device, generator, process)
+            for weight, process in zip(weights, PROCESSES, strict=True)
+            if weight > 0
+        ]
+        drawn["q"] = sum(parts[1:], parts[0]).to(dtype)
     return replace(small, **drawn)
 
 
-def _autoregressive(shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator) -> Tensor:
-    """Unit normal numbers, float32, of which neighbours along dim 1 correlate by RHO."""
+def _autoregressive(
+    shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator, process: Process
+) -> Tensor:
+    """Numbers of zero mean and unit variance, float32, that follow a process along dim 1; each column has its own."""
     x = torch.randn(shape, generator=generator, device=device).flatten(2)[0]
+    rho = process.decay
     # Within a chunk the recurrence is a triangular matrix; from chunk to chunk the last row is carried.
     step = torch.arange(min(256, shape[1]), device=device)
     power = (step[:, None] - step).float()
-    matrix = torch.where(power >= 0, RHO ** power.clamp(min=0), 0.0) * math.sqrt(1 - RHO**2)
-    carried = torch.randn(x.shape[1:], generator=generator, device=device)
-    for start in range(0, shape[1], len(step)):
-        rows = x[start : start + len(step)]
-        decay = RHO ** (step[: len(rows), None] + 1.0)
-        rows.copy_(matrix[: len(rows), : len(rows)] @ rows + decay * carried)
-        carried = rows[-1].clone()
+    matrix = torch.where(power >= 0, rho ** power.clamp(min=0), 0.0) * math.sqrt(1 - rho**2)
+    for order in range(process.order):
+        carried = torch.randn(x.shape[1:], generator=generator, device=device)
+        if order > 0:  # what the second filter holds, given the first value that it gets
+            carried = (carried + rho * x[0]) / math.sqrt(1 - rho**2)
+        for start in range(0, shape[1], len(step)):
+            rows = x[start : start + len(step)]
+            decay = rho ** (step[: len(rows), None] + 1.0)
+            rows.copy_(matrix[: len(rows), : len(rows)] @ rows + decay * carried)
+            carried = rows[-1].clone()
+        if order > 0:
+            x /= math.sqrt((1 + rho**2) / (1 - rho**2))
     return x.view(shape)
 
 

@@ -46,6 +46,36 @@ def _require_json(path: Path | None) -> Path | None:
     return require_output(path)
 
 
+def _require_inputs(values: list[str]) -> list[str]:
+    """Split kinds of inputs; a name that ends in .json is that of a file of statistics, which is read to be sure."""
+    items = split_list(values)
+    some_of(INPUTS)([item for item in items if not item.endswith(".json")])
+    for item in items:
+        if item.endswith(".json"):
+            from nsa_gen.bench.recorded import Selection
+
+            try:
+                Selection.read(Path(item))
+            except (OSError, ValueError) as error:
+                raise typer.BadParameter(str(error)) from None
+    return items
+
+
+def _require_choices(spec: Spec, inputs: Sequence[str], lengths: Sequence[int]) -> None:
+    """Refuse statistics of a selection where the spec chooses no blocks, or lengths at which there is no choice."""
+    recorded = [each for each in inputs if each.endswith(".json")]
+    if not recorded:
+        return
+    from nsa_gen.bench.recorded import LAGS
+
+    if spec.selection is None or spec.selection.indices == "input":
+        raise typer.BadParameter(f"--inputs: {recorded[0]} needs a spec that chooses blocks itself, got {spec.name}")
+    least = spec.selection.count * spec.selection.block + max(LAGS)
+    for length in lengths:
+        if length <= least:
+            raise typer.BadParameter(f"--tokens: {recorded[0]} needs more than {least:,} tokens, got {length:,}")
+
+
 def bench(
     spec: SpecArgument,
     against: Annotated[list[str], names_option(CONTENDERS, split_list, "dense and peers that are installed")] = [],
@@ -56,7 +86,11 @@ def bench(
     batch: Annotated[list[str], lengths_option("Sequences of a step of decode.", "1,4,16,32,64")] = [],
     inputs: Annotated[
         list[str],
-        names_option("Random inputs: independent, correlated (as in a model).", some_of(INPUTS), "independent"),
+        names_option(
+            "Random inputs: independent, correlated (as in a model), or a file of a model's selection statistics.",
+            _require_inputs,
+            "independent",
+        ),
     ] = [],
     plot: Annotated[
         Path | None,
@@ -109,6 +143,7 @@ def bench(
         raise typer.BadParameter(f"--against: {error}") from None
     if not against:
         contenders = [each for each in contenders if not each.missing()]
+    _require_choices(loaded, inputs, tuple(tokens) or DEFAULT_LENGTHS)
     _require_gpu(str(spec))
     from nsa_gen.bench.session import Session, run_session
     from nsa_gen.bench.workloads import spec_tasks

@@ -79,7 +79,7 @@ def test_indices_are_distinct_visible_ascending_and_hold_the_query_s_own_block()
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="independent, correlated, got 'zeros'"):
+    with pytest.raises(ValueError, match=r"independent, correlated or a file \.json, got 'zeros'"):
         draw_inputs(SMALL, 10, device="cpu", kind="zeros")
 
 

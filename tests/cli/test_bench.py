@@ -9,6 +9,7 @@ import torch
 
 from nsa_gen.bench import decode as decode_module
 from nsa_gen.bench import session as session_module
+from nsa_gen.bench.recorded import LAGS, Selection
 from nsa_gen.bench.records import DecodeRow, Results, TaskRow, read_results
 from tests.bench.fakes import pair, sample_results
 
@@ -48,6 +49,7 @@ def test_without_a_gpu_it_says_so_offers_explain_and_ends_with_2(call, monkeypat
         (["--passes", "forward,sideways"], "'sideways'"),
         (["--passes", "backward"], "needs its forward"),
         (["--inputs", "zeros"], "'zeros'"),
+        (["--inputs", "correlated,missing.json"], "missing.json"),
         (["--budget", "0"], "budget"),
         (["--passes", "forward,decode"], "decode is timed alone"),
         (["--passes", "decode", "--plot", "x.png"], "--plot"),
@@ -92,6 +94,21 @@ def test_it_measures_what_the_options_say(call, asked):
     ]
     assert {task.contenders for task in asked.tasks} == {("cudnn", "fla")}
     assert {task.passes for task in asked.tasks} == {("forward",)}
+
+
+def test_inputs_may_be_a_file_of_statistics_for_a_spec_and_lengths_with_a_choice(call, asked, tmp_path):
+    file = tmp_path / "model.json"
+    shares = dict.fromkeys(LAGS, 0.5)
+    Selection(2048, 16, 4, 1, 1, shares, shares, 0.5, 0.3).write(file)
+    assert call("bench", "tiny", "--against", "none", "--tokens", "300", "--inputs", str(file)).returncode == 0
+    assert [task.inputs for task in asked.tasks if not task.check] == [str(file)]
+    answer = call("bench", "tiny", "--against", "none", "--tokens", "100", "--inputs", str(file))
+    assert answer.returncode == 2 and "more than 128 tokens, got 100" in answer.stderr
+    answer = call("bench", "gptoss_window", "--against", "none", "--inputs", str(file))
+    assert answer.returncode == 2 and "chooses blocks itself, got gptoss_window" in answer.stderr
+    file.write_text("{}")
+    answer = call("bench", "tiny", "--inputs", str(file))
+    assert answer.returncode == 2 and "format" in answer.stderr
 
 
 def test_left_to_itself_it_takes_the_contenders_that_are_installed(call, asked):

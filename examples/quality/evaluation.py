@@ -1,0 +1,149 @@
+"""What a trained model is worth: losses, tasks, needles, memory and the speed of generation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from examples.generate import generate
+from examples.quality.data import HELD_OUT_SHARES, SHORTEST, TASKS, TRAINED_SHARES, Corpus, held_out_batch
+from examples.quality.model import Model, autocast
+from examples.quality.training import counted, loss_sums, peak_bytes
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BINS = 16
+"""Bins of positions, as many as a sequence is cut into."""
+
+
+@torch.no_grad()
+def logits_of(model: Model, tokens: Tensor) -> Tensor:
+    """Logits (B, T, 256) in the precision that the model was trained in."""
+    with autocast(model.choice, tokens.device):
+        return model(tokens)
+
+
+def _batches(
+    corpus: Corpus, what: str, length: int, rows: int, device: torch.device, **more: float
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Held-out rows, as many at a time as a few tens of thousands of bytes make."""
+    at_once = max(1, min(rows, 32768 // length))
+    starts = range(0, rows, at_once)
+    drawn = [held_out_batch(corpus, what, length, range(i, min(i + at_once, rows)), **more) for i in starts]
+    return [(tokens.to(device), kinds.to(device)) for tokens, kinds in drawn]
+
+
+def text_loss(model: Model, corpus: Corpus, length: int, rows: int, device: torch.device) -> Tensor:
+    """The loss in nats (length - 1,) on held-out text by position, the mean over rows."""
+    total = torch.zeros(length - 1, dtype=torch.float64, device=device)
+    for tokens, _ in _batches(corpus, "text", length, rows, device):
+        logits = logits_of(model, tokens)[:, :-1].flatten(0, 1).float()
+        loss = functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+        total += loss.view(len(tokens), -1).double().sum(0)
+    return (total / rows).cpu()
+
+
+def by_position(loss: Tensor) -> list[dict[str, float]]:
+    """Means of a loss by position (T - 1,) over bins of equal length: each predicts the bytes from start to stop."""
+    bins = min(BINS, len(loss))
+    edges = [1 + len(loss) * i // bins for i in range(bins + 1)]
+    return [{"start": a, "stop": b, "loss": loss[a - 1 : b - 1].mean().item()} for a, b in pairwise(edges)]
+
+
+def answers(
+    model: Model, corpus: Corpus, task: str, length: int, rows: int, device: torch.device, **more: float
+) -> dict[str, float]:
+    """The loss in nats on a task's answers, and the share of their bytes that are right."""
+    found = torch.zeros(3, dtype=torch.float64, device=device)
+    for tokens, kinds in _batches(corpus, task, length, rows, device, **more):
+        sums, right = loss_sums(logits_of(model, tokens), tokens, kinds)
+        found += torch.stack([sums[1].double(), right[1].double(), counted(kinds)[1]])
+    loss, right, count = found.tolist()
+    return {"loss": loss / count, "accuracy": right / count, "answers": round(count)}
+
+
+def _lengths(shares: Sequence[float], tokens: int) -> list[int]:
+    return [round(share * tokens) for share in shares if round(share * tokens) >= SHORTEST]
+
+
+def evaluate(
+    model: Model, corpus: Corpus, tokens: int, device: torch.device, *, rows: int = 32, lengths: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Everything but generation, of a model that was trained on sequences of `tokens` bytes.
+
+    `rows` sequences of each task and four times as many of text: `held_out_loss` at the trained length, `positions`
+    (bins of it), `perplexity` a byte at the trained length and at `lengths`, `tasks` at trained and held-out lengths,
+    `needles` by depth and length, and `peak_bytes`.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    loss = text_loss(model, corpus, tokens, 4 * rows, device)
+    perplexity = {tokens: math.exp(loss.mean().item())}
+    for length in lengths:
+        if length != tokens:
+            perplexity[length] = math.exp(text_loss(model, corpus, length, 4 * rows, device).mean().item())
+    trained = [(length, True) for length in _lengths(TRAINED_SHARES, tokens)]
+    held_out = [(length, False) for length in _lengths(HELD_OUT_SHARES, tokens)]
+    tasks = [
+        {"task": task, "tokens": length, "trained": known, **answers(model, corpus, task, length, rows, device)}
+        for task in TASKS
+        for length, known in trained + held_out
+    ]
+    needles = [
+        {
+            "depth": depth,
+            "tokens": length,
+            "accuracy": answers(model, corpus, "needle", length, rows, device, depth=depth)["accuracy"],
+        }
+        for length in sorted(_lengths((*TRAINED_SHARES, *HELD_OUT_SHARES), tokens))
+        for depth in DEPTHS
+    ]
+    return {
+        "held_out_loss": loss.mean().item(),
+        "positions": by_position(loss),
+        "perplexity": [{"tokens": length, "perplexity": value} for length, value in sorted(perplexity.items())],
+        "tasks": tasks,
+        "needles": needles,
+        "peak_bytes": peak_bytes(device),
+    }
+
+
+class _Cached:
+    """A model as `examples.generate` calls one."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __call__(self, tokens: Tensor, cache: Any, prompt: bool = False) -> Tensor:
+        with autocast(self.model.choice, tokens.device, cached=False):  # a graph holds what rounds the weights
+            return self.model(tokens, cache)[:, -1]
+
+
+@torch.no_grad()
+def generation(model: Model, prompt: Tensor, new: int, chunk: int = 8192) -> dict[str, Any]:
+    """The speed of generation behind prompts (B, T), greedily: tokens a second, and how.
+
+    An operator with a decode pass keeps a cache; whatever else runs the whole sequence for every token.
+    """
+    op = next((operator.op for operator in model.operators()), None)
+    if model.choice.mode == "operator" and hasattr(op, "NSACache"):
+        total = prompt.shape[1] + new
+        cache = op.NSACache(len(prompt), total, layers=len(model.blocks), device=prompt.device)
+        found, _, seconds = generate(_Cached(model), cache, prompt, new, chunk)
+        return {"by": "cache", "tokens_per_second": len(prompt) * (new - 1) / seconds, "first": found[0].tolist()}
+    tokens = prompt
+    started = time.perf_counter()
+    for _ in range(new):
+        tokens = torch.cat((tokens, logits_of(model, tokens)[:, -1:].argmax(-1)), 1)
+    found = tokens[:, prompt.shape[1] :].tolist()
+    return {
+        "by": "forward",
+        "tokens_per_second": len(prompt) * new / (time.perf_counter() - started),
+        "first": found[0],
+    }

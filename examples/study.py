@@ -1,0 +1,270 @@
+"""Train and evaluate the same small model with every attention, and put the results in a table.
+
+    python examples/study.py --profile gpu --minutes 9 --out build/study    # one call, a GPU; goes on when called again
+    python examples/study.py --profile cpu --minutes 60 --out build/study   # by the reference, in plain torch
+
+Every run has the same data, seed and number of steps. With --minutes, the first call compiles the operators, times a
+few steps of each arm and gives all runs as many steps as fit; --steps says how many. A run that was finished is kept,
+one that was interrupted goes on from its checkpoint, one that failed is tried again. After every run, study.json and
+study.md are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from examples.quality.arms import PROFILES, Profile
+from examples.quality.data import TASKS, library
+from examples.quality.evaluation import evaluate
+from examples.quality.training import device_here, peak_bytes, read_log, train
+from nsa_gen._files import write_whole
+
+TIMED_STEPS = 3
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"{arm}.{seed}"
+
+
+def write_json(path: Path, found: Any) -> None:
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
+    """Train and evaluate: a row of the study."""
+    settings, folder, device = profile.run(arm, seed, steps), out / "runs" / run_name(arm, seed), device_here()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model = train(settings, folder, library(), save_every=max(20, steps // 4))
+    memory = peak_bytes(device) if device.type == "cuda" else None  # a process remembers its earlier runs
+    log = read_log(folder / "log.jsonl")
+    speeds = sorted(line["tokens_per_second"] for line in log)
+    found = evaluate(model.eval(), library(), settings.tokens, device, rows=profile.rows)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_text_loss": sum(line["text_loss"] for line in log[-20:]) / len(log[-20:]),
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "train_peak_bytes": memory,
+        **found,
+    }
+
+
+def time_arms(profile: Profile, arms: list[str], out: Path) -> None:
+    """Write the seconds of a step of each arm, and those of an evaluation, to timing.json."""
+    found: dict[str, float] = {}
+    for arm in arms:
+        folder = out / "timing" / arm
+        started = time.perf_counter()
+        model = train(profile.run(arm, 0, TIMED_STEPS), folder, library(), save_every=TIMED_STEPS)
+        tokens = profile.settings["tokens"] * profile.settings["batch"]
+        found[arm] = tokens / max(line["tokens_per_second"] for line in read_log(folder / "log.jsonl"))
+        if arm == (profile.base if profile.base in arms else arms[-1]):
+            found["start"] = time.perf_counter() - started - TIMED_STEPS * found[arm]
+            started = time.perf_counter()
+            evaluate(model.eval(), library(), profile.settings["tokens"], device_here(), rows=profile.rows)
+            found["evaluation"] = time.perf_counter() - started
+        print(f"{arm}: {found[arm]:.3f} s a step", flush=True)
+    write_json(out / "timing.json", found)
+
+
+def compile_arm(profile: Profile, arm: str, out: Path) -> None:
+    """One step and an evaluation on few sequences, which leave the kernels in Triton's cache.
+
+    Not on one: Triton compiles kernels for a 1 among their arguments apart.
+    """
+    settings = replace(profile.run(arm, 0, 1), batch=2)
+    model = train(settings, out / "compiled" / arm, library(), save_every=2)
+    evaluate(model.eval(), library(), settings.tokens, device_here(), rows=2)
+
+
+def child(options: argparse.Namespace, phase: str, runs: list[str], number: int = 0) -> subprocess.Popen[bytes]:
+    """This script in a process of its own, on one of the GPUs."""
+    command = [sys.executable, __file__, "--profile", options.profile, "--out", str(options.out), "--phase", phase]
+    command += ["--steps", str(options.steps), "--runs", ",".join(runs)]
+    environment = dict(os.environ)
+    if torch.cuda.device_count() > 1:
+        visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
+    return subprocess.Popen(command, env=environment)
+
+
+def compile_all(options: argparse.Namespace, arms: list[str]) -> None:
+    """Compile every arm's kernels, a process an arm, as many at a time as there are cores."""
+    waiting, running = list(arms), []
+    while waiting or running:
+        running = [process for process in running if process.poll() is None]
+        if waiting and len(running) < min(16, os.cpu_count() or 1):
+            running.append(child(options, "compile", [waiting.pop(0)], len(waiting)))
+        else:
+            time.sleep(0.2)
+
+
+def choose_steps(options: argparse.Namespace, runs: list[str], started: float) -> int:
+    """As many steps as all runs have time for, of the minutes that are left; the same number for all."""
+    arms = list(dict.fromkeys(run.rpartition(".")[0] for run in runs))
+    if torch.cuda.is_available():
+        compile_all(options, arms)
+    if child(options, "time", arms).wait() != 0:
+        raise SystemExit("study: an arm cannot be timed; see the error above, or leave it out with --arms")
+    timing = json.loads((options.out / "timing.json").read_text())
+    spare = len(runs) * (timing.get("evaluation", 0.0) + timing.get("start", 0.0))
+    left = 60 * options.minutes - (time.monotonic() - started) - spare
+    jobs = max(1, options.jobs)
+    steps = int(0.9 * jobs * left / sum(timing[run.rpartition(".")[0]] for run in runs))
+    if steps < 1:
+        raise SystemExit(f"--minutes: expected more than {options.minutes}, which are spent before the first step")
+    return steps
+
+
+def train_all(options: argparse.Namespace, runs: list[str], started: float) -> None:
+    """All runs that have no result yet, in `jobs` processes; a process that dies costs its run alone."""
+    todo = [run for run in runs if not _result(options.out, run).exists()]
+    shares = [todo[i :: options.jobs] for i in range(options.jobs)]
+    running = {i: child(options, "train", share, i) for i, share in enumerate(shares) if share}
+    while running:
+        time.sleep(0.2)
+        for i, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            shares[i] = [run for run in shares[i] if not _result(options.out, run).exists()]
+            if shares[i]:
+                arm, _, seed = shares[i].pop(0).rpartition(".")
+                row = {"arm": arm, "seed": int(seed), "problem": f"the process ended with code {process.returncode}"}
+                write_json(_result(options.out, run_name(arm, int(seed))), row)
+            del running[i]
+            if shares[i]:
+                running[i] = child(options, "train", shares[i], i)
+            report(options, runs, started)
+
+
+def _result(out: Path, run: str) -> Path:
+    return out / "runs" / f"{run}.json"
+
+
+def report(options: argparse.Namespace, runs: list[str], started: float) -> list[dict[str, Any]]:
+    """Write study.json and study.md of the runs that have a result."""
+    rows = [json.loads(_result(options.out, run).read_text()) for run in runs if _result(options.out, run).exists()]
+    device = device_here()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    profile = PROFILES[options.profile]
+    about = {
+        "profile": options.profile,
+        "settings": profile.settings,
+        "steps": options.steps,
+        "gpu": gpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "corpus": library().digest,
+        "seconds": round(time.monotonic() - started),
+    }
+    write_json(options.out / "study.json", {**about, "rows": rows})
+    write_whole(options.out / "study.md", table(rows))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results in Markdown: accuracies are those of the trained lengths, in percent."""
+    head = ["attention", "seed", "held-out loss", *TASKS, "needle at all depths", "tokens/s", "MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        if "problem" in row:
+            lines.append(f"| {row['arm']} | {row['seed']} | {row['problem']} |" + " |" * (len(head) - 3))
+            continue
+        right = {
+            task: [each["accuracy"] for each in row["tasks"] if each["task"] == task and each["trained"]]
+            for task in TASKS
+        }
+        needles = [each["accuracy"] for each in row["needles"]]
+        cells = [row["arm"], str(row["seed"]), f"{row['held_out_loss']:.4f}"]
+        cells += [f"{100 * sum(found) / len(found):.1f}" for found in (*right.values(), needles)]
+        memory = row["train_peak_bytes"]
+        cells += [f"{row['tokens_per_second']:,}", "-" if memory is None else f"{memory / 2**20:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def work(options: argparse.Namespace, profile: Profile) -> None:
+    """What a child process does."""
+    runs = options.runs.split(",")
+    if options.phase == "compile":
+        compile_arm(profile, runs[0], options.out)
+    elif options.phase == "time":
+        time_arms(profile, runs, options.out)
+    else:
+        for run in runs:
+            arm, _, seed = run.rpartition(".")
+            try:
+                row = one_run(profile, arm, int(seed), options.steps, options.out)
+            except Exception as error:
+                traceback.print_exc()
+                problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                row = {"arm": arm, "seed": int(seed), "problem": problem}
+            write_json(_result(options.out, run), row)
+            print(table([row]).splitlines()[-1], flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and run what is left to do; exit code 1 where a run failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("build/study"))
+    parser.add_argument("--arms", default="", help="names with commas between; all if left out")
+    parser.add_argument("--seeds", default="0", help="whole numbers with commas between (0)")
+    parser.add_argument("--steps", type=int, default=0, help="of every run; by --minutes if left out")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole study, without --steps (9)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time; as many as GPUs, or one, if left out")
+    parser.add_argument("--phase", choices=("compile", "time", "train"), help=argparse.SUPPRESS)
+    parser.add_argument("--runs", help=argparse.SUPPRESS)
+    options, started = parser.parse_args(arguments), time.monotonic()
+    profile = PROFILES[options.profile]
+    if options.phase is not None:
+        work(options, profile)
+        return
+    known = list(profile.arms())
+    arms = options.arms.split(",") if options.arms else known
+    for arm in arms:
+        if arm not in known:
+            parser.error(f"--arms: expected some of {', '.join(known)}, got {arm}")
+    if not all(seed.isdigit() for seed in options.seeds.split(",")):
+        parser.error(f"--seeds: expected whole numbers with commas between, got {options.seeds}")
+    options.jobs = options.jobs or max(1, torch.cuda.device_count())
+    runs = [run_name(arm, int(seed)) for seed in options.seeds.split(",") for arm in arms]
+    plan = options.out / "plan.json"
+    kept = json.loads(plan.read_text()) if plan.exists() else None
+    if kept is not None and kept["profile"] != options.profile:
+        parser.error(f"--out: {options.out} holds a study of profile {kept['profile']}, got {options.profile}")
+    if kept is not None and options.steps not in (0, kept["steps"]):
+        parser.error(f"--steps: the study in {options.out} has {kept['steps']} steps, got {options.steps}")
+    options.steps = options.steps or (kept["steps"] if kept else choose_steps(options, runs, started))
+    write_json(plan, {"profile": options.profile, "steps": options.steps})
+    for result in (_result(options.out, run) for run in runs):
+        if result.exists() and "problem" in json.loads(result.read_text()):
+            result.unlink()
+    print(f"{len(runs)} runs of {options.steps} steps", flush=True)
+    train_all(options, runs, started)
+    rows = report(options, runs, started)
+    print((options.out / "study.md").read_text(), end="")
+    if any("problem" in row for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
