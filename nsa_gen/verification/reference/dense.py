@@ -25,7 +25,7 @@ Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
 class OracleParameters:
     """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
 
-    `sinks` are the branches whose softmax has one.
+    `sinks` are the branches whose softmax has one; with `joint`, selection and window are one branch of this name.
     """
 
     query_heads: int
@@ -50,6 +50,7 @@ class OracleParameters:
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
     sinks: tuple[str, ...] = ()
+    joint: bool = False
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
     tf32: bool = False
 
@@ -57,7 +58,8 @@ class OracleParameters:
     def from_spec(cls, spec: Any) -> OracleParameters:
         """Read the parameters from a spec (any object with the fields of `nsa_gen.spec.Spec`)."""
         compression, selection, window = spec.compression, spec.selection, spec.window
-        sunk = {"slc": selection, "win": window}
+        joint = bool(spec.combine.joint)
+        sunk = {"joint": spec.combine} if joint else {"slc": selection, "win": window}
         found: dict[str, Any] = {}
         if compression is not None:
             found |= {
@@ -89,6 +91,7 @@ class OracleParameters:
             shared_kv=spec.kv == "shared",
             window=None if window is None else window.size,
             sinks=tuple(name for name, each in sunk.items() if each is not None and each.sink == "learned"),
+            joint=joint,
             gate=spec.combine.gate,
             tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
             **found,
@@ -117,7 +120,8 @@ class OracleParameters:
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches present, in the order of the gates."""
-        present = {"cmp": self.compression_block, "slc": self.selection_block, "win": self.window}
+        present = {"cmp": self.compression_block}
+        present |= {"joint": self.window} if self.joint else {"slc": self.selection_block, "win": self.window}
         return tuple(name for name, size in present.items() if size is not None)
 
     def compressed_blocks(self, tokens: int) -> int:
