@@ -65,10 +65,10 @@ def sorted_lists(
 def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     """A function with the signature of flash-linear-attention's ``parallel_nsa`` that runs a generated package.
 
-    Its spec must have ``combine: {gate: given}``, keys shared by the branches and no sink, and either compression by
-    means over the selection's own blocks (block = stride = the selection's block), which then choose the blocks, or no
-    compression and ``indices: input``. What the call says of sizes must be what the spec says; which blocks are chosen
-    whatever their importance is the spec's ``initial`` and ``local``.
+    Its spec must have ``combine: {gate: given}``, keys shared by the branches, none of them joint, no sink, and either
+    compression by means over the selection's own blocks (block = stride = the selection's block), which then choose the
+    blocks, or no compression and ``indices: input``. What the call says of sizes must be what the spec says; which
+    blocks are chosen whatever their importance is the spec's ``initial`` and ``local``.
 
     Raises:
         ValueError: the spec cannot be called so; names the field.
@@ -76,6 +76,7 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     spec = op.SPEC
     compression, selection, window = spec["compression"], spec["selection"], spec["window"]
     _expect("combine.gate", spec["combine"]["gate"], "given")
+    _expect("combine.joint", spec["combine"].get("joint", []), [])
     _expect("kv", spec["kv"], "shared")
     if window is not None:
         _expect("window.sink", window.get("sink", "none"), "none")

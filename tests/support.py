@@ -55,6 +55,8 @@ def small_spec(
     window: int = 10,
     sink: str = "none",
     sink_slc: str = "none",
+    joint: bool = False,
+    sink_joint: str = "none",
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
     """A spec of the branches named; compression is (l, d), and block is l'."""
@@ -72,16 +74,17 @@ def small_spec(
         )
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
-    later = (sink, sink_slc, scores, pool, scope, output)
+    combine = Combine(gate=gate, joint=("selection", "window") if joint else (), sink=sink_joint)
+    later = (sink, sink_slc, sink_joint, scores, pool, scope, output)
     spec = Spec(
-        version=1 if set(later) <= {"none", "compression", "sum", "group", True} else 2,
+        version=1 if not joint and set(later) <= {"none", "compression", "sum", "group", True} else 2,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),
         dtype=dtype,
         scale=scale,
         kv=kv,
-        combine=Combine(gate=gate),
+        combine=combine,
         passes=passes,
         **present,
     )

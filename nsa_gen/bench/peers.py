@@ -71,6 +71,8 @@ class _PublicPackage(Contender):
             return "it scores blocks by the compressed keys"
         if spec.kv != "shared":
             return "its branches share one pair of keys and values"
+        if spec.combine.joint:
+            return "each of its branches has a softmax of its own"
         if (spec.selection.sink, spec.window.sink) != ("none", "none"):
             return "its branches have no sinks"
         if spec.combine.gate != "sigmoid":

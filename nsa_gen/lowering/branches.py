@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from nsa_gen.spec import Spec
 
-BACKWARD_ORDER = ("cmp", "win", "slc")
-"""First what writes dk and dv of every key, then what adds to them."""
+BACKWARD_ORDER = ("cmp", "win", "slc", "joint")
+"""First what writes dk and dv of every key, then what adds to them; `joint` is win and slc together."""
 
 
 def backward_order(spec: Spec) -> tuple[str, ...]:
-    """Branches in the order of their backward."""
-    return tuple(branch for branch in BACKWARD_ORDER if branch in spec.branches)
+    """Branches in the order of their backward, joint ones each."""
+    present = {"cmp": spec.compression, "win": spec.window, "slc": spec.selection}
+    return tuple(branch for branch in BACKWARD_ORDER if present.get(branch) is not None)
 
 
 def raw_readers(spec: Spec) -> tuple[str, ...]:
@@ -29,13 +30,15 @@ def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
 
 def sunk_branches(spec: Spec) -> tuple[str, ...]:
     """Branches whose softmax has a sink."""
+    if spec.combine.joint:
+        return ("joint",) if spec.combine.sink == "learned" else ()
     members = {"slc": spec.selection, "win": spec.window}
     return tuple(name for name, member in members.items() if member is not None and member.sink == "learned")
 
 
 def sink_name(branch: str) -> str:
     """Name of the argument that is the sink of a branch's softmax."""
-    return f"sink_{branch}"
+    return "sink" if branch == "joint" else f"sink_{branch}"
 
 
 def selected_lists(spec: Spec) -> int:

@@ -31,7 +31,12 @@ def hopper_fits(spec: Spec, *branches: str) -> bool:
 
 
 def selected_tiles_fit(spec: Spec) -> bool:
-    """Whether blocks are whole tiles of keys, and groups at most a tile of heads, which follow one list."""
+    """Whether blocks are whole tiles of keys, and groups at most a tile of heads, which follow one list.
+
+    The kernels see every key up to a query: not where it leaves those of the window out, of joint branches.
+    """
+    if spec.combine.joint:
+        return False
     if spec.selection is None or spec.selection.block % _SELECTED_KEYS or spec.scopes > spec.heads.kv:
         return False
     return spec.heads.group <= _SELECTED_ROWS

@@ -128,7 +128,7 @@ class InferencePlan:
     @property
     def decode_raw_names(self) -> tuple[str, ...]:
         """Raw keys and values that decode reads, each once."""
-        branches = [branch for branch in ("slc", "win") if branch in self.branches]
+        branches = [branch for branch in self.branches if branch != "cmp"]
         return tuple(dict.fromkeys(name for branch in branches for name in self.kv(branch)))
 
     @property

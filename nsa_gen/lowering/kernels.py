@@ -37,6 +37,8 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
     backward.insert(0, _delta(whole=not combined))
     if sunk_branches(spec):
         backward.append(_sink_gradient())
+    if spec.combine.joint:
+        forward.append(_merge_joint())
     if combined:
         forward.append(_combine(spec, "forward"))
         backward.insert(0, _combine(spec, "backward"))
@@ -70,6 +72,12 @@ def _delta(*, whole: bool) -> Kernel:
         2 * O_BYTES + LSE_BYTES, rows_tunables(),
     )  # fmt: skip
     return dataclasses.replace(kernel, whole=whole)
+
+
+def _merge_joint() -> Kernel:
+    purpose = "one softmax of the selected blocks' and the window's"
+    moved = 3 * (O_BYTES + LSE_BYTES)
+    return elementwise("merge_joint", "combine", "joint", "forward", purpose, moved, rows_tunables())
 
 
 def _sink_gradient() -> Kernel:

@@ -22,7 +22,13 @@ HOPPER_ROWS, HOPPER_KEYS = "hopper_rows", "hopper_keys"
 HOPPER_GATHER, HOPPER_GATHER_QUERIES = "hopper_gather", "hopper_gather_queries"
 """Schedules for Hopper, in Gluon: banded attention's forward, its dk and dv, and the gradients of selected blocks."""
 
-BRANCH_NAMES = {"cmp": "compression", "slc": "selection", "win": "window", "all": "every branch"}
+BRANCH_NAMES = {
+    "cmp": "compression",
+    "slc": "selection",
+    "win": "window",
+    "joint": "selection and window",
+    "all": "every branch",
+}
 """What people call the branches of kernels; "all" are kernels of every branch."""
 
 
@@ -300,18 +306,32 @@ class Plan(InferencePlan):
 
     @property
     def selected(self) -> Step | None:
-        """Attention to selected blocks."""
-        return self.step("attend", "slc")
+        """Attention to selected blocks; with joint branches, to these and the window."""
+        return self.step("attend", "slc") or self.joint
 
     @property
     def windowed(self) -> Step | None:
-        """Attention to a query's last keys."""
-        return self.step("attend", "win")
+        """Attention to a query's last keys; with joint branches, to these and selected blocks."""
+        return self.step("attend", "win") or self.joint
+
+    @property
+    def joint(self) -> Step | None:
+        """Attention to selected blocks and a query's last keys under one softmax."""
+        return self.step("attend", "joint")
 
     @property
     def sinks(self) -> tuple[str, ...]:
         """Arguments that are sinks of some branch's softmax, in the order of the branches."""
         return tuple(step.sink for step in self.attends if step.sink)
+
+    def sink(self, branch: str) -> str:
+        """The sink of one branch's softmax; empty where the plan has no such branch or it has none."""
+        step = self.step("attend", branch)
+        return step.sink if step else ""
+
+    def sunk(self, sink: str) -> str:
+        """The branch of one of the `sinks`."""
+        return next(step.branch for step in self.attends if step.sink == sink)
 
     @property
     def group(self) -> int:
@@ -440,10 +460,11 @@ class Plan(InferencePlan):
         return f"chosen by {'mean keys' if self.scores_means else f'the {pooled} of compressed keys'}, {whom}"
 
     def kv(self, branch: str) -> tuple[str, str]:
-        """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
+        """Names of the arguments that hold a branch's raw keys and values."""
         if branch == "cmp" and not self.compressed_output:
-            branch = "slc"  # they score the selection's keys
-        step = self.writer("k_cmp") if branch == "cmp" else self.step("attend", branch)
+            # They score the selection's keys.
+            branch = "slc"
+        step = self.writer("k_cmp") if branch == "cmp" else self.step("attend", branch) or self.joint
         assert step is not None
         k, v = step.reads[:2] if step.kind == "pool" else step.reads[1:3]
         return k, v
@@ -482,7 +503,7 @@ class Plan(InferencePlan):
 
         Selection adds up the keys' and values' chunk by chunk, so that even alone it needs one.
         """
-        added = self.contributors(name) > 1 or ("slc" in self.branches and name in self.kv("slc"))
+        added = self.contributors(name) > 1 or (self.selected is not None and name in self.kv("slc"))
         return added and self.dtype != "float32"
 
     def gradient_sum(self, name: str) -> str:
@@ -529,7 +550,7 @@ class Plan(InferencePlan):
         own = {f"o_{branch}", f"lse_{branch}"}
         if branch == "cmp" and self.compresses:
             own |= {"k_cmp", "v_cmp"} | {output.name for output in self.outputs if output.saved_by_phi}
-        if branch == "slc":
+        if branch in ("slc", "joint"):
             own |= {"sorted_keys", "sorted_slots"}
         return tuple(output.name for output in self.saved_outputs if output.name in own)
 
@@ -550,7 +571,7 @@ class Plan(InferencePlan):
     @property
     def schema_constants(self) -> tuple[str, ...]:
         """What else the whole operator is called with: what forward and backward of one call must agree on."""
-        chunk = ("chunk_tokens",) if "slc" in self.branches else ()
+        chunk = ("chunk_tokens",) if self.selected else ()
         local = ("local_in_window",) if self.local_in_window else ()
         return (*chunk, *local, *(("recompute",) if self.backward else ()))
 

@@ -43,10 +43,11 @@ def build_steps(
         steps.append(_attend_compressed(spec, combined, present) if whole else _sum_compressed(spec, present))
     if spec.selection and spec.selection.indices == "computed":
         steps += _choose_blocks(spec, present)
-    selected = [_attend_selected(spec, combined, kernels)] if spec.selection else []
-    window = [_attend_window(spec, combined, present)] if spec.window else []
+    joint = [_attend_joint(spec, combined, kernels)] if spec.combine.joint else []
+    selected = [_attend_selected(spec, combined, kernels)] if spec.selection and not joint else []
+    window = [_attend_window(spec, combined, present)] if spec.window and not joint else []
     # Where the window's kernels may do the local blocks, selected attention merges what they leave.
-    steps += [*window, *selected] if local_in_window(spec) else [*selected, *window]
+    steps += [*window, *selected] if local_in_window(spec) else [*selected, *window, *joint]
     if combined:
         gates = ("gates",) if spec.combine.gate != "none" else ()
         reads = (*(f"o_{branch}" for branch in spec.branches), *gates)
@@ -154,6 +155,37 @@ def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
 def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> Step:
     """Attention to the tokens of the selected blocks (Eq. 11 and 12)."""
     assert spec.selection is not None
+    schedules = _selected(spec, _row_sums(spec, "slc", combined), kernels)
+    return _attend(
+        spec, combined, "slc", "selected", kv_names(spec, "slc"), _selection_sizes(spec), schedules,
+        ("indices", "counts"), _sorted_index(spec),
+    )  # fmt: skip
+
+
+def _attend_joint(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> Step:
+    """Attention to the selected blocks and a query's last keys under one softmax, in which each key counts once."""
+    assert spec.window is not None
+    present = {kernel.name for kernel in kernels}
+    window = _banded(spec, "win", "window", True, present)
+    always = (*window[0].kernels, "merge_joint", *_row_sums(spec, "joint", combined))
+    schedules = (*_selected(spec, always, kernels), *window[1:])
+    return _attend(
+        spec, combined, "joint", "joint", kv_names(spec, "joint"),
+        _selection_sizes(spec) | {"WINDOW": spec.window.size}, schedules, ("indices", "counts"), _sorted_index(spec),
+    )  # fmt: skip
+
+
+def _selection_sizes(spec: Spec) -> dict[str, int | float | None]:
+    assert spec.selection is not None
+    return {"BLOCK": spec.selection.block, "COUNT": spec.selection.count, "SCOPES": spec.scopes}
+
+
+def _sorted_index(spec: Spec) -> tuple[str, ...]:
+    return ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()
+
+
+def _selected(spec: Spec, always: Iterable[str], kernels: Sequence[Kernel]) -> tuple[Schedule, ...]:
+    """Schedules of attention to selected blocks, beside whose kernels others `always` run."""
     present = {kernel.name for kernel in kernels}
     own = [
         each for each in kernels if each.branch == "slc" and each.direction != "decode" and each.module not in _CHOICE
@@ -161,21 +193,16 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
     query_major = tuple(each.name for each in own if each.choice and not each.choice[1])
     # dk and dv are key-major in every case.
     key_major = tuple(each.name for each in own if not each.choice or each.choice[1])
+    shared = _among(always, present)
     schedules = [
         Schedule(QUERY_MAJOR, query_major, decided_by=("KEY_MAJOR_FORWARD", 0)),
-        Schedule(KEY_MAJOR, (*key_major, *_among(_row_sums(spec, "slc", combined), present)),
-                 decided_by=("KEY_MAJOR_FORWARD", 1)),
-    ]  # fmt: skip
+        Schedule(KEY_MAJOR, (*key_major, *shared), decided_by=("KEY_MAJOR_FORWARD", 1)),
+    ]
     if hopper_selected_forward_fits(spec):
         schedules.append(Schedule(HOPPER_GATHER_QUERIES, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
     if hopper_selected_backward_fits(spec):
         schedules.append(Schedule(HOPPER_GATHER, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
-    index = ("sorted_keys", "sorted_slots") if "backward" in spec.passes else ()
-    return _attend(
-        spec, combined, "slc", "selected", kv_names(spec, "slc"),
-        {"BLOCK": spec.selection.block, "COUNT": spec.selection.count, "SCOPES": spec.scopes},
-        (*schedules, *_decoding(("decode_attend",), present)), ("indices", "counts"), index,
-    )  # fmt: skip
+    return (*schedules, *_decoding(("decode_attend",), present))
 
 
 #: Modules of the kernels that choose the blocks; the other kernels of the selection's branch attend to them.

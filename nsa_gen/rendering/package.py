@@ -212,6 +212,8 @@ def _modules(program: Plan) -> list[str]:
         runtime.add("hopper_names")
     if program.compresses:
         kernels.add("compression")
+    if program.joint:
+        kernels.add("joint")
     if program.selected:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
@@ -231,10 +233,7 @@ def _exports(program: Plan) -> list[str]:
         names.append("compressed_attention")
     if program.selects:
         names.append("select_blocks")
-    if program.selected:
-        names.append("selected_attention")
-    if program.windowed:
-        names.append("window_attention")
+    names += [f"{step.name}_attention" for step in program.attends if step.branch != "cmp"]
     if program.decodes:
         names += ["CapacityError", "InferenceAuxiliary", "NSACache", "nsa_decode", "nsa_prefill"]
     # Constants, then classes, then functions: the order that ruff's RUF022 asks for.

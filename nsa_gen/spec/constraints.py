@@ -49,6 +49,8 @@ BY_COMPRESSION = Condition(
 BY_MEAN = Condition(
     "the operator selects blocks itself, by scores: mean", lambda v: COMPUTED(v) and v["selection.scores"] == "mean"
 )
+JOINT = Condition("branches are joint", lambda v: v["combine.joint"])
+APART = Condition("version is 2 and no branches are joint", lambda v: v["version"] == 2 and not v["combine.joint"])
 SCORED = Condition("blocks are selected by compressed scores", lambda v: v["compression"] and BY_COMPRESSION(v))
 
 SCORER_ALONE = Condition("compression has no output", lambda v: v["compression"] and v["compression.output"] is False)
@@ -60,6 +62,8 @@ SINCE_VERSION_2: Mapping[str, object] = {
     "selection.scope": "group",
     "selection.sink": "none",
     "window.sink": "none",
+    "combine.joint": (),
+    "combine.sink": "none",
 }
 """Fields that version 2 adds, and the value that they have in every spec of version 1."""
 
@@ -105,7 +109,11 @@ class Constraint:
 
     def explain(self, values: Values) -> str:
         """`message` with the values in their places."""
-        return re.sub(r"\{([a-z_.]+)\}", lambda match: str(values.get(match[1], match[1])), self.message)
+        return re.sub(r"\{([a-z_.]+)\}", lambda match: _shown(values.get(match[1], match[1])), self.message)
+
+
+def _shown(value: object) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _needs_version_2(field: str, value: object) -> Constraint:
@@ -247,6 +255,40 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "phi: mean or phi: external, without position, got key: {compression.phi.key}, value: {compression.phi.value}, "
         "position of keys: {compression.position.key}, of values: {compression.position.value}",
         hint="compress by a phi that was trained elsewhere yourself, with phi: external",
+    ),
+    Constraint(
+        id="joint_needs_its_branches",
+        when=JOINT,
+        holds=lambda v: v["selection"] and v["window"],
+        at="combine.joint",
+        message="combine.joint ({combine.joint}) needs both branches, but one of them is missing",
+        hint="add selection and window, or remove joint",
+    ),
+    Constraint(
+        id="joint_needs_shared_keys",
+        when=JOINT,
+        holds=lambda v: v["kv"] == "shared",
+        at="kv",
+        message="kv ({kv}) gives a token in both branches two keys, of which one softmax over their union "
+        "(combine.joint) could not tell the right one",
+        hint="set kv: shared, or remove joint",
+    ),
+    Constraint(
+        id="joint_has_one_sink",
+        when=JOINT,
+        holds=lambda v: not any(v[branch] and v[f"{branch}.sink"] == "learned" for branch in ("selection", "window")),
+        at="selection.sink",
+        also=("window.sink",),
+        message="branches under one softmax (combine.joint) have no sinks of their own",
+        hint="write combine: {joint: [selection, window], sink: learned}",
+    ),
+    Constraint(
+        id="combined_sink_needs_joint",
+        when=APART,
+        holds=lambda v: v["combine.sink"] == "none",
+        at="combine.sink",
+        message="combine.sink ({combine.sink}) is of the softmax of joint branches, but combine.joint is empty",
+        hint="write joint: [selection, window], or sink: learned in selection or window",
     ),
     Constraint(
         id="external_is_both_or_neither",

@@ -298,6 +298,22 @@ def _check_passes(value: object) -> tuple[str, ...]:
     return tuple(name for name in ORDERED_PASSES if name in value)
 
 
+def _check_joint(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or sorted(value, key=str) not in ([], sorted(JOINABLE)):
+        got = f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else describe(value)
+        raise reject(f"expected {JOINT.expected}, got {got}", "write [selection, window]")
+    return JOINABLE if value else ()
+
+
+JOINABLE = ("selection", "window")
+JOINT = Leaf(
+    "[selection, window] or an empty list",
+    _check_joint,
+    {"enum": [[], list(JOINABLE), list(reversed(JOINABLE))]},
+)
+"""No branches, or selection and window, in any order as written, kept in that order."""
+
+
 PASSES = Leaf(
     "a list of forward and, if wanted, backward and decode",
     _check_passes,

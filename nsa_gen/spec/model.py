@@ -18,12 +18,23 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from nsa_gen.spec.constraints import SINCE_VERSION_2, violations
 from nsa_gen.spec.emit import to_yaml
-from nsa_gen.spec.fields import FLAG, PACKAGE_NAME, PARAGRAPH, PASSES, RANGES, SOFTMAX_SCALE, VERSION, join, one_of
+from nsa_gen.spec.fields import (
+    FLAG,
+    JOINT,
+    PACKAGE_NAME,
+    PARAGRAPH,
+    PASSES,
+    RANGES,
+    SOFTMAX_SCALE,
+    VERSION,
+    join,
+    one_of,
+)
 
 DType = Literal["bfloat16", "float16", "float32"]
 PhiKind = Literal["mean", "weighted", "linear", "mlp", "external"]
 PositionKind = Literal["none", "learned"]
-BranchName = Literal["cmp", "slc", "win"]
+BranchName = Literal["cmp", "slc", "win", "joint"]
 
 SINK = "none, or learned: a logit per query head, an argument, that joins the softmax's denominator and has no value"
 """What a sink is, for the reference."""
@@ -180,6 +191,14 @@ class Combine(Record):
         default="sigmoid",
         description="sigmoid takes logits per token, query head and branch; given takes gates; none is a plain sum.",
     )
+    joint: Annotated[tuple[Literal["selection", "window"], ...], JOINT] = Field(
+        default=(),
+        description="Branches under one softmax over the union of their keys, with one output and one gate; "
+        "[selection, window] needs version: 2 and kv: shared.",
+    )
+    sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
+        default="none", description=f"Of the joint branches' softmax: {SINK}; learned needs version: 2."
+    )
 
 
 class Spec(Record):
@@ -240,9 +259,10 @@ class Spec(Record):
 
     @property
     def branches(self) -> tuple[BranchName, ...]:
-        """The branches that are present, in the order cmp, slc, win."""
+        """The branches that are present, in the order cmp, slc, win; joint ones are one, `joint`."""
         attended = self.compression if self.compression and self.compression.output else None
-        present: dict[BranchName, Record | None] = {"cmp": attended, "slc": self.selection, "win": self.window}
+        present: dict[BranchName, Record | None] = {"cmp": attended}
+        present |= {"joint": self.window} if self.combine.joint else {"slc": self.selection, "win": self.window}
         return tuple(name for name, branch in present.items() if branch is not None)
 
     @property

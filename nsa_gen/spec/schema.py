@@ -107,7 +107,7 @@ def _field_table(record: type[Record]) -> str:
 
 def _inline(record: Record) -> str:
     fields = record.model_dump(exclude_none=True)
-    return "`{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}`"
+    return "`{" + ", ".join(to_yaml({name: value}).strip() for name, value in fields.items()) + "}`"
 
 
 def _constraint_table() -> str:

@@ -35,7 +35,7 @@ class Sizes:
 
 
 def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wide: bool = False) -> Spec:
-    """A legal spec: any of the branches, phis, positions, sinks, gates and ways of sharing K and V.
+    """A legal spec: any of the branches, phis, positions, sinks, joint branches, gates and ways of sharing K and V.
 
     Small ones are cheap enough for the interpreter; `wide` ones have the head dims, groups, blocks and counts that
     GPUs are used with.
@@ -98,6 +98,11 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         if pick((True, False, False)):
             document["version"] = 2
             document["window"]["sink"] = "learned"
+    joinable = "slc" in branches and "win" in branches and document["kv"] == "shared"
+    if joinable and pick((True, False, False)):
+        document["version"] = 2
+        sinks = [document[name].pop("sink", "none") for name in ("selection", "window")]
+        document["combine"] |= {"joint": ["selection", "window"], "sink": sinks[1]}
     try:
         return parse_spec(yaml.safe_dump(document, sort_keys=False))
     except SpecError as error:  # the drawing, not the example, is wrong

@@ -302,7 +302,11 @@ def simpler_specs(spec: Spec) -> Iterator[Spec]:
 def _changes(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     compression, selection, window = (document[name] for name in ("compression", "selection", "window"))
     yield from ({name: None} for name in ("window", "selection", "compression"))
-    yield {"combine": {"gate": "none"}}
+    combine = document["combine"]
+    yield {"combine": {**combine, "gate": "none"}}
+    if combine.get("joint"):
+        yield {"combine": {"gate": combine["gate"]}}
+        yield {"combine": {**combine, "sink": "none"}}
     yield {"kv": "shared"}
     yield {"scale": "auto"}
     yield {"fp32_precision": "ieee"}

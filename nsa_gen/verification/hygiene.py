@@ -161,7 +161,7 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
         scores    4 L (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
                   with scores: mean, 4 L (Tkv / l') Dk a sequence besides;
                   where compressed keys have no output, C Hkv Dk e + 4 R Hq besides
-        forward   saved + work + scores
+        forward   saved + work + scores, and R Hq (2 Dv e + 8) for the parts of joint branches
         backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
                   + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
                   + 4 Hq (R / 16) where a branch has a sink
@@ -199,7 +199,10 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     backward += FLOAT32 * compressed * p.kv_heads * ((group + 2) * pair + widths) + 5 * FLOAT32 * learned
     if p.sinks:
         backward += FLOAT32 * heads * (rows // 16)  # a part of its gradient for each tile of tokens
-    return MemoryBound(saved, saved + work + _score_bytes(p, inputs), backward)
+    forward = saved + work + _score_bytes(p, inputs)
+    if p.joint:
+        forward += rows * heads * 2 * (p.head_dim_v * size + FLOAT32)
+    return MemoryBound(saved, forward, backward)
 
 
 def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 
+SELECTING = ("slc", "joint")
+"""Branches that attend to selected blocks."""
 PADDING_ROWS = 37
 """Rows behind the last sequence of a padded call: more than the smallest tile, and no multiple of one."""
 
@@ -107,6 +109,7 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
             indices_given=False,
             window=tokens,
             sinks=(),
+            joint=False,
             gate="none",
             shared_kv=True,
         )
@@ -219,7 +222,9 @@ def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
     gradients = trial.gradients and whole
     call, other = trial.call(inputs, gradients=gradients), call_package(module, apart, gradients)
     kept = ["o"] if whole else []
-    kept += [f"{x}_{branch}" for branch in p.branches for x in ("o", "lse") if branch != "slc" or p.indices_given]
+    kept += [
+        f"{x}_{branch}" for branch in p.branches for x in ("o", "lse") if branch not in SELECTING or p.indices_given
+    ]
     kept += [f"d{name}" for name in call.gradients]
     expected, rounded = relations.regrouped(other, p.group, kept)
     rows = {name: call.tensors()[name] for name in kept}
@@ -243,7 +248,7 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     linear = len(branches) == len(p.branches) and not half
     gradients = trial.gradients and linear
     first, second = (trial.call(each, gradients=gradients).tensors() for each in (inputs, doubled))
-    rounded = ("slc", "cmp") if half and relations.has_subnormal(first.get("v_cmp")) else ("slc",) if half else ()
+    rounded = (*SELECTING, "cmp") if half and relations.has_subnormal(first.get("v_cmp")) else SELECTING if half else ()
     names = [f"o_{branch}" for branch in branches if branch not in rounded] + (["o"] if linear else [])
     before = {name: relations.normal(first[name]) for name in names}
     after = {name: second[name] for name in names}
@@ -327,6 +332,8 @@ def dense_branches(p: OracleParameters, case: Case) -> list[str]:
         found.append("slc")
     if p.window is not None and keys <= p.window:
         found.append("win")
+    if p.joint and found:
+        found = ["joint"]
     return [branch for branch in found if branch not in p.sinks]
 
 

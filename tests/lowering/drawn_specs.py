@@ -23,6 +23,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
         selection and (selection.indices, selection.scores, selection.scope, selection.pool, selection.sink),
         spec.window and spec.window.sink,
         spec.combine.gate,
+        spec.combine.sink,
         spec.kv,
         spec.passes,
         spec.dtype,
@@ -34,6 +35,8 @@ def features(spec: Spec) -> set[tuple[str, object]]:
     made: set[tuple[str, object]] = {
         ("branches", spec.branches),
         ("gate", spec.combine.gate),
+        ("joint", bool(spec.combine.joint)),
+        ("sink of joint branches", spec.combine.sink),
         ("kv", spec.kv),
         ("passes", spec.passes),
         ("dtype", spec.dtype),

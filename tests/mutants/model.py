@@ -103,6 +103,19 @@ SPECS: dict[str, Spec] = {
         sink_slc="learned",
         passes=("forward", "decode"),
     ),
+    "joint": small_spec(
+        "slc win", scale=0.37, indices="input", kv_heads=2, window=21, joint=True, sink_joint="learned"
+    ),
+    "cached joint": small_spec(
+        "slc win",
+        scale=0.37,
+        kv_heads=2,
+        scores="mean",
+        window=21,
+        joint=True,
+        sink_joint="learned",
+        passes=("forward", "decode"),
+    ),
     "sink and local": small_spec(scale=0.37, count=4, local=2, window=40, sink="learned"),
     "cached sink": small_spec("win", gate="none", scale=0.37, kv_heads=2, sink="learned", passes=("forward", "decode")),
     "cached": small_spec(scale=0.37, passes=("forward", "decode")),

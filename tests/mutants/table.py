@@ -17,6 +17,7 @@ from tests.mutants import (
     attention,
     backward,
     inference,
+    joint,
     key_major,
     key_major_backward,
     local_in_window,
@@ -42,6 +43,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *key_major_backward.MUTANTS,
     *local_in_window.MUTANTS,
     *sink.MUTANTS,
+    *joint.MUTANTS,
     *inference.MUTANTS,
     *options.MUTANTS,
 )

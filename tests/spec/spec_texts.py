@@ -108,6 +108,13 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.sampled_from([False, False, True])):
         document["version"] = 2
         document["window"] |= draw(st.sampled_from([{}, {"sink": "none"}, {"sink": "learned"}, {"sink": "learned"}]))
+    if {"selection", "window"} <= branches and document.get("kv") != "per_branch" and draw(st.integers(0, 3)) == 0:
+        document["version"] = 2
+        for name in ("selection", "window"):
+            document[name] = {key: value for key, value in document[name].items() if key != "sink"}
+        order = draw(st.permutations(["selection", "window"]))
+        sink = draw(st.sampled_from([{}, {"sink": "none"}, {"sink": "learned"}]))
+        document["combine"] = {**(document.get("combine") or {}), "joint": order, **sink}
     return {name: value for name, value in document.items() if name in branches or name not in _BRANCHES}
 
 

@@ -223,6 +223,27 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         "selection.sink",
     ),
     "window_sink_needs_version_2": ({"window": {"size": 8, "sink": "learned"}}, 8, 25, "window.sink"),
+    "combine_joint_needs_version_2": ({"combine": {"joint": ["selection", "window"]}}, 9, 18, "combine.joint"),
+    "combine_sink_needs_version_2": ({"combine": {"sink": "learned"}}, 9, 17, "combine.sink"),
+    "joint_needs_its_branches": (
+        {"version": 2, "window": None, "combine": {"joint": ["selection", "window"]}},
+        8,
+        18,
+        "combine.joint",
+    ),
+    "joint_needs_shared_keys": (
+        {"version": 2, "kv": "per_branch", "combine": {"joint": ["selection", "window"]}},
+        9,
+        5,
+        "kv",
+    ),
+    "joint_has_one_sink": (
+        {"version": 2, "window": {"size": 8, "sink": "learned"}, "combine": {"joint": ["selection", "window"]}},
+        8,
+        25,
+        "window.sink",
+    ),
+    "combined_sink_needs_joint": ({"version": 2, "combine": {"sink": "learned"}}, 9, 17, "combine.sink"),
     "stride_divides_compression_block": ({"compression": {"block": 24, "stride": 16}}, 6, 34, "compression.stride"),
     "computed_selection_needs_compression": ({"compression": None}, 6, 12, "selection"),
     "stride_divides_selection_block": ({"compression": {"block": 24, "stride": 24}}, 6, 34, "compression.stride"),
@@ -439,3 +460,22 @@ def test_a_sink_is_none_or_learned() -> None:
     assert problem.field == "window.sink"
     assert problem.message == "expected none or learned, got the string 'learnt'"
     assert problem.hint == "did you mean 'learned'?"
+
+
+@pytest.mark.parametrize(
+    ("joint", "got"),
+    [
+        (["selection"], "[selection]"),
+        (["selection", "selection"], "[selection, selection]"),
+        (["compression", "selection"], "[compression, selection]"),
+        ("window", "the string 'window'"),
+    ],
+)
+def test_joint_branches_are_selection_and_window_or_none(joint: object, got: str) -> None:
+    problem = only_problem(as_text(base_document(version=2, combine={"joint": joint})))
+    assert problem.field.startswith("combine.joint")
+    assert problem.message == f"expected [selection, window] or an empty list, got {got}"
+    for order in (["selection", "window"], ["window", "selection"]):
+        spec = parse_spec(as_text(base_document(version=2, combine={"joint": order})))
+        assert spec.combine.joint == ("selection", "window") and spec.branches == ("cmp", "joint")
+        assert "joint: [selection, window]" in spec.resolved_yaml() or "- selection" in spec.resolved_yaml()

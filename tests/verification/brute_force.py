@@ -52,7 +52,8 @@ def row(p: OracleParameters, s: dict, r: int, h: int) -> dict:
     """
     tokens = s["tokens"]
     t = tokens - s["q"].shape[0] + r
-    found: dict = {"o": [], "o_cmp": [], "lse_cmp": [], "o_slc": [], "lse_slc": [], "o_win": [], "lse_win": []}
+    found: dict = {"o": [], "o_cmp": [], "lse_cmp": [], "o_slc": [], "lse_slc": [], "o_win": [], "lse_win": [],
+                   "o_joint": [], "lse_joint": []}  # fmt: skip
     heads = range(h * p.group, (h + 1) * p.group)
     importance: dict[int, float] = {}
     if p.compression_block is not None:
@@ -86,8 +87,12 @@ def row(p: OracleParameters, s: dict, r: int, h: int) -> dict:
             found["indices"] = chosen + [-1] * (p.selection_count - len(chosen))
             found["importance"] = importance
         seen = [x for x in range(t + 1) if x // p.selection_block in chosen]
-        found |= attention_over(p, s, "slc", seen, r, h)
-    if p.window is not None:
+        if not p.joint:
+            found |= attention_over(p, s, "slc", seen, r, h)
+    if p.joint:
+        # A list of both branches' keys, each once.
+        found |= attention_over(p, s, "joint", sorted({*seen, *range(max(0, t - p.window + 1), t + 1)}), r, h)
+    elif p.window is not None:
         found |= attention_over(p, s, "win", list(range(max(0, t - p.window + 1), t + 1)), r, h)
     for g, head in enumerate(heads):
         total = [0.0] * p.head_dim_v

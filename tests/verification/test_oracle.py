@@ -54,6 +54,7 @@ def sequences_for_loops(spec, inputs: Inputs) -> list[dict]:
             "external": s.cmp,
             "slc": s.slc,
             "win": s.win,
+            "joint": s.joint,
             "learned": inputs.compression or {},
             "indices": s.indices,
         }
@@ -104,6 +105,13 @@ def test_fewer_queries_than_keys_align_to_the_end(given: bool) -> None:
 @pytest.mark.parametrize("branches", ["cmp", "slc", "win", "cmp win", "slc win", "cmp slc"])
 def test_absent_branches_are_left_out(branches: str, kv: str) -> None:
     spec = spec_of(branches=branches, kv=kv, indices_given="cmp" not in branches)
+    inputs = make_inputs(spec, batch=1, tokens=45, dtype=torch.float64, seed=5)
+    assert_agrees_with_loops(spec, inputs, [7, 30, 44])
+
+
+@pytest.mark.parametrize("branches", ["cmp slc win", "slc win"])
+def test_joint_branches_attend_to_each_key_of_either_once(branches: str) -> None:
+    spec = spec_of(branches=branches, joint=True, window=21, indices_given="cmp" not in branches)
     inputs = make_inputs(spec, batch=1, tokens=45, dtype=torch.float64, seed=5)
     assert_agrees_with_loops(spec, inputs, [7, 30, 44])
 

@@ -22,7 +22,8 @@ from tests.support import GPU, small_spec
 from tests.verification.verification_specs import spec_of
 
 LENGTHS = [1, 7, 60]
-AUX = ("o_cmp", "lse_cmp", "o_slc", "lse_slc", "o_win", "lse_win", "indices", "counts", "k_cmp", "v_cmp")
+AUX = ("o_cmp", "lse_cmp", "o_slc", "lse_slc", "o_win", "lse_win", "o_joint", "lse_joint", "indices", "counts",
+       "k_cmp", "v_cmp")  # fmt: skip
 
 
 def package(spec, *, change: Callable | None = None, tamper: Callable | None = None) -> SimpleNamespace:
@@ -30,7 +31,7 @@ def package(spec, *, change: Callable | None = None, tamper: Callable | None = N
     p = OracleParameters.from_spec(spec)
     p = change(p) if change else p
     names = ("q", "k", "v", "gates", "compression", "k_slc", "v_slc", "k_win", "v_win", "k_cmp", "v_cmp",
-             "indices", "counts", "sink_slc", "sink_win", "cu_seqlens")  # fmt: skip
+             "indices", "counts", "sink_slc", "sink_win", "sink", "cu_seqlens")  # fmt: skip
 
     def nsa_attention(q, k, v, *, return_aux: bool, recompute: tuple[str, ...] = (), **more):
         assert return_aux and set(more) <= set(names) and set(recompute) <= set(p.branches)

@@ -26,7 +26,7 @@ class OracleParameters:
     """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
 
     Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch. `sinks`
-    are the branches whose softmax has one.
+    are the branches whose softmax has one; with `joint`, selection and window are one branch of this name.
     """
 
     query_heads: int
@@ -52,6 +52,7 @@ class OracleParameters:
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
     sinks: tuple[str, ...] = ()
+    joint: bool = False
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
     tf32: bool = False
 
@@ -59,7 +60,8 @@ class OracleParameters:
     def from_spec(cls, spec: Any) -> OracleParameters:
         """Read the parameters from a spec (any object with the fields of `nsa_gen.spec.Spec`)."""
         compression, selection, window = spec.compression, spec.selection, spec.window
-        sunk = {"slc": selection, "win": window}
+        joint = bool(spec.combine.joint)
+        sunk = {"joint": spec.combine} if joint else {"slc": selection, "win": window}
         found: dict[str, Any] = {}
         if compression is not None:
             found |= {
@@ -92,6 +94,7 @@ class OracleParameters:
             shared_kv=spec.kv == "shared",
             window=None if window is None else window.size,
             sinks=tuple(name for name, each in sunk.items() if each is not None and each.sink == "learned"),
+            joint=joint,
             gate=spec.combine.gate,
             tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
             **found,
@@ -126,7 +129,8 @@ class OracleParameters:
     def branches(self) -> tuple[str, ...]:
         """The branches present, in the order of the gates."""
         compressed = self.compression_block if self.compression_output else None
-        present = {"cmp": compressed, "slc": self.selection_block, "win": self.window}
+        present = {"cmp": compressed}
+        present |= {"joint": self.window} if self.joint else {"slc": self.selection_block, "win": self.window}
         return tuple(name for name, size in present.items() if size is not None)
 
     def compressed_blocks(self, tokens: int) -> int:

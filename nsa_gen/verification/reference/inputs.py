@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification.reference.dense import OracleParameters, exact_dtype
-from nsa_gen.verification.reference.oracle import SINKS, argument_suffixes, mapped
+from nsa_gen.verification.reference.oracle import SINKS, argument_suffixes, mapped, sink_name
 
 Kind = Literal["gaussian", "strided", "spread", "hot", "rising", "falling", "late", "abyss", "ties", "counts", "nan"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -52,6 +52,7 @@ class Inputs:
     counts: Tensor | None = None
     sink_slc: Tensor | None = None
     sink_win: Tensor | None = None
+    sink: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def make_inputs(
             shape = found["indices"].shape[:-1]
             found["counts"] = torch.randint(0, p.selection_count + 1, shape, generator=generator, dtype=torch.int32)
     for branch in p.sinks:
-        found[f"sink_{branch}"] = 2.0 * draw(p.query_heads)
+        found[sink_name(branch)] = 2.0 * draw(p.query_heads)
     if packed:
         found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     if kind in ("spread", "hot", "rising", "falling", "late"):

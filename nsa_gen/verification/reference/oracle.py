@@ -31,8 +31,10 @@ from nsa_gen.verification.reference.dense import (
 )
 
 SCORE_BYTES = 1 << 28
-SINKS = ("sink_slc", "sink_win")
+SINKS = ("sink_slc", "sink_win", "sink")
 """Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
+RAW_BRANCHES = ("slc", "win", "joint")
+"""Branches that attend to raw keys and values."""
 BY_TOKEN = ("q", "gates", "indices", "counts", "do")
 """Tensors with a row a query token."""
 BY_BLOCK = ("importance", "fingerprint", "magnitude")
@@ -57,6 +59,8 @@ class OracleResult:
     lse_slc: Tensor | None = None
     o_win: Tensor | None = None
     lse_win: Tensor | None = None
+    o_joint: Tensor | None = None
+    lse_joint: Tensor | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
     importance: Tensor | None = None
@@ -77,10 +81,10 @@ Pair = tuple[Tensor, Tensor]
 class Sequence:
     """One sequence, its tensors without a batch dimension; a branch that is absent has None.
 
-    `raw_cmp`, `slc`, `win` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when the caller
-    passes them, else by `compress`; where compressed keys have no output, the values of both have no columns. `sinks`,
-    each (Hq,), and phi's parameters, `learned`, are by the names of their arguments and the same for every sequence of
-    a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
+    `raw_cmp`, `slc`, `win` and `joint` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when
+    the caller passes them, else by `compress`; where compressed keys have no output, the values of both have no
+    columns. `sinks`, each (Hq,), and phi's parameters, `learned`, go by the names of their arguments and are the same
+    for every sequence of a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
     """
 
     tokens: int
@@ -90,6 +94,7 @@ class Sequence:
     cmp: Pair | None = None
     slc: Pair | None = None
     win: Pair | None = None
+    joint: Pair | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
     do: Tensor | None = None
@@ -98,8 +103,13 @@ class Sequence:
 
     def sink(self, branch: str, kv_heads: int) -> Tensor | None:
         """The sink (Hkv, G) of a branch's softmax, None where it has none."""
-        sink = self.sinks.get(f"sink_{branch}")
+        sink = self.sinks.get(sink_name(branch))
         return None if sink is None else sink.unflatten(0, (kv_heads, -1))
+
+
+def sink_name(branch: str) -> str:
+    """The argument that is the sink of a branch's softmax."""
+    return "sink" if branch == "joint" else f"sink_{branch}"
 
 
 def mapped(record: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
@@ -141,7 +151,8 @@ def branch_mask(p: OracleParameters, s: Sequence, branch: str, t: Tensor, indice
     if branch == "win":
         return visible_window(p, t, s.tokens)
     assert indices is not None
-    return visible_selected(p, t, s.tokens, indices, s.counts)
+    selected = visible_selected(p, t, s.tokens, indices, s.counts)
+    return selected | visible_window(p, t, s.tokens) if branch == "joint" else selected
 
 
 def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequence:
@@ -149,7 +160,7 @@ def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequen
     tokens = s.tokens - s.q.shape[0] + stop
     kept = {
         **dict.fromkeys(BY_TOKEN, slice(start, stop)),
-        **dict.fromkeys(("slc", "win"), slice(tokens)),
+        **dict.fromkeys(RAW_BRANCHES, slice(tokens)),
         "cmp": slice(p.compressed_blocks(tokens)),
     }
     part = replace(s, tokens=tokens, raw_cmp=None, learned={})
@@ -169,9 +180,8 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
             found["counts"] = s.counts
 
     for branch in p.branches:  # compression comes first: selection may need its importance
-        if branch == "slc" and p.computed and p.scores == "mean":
-            assert s.slc is not None
-            scored = mean_scores(p, q, s.slc[0], p.selection_blocks(s.tokens))
+        if branch in ("slc", "joint") and p.computed and p.scores == "mean":
+            scored = mean_scores(p, q, getattr(s, branch)[0], p.selection_blocks(s.tokens))
             found["importance"], found["magnitude"], found["fingerprint"] = scored
             if s.indices is None:
                 found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
@@ -293,8 +303,7 @@ def split_sequences(
                 tokens=tokens,
                 raw_cmp=raw.get("cmp"),
                 cmp=cmp,
-                slc=raw.get("slc"),
-                win=raw.get("win"),
+                **{name: raw[name] for name in RAW_BRANCHES if name in raw},
                 sinks={name: x for name in SINKS if (x := tensors.get(name)) is not None},
                 learned=learned or {},
                 **mine,
@@ -358,6 +367,7 @@ def reference_attention(
     counts: Tensor | None = None,
     sink_slc: Tensor | None = None,
     sink_win: Tensor | None = None,
+    sink: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     score_bytes: int = SCORE_BYTES,
 ) -> OracleResult:
@@ -367,8 +377,8 @@ def reference_attention(
     and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
     the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
     computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. `sink_slc` and `sink_win` (Hq,) are branches' sinks.
-    Query rows are taken in chunks whose scores need at most `score_bytes`.
+    computed all the same), for comparisons on equal indices. `sink_slc`, `sink_win` and `sink` (Hq,), of joint
+    branches, are branches' sinks. Query rows are taken in chunks whose scores need at most `score_bytes`.
 
     Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
     Raises ValueError where the spec needs an argument that is None.
@@ -376,7 +386,7 @@ def reference_attention(
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
         "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_slc": sink_slc,
-        "sink_win": sink_win,
+        "sink_win": sink_win, "sink": sink,
     }  # fmt: skip
     learned = learned_parameters(compression)
     if parameters.gate != "none":
@@ -384,7 +394,7 @@ def reference_attention(
     if parameters.indices_given:
         _required("indices", indices)
     for branch in parameters.sinks:
-        _required(f"sink_{branch}", tensors[f"sink_{branch}"])
+        _required(sink_name(branch), tensors[sink_name(branch)])
     sequences = split_sequences(parameters, tensors, cu_seqlens, learned)
     nothing = not sequences
     if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
