@@ -62,20 +62,21 @@ class DecodeInputs:
 def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
     p = OracleParameters.from_spec(spec)
-    rows = p.compressed_blocks(tokens) + min(p.selection_count * (p.selection_block or 0), tokens)
-    rows += min(p.window or 0, tokens)
-    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * _element_bytes(spec)
+    raw = min(p.selection_count * (p.selection_block or 0), tokens) + min(p.window or 0, tokens)
+    return _rows_bytes(spec, p, raw, p.compressed_blocks(tokens), batch)
 
 
 def cache_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of one layer of a cache, about: raw keys and values of one pair, and compressed ones."""
     p = OracleParameters.from_spec(spec)
-    rows = tokens + p.compressed_blocks(tokens)
-    return batch * p.kv_heads * rows * (p.head_dim_qk + p.head_dim_v) * _element_bytes(spec)
+    return _rows_bytes(spec, p, tokens, p.compressed_blocks(tokens), batch)
 
 
-def _element_bytes(spec: Spec) -> int:
-    return torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
+def _rows_bytes(spec: Spec, p: OracleParameters, raw: int, compressed: int, batch: int) -> int:
+    """Bytes of rows of keys and values of each sequence."""
+    element = torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
+    width = batch * p.kv_heads * (p.head_dim_qk + p.head_dim_v)
+    return width * (raw * (1 if spec.cache else element) + compressed * element)
 
 
 def decode_inputs(
@@ -96,7 +97,10 @@ def decode_inputs(
     cache = package.NSACache(batch, tokens + room, layers=layers, page_size=page_size, device=device)
     for layer in cache.layers:
         for tensor in layer:
-            tensor.normal_(generator=generator)
+            if tensor.dtype == torch.uint8:  # codes; 0x7f is NaN
+                tensor.random_(0, 0x60, generator=generator)
+            elif tensor.dim() == 4:
+                tensor.normal_(generator=generator)
     cache.extend(tokens)
     small = make_inputs(spec, batch=1, tokens=64, dtype=getattr(torch, spec.dtype), device=device, seed=seed)
     shape = (batch, 1, *small.q.shape[2:])
