@@ -82,9 +82,10 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     if selection is None:
         raise ValueError("selection: expected a selection, got none")
     _expect("selection.indices", selection["indices"], "input" if compression is None else "computed")
-    for field, value in {"scores": "compression", "pool": "sum", "scope": "group"}.items():
+    for field, value in {"scores": "compression", "pool": "sum", "scope": "group", "sink": "none"}.items():
         _expect(f"selection.{field}", selection.get(field, value), value)
     if compression is not None:
+        _expect("compression.output", compression.get("output", True), True)
         _expect("compression.block", compression["block"], selection["block"])
         _expect("compression.stride", compression["stride"], selection["block"])
         for side in ("key", "value"):

@@ -43,6 +43,7 @@ def small_spec(
     phi_value: str | None = None,
     position: tuple[str, str] = ("none", "none"),
     compression: tuple[int, int] = (8, 4),
+    output: bool = True,
     block: int = 16,
     count: int = 3,
     initial: int = 1,
@@ -53,6 +54,7 @@ def small_spec(
     scope: str = "group",
     window: int = 10,
     sink: str = "none",
+    sink_slc: str = "none",
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
     """A spec of the branches named; compression is (l, d), and block is l'."""
@@ -60,16 +62,19 @@ def small_spec(
     if "cmp" in branches:
         kinds = Phi(key=phi, value=phi_value or phi, hidden=16 if "mlp" in (phi, phi_value) else None)
         places = Position(key=position[0], value=position[1])
-        present["compression"] = Compression(block=compression[0], stride=compression[1], phi=kinds, position=places)
+        present["compression"] = Compression(
+            block=compression[0], stride=compression[1], phi=kinds, position=places, output=output
+        )
     if "slc" in branches:
         forced = {} if indices == "input" else {"initial": initial, "local": local}
         present["selection"] = Selection(
-            block=block, count=count, indices=indices, scores=scores, pool=pool, scope=scope, **forced
+            block=block, count=count, indices=indices, scores=scores, pool=pool, scope=scope, sink=sink_slc, **forced
         )
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
+    later = (sink, sink_slc, scores, pool, scope, output)
     spec = Spec(
-        version=1 if (sink, scores, pool, scope) == ("none", "compression", "sum", "group") else 2,
+        version=1 if set(later) <= {"none", "compression", "sum", "group", True} else 2,
         name="under_test",
         heads=Heads(query=group * kv_heads, kv=kv_heads),
         head_dim=HeadDim(qk=dims[0], v=dims[1]),

@@ -63,20 +63,20 @@ def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
     p = OracleParameters.from_spec(spec)
     raw = min(p.selection_count * (p.selection_block or 0), tokens) + min(p.window or 0, tokens)
-    return _rows_bytes(spec, p, raw, p.compressed_blocks(tokens), batch)
+    return batch * p.kv_heads * _head_bytes(spec, p, raw, tokens)
 
 
 def cache_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of one layer of a cache, about: raw keys and values of one pair, and compressed ones."""
     p = OracleParameters.from_spec(spec)
-    return _rows_bytes(spec, p, tokens, p.compressed_blocks(tokens), batch)
+    return batch * p.kv_heads * _head_bytes(spec, p, tokens, tokens)
 
 
-def _rows_bytes(spec: Spec, p: OracleParameters, raw: int, compressed: int, batch: int) -> int:
-    """Bytes of rows of keys and values of each sequence."""
+def _head_bytes(spec: Spec, p: OracleParameters, raw: int, tokens: int) -> int:
+    """Bytes of one KV head's keys and values: so many raw rows, and the compressed ones of a sequence."""
     element = torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
-    width = batch * p.kv_heads * (p.head_dim_qk + p.head_dim_v)
-    return width * (raw * (1 if spec.cache else element) + compressed * element)
+    compressed = p.compressed_blocks(tokens) * (p.head_dim_qk + p.head_dim_v * p.compression_output)
+    return raw * (p.head_dim_qk + p.head_dim_v) * (1 if spec.cache else element) + compressed * element
 
 
 def decode_inputs(

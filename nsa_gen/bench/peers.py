@@ -71,8 +71,8 @@ class _PublicPackage(Contender):
             return "it scores blocks by the compressed keys"
         if spec.kv != "shared":
             return "its branches share one pair of keys and values"
-        if spec.window.sink != "none":
-            return "its window has no sink"
+        if (spec.selection.sink, spec.window.sink) != ("none", "none"):
+            return "its branches have no sinks"
         if spec.combine.gate != "sigmoid":
             return "compared with sigmoid gates only"
         if spec.dtype == "float32":

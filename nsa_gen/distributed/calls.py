@@ -50,7 +50,8 @@ def operators_of(spec: Spec, head_groups: int, ranks: int, package: ModuleType |
         heads = {"query": spec.heads.query // head_groups, "kv": spec.heads.kv // head_groups}
         some = spec.replace(name=_named(spec, f"heads_{heads['query']}"), heads=heads)
     plan = lower(some)
-    given = _with_given_blocks(some) if plan.compresses and ranks > 1 else None
+    # Compressed keys that only choose blocks do not travel: their gradient is none, and each rank makes its own.
+    given = _with_given_blocks(some) if plan.compresses and plan.compressed_output and ranks > 1 else None
     given_plan = None if given is None else lower(given)
     if given_plan is not None and not given_plan.raw_names:  # nothing would say how many keys there are
         given = given_plan = None

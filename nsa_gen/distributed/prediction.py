@@ -165,7 +165,7 @@ def _sent_bytes(plan: Plan, shards: Shards, batch: int) -> tuple[int, int]:
     head = {"k": spec.head_dim.qk, "v": spec.head_dim.v}
     token = sum(head[name[0]] for name in plan.raw_names) * spec.heads.kv * element * batch
     raw = token * gathered_rows(shards.segments, shards.ranks)
-    if not plan.compresses:
+    if not (plan.compresses and plan.compressed_output):
         return raw, 0
     block, stride = _blocks(plan)
     rows = gathered_rows(shards.block_segments(block, stride), shards.ranks)

@@ -47,7 +47,10 @@ def choose_schedule(spec: Spec, target: str) -> Config:
 
 @dataclass(frozen=True)
 class Band:
-    """A branch whose visible keys are one moving range: pairs of (query, key) it must and does compute."""
+    """A branch whose visible keys are one moving range: pairs of (query, key) it must and does compute.
+
+    One without `output` is no branch of its own: it has no values, and its lse serves the choice of blocks.
+    """
 
     op: str
     branch: str
@@ -55,6 +58,7 @@ class Band:
     pairs: sympy.Expr
     computed_pairs: sympy.Expr
     key_rows: sympy.Expr
+    output: bool = True
 
 
 def bands(spec: Spec) -> list[Band]:
@@ -65,7 +69,8 @@ def bands(spec: Spec) -> list[Band]:
         pairs = s.B * s.Hq * s.T**2 / (2 * s.CMP_STRIDE)
         # A query tile computes whole key tiles up to the staircase's highest step.
         edge = s.B * s.Hq * s.T * (s.QUERY_BLOCK / s.CMP_STRIDE + s.KEY_BLOCK) / 2
-        found.append(Band("compressed", "cmp", "compressed blocks", pairs, pairs + edge, rows))
+        output = spec.compression.output
+        found.append(Band("compressed", "cmp", "compressed blocks", pairs, pairs + edge, rows, output))
     if spec.window:
         pairs = s.B * s.Hq * s.T * s.WINDOW
         computed = s.B * s.Hq * s.T * (s.WINDOW + s.QUERY_BLOCK + s.KEY_BLOCK)
@@ -75,6 +80,8 @@ def bands(spec: Spec) -> list[Band]:
 
 def forward_kernel(spec: Spec, band: Band) -> Kernel:
     """o and lse of a branch."""
+    if not band.output:
+        return _lse_kernel(spec, band)
     kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
     # The window's may leave a part of o for the selected branch's local blocks, too.
     written = O_BYTES * (1 + s.LOCAL_IN_WINDOW) if band.branch == "win" else O_BYTES
@@ -105,8 +112,35 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
     )
 
 
+def _lse_kernel(spec: Spec, band: Band) -> Kernel:
+    """The same without values: the lse alone."""
+    return Kernel(
+        name=f"{band.op}_lse",
+        module="banded",
+        function="banded_forward",
+        branch=band.branch,
+        direction="forward",
+        purpose=f"lse of the scores of {band.keys}",
+        schedule="query tiles stream key tiles",
+        tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
+        constraints=(height_rule(s.QUERY_BLOCK),),
+        resources=Resources(
+            shared_memory=(s.QUERY_BLOCK + s.NUM_STAGES * s.KEY_BLOCK) * s.PAD_QK * s.E,
+            registers=s.QUERY_BLOCK * sympy.Rational(3, 2) * s.KEY_BLOCK,
+            flops=2 * band.computed_pairs * s.PAD_QK,
+            traffic=band.computed_pairs / s.QUERY_BLOCK * s.PAD_QK * s.E + Q_BYTES,
+            streamed=s.KEY_BLOCK,
+            height=s.QUERY_BLOCK,
+        ),
+        useful_flops=2 * band.pairs * s.Dk,
+        compulsory_bytes=Q_BYTES + band.key_rows * s.Hkv * s.Dk * s.E + LSE_BYTES,
+    )
+
+
 def backward_kernels(spec: Spec, band: Band) -> list[Kernel]:
-    """Gradients of a branch, in the order in which they run."""
+    """Gradients of a branch, in the order in which they run; without output it has none."""
+    if not band.output:
+        return []
     return [_dq_kernel(spec, band), _dkdv_kernel(spec, band)]
 
 

@@ -19,10 +19,23 @@ def raw_readers(spec: Spec) -> tuple[str, ...]:
 
 
 def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
-    """Names of the arguments that hold a branch's raw keys and values."""
+    """Names of the arguments that hold a branch's raw keys and values; without output, those of compressed keys."""
+    if branch == "cmp" and "cmp" not in spec.branches:
+        branch = "slc"  # they score the selection's keys
     if spec.kv == "shared" or branch == raw_readers(spec)[0]:
         return "k", "v"
     return f"k_{branch}", f"v_{branch}"
+
+
+def sunk_branches(spec: Spec) -> tuple[str, ...]:
+    """Branches whose softmax has a sink."""
+    members = {"slc": spec.selection, "win": spec.window}
+    return tuple(name for name, member in members.items() if member is not None and member.sink == "learned")
+
+
+def sink_name(branch: str) -> str:
+    """Name of the argument that is the sink of a branch's softmax."""
+    return f"sink_{branch}"
 
 
 def selected_lists(spec: Spec) -> int:

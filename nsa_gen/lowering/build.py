@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
 from nsa_gen.lowering import banded, hopper, hopper_backward, selected, space
-from nsa_gen.lowering.branches import raw_readers, selected_lists
+from nsa_gen.lowering.branches import raw_readers, selected_lists, sink_name, sunk_branches
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
 from nsa_gen.lowering.decode import inference_kernels
@@ -89,11 +89,13 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
         elif spec.kv == "per_branch":
             arguments += [Argument(f"k_{branch}", key), Argument(f"v_{branch}", value)]
     if spec.external:
-        arguments += [Argument("k_cmp", ("B", "Nc", "Hkv", "Dk")), Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))]
+        assert spec.compression is not None
+        output = spec.compression.output
+        arguments.append(Argument("k_cmp", ("B", "Nc", "Hkv", "Dk"), differentiable=output))
+        arguments += [Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))] if output else []
     if spec.combine.gate != "none":
         arguments.append(Argument("gates", ("B", "Tq", "Hq", str(len(spec.branches)))))
-    if spec.window and spec.window.sink == "learned":
-        arguments.append(Argument("sink_win", ("Hq",), dtype="float32"))
+    arguments += [Argument(sink_name(branch), ("Hq",), dtype="float32") for branch in sunk_branches(spec)]
     arguments += compression_parameters(spec)
     if spec.selection:
         # Where the operator computes the selection, one that was made before may be given in its place.
@@ -106,7 +108,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
 
 def _outputs(spec: Spec) -> tuple[Output, ...]:
     o_dims, lse_dims = ("B", "Tq", "Hq", "Dv"), ("B", "Tq", "Hq")
-    compressed = compression_outputs(spec)
+    compressed = compression_outputs(spec) if "cmp" in spec.branches else ()
     alone = len(spec.branches) == 1 and spec.combine.gate == "none"
     outputs = [Output("o", o_dims, auxiliary=False)]
     for branch in spec.branches:

@@ -69,6 +69,7 @@ QK_V = s.PAD_QK + s.PAD_V
 SCORES = s.SCORES_STAGED * s.QUERY_BLOCK * s.KEY_BLOCK
 Q_BYTES = s.B * s.T * s.Hq * s.Dk * s.E
 O_BYTES = s.B * s.T * s.Hq * s.Dv * s.E
+KEY_BYTES = s.B * s.T * s.Hkv * s.Dk * s.E
 KV_BYTES = s.B * s.T * s.Hkv * (s.Dk + s.Dv) * s.E
 LSE_BYTES = s.B * s.T * s.Hq * FP32
 

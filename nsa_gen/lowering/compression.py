@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import FP32, KV_BYTES
+from nsa_gen.lowering.common import FP32, KEY_BYTES, KV_BYTES
 from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.plan import Argument, Kernel, Output, Resources, Tunable
 from nsa_gen.spec import Spec
@@ -49,15 +49,18 @@ def compression_outputs(spec: Spec) -> tuple[Output, ...]:
 
 #: Keys and values, and the rows that phi makes of them.
 _POOLED_BYTES = KV_BYTES * (1 + 1 / s.CMP_STRIDE)
+#: The same of keys alone, where these have no output.
+_POOLED_KEY_BYTES = KEY_BYTES * (1 + 1 / s.CMP_STRIDE)
 
 
 def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
     """Kernels of phi, forward and backward; keys and values share them."""
     sides = compressed_sides(spec)
-    backward = "backward" in spec.passes
+    backward = "backward" in spec.passes and "cmp" in spec.branches
     kernels: list[Kernel] = []
     if any(side.pooled for side in sides):
-        kernels.append(_pool("pool_forward", "forward", "weighted sum of each block's tokens", s.BLOCK_TILE))
+        moved = _POOLED_BYTES if "cmp" in spec.branches else _POOLED_KEY_BYTES
+        kernels.append(_pool("pool_forward", "forward", "weighted sum of each block's tokens", s.BLOCK_TILE, moved))
         if backward:
             moved = _gradient_bytes(spec) + KV_BYTES / s.E * FP32 / s.CMP_STRIDE
             kernels.append(_pool("pool_backward_input", "backward", "gradient of a pooled input", s.TOKEN_BLOCK, moved))

@@ -43,7 +43,7 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
         if any(side.multiplied for side in compressed_sides(spec)):
             kernels.append(_append_linear(spec))
         if spec.external:
-            kernels.append(_append_compressed())
+            kernels.append(_append_compressed(spec))
         kernels.append(_decode_compressed(spec))
     if _ranks(spec, "mean"):
         kernels.append(append_means(spec))
@@ -99,7 +99,7 @@ def _append(spec: Spec) -> Kernel:
     purpose = "new keys and values into the cache"
     if any(side.pooled for side in compressed_sides(spec)):
         purpose += ", and the blocks they complete"
-        moved += s.B * s.Hkv * _raw_bytes(spec) * s.CMP_BLOCK / s.CMP_STRIDE
+        moved += s.B * s.Hkv * _compressed_row(spec) * s.CMP_BLOCK / s.CMP_STRIDE
     registers = s.TOKEN_BLOCK * sympy.Max(s.PAD_QK, s.PAD_V)
     return _simple(
         "append", "append", "all", purpose, "one pass over the new tokens", moved,
@@ -143,8 +143,13 @@ def _append_linear(spec: Spec) -> Kernel:
     )
 
 
-def _append_compressed() -> Kernel:
-    moved = 2 * s.B * s.Hkv * _ROW_BYTES / s.CMP_STRIDE
+def _compressed_row(spec: Spec) -> sympy.Expr:
+    """Bytes of a compressed key and, if there is an output, its value."""
+    return _ROW_BYTES if "cmp" in spec.branches else s.Dk * s.E
+
+
+def _append_compressed(spec: Spec) -> Kernel:
+    moved = 2 * s.B * s.Hkv * _compressed_row(spec) / s.CMP_STRIDE
     return _simple(
         "append_compressed", "append", "cmp", "compressed blocks of the caller into the cache", "one pass", moved,
         (Tunable(s.BLOCK_TILE.name, (16,)), *launch(warps=(4,), stages=(1,))),
@@ -167,12 +172,16 @@ def _decode_compressed(spec: Spec) -> Kernel:
     )
     keys = s.B * s.Hkv * s.T / s.CMP_STRIDE
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else _ZERO
+    row_bytes, output = _compressed_row(spec), spec.compression.output
+    pad_v, dims = (s.PAD_V, s.Dk + s.Dv) if output else (_ZERO, s.Dk)
+    columns = s.PAD_QK + pad_v
+    purpose = "parts of attention to compressed blocks" if output else "lse of compressed blocks in parts"
     return Kernel(
         name="decode_compressed",
         module="decode_compressed",
         branch="cmp",
         direction="decode",
-        purpose="parts of attention to compressed blocks" + (", and importance of selection blocks" if scored else ""),
+        purpose=purpose + (", and importance of selection blocks" if scored else ""),
         schedule="split over the compressed blocks",
         tunables=(
             _key_tiles(spec, least),
@@ -181,16 +190,16 @@ def _decode_compressed(spec: Spec) -> Kernel:
         ),
         constraints=(),
         resources=Resources(
-            shared_memory=_KV_TILE + 16 * QK_V * s.E,
-            registers=48 * (s.PAD_V + 2 * s.KEY_BLOCK) + s.KEY_BLOCK * s.PAD_V / 2,
-            flops=2 * keys * s.SELECTED_ROWS * QK_V,
+            shared_memory=(s.KEY_BLOCK * s.NUM_STAGES + 16) * columns * s.E,
+            registers=48 * (pad_v + 2 * s.KEY_BLOCK) + s.KEY_BLOCK * pad_v / 2,
+            flops=2 * keys * s.SELECTED_ROWS * columns,
             # Memory is what it waits for: larger tiles and a deeper pipeline keep more loads in flight.
-            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)) + importance,
+            traffic=keys * row_bytes * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)) + importance,
             streamed=s.KEY_BLOCK,
             height=sympy.Integer(64),
         ),
-        useful_flops=2 * keys * s.G * (s.Dk + s.Dv),
-        compulsory_bytes=keys * _ROW_BYTES,
+        useful_flops=2 * keys * s.G * dims,
+        compulsory_bytes=keys * row_bytes,
     )
 
 
@@ -206,7 +215,7 @@ def _decode_select(spec: Spec) -> Kernel:
     registers = 64 * s.BLOCK_TILE if scored else _ZERO
     if means:
         registers += s.BLOCK_TILE * s.PAD_QK
-    merged, best = "compressed attention merged" if spec.compression else "", "blocks selected"
+    merged, best = "compressed attention merged" if "cmp" in spec.branches else "", "blocks selected"
     return Kernel(
         name="decode_select",
         module="decode_select",

@@ -25,7 +25,7 @@ def hopper_fits(spec: Spec, *branches: str) -> bool:
 
     It takes 16-bit inputs, head dims that fit, and a branch of banded attention whose softmax has no sink.
     """
-    without_sink = {"cmp": spec.compression is not None, "win": spec.window is not None and spec.window.sink == "none"}
+    without_sink = {"cmp": "cmp" in spec.branches, "win": spec.window is not None and spec.window.sink == "none"}
     banded = any(without_sink[branch] for branch in branches or without_sink)
     return banded and spec.dtype != "float32" and (spec.head_dim.qk, spec.head_dim.v) in _HEAD_DIMS
 

@@ -25,7 +25,7 @@ def hopper_selected_backward_fits(spec: Spec) -> bool:
 
 def hopper_banded_backward_fits(spec: Spec) -> bool:
     """Whether the package has the kernel of banded attention's dk and dv."""
-    return (spec.compression is not None or spec.window is not None) and _fits(spec)
+    return not {"cmp", "win"}.isdisjoint(spec.branches) and _fits(spec)
 
 
 def _fits(spec: Spec) -> bool:

@@ -33,6 +33,8 @@ class InferencePlan:
         v: HeadDim
         overlap: Overlap | None
         compressed: Step | None
+        compressed_output: bool
+        compressed_names: tuple[str, ...]
         selected: Step | None
         compresses: bool
         external: bool
@@ -62,8 +64,7 @@ class InferencePlan:
     @property
     def cache_names(self) -> tuple[str, ...]:
         """Tensors of a layer of the cache, in order."""
-        compressed = ("k_cmp", "v_cmp") if self.compressed else ()
-        return (*self.raw_names, *compressed, *(("mean_keys",) if self.decode_means else ()))
+        return (*self.raw_names, *self.compressed_names, *(("mean_keys",) if self.decode_means else ()))
 
     @property
     def cache_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -73,7 +74,7 @@ class InferencePlan:
     @property
     def append_names(self) -> tuple[str, ...]:
         """Tensors that a caller brings for new tokens."""
-        return (*self.raw_names, *(("k_cmp", "v_cmp") if self.external else ()))
+        return (*self.raw_names, *(self.compressed_names if self.external else ()))
 
     def head_dim(self, name: str) -> str:
         """What the head dim of a tensor of keys or values is called: Dk or Dv."""
@@ -212,8 +213,9 @@ class InferencePlan:
         found = []
         if self.compressed:
             splits = "MOST_COMPRESSED_SPLITS"
+            if self.compressed_output:
+                found.append(("compressed_parts", "(rows, splits, Dv) fp32", f"floats(rows, {splits}, DV)"))
             found += [
-                ("compressed_parts", "(rows, splits, Dv) fp32", f"floats(rows, {splits}, DV)"),
                 ("compressed_max", "(rows, splits) fp32, base 2", f"floats(rows, {splits})"),
                 ("compressed_sum", "(rows, splits) fp32", f"floats(rows, {splits})"),
             ]

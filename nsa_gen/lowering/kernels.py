@@ -12,6 +12,7 @@ import sympy
 
 from nsa_gen.lowering import banded, selected
 from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.branches import sunk_branches
 from nsa_gen.lowering.common import KV_BYTES, LSE_BYTES, O_BYTES, Q_BYTES, elementwise, rows_tunables
 from nsa_gen.lowering.plan import Kernel, Tunable
 from nsa_gen.lowering.selection import selection_kernels
@@ -34,6 +35,8 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
         backward += selected.backward_kernels(spec)
     combined = spec.combine.gate != "none" or len(spec.branches) > 1
     backward.insert(0, _delta(whole=not combined))
+    if sunk_branches(spec):
+        backward.append(_sink_gradient())
     if combined:
         forward.append(_combine(spec, "forward"))
         backward.insert(0, _combine(spec, "backward"))
@@ -67,3 +70,9 @@ def _delta(*, whole: bool) -> Kernel:
         2 * O_BYTES + LSE_BYTES, rows_tunables(),
     )  # fmt: skip
     return dataclasses.replace(kernel, whole=whole)
+
+
+def _sink_gradient() -> Kernel:
+    tiles = (Tunable(s.ROW_BLOCK.name, (16, 32, 64)), Tunable("num_warps", (4,)), Tunable("num_stages", (1,)))
+    purpose = "gradient of a sink, for each tile of tokens"
+    return elementwise("sink_gradient", "sink", "all", "backward", purpose, 3 * LSE_BYTES, tiles)

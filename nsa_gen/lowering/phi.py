@@ -29,12 +29,11 @@ class CompressedSide:
 
 
 def compressed_sides(spec: Spec) -> tuple[CompressedSide, ...]:
-    """Keys and values, in this order; empty where the package does not compress."""
+    """Keys and, where they have an output, values, in this order; empty where the package does not compress."""
     compression = spec.compression
     if compression is None or spec.external:
         return ()
     phi, position = compression.phi, compression.position
-    return (
-        CompressedSide("key", "k", phi.key, position.key == "learned", spec.head_dim.qk),
-        CompressedSide("value", "v", phi.value, position.value == "learned", spec.head_dim.v),
-    )
+    key = CompressedSide("key", "k", phi.key, position.key == "learned", spec.head_dim.qk)
+    value = CompressedSide("value", "v", phi.value, position.value == "learned", spec.head_dim.v)
+    return (key, value) if compression.output else (key,)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import sympy
 
 from nsa_gen.hardware import TARGETS
-from nsa_gen.lowering.branches import BACKWARD_ORDER
+from nsa_gen.lowering.branches import BACKWARD_ORDER, sink_name
 from nsa_gen.lowering.heads import HeadDim
 from nsa_gen.lowering.inference import InferencePlan
 from nsa_gen.lowering.overlap import Overlap
@@ -206,7 +206,7 @@ class Step:
     @property
     def sink(self) -> str:
         """The read that is a sink of the softmax: a logit per query head, without a value; empty where it has none."""
-        return f"sink_{self.branch}" if self.constants.get("SINK") else ""
+        return sink_name(self.branch) if self.constants.get("SINK") else ""
 
     def size(self, name: str) -> int:
         """A constant that is a number of tokens, blocks or slots."""
@@ -284,8 +284,20 @@ class Plan(InferencePlan):
 
     @property
     def compressed(self) -> Step | None:
-        """Attention to compressed keys."""
-        return self.step("attend", "cmp")
+        """Attention to compressed keys, or where they have no output, their lse."""
+        return self.writer("lse_cmp")
+
+    @property
+    def compressed_output(self) -> bool:
+        """Compressed keys have values and a branch, as opposed to serving the choice of blocks alone."""
+        return "cmp" in self.branches
+
+    @property
+    def compressed_names(self) -> tuple[str, ...]:
+        """Compressed keys and, if they have an output, values, by name; empty without compression."""
+        if self.compressed is None:
+            return ()
+        return ("k_cmp", "v_cmp") if self.compressed_output else ("k_cmp",)
 
     @property
     def selected(self) -> Step | None:
@@ -329,7 +341,7 @@ class Plan(InferencePlan):
 
     @property
     def external(self) -> bool:
-        """The caller brings the compressed keys and values."""
+        """The caller brings the compressed keys and, if they have an output, values."""
         return self.compressed is not None and not self.compresses
 
     @property
@@ -350,7 +362,7 @@ class Plan(InferencePlan):
 
     @property
     def compresses(self) -> bool:
-        """The package computes compressed keys and values itself, as opposed to taking them from the caller."""
+        """The package compresses keys and, if they have an output, values itself: the caller does not bring them."""
         return self.writer("k_cmp") is not None
 
     @property
@@ -430,6 +442,8 @@ class Plan(InferencePlan):
 
     def kv(self, branch: str) -> tuple[str, str]:
         """Names of the arguments that hold a branch's raw (``cmp``, ``slc``, ``win``) keys and values."""
+        if branch == "cmp" and not self.compressed_output:
+            branch = "slc"  # they score the selection's keys
         step = self.writer("k_cmp") if branch == "cmp" else self.step("attend", branch)
         assert step is not None
         k, v = step.reads[:2] if step.kind == "pool" else step.reads[1:3]
@@ -482,7 +496,8 @@ class Plan(InferencePlan):
         That is so for q, and for keys and values that are compressed as well; where selection comes last, its chunks
         are added one by one, and torch rounds.
         """
-        return self.sums_in_float32(name) and (name == "q" or (self.compresses and name in self.kv("cmp")))
+        compressed = self.compresses and self.compressed_output and name in self.kv("cmp")
+        return self.sums_in_float32(name) and (name == "q" or compressed)
 
     @property
     def padded_outputs(self) -> tuple[tuple[str, str, str], ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import FEWEST_ROWS, FP32, LSE_BYTES, Q_BYTES, height_rule, launch, token_tile
+from nsa_gen.lowering.common import FEWEST_ROWS, FP32, KEY_BYTES, LSE_BYTES, Q_BYTES, height_rule, launch, token_tile
 from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
@@ -74,8 +74,7 @@ def _block_scores(spec: Spec) -> Kernel:
     )
 
 
-#: Keys of the selection, and their means in float32.
-_KEY_BYTES = s.B * s.T * s.Hkv * s.Dk * s.E
+#: Means of the selection's keys, in float32.
 _MEAN_BYTES = s.B * s.T / s.SLC_BLOCK * s.Hkv * s.Dk * FP32
 
 
@@ -84,7 +83,7 @@ _BLOCK_TOKENS = Tunable(s.TOKEN_BLOCK.name, (FEWEST_ROWS,))
 
 
 def _mean_keys(spec: Spec) -> Kernel:
-    moved = _KEY_BYTES + _MEAN_BYTES
+    moved = KEY_BYTES + _MEAN_BYTES
     return Kernel(
         name="mean_keys",
         module="mean_keys",
@@ -112,7 +111,7 @@ def _mean_keys(spec: Spec) -> Kernel:
 
 def append_means(spec: Spec) -> Kernel:
     """The mean keys of the blocks that new tokens complete, from the cache; a block every SLC_BLOCK tokens."""
-    moved = (_KEY_BYTES + _MEAN_BYTES) / s.T
+    moved = (KEY_BYTES + _MEAN_BYTES) / s.T
     return dataclasses.replace(
         _mean_keys(spec),
         name="append_means",

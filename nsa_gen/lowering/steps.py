@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nsa_gen.lowering.branches import kv_names
+from nsa_gen.lowering.branches import kv_names, sink_name, sunk_branches
 from nsa_gen.lowering.hopper import HOPPER, hopper_fits, hopper_selected_forward_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
 from nsa_gen.lowering.plan import (
@@ -39,7 +39,8 @@ def build_steps(
     if spec.compression:
         if not spec.external:
             steps.append(_pool(spec, arguments, outputs, kernels))
-        steps.append(_attend_compressed(spec, combined, present))
+        whole = spec.compression.output
+        steps.append(_attend_compressed(spec, combined, present) if whole else _sum_compressed(spec, present))
     if spec.selection and spec.selection.indices == "computed":
         steps += _choose_blocks(spec, present)
     selected = [_attend_selected(spec, combined, kernels)] if spec.selection else []
@@ -66,17 +67,20 @@ def _decoding(names: Iterable[str], present: set[str]) -> tuple[Schedule, ...]:
 
 
 def _pool(spec: Spec, arguments: Sequence[Argument], outputs: Sequence[Output], kernels: Sequence[Kernel]) -> Step:
-    """Compressed keys and values: phi of every block (Eq. 7)."""
+    """Compressed keys and, if they have an output, values: phi of every block (Eq. 7)."""
     assert spec.compression is not None
+    output = spec.compression.output
     parameters = tuple(argument.name for argument in arguments if argument.group == "compression")
     saved = tuple(output.name for output in outputs if output.saved_by_phi)
-    reads = (*kv_names(spec, "cmp"), *parameters)
+    keys, values = kv_names(spec, "cmp")
+    reads = (keys, *((values,) if output else ()), *parameters)
+    writes = ("k_cmp", *(("v_cmp",) if output else ()), *saved)
     names = tuple(each.name for each in kernels if each.module.startswith("compression_"))
     present = {kernel.name for kernel in kernels}
     constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride}
     schedules = (Schedule("blocks", names), *_decoding(("append", "append_linear"), present))
-    gradients = reads if "backward" in spec.passes else ()
-    return Step("pool", "compress", reads, ("k_cmp", "v_cmp", *saved), gradients, saved, constants, schedules)
+    gradients = reads if output and "backward" in spec.passes else ()
+    return Step("pool", "compress", reads, writes, gradients, saved, constants, schedules)
 
 
 def _attend(
@@ -90,18 +94,19 @@ def _attend(
     index: tuple[str, ...] = (),
     sorted_index: tuple[str, ...] = (),
 ) -> Step:
-    learned = ("q", *kv, *((f"sink_{branch}",) if constants.get("SINK") else ()))
+    sink = branch in sunk_branches(spec)
+    learned = ("q", *kv, *((sink_name(branch),) if sink else ()))
     writes = (f"o_{branch}" if combined else "o", f"lse_{branch}", *sorted_index)
     backward = "backward" in spec.passes
     return Step(
         "attend", name, (*learned, *index), writes, learned if backward else (), writes if backward else (),
-        {"GATE": spec.branches.index(branch), **constants}, schedules, branch,
+        {"GATE": spec.branches.index(branch), "SINK": int(sink), **constants}, schedules, branch,
     )  # fmt: skip
 
 
 def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str]) -> tuple[Schedule, ...]:
     """Schedules of attention to one moving range of keys."""
-    names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *([] if combined else [_DELTA])]
+    names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *_row_sums(spec, branch, combined)]
     found = [Schedule(QUERY_MAJOR, _among(names, present))]
     if hopper_fits(spec, branch):
         found.append(Schedule(HOPPER_ROWS, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
@@ -110,8 +115,10 @@ def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str
     return tuple(found)
 
 
-#: Rows of do times o: the gradients of a step that is called alone need it, and of a spec with one branch.
-_DELTA = "attention_delta"
+def _row_sums(spec: Spec, branch: str, combined: bool) -> tuple[str, ...]:
+    """Kernels of the backward that read no keys: do times o, which the gradients of a step that is called alone need,
+    and of a spec with one branch, and the gradient of the sink."""
+    return (*(() if combined else ("attention_delta",)), *(("sink_gradient",) if branch in sunk_branches(spec) else ()))
 
 
 def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
@@ -123,6 +130,15 @@ def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
     return _attend(spec, combined, "cmp", "compressed", ("k_cmp", "v_cmp"), constants, schedules)
 
 
+def _sum_compressed(spec: Spec, present: set[str]) -> Step:
+    """The lse of the scores of compressed keys without values, which importance needs (Eq. 8)."""
+    assert spec.compression is not None
+    constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride, "WINDOW": None}
+    decode = _decoding(("append_compressed", "decode_compressed"), present)
+    schedules = (Schedule(QUERY_MAJOR, ("compressed_lse",)), *decode)
+    return Step("score", "compressed_lse", ("q", "k_cmp"), ("lse_cmp",), (), (), constants, schedules)
+
+
 def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
     """Attention to a query's last keys."""
     assert spec.window is not None
@@ -130,7 +146,7 @@ def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
     if local_in_window(spec):
         names = schedules[0].kernels
         schedules.append(Schedule(LOCAL_BLOCKS, names, decided_by=("LOCAL_IN_WINDOW", 1), fuses=("selected",)))
-    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size, "SINK": int(spec.window.sink == "learned")}
+    constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size}
     decode = _decoding(("decode_attend",), present)
     return _attend(spec, combined, "win", "window", kv_names(spec, "win"), constants, (*schedules, *decode))
 
@@ -147,7 +163,7 @@ def _attend_selected(spec: Spec, combined: bool, kernels: Sequence[Kernel]) -> S
     key_major = tuple(each.name for each in own if not each.choice or each.choice[1])
     schedules = [
         Schedule(QUERY_MAJOR, query_major, decided_by=("KEY_MAJOR_FORWARD", 0)),
-        Schedule(KEY_MAJOR, (*key_major, *([] if combined else _among([_DELTA], present))),
+        Schedule(KEY_MAJOR, (*key_major, *_among(_row_sums(spec, "slc", combined), present)),
                  decided_by=("KEY_MAJOR_FORWARD", 1)),
     ]  # fmt: skip
     if hopper_selected_forward_fits(spec):

@@ -229,7 +229,7 @@ def _exports(program: Plan) -> list[str]:
         names.append("CompressionParameters")
     if program.compresses:
         names.append("compress")
-    if program.compressed:
+    if program.compressed_output:
         names.append("compressed_attention")
     if program.selects:
         names.append("select_blocks")

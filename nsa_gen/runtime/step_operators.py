@@ -206,6 +206,14 @@ class StepOperators:
         operator = Operator("compress", inputs, outputs, gradients, differentiable_outputs=2 if gradients else 1)
         return self.register(operator, run, (lambda given: run_backward(*given)) if gradients else None)
 
+    def compress_keys(self, output: Output, launch: Callable[[torch.Tensor, Sequences], torch.Tensor]) -> Operator:
+        """Compression of keys alone, which serve the choice of blocks: `output`, which has no gradient."""
+
+        def run(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+            return launch(k, Sequences(k.shape[0], k.shape[1], k.shape[1], cu_seqlens))
+
+        return self.register(Operator("compress", ("k", "cu_seqlens?"), (output,)), run)
+
     def combine(
         self, inputs: tuple[str, ...], gate: str, forward: Callable, backward: Callable[..., tuple] | None = None
     ) -> Operator:

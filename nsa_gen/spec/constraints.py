@@ -52,10 +52,14 @@ BY_MEAN = Condition(
 CACHED = Condition("there is cache", lambda v: v["cache"])
 SCORED = Condition("blocks are selected by compressed scores", lambda v: v["compression"] and BY_COMPRESSION(v))
 
+SCORER_ALONE = Condition("compression has no output", lambda v: v["compression"] and v["compression.output"] is False)
+
 SINCE_VERSION_2: Mapping[str, object] = {
+    "compression.output": True,
     "selection.scores": "compression",
     "selection.pool": "sum",
     "selection.scope": "group",
+    "selection.sink": "none",
     "window.sink": "none",
 }
 """Fields that version 2 adds, and the value that they have in every spec of version 1."""
@@ -237,6 +241,38 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         message="selection.local ({selection.local}) must be at least 1 with scores: mean, which rank only the blocks "
         "before the query's own",
         hint="local: 1 is the query's own block",
+    ),
+    Constraint(
+        id="compression_without_output_scores",
+        when=SCORER_ALONE,
+        holds=BY_COMPRESSION,
+        at="compression.output",
+        message="compression.output is false, which leaves compressed keys to the choice of blocks alone, but no "
+        "selection chooses by them",
+        hint="remove compression, or choose by selection.scores: compression",
+    ),
+    Constraint(
+        id="compression_without_output_ranks",
+        when=SCORER_ALONE,
+        holds=lambda v: not BY_COMPRESSION(v) or v["selection.count"] > v["selection.initial"] + v["selection.local"],
+        at="compression.output",
+        message="compression.output is false, which leaves compressed keys to the choice of blocks alone, but all of "
+        "selection.count ({selection.count}) are forced: initial ({selection.initial}) + local ({selection.local})",
+        hint="raise selection.count",
+    ),
+    Constraint(
+        id="compression_without_output_learns_nothing",
+        when=SCORER_ALONE,
+        holds=lambda v: (
+            {v["compression.phi.key"], v["compression.phi.value"]} in ({"mean"}, {"external"})
+            and {v["compression.position.key"], v["compression.position.value"]} == {"none"}
+        ),
+        at="compression.phi",
+        also=("compression.position",),
+        message="with compression.output: false no gradient reaches phi and there are no values to compress: expected "
+        "phi: mean or phi: external, without position, got key: {compression.phi.key}, value: {compression.phi.value}, "
+        "position of keys: {compression.position.key}, of values: {compression.position.value}",
+        hint="compress by a phi that was trained elsewhere yourself, with phi: external",
     ),
     Constraint(
         id="external_is_both_or_neither",

@@ -28,6 +28,8 @@ def _scalar(value: object) -> str:
     if isinstance(value, str):
         plain = _PLAIN.fullmatch(value) and value.lower() not in _READ_AS_OTHER_TYPE
         return value if plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         mantissa, exponent, power = repr(value).partition("e")
         # YAML 1.1 readers take 1e-05 for a string; with a point it is a number to all of them.

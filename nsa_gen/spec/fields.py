@@ -193,6 +193,17 @@ def one_of(*choices: str) -> Rule:
     return Leaf(expected, check, {"type": "string", "enum": list(choices)})
 
 
+def _check_flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    hint = "remove the quotes" if value in ("true", "false") else ""
+    raise reject(f"expected {FLAG.expected}, got {describe(value)}", hint)
+
+
+FLAG = Leaf("true or false", _check_flag, {"type": "boolean"})
+"""A boolean."""
+
+
 def _check_version(value: object) -> int:
     if type(value) is int and value in VERSION.schema["enum"]:
         return value

@@ -18,12 +18,15 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from nsa_gen.spec.constraints import SINCE_VERSION_2, violations
 from nsa_gen.spec.emit import to_yaml
-from nsa_gen.spec.fields import PACKAGE_NAME, PARAGRAPH, PASSES, RANGES, SOFTMAX_SCALE, VERSION, join, one_of
+from nsa_gen.spec.fields import FLAG, PACKAGE_NAME, PARAGRAPH, PASSES, RANGES, SOFTMAX_SCALE, VERSION, join, one_of
 
 DType = Literal["bfloat16", "float16", "float32"]
 PhiKind = Literal["mean", "weighted", "linear", "mlp", "external"]
 PositionKind = Literal["none", "learned"]
 BranchName = Literal["cmp", "slc", "win"]
+
+SINK = "none, or learned: a logit per query head, an argument, that joins the softmax's denominator and has no value"
+"""What a sink is, for the reference."""
 
 BROKEN_CONSTRAINTS = "spec_constraints"
 """The pydantic error type of a spec whose fields are fine one by one, but not together."""
@@ -101,7 +104,7 @@ class Position(Record):
 
 
 class Compression(Record):
-    """The compression branch: attention over one key and value per block."""
+    """Compressed keys, one per block, and unless output is false the branch that attends to them and their values."""
 
     block: Annotated[int, RANGES["compression.block"]] = Field(description="Tokens in a block.", examples=[32])
     stride: Annotated[int, RANGES["compression.stride"]] = Field(
@@ -109,6 +112,11 @@ class Compression(Record):
     )
     phi: Phi = Field(default=Phi(), description="How a block becomes one key and one value.")
     position: Position = Field(default=Position(), description="Learned positions inside a block.")
+    output: Annotated[bool, FLAG] = Field(
+        default=True,
+        description="true or, in version 2, false: compressed keys serve the choice of blocks alone. They are made of "
+        "the selection's keys, and have no branch, gate, value or gradient.",
+    )
 
 
 class Selection(Record):
@@ -143,6 +151,9 @@ class Selection(Record):
         description="Which query heads share a choice, and add up their scores for it: group (those of a KV head) or, "
         "in version 2, head (each alone) or all (those of the layer).",
     )
+    sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
+        default="none", description=f"{SINK}; learned needs version: 2."
+    )
 
     @classmethod
     def expand(cls, document: Any) -> Any:
@@ -158,9 +169,7 @@ class Window(Record):
         description="Keys a query sees, its own included.", examples=[512]
     )
     sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
-        default="none",
-        description="none, or learned: a logit per query head, an argument, that joins the softmax's denominator and "
-        "has no value; learned needs version: 2.",
+        default="none", description=f"{SINK}; learned needs version: 2."
     )
 
 
@@ -245,7 +254,8 @@ class Spec(Record):
     @property
     def branches(self) -> tuple[BranchName, ...]:
         """The branches that are present, in the order cmp, slc, win."""
-        present: dict[BranchName, Record | None] = {"cmp": self.compression, "slc": self.selection, "win": self.window}
+        attended = self.compression if self.compression and self.compression.output else None
+        present: dict[BranchName, Record | None] = {"cmp": attended, "slc": self.selection, "win": self.window}
         return tuple(name for name, branch in present.items() if branch is not None)
 
     @property
@@ -256,7 +266,7 @@ class Spec(Record):
 
     @property
     def external(self) -> bool:
-        """The caller compresses: compressed keys and values are arguments of the operator."""
+        """The caller compresses: compressed keys, and values if there is output, are arguments of the operator."""
         return self.compression is not None and self.compression.phi.key == "external"
 
     def replace(self, **changes: Any) -> Self:

@@ -90,7 +90,7 @@ def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
     key's gradient.
     """
     queries = inputs.q.shape[:-1].numel() if name.startswith("d") else None
-    if p.compression_block is None or p.external or name.endswith(("_slc", "_win")):
+    if "cmp" not in p.branches or p.external or name.endswith(("_slc", "_win")):
         return queries
     if inputs.cu_seqlens is not None:
         blocks = compressed_rows(p, inputs.cu_seqlens).numel() * p.kv_heads

@@ -78,12 +78,21 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
             elif pick((True, False, False)):
                 document["version"] = 2
                 document["selection"]["pool"] = "max"
+            if not means and initial + local < count and pick((True, False, False)):
+                document["version"] = 2
+                compression = document["compression"]
+                phi = "external" if compression["phi"] == "external" else "mean"
+                sizes_of_blocks = {name: compression[name] for name in ("stride", "block")}
+                document["compression"] = {**sizes_of_blocks, "phi": phi, "output": False}
         else:
             document["selection"] = {"block": block, "count": count, "indices": "input"}
         scope = pick(("group", "group", "head", "all"))
         if scope != "group":
             document["version"] = 2
             document["selection"]["scope"] = scope
+        if pick((True, False, False)):
+            document["version"] = 2
+            document["selection"]["sink"] = "learned"
     if "win" in branches:
         document["window"] = {"size": pick(sizes.windows)}
         if pick((True, False, False)):

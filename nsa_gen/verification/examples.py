@@ -317,13 +317,15 @@ def _changes(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"compression": {**plain, "phi": {"key": "mean", "value": "mean", "hidden": None}}}
         yield {"compression": plain}
         yield {"compression": {**compression, "block": compression["stride"]}}
+        if not compression.get("output", True):
+            yield {"compression": {**compression, "output": True}}
     if selection is not None:
         if selection["indices"] == "computed":
             yield {"selection": {**selection, "initial": 0, "local": 0}}
         for count in (1, selection["count"] // 2):
             if 0 < count < selection["count"]:
                 yield {"selection": {**selection, "count": count}}
-        for field, value in (("scope", "group"), ("pool", "sum")):
+        for field, value in (("scope", "group"), ("pool", "sum"), ("sink", "none")):
             if selection.get(field, value) != value:
                 yield {"selection": {**selection, field: value}}
         if selection["block"] > 16:

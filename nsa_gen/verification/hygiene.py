@@ -159,18 +159,19 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
                   t = n Hq ((l' / 16) (max(Dk, Dv) e + 8) + l' (Dk + Dv) / 256)
                   and W = 9 R Hq Dk e, but at least 320 MiB and at most 1,920 MiB
         scores    4 L (Tkv / l') tokens, for all tokens or for as many as fit 256 MiB (2048 if fewer do);
-                  with scores: mean, 4 L (Tkv / l') Dk a sequence besides
+                  with scores: mean, 4 L (Tkv / l') Dk a sequence besides;
+                  where compressed keys have no output, C Hkv Dk e + 4 R Hq besides
         forward   saved + work + scores
         backward  (e + s) x every differentiable element + R Hq (4 branches + Dv e) + work
                   + 4 C Hkv ((G + 2) (Dk + Dv) + hidden widths) + 20 x every element of phi's parameters
-                  + 4 Hq (R / 16) where the window has a sink
+                  + 4 Hq (R / 16) where a branch has a sink
     """
     q = inputs.q
     size = q.element_size()
     heads, group = p.query_heads, p.group
     rows = q.numel() // (heads * p.head_dim_qk)
     branches = len(p.branches)
-    compressed = _compressed_rows(p, inputs)
+    compressed = _compressed_rows(p, inputs) if p.compression_output else 0
     widths = sum(hidden or 0 for phi in (p.phi_key, p.phi_value) if phi == "mlp") if compressed else 0
     pair = p.head_dim_qk + p.head_dim_v
 
@@ -196,13 +197,13 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     summed = size < FLOAT32 and (branches > 1 or p.selection_block is not None)
     backward = elements * (size + FLOAT32 * summed) + rows * heads * (FLOAT32 * branches + p.head_dim_v * size) + work
     backward += FLOAT32 * compressed * p.kv_heads * ((group + 2) * pair + widths) + 5 * FLOAT32 * learned
-    if p.window_sink:
-        backward += FLOAT32 * heads * (rows // 16)  # a part of its gradient for each tile of queries
+    if p.sinks:
+        backward += FLOAT32 * heads * (rows // 16)  # a part of its gradient for each tile of tokens
     return MemoryBound(saved, saved + work + _score_bytes(p, inputs), backward)
 
 
 def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
-    """What the scores of the tokens that are ranked at the same time take, and the mean keys."""
+    """What the scores of the tokens that are ranked at the same time take, and the keys that are only scored."""
     if p.selection_block is None or not p.computed:
         return 0
     packed = inputs.cu_seqlens is not None
@@ -212,6 +213,9 @@ def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
     token_bytes = FLOAT32 * max(p.scopes, p.kv_heads) * -(-keys // p.selection_block)
     padding = sequences * LARGEST_TILE
     means = token_bytes * p.head_dim_qk * (1 if packed else sequences) if p.scores == "mean" else 0
+    if p.scorer_alone:
+        means = _compressed_rows(p, inputs) * p.kv_heads * p.head_dim_qk * inputs.q.element_size()
+        means += FLOAT32 * rows * p.query_heads
     return token_bytes * (min(rows, max(SCORE_BYTES // max(1, token_bytes), SCORE_TOKENS)) + padding) + means
 
 

@@ -106,7 +106,7 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
             selection_block=None,
             indices_given=False,
             window=tokens,
-            window_sink=False,
+            sinks=(),
             gate="none",
             shared_kv=True,
         )
@@ -325,9 +325,9 @@ def dense_branches(p: OracleParameters, case: Case) -> list[str]:
     found = []
     if p.selection_block is not None and not p.indices_given and keys <= p.selection_count * p.selection_block:
         found.append("slc")
-    if p.window is not None and keys <= p.window and not p.window_sink:
+    if p.window is not None and keys <= p.window:
         found.append("win")
-    return found
+    return [branch for branch in found if branch not in p.sinks]
 
 
 def comparable_without_groups(p: OracleParameters) -> bool:

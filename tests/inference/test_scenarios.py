@@ -46,6 +46,23 @@ SPECS: dict[str, dict[str, Any]] = {
     "maxima": {"pool": "max", "group": 3, "kv_heads": 2, "initial": 0},
     "maxima, all heads together": {"branches": "cmp slc", "pool": "max", "scope": "all", "kv_heads": 2},
     "maxima, each head alone": {"pool": "max", "scope": "head", "compression": (16, 4), "initial": 0, "local": 0},
+    "compressed keys without output": {
+        "branches": "cmp slc",
+        "gate": "none",
+        "output": False,
+        "pool": "max",
+        "group": 3,
+        "kv_heads": 2,
+        "initial": 0,
+    },
+    "compressed keys without output, keys of each branch": {
+        "output": False,
+        "kv": "per_branch",
+        "kv_heads": 2,
+        "dims": (24, 40),
+        "scope": "head",
+    },
+    "compressed keys without output by the caller": {"output": False, "phi": "external", "scope": "all", "kv_heads": 2},
     "mean scores, each head alone": {
         "branches": "slc win",
         "scores": "mean",

@@ -19,8 +19,8 @@ def structure(spec: Spec) -> tuple[object, ...]:
     compression, selection = spec.compression, spec.selection
     return (
         spec.branches,
-        compression and (compression.phi.key, compression.phi.value, compression.position),
-        selection and (selection.indices, selection.scores, selection.scope, selection.pool),
+        compression and (compression.phi.key, compression.phi.value, compression.position, compression.output),
+        selection and (selection.indices, selection.scores, selection.scope, selection.pool, selection.sink),
         spec.window and spec.window.sink,
         spec.combine.gate,
         spec.kv,
@@ -43,6 +43,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
     if spec.selection:
         made |= {("indices", spec.selection.indices), ("scores", spec.selection.scores)}
+        made.add(("sink of selection", spec.selection.sink))
     if spec.window:
         made.add(("sink", spec.window.sink))
     return made

@@ -82,9 +82,27 @@ SPECS: dict[str, Spec] = {
         kv_heads=2,
         passes=("forward", "decode"),
     ),
+    "scorer alone": small_spec("cmp slc", gate="none", scale=0.37, group=3, initial=0, local=0, output=False),
+    "scorer alone, keys of each branch": small_spec(
+        scale=0.37, initial=0, local=0, output=False, kv="per_branch", kv_heads=2
+    ),
+    "cached scorer alone": small_spec(
+        scale=0.37, group=3, initial=0, local=0, output=False, kv="per_branch", passes=("forward", "decode")
+    ),
     "full": small_spec(scale=0.37),
     "local": small_spec(scale=0.37, count=4, local=2, window=40),
     "sink": small_spec("win", scale=0.37, sink="learned"),
+    "selected with a sink": small_spec("slc", gate="none", scale=0.37, indices="input", kv_heads=2, sink_slc="learned"),
+    "cached sinks": small_spec(
+        "slc win",
+        gate="none",
+        scale=0.37,
+        kv_heads=2,
+        scores="mean",
+        sink="learned",
+        sink_slc="learned",
+        passes=("forward", "decode"),
+    ),
     "sink and local": small_spec(scale=0.37, count=4, local=2, window=40, sink="learned"),
     "cached sink": small_spec("win", gate="none", scale=0.37, kv_heads=2, sink="learned", passes=("forward", "decode")),
     "cached": small_spec(scale=0.37, passes=("forward", "decode")),

@@ -1,4 +1,4 @@
-"""Mistakes in the sink of the window's softmax: its weight, its rescaling, its gradient, and whom it reaches."""
+"""Mistakes in the sink of a branch's softmax: its weight, its rescaling, its gradient, and whom it reaches."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import replace
 from nsa_gen.verification.inference import Scenario, Step
 from tests.mutants.model import CacheCheck, Check, Edit, Mutant
 
-DEVICE, WINDOW, BACKWARD = "kernels/primitives.py", "kernels/banded.py", "kernels/banded_backward.py"
+DEVICE, WINDOW, GRADIENT = "kernels/primitives.py", "kernels/banded.py", "kernels/sink.py"
 OPERATOR, DECODE = "operator.py", "kernels/decode_attend.py"
+TOKEN_BY_TOKEN, MERGE = "kernels/selected_query_major.py", "kernels/selected_key_major_merge.py"
 
 FORWARD = Check("sink", 23)
 GRADIENTS = replace(FORWARD, gradients=True)
+SELECTED = Check("selected with a sink", 23)
 # Rows of NaN behind the last sequence, and a last tile of each sequence that is not full.
 PADDED = Check("sink", (17, 0, 5), altered="padded", gradients=True)
 LOCAL = Check("sink and local", 5, tokens_kv=67, local_in_window=True)
@@ -71,37 +73,35 @@ MUTANTS = (
         "the sink's gradient takes the branch's output for the operator's",
         GRADIENTS,
         ("dsink_win",),
-        (
-            Edit(
-                BACKWARD,
-                "p = tl.exp2((sink - stats.lse) * LOG2_E) * stats.gate",
-                "p = tl.exp2((sink - stats.lse) * LOG2_E)",
-            ),
-        ),
+        (Edit(GRADIENT, "(sink[None, :] - lse) * LOG2_E) * gate", "(sink[None, :] - lse) * LOG2_E)"),),
     ),
     Mutant(
         "sink_gradient_of_the_other_sign",
         "the sink's gradient lacks its minus",
         GRADIENTS,
         ("dsink_win",),
-        (Edit(BACKWARD, "part = -tl.sum(", "part = tl.sum("),),
+        (Edit(GRADIENT, "-tl.sum(part, 0)", "tl.sum(part, 0)"),),
     ),
     Mutant(
-        "sink_gradient_of_the_last_tile_of_rows_alone",
-        "every tile of rows writes its part of the sink's gradient to the same place",
+        "sink_gradient_of_the_first_tile_of_rows_alone",
+        "one tile of rows alone has a part in the sink's gradient",
         replace(GRADIENTS, tokens=37),
         ("dsink_win",),
-        (
-            Edit(BACKWARD, "tl.num_programs(0) + tl.program_id(0)) * QUERY_HEADS", "tl.num_programs(0)) * QUERY_HEADS"),
-            Edit(BACKWARD, "new_parts = q.new_zeros if sequences.packed else q.new_empty", "new_parts = q.new_zeros"),
-        ),
+        (Edit(GRADIENT, "sink_gradient_kernel[(tiles,)](", "parts = parts[:1]\n    sink_gradient_kernel[(1,)]("),),
     ),
     Mutant(
-        "sink_gradient_of_programs_without_rows",
-        "parts that no program writes, those of packed calls without rows, are not cleared",
+        "sink_gradient_of_rows_that_pad_the_batch",
+        "rows behind the last sequence have a part in the sink's gradient",
         PADDED,
         ("dsink_win",),
-        (Edit(BACKWARD, "new_parts = q.new_zeros if sequences.packed else q.new_empty", "new_parts = q.new_empty"),),
+        (Edit(GRADIENT, "in_range &= rows < tl.load(cu_seqlens + num_sequences)", "in_range &= rows >= 0"),),
+    ),
+    Mutant(
+        "sink_gradient_of_other_tokens_gates",
+        "the sink's gradient takes every token's gate from the batch's first sequence",
+        replace(GRADIENTS, batch=2),
+        ("dsink_win",),
+        (Edit(GRADIENT, "batches = (rows // tokens)[:, None]", "batches = (rows * 0)[:, None]"),),
     ),
     Mutant(
         "recomputed_without_the_sink",
@@ -129,5 +129,45 @@ MUTANTS = (
         CACHE,
         ("o", "lse_win"),
         (Edit(DECODE, "tl.load(sink_ptr + list_number * LIST_HEADS + heads", "tl.load(sink_ptr + heads"),),
+    ),
+    Mutant(
+        "selected_sink_left_out_token_by_token",
+        "token by token, selected attention has no sink",
+        replace(SELECTED, query_major="forward"),
+        ("o", "lse_slc"),
+        (
+            Edit(
+                TOKEN_BY_TOKEN,
+                'mask=in_group, other=float("-inf"))\n    acc, row_max',
+                'mask=heads < 0, other=float("-inf"))\n    acc, row_max',
+            ),
+        ),
+    ),
+    Mutant(
+        "selected_sink_in_every_part",
+        "block by block, the sink weighs once for each part that is merged",
+        SELECTED,
+        ("o", "lse_slc"),
+        (
+            Edit(
+                MERGE,
+                "row_sum += tl.exp2(sink - reference)",
+                'row_sum += tl.exp2(sink - reference) * tl.sum((max_parts > float("-inf")).to(tl.float32), 1)',
+            ),
+        ),
+    ),
+    Mutant(
+        "selected_sink_of_the_first_head",
+        "block by block, every head has the first head's sink",
+        SELECTED,
+        ("o", "lse_slc"),
+        (Edit(MERGE, "tl.load(sink_ptr + rows % QUERY_HEADS)", "tl.load(sink_ptr + rows * 0)"),),
+    ),
+    Mutant(
+        "decode_with_the_windows_sink_for_selection",
+        "decode's softmax of selected blocks has the window's sink",
+        replace(CACHE, spec="cached sinks"),
+        ("o", "lse_slc"),
+        (Edit(DECODE, "load_sink(sink_slc_ptr", "load_sink(sink_win_ptr"),),
     ),
 )

@@ -24,6 +24,7 @@ from tests.mutants import (
     options,
     packing,
     scopes,
+    scorer_alone,
     selection,
     sink,
 )
@@ -34,6 +35,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *selection.MUTANTS,
     *mean_scores.MUTANTS,
     *scopes.MUTANTS,
+    *scorer_alone.MUTANTS,
     *packing.MUTANTS,
     *backward.MUTANTS,
     *key_major.MUTANTS,

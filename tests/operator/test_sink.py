@@ -1,7 +1,8 @@
-"""The window's sink: a logit per query head that joins the softmax's denominator and has no value."""
+"""Sinks of the window and of selection: a logit per query head in the softmax's denominator, without a value."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from nsa_gen.verification.cases import Case
 from nsa_gen.verification.examples import Example, run_example
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.reference.dense import attend
-from nsa_gen.verification.reference.oracle import reference_attention
+from nsa_gen.verification.reference.oracle import SINKS, reference_attention
 from nsa_gen.verification.relations import padded
 from tests.support import (
     DEVICE,
@@ -43,20 +44,46 @@ SPECS: dict[str, dict[str, Any]] = {
     "keys of each branch": {"kv": "per_branch", "gate": "none", "dims": (24, 40)},
     "no local blocks": {"branches": "slc win", "indices": "input", "window": 7},
     "half precision": {"dtype": "float16", "group": 3},
-}
+    "selection alone": {"branches": "slc", "indices": "input", "gate": "none", "kv_heads": 2, "sinks": ("slc",)},
+    "both sinks": {"window": 20, "sinks": ("slc", "win")},
+    "each head its blocks": {
+        "branches": "slc win", "scores": "mean", "scope": "head", "dtype": "float16", "sinks": ("slc",)
+    },
+}  # fmt: skip
+PROPERTIES_OF = (("window alone, gated", "float32"), ("window alone, gated", "float16"), ("selection alone", "float32"))
 every_spec = pytest.mark.parametrize("name", SPECS)
 
 
-def operator(name: str, **more: Any) -> Operator:
-    changes = {**SPECS[name], "sink": "learned", **more}
-    return operator_of(changes.pop("branches", "cmp slc win"), **changes)
+def sinks_of(name: str) -> list[str]:
+    """Names of the arguments that are sinks in a spec of `SPECS`."""
+    return [f"sink_{branch}" for branch in SPECS[name].get("sinks", ("win",))]
+
+
+def operator(name: str, *, sunk: bool = True, **more: Any) -> Operator:
+    """The package of a spec of `SPECS`; without its sinks, if it is not to be `sunk`."""
+    changes = {**SPECS[name], **more}
+    fields = {"slc": "sink_slc", "win": "sink"}
+    learned = {fields[branch]: "learned" for branch in changes.pop("sinks", ("win",)) if sunk}
+    return operator_of(changes.pop("branches", "cmp slc win"), **learned, **changes)
+
+
+def schedules(op: Operator, key_major: int) -> Any:
+    """Run selected attention block by block or token by token, where the package has it."""
+    if lower(op.spec).selected is None:
+        return contextlib.nullcontext()
+    return op.configs.override("selected_attention", KEY_MAJOR_FORWARD=key_major, KEY_MAJOR_DQ=key_major)
 
 
 def with_sink(inputs: Inputs, *sinks: float) -> Inputs:
-    """The same inputs with these sinks, the last of them for the heads that are left."""
+    """The same inputs with these sinks of each branch that has one, the last of them for the heads that are left."""
     heads = inputs.q.shape[-2]
     values = [*sinks, *sinks[-1:] * heads][:heads]
-    return replace(inputs, sink_win=torch.tensor(values, dtype=torch.float32, device=DEVICE))
+    sink = torch.tensor(values, dtype=torch.float32, device=DEVICE)
+    return replace(inputs, **{name: sink for name in SINKS if getattr(inputs, name) is not None})
+
+
+def without_sinks(inputs: Inputs) -> Inputs:
+    return replace(inputs, **dict.fromkeys(SINKS))
 
 
 def assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -68,9 +95,30 @@ def assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> No
 @every_spec
 def test_outputs_and_gradients_agree_with_the_oracle(name: str) -> None:
     op = operator(name)
-    assert "dsink_win" in assert_matches_oracle(op, 21)
+    assert {f"d{sink}" for sink in sinks_of(name)} <= assert_matches_oracle(op, 21).keys()
     assert_matches_oracle(op, 3, tokens_kv=38, batch=2)
     assert_matches_oracle(op, (9, 0, 1, 17))
+
+
+@pytest.mark.parametrize("name", ["selection alone", "each head its blocks"])
+@pytest.mark.parametrize("key_major", [0, 1])
+def test_either_schedule_of_selection_has_the_sink_once(name: str, key_major: int) -> None:
+    op = operator(name)
+    with schedules(op, key_major):
+        assert_matches_oracle(op, 5, tokens_kv=67)
+        assert_matches_oracle(op, (9, 0, 17))
+
+
+@pytest.mark.parametrize("key_major", [0, 1])
+def test_a_token_without_a_selected_block_has_its_sink_for_its_lse(key_major: int) -> None:
+    op = operator("selection alone")
+    inputs = inputs_of(op, 5)
+    inputs = replace(inputs, indices=torch.full_like(inputs.indices, -1))
+    with schedules(op, key_major):
+        found = call_with_gradients(op, inputs)
+    sink = inputs.sink_slc
+    torch.testing.assert_close(found["lse_slc"], sink.expand_as(found["lse_slc"]), rtol=4 * 2.0**-24, atol=2.0**-24)
+    assert not any(found[name].any() for name in ("o", "dq", "dk", "dv", "dsink_slc"))
 
 
 @pytest.mark.parametrize("kind", ["strided", "spread", "hot", "rising", "falling", "late"])
@@ -89,20 +137,29 @@ def test_any_length_agrees_with_the_oracle(tokens: int) -> None:
 
 @every_spec
 def test_a_sink_of_minus_infinity_is_no_sink_to_the_last_bit(name: str) -> None:
-    op, plain = operator(name), operator(name, sink="none")
+    op, plain = operator(name), operator(name, sunk=False)
     inputs = with_sink(inputs_of(op, 5, tokens_kv=38), -math.inf)
-    found = call_with_gradients(op, inputs)
-    assert torch.equal(found.pop("dsink_win"), torch.zeros_like(inputs.sink_win))
-    assert_equal_bits(found, call_with_gradients(plain, replace(inputs, sink_win=None)))
+    for key_major in (0, 1):
+        with schedules(op, key_major), schedules(plain, key_major):
+            found = call_with_gradients(op, inputs)
+            for sink in sinks_of(name):
+                assert torch.equal(found.pop(f"d{sink}"), torch.zeros_like(getattr(inputs, sink)))
+            assert_equal_bits(found, call_with_gradients(plain, without_sinks(inputs)))
+        if "slc" not in SPECS[name].get("sinks", ()):
+            break
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows out of range
 @pytest.mark.parametrize("sink", [200.0, 1e4, 1e30])
-def test_a_large_sink_takes_all_the_weight(sink: float) -> None:
-    op = operator("window alone")
-    found = call_with_gradients(op, with_sink(inputs_of(op, 19), sink))
-    assert all(not found[name].any() for name in ("o", "o_win", "dq", "dk", "dv", "dsink_win") if name in found)
-    torch.testing.assert_close(found["lse_win"], torch.full_like(found["lse_win"], sink), rtol=4 * 2.0**-24, atol=0)
+@pytest.mark.parametrize("name", ["window alone", "selection alone"])
+@pytest.mark.parametrize("key_major", [0, 1])
+def test_a_large_sink_takes_all_the_weight(name: str, sink: float, key_major: int) -> None:
+    op, branch = operator(name), "slc" if name == "selection alone" else "win"
+    with schedules(op, key_major):
+        found = call_with_gradients(op, with_sink(inputs_of(op, 19), sink))
+    assert not any(found[name].any() for name in ("o", "dq", "dk", "dv", f"dsink_{branch}"))
+    lse = found[f"lse_{branch}"]
+    torch.testing.assert_close(lse, torch.full_like(lse, sink), rtol=4 * 2.0**-24, atol=0)
 
 
 def test_a_sink_of_nan_reaches_the_outputs_of_its_head_alone() -> None:
@@ -156,19 +213,22 @@ def test_a_row_of_the_oracle_that_sees_nothing_has_the_sink_for_its_lse() -> Non
     torch.testing.assert_close(p.sum(-1) + kept, torch.tensor([[[1.0, 1, 1], [1, 0, 1]]], dtype=torch.float64))
 
 
-def test_rows_behind_the_last_sequence_have_no_sink_and_no_part_in_its_gradient() -> None:
-    op = operator("every branch")
+@pytest.mark.parametrize("name", ["every branch", "both sinks"])
+def test_rows_behind_the_last_sequence_have_no_sink_and_no_part_in_its_gradient(name: str) -> None:
+    op = operator(name)
     inputs = inputs_of(op, (17, 0, 5))
     plain = call_package(op.module, inputs, True).tensors()
     found = call_package(op.module, padded(op.parameters, inputs, 37), True).tensors()
-    assert torch.isfinite(found["dsink_win"]).all() and torch.equal(found["dsink_win"], plain["dsink_win"])
-    assert torch.equal(found["lse_win"][22:], torch.full_like(found["lse_win"][22:], -math.inf))
+    for sink in sinks_of(name):
+        assert torch.isfinite(found[f"d{sink}"]).all() and torch.equal(found[f"d{sink}"], plain[f"d{sink}"])
+        behind = found[sink.replace("sink", "lse")][22:]
+        assert torch.equal(behind, torch.full_like(behind, -math.inf))
     assert not found["o"][22:].any()
 
 
 @pytest.mark.parametrize("tokens", [23, (17, 0, 5)])
 def test_two_equal_calls_have_equal_bits(tokens: Any) -> None:
-    op = operator("every branch")
+    op = operator("both sinks")
     inputs = inputs_of(op, tokens)
     assert_equal_bits(*(call_package(op.module, inputs, True).tensors() for _ in range(2)))
 
@@ -177,17 +237,18 @@ def test_two_equal_calls_have_equal_bits(tokens: Any) -> None:
 def test_what_is_recomputed_has_the_same_bits(name: str) -> None:
     op = operator(name)
     inputs = inputs_of(op, 5, tokens_kv=38)
-    first, second = (call_package(op.module, inputs, True, recompute=each).tensors() for each in ((), ("win",)))
+    again = tuple(sink.removeprefix("sink_") for sink in sinks_of(name))
+    first, second = (call_package(op.module, inputs, True, recompute=each).tensors() for each in ((), again))
     assert_equal_bits(first, second)
 
 
 @pytest.mark.parametrize("local", [0, 1])
 def test_the_selected_branch_does_not_notice_the_sink(local: int) -> None:
-    op, plain = (operator("every branch", count=4, local=2, window=40, sink=sink) for sink in ("learned", "none"))
+    op, plain = (operator("every branch", count=4, local=2, window=40, sunk=sunk) for sunk in (True, False))
     assert lower(op.spec).local_in_window
     inputs = inputs_of(op, 5, tokens_kv=67)
     found = []
-    for each, given in ((op, inputs), (plain, replace(inputs, sink_win=None))):
+    for each, given in ((op, inputs), (plain, without_sinks(inputs))):
         with each.configs.override("selected_attention", LOCAL_IN_WINDOW=local):
             found.append(call(each, given, return_aux=True)[1])
     assert torch.equal(found[0].o_slc, found[1].o_slc) and torch.equal(found[0].lse_slc, found[1].lse_slc)
@@ -207,6 +268,28 @@ def test_the_window_alone_takes_the_sink_too(tokens: Any) -> None:
     assert torch.equal(o, whole["o"]) and torch.equal(lse, whole["lse_win"])
     for name, gradient in zip(leaves, found, strict=True):
         assert torch.equal(gradient, whole[f"d{name}"]), name
+
+
+@pytest.mark.parametrize("tokens", [19, (9, 0, 12)])
+def test_selected_attention_alone_takes_the_sink_too(tokens: Any) -> None:
+    op = operator("selection alone")
+    inputs = inputs_of(op, tokens)
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v", "sink_slc")}
+    o, lse = op.selected_attention(**leaves, indices=inputs.indices, cu_seqlens=inputs.cu_seqlens)
+    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
+    whole = call_with_gradients(op, inputs)
+    assert torch.equal(o, whole["o"]) and torch.equal(lse, whole["lse_slc"])
+    for name, gradient in zip(leaves, found, strict=True):
+        assert torch.equal(gradient, whole[f"d{name}"]), name
+
+
+@pytest.mark.parametrize("key_major", [0, 1])
+@pytest.mark.parametrize("local", [0, 1])
+def test_local_blocks_that_the_window_does_have_no_sink_of_their_own(key_major: int, local: int) -> None:
+    op = operator("both sinks", count=4, local=2, window=40)
+    assert lower(op.spec).local_in_window
+    with schedules(op, key_major), op.configs.override("selected_attention", LOCAL_IN_WINDOW=local):
+        assert_matches_oracle(op, 5, tokens_kv=67)
 
 
 @pytest.mark.parametrize(
@@ -232,12 +315,13 @@ def test_a_sink_that_is_wrong_is_refused_by_name(sink: Tensor | None, error: typ
 
 
 def test_a_package_without_a_sink_knows_no_such_argument() -> None:
-    plain = operator("window alone", sink="none")
+    plain = operator("window alone", sunk=False)
     inputs = inputs_of(plain, 3)
     with pytest.raises(TypeError, match="sink_win"):
         plain.nsa_attention(inputs.q, inputs.k, inputs.v, sink_win=torch.zeros(4))
-    own = {name: text for name, text in render(small_spec("win")).items() if not name.startswith("runtime/")}
-    assert not any("sink" in text for text in own.values())
+    for branches in ("win", "slc win"):
+        texts = render(small_spec(branches, scores="mean"))
+        assert not [name for name, text in texts.items() if not name.startswith("runtime/") and "_sink" in text]
 
 
 STEPS = (
@@ -250,11 +334,14 @@ STEPS = (
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("name", ["window alone", "every branch", "keys of each branch", "no local blocks"])
+@pytest.mark.parametrize(
+    "name",
+    ["window alone", "every branch", "keys of each branch", "no local blocks", "both sinks", "each head its blocks"],
+)
 def test_prefill_and_decode_have_the_sink(name: str, page_size: int | None) -> None:
     op = operator(name, passes=("forward", "decode"))
     rows = run_scenario(op.spec, op.module, Scenario(2, 140, page_size, STEPS), DEVICE.type)
-    assert {"o", "lse_win"} <= {row.quantity for row in rows}
+    assert {"o", *(sink.replace("sink", "lse") for sink in sinks_of(name))} <= {row.quantity for row in rows}
     failures = [f"{row.case}: {row.quantity}: {row.problem or (row.error, row.bound)}" for row in rows if not row.ok]
     assert not failures, "\n".join(failures[:8])
 
@@ -288,6 +375,13 @@ def test_hoppers_kernel_is_no_schedule_of_a_window_with_a_sink() -> None:
     assert not lower(alone).hopper and "kernels/hopper_banded_forward.py" not in render(alone)
 
 
+def test_selection_with_a_sink_keeps_hoppers_kernels_whose_parts_are_merged_elsewhere() -> None:
+    wide = {"dims": (64, 64), "dtype": "float16", "scores": "mean", "block": 64, "group": 16}
+    plain, sunk = (lower(small_spec("slc", sink_slc=sink, **wide)) for sink in ("none", "learned"))
+    assert plain.hopper_selected_forward and sunk.hopper_selected_forward
+    assert plain.hopper_selected_backward == sunk.hopper_selected_backward
+
+
 def test_a_sink_is_a_read_with_a_gradient_and_a_constant_of_its_step() -> None:
     program = lower(small_spec(sink="learned"))
     window, others = program.windowed, [step for step in program.attends if step.branch != "win"]
@@ -298,18 +392,21 @@ def test_a_sink_is_a_read_with_a_gradient_and_a_constant_of_its_step() -> None:
 
 
 def test_a_row_that_pads_a_batch_in_decode_has_no_sink() -> None:
-    op = operator("window alone", passes=("forward", "decode"))
+    op = operator("window alone", passes=("forward", "decode"), branches="slc win", scores="mean", sinks=("slc", "win"))
     inputs = inputs_of(op, 2, batch=2)
     cache = op.NSACache(2, 20, max_new_tokens=2, device=DEVICE)
     cache.extend([2, 1])
     cache.write(inputs.k, inputs.v)
     for infer in (op.nsa_decode, op.nsa_prefill):
-        o, aux = infer(inputs.q, cache, sink_win=inputs.sink_win, return_aux=True)
-        assert torch.isfinite(aux.lse_win[0]).all() and torch.isfinite(aux.lse_win[1, 0]).all()
-        assert not o[1, 1].any() and (aux.lse_win[1, 1] == -math.inf).all()
+        sinks = {name: getattr(inputs, name) for name in ("sink_slc", "sink_win")}
+        o, aux = infer(inputs.q, cache, **sinks, return_aux=True)
+        for lse in (aux.lse_slc, aux.lse_win):
+            assert torch.isfinite(lse[0]).all() and torch.isfinite(lse[1, 0]).all()
+            assert (lse[1, 1] == -math.inf).all()
+        assert not o[1, 1].any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("name", "dtype"), [*PROPERTIES_OF])
 @pytest.mark.parametrize(
     ("property", "case"),
     [
@@ -324,8 +421,8 @@ def test_a_row_that_pads_a_batch_in_decode_has_no_sink() -> None:
         ("guards", Case((9, 0, 12), twice=False, batch=1)),
     ],
 )
-def test_an_operator_with_a_sink_has_the_properties_of_any(property: str, case: Case, dtype: str) -> None:
-    op = operator("window alone, gated", kv_heads=2, dtype=dtype)
+def test_an_operator_with_a_sink_has_the_properties_of_any(property: str, case: Case, name: str, dtype: str) -> None:
+    op = operator(name, kv_heads=2, dtype=dtype)
     example = Example(property, case, seed=3)
     assert example.applies(op.parameters, "cpu")
     result = run_example(op.spec, op.module, example, DEVICE.type, lambda spec: operator_of_spec(spec).module)

@@ -92,10 +92,18 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     document["selection"] = draw(_selections(selection_block, "compression" in branches))
     if "selection" in branches and draw(st.integers(0, 3)) == 0:
         document |= {"version": 2, "selection": draw(_mean_selections(selection_block))}
+    if {"compression", "selection"} <= branches and draw(st.integers(0, 3)) == 0:
+        chosen = draw(_selections(selection_block, True).filter(_ranks))
+        alone = {"phi": draw(st.sampled_from(["mean", "external"])), "output": False}
+        sizes = {name: document["compression"][name] for name in ("block", "stride")}
+        document |= {"version": 2, "selection": chosen, "compression": {**sizes, **alone}}
     scope = draw(st.sampled_from(["group", "group", "head", "all"]))
     if "selection" in document and scope != "group":
         document["version"] = 2
         document["selection"] = {**document["selection"], "scope": scope}
+    if "selection" in document and draw(st.integers(0, 3)) == 0:
+        document["version"] = 2
+        document["selection"] = {**document["selection"], "sink": "learned"}
     document["window"] = {"size": draw(st.integers(1, 65536))}
     if draw(st.sampled_from([False, False, True])):
         document["version"] = 2
@@ -104,6 +112,11 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
 
 
 _BRANCHES = ("compression", "selection", "window")
+
+
+def _ranks(selection: dict[str, Any]) -> bool:
+    """Whether some slots are won by importance."""
+    return "initial" in selection and selection["initial"] + selection["local"] < selection["count"]
 
 
 @st.composite

@@ -216,6 +216,12 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "some_branch": ({"compression": None, "selection": None, "window": None}, 1, 1, ""),
     "groups_are_whole": ({"heads": {"query": 8, "kv": 3}}, 3, 16, "heads.query"),
     "tf32_needs_float32": ({"dtype": "bfloat16", "fp32_precision": "tf32"}, 9, 17, "fp32_precision"),
+    "selection_sink_needs_version_2": (
+        {"selection": {"block": 64, "count": 8, "sink": "learned"}},
+        7,
+        40,
+        "selection.sink",
+    ),
     "window_sink_needs_version_2": ({"window": {"size": 8, "sink": "learned"}}, 8, 25, "window.sink"),
     "stride_divides_compression_block": ({"compression": {"block": 24, "stride": 16}}, 6, 34, "compression.stride"),
     "computed_selection_needs_compression": ({"compression": None}, 6, 12, "selection"),
@@ -262,6 +268,42 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         7,
         54,
         "selection.pool",
+    ),
+    "compression_output_needs_version_2": (
+        {"compression": {"block": 32, "stride": 16, "output": False}},
+        6,
+        46,
+        "compression.output",
+    ),
+    "compression_without_output_scores": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "output": False},
+            "selection": {"block": 64, "count": 4, "indices": "input"},
+        },
+        6,
+        46,
+        "compression.output",
+    ),
+    "compression_without_output_ranks": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "output": False},
+            "selection": {"block": 64, "count": 3},
+        },
+        6,
+        46,
+        "compression.output",
+    ),
+    "compression_without_output_learns_nothing": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "output": False, "phi": "weighted"},
+            "selection": {"block": 64, "count": 4},
+        },
+        6,
+        58,
+        "compression.phi",
     ),
     "mean_scores_need_the_own_block": (
         {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": "mean"}},

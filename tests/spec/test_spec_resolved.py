@@ -14,7 +14,7 @@ from tests.spec.spec_texts import as_text, base_document, valid_documents
 DIGESTS = {
     "gptoss_window": "5c3bafce6d11",
     "llama3_8b": "f579930cee6f",
-    "moba_llama3_8b": "80c1be8a8b73",
+    "moba_llama3_8b": "ab3ecbc7ec91",
     "mha_16": "9fc623750898",
     "msa_m3": "3b53036c3d28",
     "nsa_64x4": "a8ed3506802c",

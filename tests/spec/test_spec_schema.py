@@ -49,6 +49,8 @@ def holds(keyword: str, wanted: Any, value: Any, rule: dict[str, Any]) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     match keyword:
         case "type":
+            if wanted == "boolean":
+                return isinstance(value, bool)
             kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
             return isinstance(value, kinds[wanted]) and not isinstance(value, bool)
         case "enum":

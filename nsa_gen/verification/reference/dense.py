@@ -23,7 +23,11 @@ Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
 
 @dataclass(frozen=True)
 class OracleParameters:
-    """What the oracle must know of a spec. A branch is present when its block (or window) is not None."""
+    """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
+
+    Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch. `sinks`
+    are the branches whose softmax has one.
+    """
 
     query_heads: int
     kv_heads: int
@@ -37,6 +41,7 @@ class OracleParameters:
     phi_value: Phi = "mean"
     position_key: bool = False
     position_value: bool = False
+    compression_output: bool = True
     selection_block: int | None = None
     selection_count: int = 0
     initial: int = 0
@@ -46,7 +51,7 @@ class OracleParameters:
     pool: Literal["sum", "max"] = "sum"
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
-    window_sink: bool = False
+    sinks: tuple[str, ...] = ()
     gate: Literal["sigmoid", "given", "none"] = "sigmoid"
     tf32: bool = False
 
@@ -54,6 +59,7 @@ class OracleParameters:
     def from_spec(cls, spec: Any) -> OracleParameters:
         """Read the parameters from a spec (any object with the fields of `nsa_gen.spec.Spec`)."""
         compression, selection, window = spec.compression, spec.selection, spec.window
+        sunk = {"slc": selection, "win": window}
         found: dict[str, Any] = {}
         if compression is not None:
             found |= {
@@ -63,6 +69,7 @@ class OracleParameters:
                 "phi_value": compression.phi.value,
                 "position_key": compression.position.key == "learned",
                 "position_value": compression.position.value == "learned",
+                "compression_output": compression.output,
             }
         if selection is not None:
             given = selection.indices == "input"
@@ -84,7 +91,7 @@ class OracleParameters:
             scale=spec.head_dim.qk**-0.5 if spec.scale == "auto" else float(spec.scale),
             shared_kv=spec.kv == "shared",
             window=None if window is None else window.size,
-            window_sink=window is not None and window.sink == "learned",
+            sinks=tuple(name for name, each in sunk.items() if each is not None and each.sink == "learned"),
             gate=spec.combine.gate,
             tf32=spec.dtype == "float32" and spec.fp32_precision == "tf32",
             **found,
@@ -107,13 +114,19 @@ class OracleParameters:
 
     @property
     def external(self) -> bool:
-        """Whether the caller passes compressed keys and values."""
+        """Whether the caller passes compressed keys and, where they have an output, values."""
         return self.compression_block is not None and self.phi_key == "external"
+
+    @property
+    def scorer_alone(self) -> bool:
+        """Whether there are compressed keys without values, for the choice of blocks."""
+        return self.compression_block is not None and not self.compression_output
 
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches present, in the order of the gates."""
-        present = {"cmp": self.compression_block, "slc": self.selection_block, "win": self.window}
+        compressed = self.compression_block if self.compression_output else None
+        present = {"cmp": compressed, "slc": self.selection_block, "win": self.window}
         return tuple(name for name, size in present.items() if size is not None)
 
     def compressed_blocks(self, tokens: int) -> int:

@@ -267,7 +267,9 @@ def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence) -> Non
 
 
 def _split(p: OracleParameters, inputs: Inputs) -> list[Sequence]:
-    return split_sequences(p, {**inputs.arguments(), "do": inputs.do}, inputs.cu_seqlens, inputs.compression)
+    found = split_sequences(p, {**inputs.arguments(), "do": inputs.do}, inputs.cu_seqlens, inputs.compression)
+    # Blocks have been chosen, and nothing reaches compressed keys that have no output.
+    return [replace(each, raw_cmp=None, cmp=None) for each in found] if p.scorer_alone else found
 
 
 def _rows_of(

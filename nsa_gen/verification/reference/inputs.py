@@ -50,6 +50,7 @@ class Inputs:
     v_cmp: Tensor | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
+    sink_slc: Tensor | None = None
     sink_win: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
@@ -207,7 +208,8 @@ def make_inputs(
         blocks = rows // (p.compression_stride or 1) if packed else p.compressed_blocks(keys)
         lead = (blocks,) if packed else (batch, blocks)
         found["k_cmp"] = draw(*lead, p.kv_heads, p.head_dim_qk)
-        found["v_cmp"] = draw(*lead, p.kv_heads, p.head_dim_v)
+        if p.compression_output:
+            found["v_cmp"] = draw(*lead, p.kv_heads, p.head_dim_v)
     if p.indices_given:
         if packed:
             position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.arange(0)
@@ -218,8 +220,8 @@ def make_inputs(
         if kind == "counts":
             shape = found["indices"].shape[:-1]
             found["counts"] = torch.randint(0, p.selection_count + 1, shape, generator=generator, dtype=torch.int32)
-    if p.window_sink:
-        found["sink_win"] = 2.0 * draw(p.query_heads)
+    for branch in p.sinks:
+        found[f"sink_{branch}"] = 2.0 * draw(p.query_heads)
     if packed:
         found["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     if kind in ("spread", "hot", "rising", "falling", "late"):

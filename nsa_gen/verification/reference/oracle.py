@@ -31,7 +31,7 @@ from nsa_gen.verification.reference.dense import (
 )
 
 SCORE_BYTES = 1 << 28
-SINKS = ("sink_win",)
+SINKS = ("sink_slc", "sink_win")
 """Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
 BY_TOKEN = ("q", "gates", "indices", "counts", "do")
 """Tensors with a row a query token."""
@@ -78,8 +78,9 @@ class Sequence:
     """One sequence, its tensors without a batch dimension; a branch that is absent has None.
 
     `raw_cmp`, `slc`, `win` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when the caller
-    passes them, else by `compress`. `sink_win` (Hq,) and phi's parameters, `learned`, are the same for every sequence
-    of a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
+    passes them, else by `compress`; where compressed keys have no output, the values of both have no columns. `sinks`,
+    each (Hq,), and phi's parameters, `learned`, are by the names of their arguments and the same for every sequence of
+    a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
     """
 
     tokens: int
@@ -91,13 +92,13 @@ class Sequence:
     win: Pair | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
-    sink_win: Tensor | None = None
     do: Tensor | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    sinks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sink(self, branch: str, kv_heads: int) -> Tensor | None:
         """The sink (Hkv, G) of a branch's softmax, None where it has none."""
-        sink = self.sink_win if branch == "win" else None
+        sink = self.sinks.get(f"sink_{branch}")
         return None if sink is None else sink.unflatten(0, (kv_heads, -1))
 
 
@@ -174,6 +175,10 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
             found["importance"], found["magnitude"], found["fingerprint"] = scored
             if s.indices is None:
                 found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
+        if branch == "slc" and p.scorer_alone and s.cmp is not None:
+            keys, nothing = s.cmp[0].transpose(0, 1), s.cmp[1].transpose(0, 1)
+            visible = visible_compressed(p, t, keys.shape[1])
+            found |= _chosen(p, s, t, attend(q, keys, nothing, visible, p.scale, p.tf32)[2])
         mask = branch_mask(p, s, branch, t, found.get("indices"))
         pair = getattr(s, branch)
         k, v = pair[0].transpose(0, 1), pair[1].transpose(0, 1)
@@ -182,14 +187,21 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
         found[f"lse_{branch}"] = lse.permute(2, 0, 1).reshape(rows, p.query_heads)
         outputs.append(found[f"o_{branch}"])
         if branch == "cmp" and p.computed and p.scores == "compression":
-            found["importance"] = block_importance(p, probabilities, p.selection_blocks(s.tokens))
-            found["fingerprint"] = block_fingerprint(p, probabilities, p.selection_blocks(s.tokens))
-            if s.indices is None:
-                found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
+            found |= _chosen(p, s, t, probabilities)
     gates = gate_values(p, s.gates, s.q)
     o = sum(gate * output.to(gate.dtype) for gate, output in zip(gates, outputs, strict=True))
     assert isinstance(o, Tensor)
     return OracleResult(o=o.to(s.q.dtype), **found)
+
+
+def _chosen(p: OracleParameters, s: Sequence, t: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+    """What compressed probabilities (H, G, R, Nc) say of the blocks, and which are chosen if the caller chose none."""
+    blocks = p.selection_blocks(s.tokens)
+    importance = block_importance(p, probabilities, blocks)
+    found = {"importance": importance, "fingerprint": block_fingerprint(p, probabilities, blocks)}
+    if s.indices is None:
+        found["indices"], found["counts"] = select_blocks(p, importance, t)
+    return found
 
 
 def row_chunks(p: OracleParameters, s: Sequence, score_bytes: int) -> Iterator[tuple[int, int]]:
@@ -253,7 +265,8 @@ def split_sequences(
     """The sequences of a call, as views of its arguments (so that writing to a view writes to the argument)."""
     q = _required("q", tensors.get("q"))
     pairs = branch_pairs(p, tensors)
-    external = [_required(name, tensors.get(name)) for name in ("k_cmp", "v_cmp")] if p.external else []
+    names = ("k_cmp", "v_cmp") if p.compression_output else ("k_cmp",)
+    external = [_required(name, tensors.get(name)) for name in names] if p.external else []
     packed = cu_seqlens is not None
     found = []
     bounds = cu_seqlens.tolist() if packed else [0] * (q.shape[0] + 1)
@@ -261,11 +274,14 @@ def split_sequences(
         where: Any = slice(start, stop) if packed else i
         mine = {name: x[where] for name in BY_TOKEN if (x := tensors.get(name)) is not None}
         raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
+        if p.scorer_alone and not p.external:  # they are the selection's keys, compressed
+            raw["cmp"] = (raw["slc"][0], raw["slc"][1][..., :0])
         tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
         cmp = None
         if external:
             blocks, first = p.compressed_blocks(tokens), start // (p.compression_stride or 1)
-            k_cmp, v_cmp = ((x if packed else x[i])[first : first + blocks] for x in external)
+            k_cmp, *values = ((x if packed else x[i])[first : first + blocks] for x in external)
+            v_cmp = values[0] if values else k_cmp[..., :0]
             if k_cmp.shape[0] < blocks or v_cmp.shape[0] < blocks:
                 raise ValueError(
                     f"k_cmp, v_cmp: expected {blocks} blocks for a sequence of {tokens} tokens, "
@@ -279,7 +295,7 @@ def split_sequences(
                 cmp=cmp,
                 slc=raw.get("slc"),
                 win=raw.get("win"),
-                sink_win=tensors.get("sink_win"),
+                sinks={name: x for name in SINKS if (x := tensors.get(name)) is not None},
                 learned=learned or {},
                 **mine,
             )
@@ -340,6 +356,7 @@ def reference_attention(
     v_cmp: Tensor | None = None,
     indices: Tensor | None = None,
     counts: Tensor | None = None,
+    sink_slc: Tensor | None = None,
     sink_win: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     score_bytes: int = SCORE_BYTES,
@@ -350,23 +367,24 @@ def reference_attention(
     and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
     the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
     computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. `sink_win` (Hq,) is the window's sink. Query rows are
-    taken in chunks whose scores need at most `score_bytes`.
+    computed all the same), for comparisons on equal indices. `sink_slc` and `sink_win` (Hq,) are branches' sinks.
+    Query rows are taken in chunks whose scores need at most `score_bytes`.
 
-    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sink and phi's parameters.
+    Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
     Raises ValueError where the spec needs an argument that is None.
     """
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
-        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_win": sink_win,
+        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_slc": sink_slc,
+        "sink_win": sink_win,
     }  # fmt: skip
     learned = learned_parameters(compression)
     if parameters.gate != "none":
         _required("gates", gates)
     if parameters.indices_given:
         _required("indices", indices)
-    if parameters.window_sink:
-        _required("sink_win", sink_win)
+    for branch in parameters.sinks:
+        _required(f"sink_{branch}", tensors[f"sink_{branch}"])
     sequences = split_sequences(parameters, tensors, cu_seqlens, learned)
     nothing = not sequences
     if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
@@ -377,7 +395,7 @@ def reference_attention(
         if sequence.raw_cmp is not None:
             sequence = replace(sequence, cmp=compress(parameters, *sequence.raw_cmp, learned))
         result = attend_sequence(parameters, sequence, score_bytes)
-        if sequence.cmp is not None:
+        if sequence.cmp is not None and parameters.compression_output:
             result = replace(result, k_cmp=sequence.cmp[0], v_cmp=sequence.cmp[1])
         results.append(result)
     if nothing and cu_seqlens is not None:
