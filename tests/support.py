@@ -55,6 +55,7 @@ def small_spec(
     window: int = 10,
     sink: str = "none",
     sink_slc: str = "none",
+    cache: str | None = None,
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
     """A spec of the branches named; compression is (l, d), and block is l'."""
@@ -72,7 +73,7 @@ def small_spec(
         )
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
-    later = (sink, sink_slc, scores, pool, scope, output)
+    later = (sink, sink_slc, scores, pool, scope, output, cache or "none")
     spec = Spec(
         version=1 if set(later) <= {"none", "compression", "sum", "group", True} else 2,
         name="under_test",
@@ -82,6 +83,7 @@ def small_spec(
         scale=scale,
         kv=kv,
         combine=Combine(gate=gate),
+        cache=cache and {"dtype": cache},
         passes=passes,
         **present,
     )

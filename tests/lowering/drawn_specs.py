@@ -25,6 +25,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
         spec.combine.gate,
         spec.kv,
         spec.passes,
+        spec.cache is not None,
         spec.dtype,
     )
 
@@ -36,6 +37,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         ("gate", spec.combine.gate),
         ("kv", spec.kv),
         ("passes", spec.passes),
+        ("cache", spec.cache is not None),
         ("dtype", spec.dtype),
     }
     if spec.compression:

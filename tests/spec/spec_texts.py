@@ -108,6 +108,9 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.sampled_from([False, False, True])):
         document["version"] = 2
         document["window"] |= draw(st.sampled_from([{}, {"sink": "none"}, {"sink": "learned"}, {"sink": "learned"}]))
+    raw = branches != {"compression"} or document["compression"].get("phi") != "external"
+    if "decode" in (document.get("passes") or ()) and raw and draw(st.booleans()):
+        document |= {"version": 2, "cache": {"dtype": "e4m3"}}
     return {name: value for name, value in document.items() if name in branches or name not in _BRANCHES}
 
 
