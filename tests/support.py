@@ -57,6 +57,7 @@ def small_spec(
     sink_slc: str = "none",
     joint: bool = False,
     sink_joint: str = "none",
+    cache: str | None = None,
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
     """A spec of the branches named; compression is (l, d), and block is l'."""
@@ -75,7 +76,7 @@ def small_spec(
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
     combine = Combine(gate=gate, joint=("selection", "window") if joint else (), sink=sink_joint)
-    later = (sink, sink_slc, sink_joint, scores, pool, scope, output)
+    later = (sink, sink_slc, sink_joint, scores, pool, scope, output, cache or "none")
     spec = Spec(
         version=1 if not joint and set(later) <= {"none", "compression", "sum", "group", True} else 2,
         name="under_test",
@@ -85,6 +86,7 @@ def small_spec(
         scale=scale,
         kv=kv,
         combine=combine,
+        cache=cache and {"dtype": cache},
         passes=passes,
         **present,
     )

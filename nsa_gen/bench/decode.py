@@ -62,24 +62,21 @@ class DecodeInputs:
 def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of keys and values that a step must read: compressed blocks, selected blocks, the window."""
     p = OracleParameters.from_spec(spec)
-    rows = min(p.selection_count * (p.selection_block or 0), tokens) + min(p.window or 0, tokens)
-    return batch * p.kv_heads * _row_elements(p, rows, tokens) * _element_bytes(spec)
+    raw = min(p.selection_count * (p.selection_block or 0), tokens) + min(p.window or 0, tokens)
+    return batch * p.kv_heads * _head_bytes(spec, p, raw, tokens)
 
 
 def cache_bytes(spec: Spec, tokens: int, batch: int) -> int:
     """Bytes of one layer of a cache, about: raw keys and values of one pair, and compressed ones."""
     p = OracleParameters.from_spec(spec)
-    return batch * p.kv_heads * _row_elements(p, tokens, tokens) * _element_bytes(spec)
+    return batch * p.kv_heads * _head_bytes(spec, p, tokens, tokens)
 
 
-def _row_elements(p: OracleParameters, rows: int, tokens: int) -> int:
-    """Elements of one KV head's keys and values: so many raw rows, and the compressed ones of a sequence."""
+def _head_bytes(spec: Spec, p: OracleParameters, raw: int, tokens: int) -> int:
+    """Bytes of one KV head's keys and values: so many raw rows, and the compressed ones of a sequence."""
+    element = torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
     compressed = p.compressed_blocks(tokens) * (p.head_dim_qk + p.head_dim_v * p.compression_output)
-    return rows * (p.head_dim_qk + p.head_dim_v) + compressed
-
-
-def _element_bytes(spec: Spec) -> int:
-    return torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
+    return raw * (p.head_dim_qk + p.head_dim_v) * (1 if spec.cache else element) + compressed * element
 
 
 def decode_inputs(
@@ -100,7 +97,10 @@ def decode_inputs(
     cache = package.NSACache(batch, tokens + room, layers=layers, page_size=page_size, device=device)
     for layer in cache.layers:
         for tensor in layer:
-            tensor.normal_(generator=generator)
+            if tensor.dtype == torch.uint8:  # codes; 0x7f is NaN
+                tensor.random_(0, 0x60, generator=generator)
+            elif tensor.dim() == 4:
+                tensor.normal_(generator=generator)
     cache.extend(tokens)
     small = make_inputs(spec, batch=1, tokens=64, dtype=getattr(torch, spec.dtype), device=device, seed=seed)
     shape = (batch, 1, *small.q.shape[2:])

@@ -44,6 +44,7 @@ def lower(spec: Spec) -> Plan:
         kv_heads=spec.heads.kv,
         kv_per_branch=spec.kv == "per_branch",
         decodes="decode" in spec.passes,
+        cache_dtype=spec.cache.dtype if spec.cache else None,
         rounds_operands=spec.dtype == "float32" and spec.fp32_precision == "tf32",
         hidden=spec.compression.phi.hidden if spec.compression else None,
         phi_sides=compressed_sides(spec),

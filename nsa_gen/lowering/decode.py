@@ -27,6 +27,8 @@ _KV_TILE = s.KEY_BLOCK * QK_V * s.E * s.NUM_STAGES
 #: fewer leave loads waiting, more leave parts to be merged and a last wave that is not full.
 _PROGRAMS_CHOICES = (1, 2, 3, 4, 8)
 _LIST_REGISTERS = 6500
+#: Bytes of a token's keys and values in a cache of codes.
+_CODE_BYTES = s.Dk + s.Dv
 _WAVES = 1 / (2 * _PROGRAMS) + _PROGRAMS / 8
 
 
@@ -80,6 +82,11 @@ def _simple(
     )
 
 
+def _raw_bytes(spec: Spec) -> sympy.Expr:
+    """Bytes that the cache holds of a token's keys and values."""
+    return _CODE_BYTES if spec.cache else _ROW_BYTES
+
+
 def _advance() -> Kernel:
     tunables = (Tunable(_SEQUENCES.name, (128,)), *launch(warps=(4,), stages=(1,)))
     return _simple("advance", "append", "all", "lengths of the sequences", "one pass", 8 * s.B, tunables)
@@ -88,7 +95,7 @@ def _advance() -> Kernel:
 def _append(spec: Spec) -> Kernel:
     tokens = Tunable(s.TOKEN_BLOCK.name, (16, 32))
     pairs = 1 if spec.kv == "shared" else len(raw_readers(spec))
-    moved = 2 * pairs * s.B * s.Hkv * _ROW_BYTES
+    moved = pairs * s.B * s.Hkv * (_ROW_BYTES + _raw_bytes(spec))
     purpose = "new keys and values into the cache"
     if any(side.pooled for side in compressed_sides(spec)):
         purpose += ", and the blocks they complete"
@@ -249,10 +256,10 @@ def _decode_attend(spec: Spec) -> Kernel:
             # Two accumulators, addresses of a tile, and what the list of blocks and the merge take.
             registers=s.SELECTED_ROWS * 2 * s.PAD_V + s.KEY_BLOCK * QK_V / 2 + _LIST_REGISTERS,
             flops=2 * keys * s.SELECTED_ROWS * QK_V,
-            traffic=keys * _ROW_BYTES * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)),
+            traffic=keys * _raw_bytes(spec) * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)),
             streamed=s.KEY_BLOCK,
             height=sympy.Integer(64),
         ),
         useful_flops=2 * keys * s.G * (s.Dk + s.Dv),
-        compulsory_bytes=keys * _ROW_BYTES,
+        compulsory_bytes=keys * _raw_bytes(spec),
     )

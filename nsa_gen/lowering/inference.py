@@ -39,6 +39,7 @@ class InferencePlan:
         compresses: bool
         external: bool
         decodes: bool
+        cache_dtype: str | None
         query_heads: int
         scopes: int
         selects: bool
@@ -54,6 +55,11 @@ class InferencePlan:
         def kv(self, branch: str) -> tuple[str, str]: ...
 
     # The cache
+
+    @property
+    def quantized(self) -> bool:
+        """The cache holds raw keys and values as codes of 8 bits."""
+        return self.cache_dtype is not None
 
     @property
     def cache_names(self) -> tuple[str, ...]:

@@ -232,10 +232,10 @@ class Plan(InferencePlan):
     ``spec`` is what was lowered, for names, digests and the oracle: nothing here and no template reads it. ``dtype`` is
     that of q, keys, values and outputs; ``gate`` says how gates are given: sigmoid (as logits), given (as values) or
     none. With ``kv_per_branch`` each branch has keys and values of its own; with ``decodes`` there are a cache, prefill
-    and decode; with ``rounds_operands`` operands of tl.dot are rounded to tf32 first, as the matrix units would cut
-    them off, towards zero. ``hidden`` is the width of an mlp phi, ``phi_sides`` how keys and values are compressed,
-    empty where the package does not. ``decisions`` choose between the steps' schedules, and their sizes;
-    ``upkeep`` has the kernels of no step.
+    and decode; the cache keeps raw keys and values in ``cache_dtype`` if it is not None. With ``rounds_operands``
+    operands of tl.dot are rounded to tf32 first, as the matrix units would cut them off, towards zero. ``hidden`` is
+    the width of an mlp phi, ``phi_sides`` how keys and values are compressed, empty where the package does not.
+    ``decisions`` choose between the steps' schedules, and their sizes; ``upkeep`` has the kernels of no step.
     """
 
     spec: Spec
@@ -245,6 +245,7 @@ class Plan(InferencePlan):
     kv_heads: int
     kv_per_branch: bool
     decodes: bool
+    cache_dtype: str | None
     rounds_operands: bool
     hidden: int | None
     phi_sides: tuple[CompressedSide, ...]

@@ -219,6 +219,8 @@ def _modules(program: Plan) -> list[str]:
     if program.decodes:
         modules |= {"cache", "decode", "inference", "inference_ops", "storage", "workspace"}
         runtime |= {"cache", "inference", "pages", "storage"}
+    if program.quantized:
+        kernels.add("e4m3")
     paths = [*modules, *(f"{KERNELS}/{name}" for name in kernels), *(f"{RUNTIME}/{name}" for name in runtime)]
     return [f"{path}.py" for path in sorted(paths)]
 

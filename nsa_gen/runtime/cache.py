@@ -1,6 +1,6 @@
 """A cache of keys and values, and what it knows of its sequences: lengths, pages, room for more."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -59,10 +59,10 @@ class Cache:
             raise ValueError("pages: expected None for a contiguous cache; set page_size too")
         layout = Layout(batch, capacity, page_size or 0, table)
         shapes = self._shapes(layout, None if own is None else own.free)
-        zeros = (
-            (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()) for _ in range(layers)
-        )
-        self._begin(layout, own, tuple(self._layer_type(*each) for each in zeros), max_new_tokens, device)
+        zeros = [
+            [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()] for _ in range(layers)
+        ]
+        self._begin(layout, own, zeros, max_new_tokens, device)
 
     @classmethod
     def attach(
@@ -107,7 +107,7 @@ class Cache:
             raise ValueError(f"capacity: expected at most the {width * page_size} tokens of W pages, got {capacity}")
         if not isinstance(layers, Sequence) or not layers:
             raise ValueError(f"layers: expected the tensors of one layer or more, got {layers!r}")
-        held = tuple(cls._attached(f"layers[{number}]", layer, page_size, table) for number, layer in enumerate(layers))
+        held = [cls._attached(f"layers[{number}]", layer, page_size, table) for number, layer in enumerate(layers)]
         cache._begin(Layout(batch, capacity, page_size, table), None, held, max_new_tokens, table.device)
         return cache
 
@@ -130,7 +130,9 @@ class Cache:
         }
 
     @classmethod
-    def _attached(cls, place: str, layer: Mapping[str, torch.Tensor], page_size: int, table: torch.Tensor) -> Any:
+    def _attached(
+        cls, place: str, layer: Mapping[str, torch.Tensor], page_size: int, table: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The caller's tensors of a layer, checked."""
         shapes = cls.page_shapes(page_size)
         if not isinstance(layer, Mapping) or set(layer) != set(shapes):
@@ -149,7 +151,12 @@ class Cache:
             )
             if not tensor.is_contiguous():
                 raise ValueError(f"{place}[{name!r}]: expected a contiguous tensor, got strides {tensor.stride()}")
-        return cls._layer_type(*tensors)
+        return tensors
+
+    @property
+    def _quantized(self) -> list[str]:
+        """Tensors of a layer that hold codes of 8 bits, whose scales the layer has too, in this order."""
+        return [name for name, kept in self._kept.items() if kept.dtype == torch.uint8]
 
     def _check_sizes(self, capacity: int, max_new_tokens: int) -> None:
         check_whole("capacity", capacity, 1, 2**31 - 1)
@@ -163,12 +170,15 @@ class Cache:
         self,
         layout: Layout,
         pages: Pages | None,
-        layers: tuple[Any, ...],
+        layers: Sequence[Sequence[torch.Tensor]],
         max_new_tokens: int,
         device: torch.device,
     ) -> None:
         """Begin with no token; `pages` are the cache's own, which None gives out where the memory is the caller's."""
-        self.layout, self._pages, self.layers = layout, pages, layers
+        self.layout, self._pages = layout, pages
+        scaled = (len(self._quantized), 2, self._checks.sizes["Hkv"]) if self._quantized else None
+        scales = [() if scaled is None else (torch.ones(scaled, device=device),) for _ in layers]
+        self.layers = tuple(self._layer_type(*each, *scale) for each, scale in zip(layers, scales, strict=True))
         self.max_new_tokens, self.device = max_new_tokens, device
         self._hidden: torch.Tensor | None = None
         if self._hidden_rows is not None:
@@ -281,6 +291,29 @@ class Cache:
 
     # Writing
 
+    def set_scales(self, layer: int = 0, **scales: torch.Tensor) -> None:
+        """Set the scales of a layer's codes, by the name of what they are of (`k`, `v`); 1 before.
+
+        A number x of KV head h is kept as the e4m3 code of x / scale[h], which saturates at 448. To be called before
+        tokens are written: what the layer holds keeps its codes. Graphs read the scales anew.
+
+        Args:
+            layer: number of the layer.
+            scales: positive numbers (Hkv,), float32, on the cache's device.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came; a package whose cache has no
+                codes (`cache: {dtype: e4m3}` of the spec) takes none.
+        """
+        held, names = self._layer(layer), self._quantized
+        for name, scale in scales.items():
+            if name not in names:
+                raise TypeError(f"{name}: expected scales of {', '.join(names) or 'nothing: the cache has no codes'}")
+            sizes = (self._checks.sizes["Hkv"],)
+            scale = self._checks.check_tensor(name, scale, ("Hkv",), sizes, device=self.device, dtype=torch.float32)
+            both = torch.stack((scale.detach(), 1.0 / scale.detach()))
+            held[len(self._kept)][names.index(name)].copy_(both)
+
     def _write(self, new: dict[str, torch.Tensor], parameters: tuple[torch.Tensor, ...] | None, layer: int) -> None:
         """Write what new tokens have, by name, to a layer, and compress what they complete."""
         kept, sizes = self._layer(layer), self._checks.sizes
@@ -363,7 +396,7 @@ class Cache:
             self._pages.share(source, target, tokens)
             self._write_table([target])
         else:
-            for tensor in (tensor for layer in self.layers for tensor in layer):
+            for tensor in self._rows():
                 tensor[target, :tokens].copy_(tensor[source, :tokens])
         self._tokens[target] = tokens
         self._new[target] = 0
@@ -415,6 +448,11 @@ class Cache:
         """(sequence, tokens held, tokens wanted) of the sequences that get new tokens."""
         return [(b, held, held + more) for b, (held, more) in enumerate(zip(self._tokens, new, strict=True)) if more]
 
+    def _rows(self) -> Iterator[torch.Tensor]:
+        """The tensors of tokens and blocks of all layers."""
+        for layer in self.layers:
+            yield from layer[: len(self._kept)]
+
     def _layer(self, layer: int) -> tuple[torch.Tensor, ...]:
         check_whole("layer", layer, 0, len(self.layers) - 1)
         return self.layers[layer]
@@ -446,7 +484,7 @@ class Cache:
             before = len(pages.owned[sequence])
             copied = pages.grow(sequence, held, wanted)
             if copied is not None:
-                for tensor in (tensor for layer in self.layers for tensor in layer):
+                for tensor in self._rows():
                     tensor[copied[1]].copy_(tensor[copied[0]])
             if copied is not None or len(pages.owned[sequence]) > before:
                 changed.append(sequence)

@@ -125,7 +125,7 @@ class Inference:
     ) -> None:
         """Write new tokens, in the order of `written`, to a layer; `hidden` is what an mlp works in."""
         learned = None if self._parameters is None else self._parameters(*parameters)
-        given, held = dict(zip(self._written, new, strict=True)), dict(zip(self._kept, layer, strict=True))
+        given, held = dict(zip(self._written, new, strict=True)), self._layer(*layer)._asdict()
         within = () if hidden is None else (hidden,)
         self.launches.append(given, held, learned, *within, starts, lengths, self._layout_at(lengths, *place))
 
@@ -265,12 +265,21 @@ class Inference:
 
     def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
         """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""
-        layout, tensors = cache.layout, list(zip(self._kept.values(), cache._layer(layer), strict=True))
+        layout, held, kinds = cache.layout, cache._layer(layer), list(self._kept.values())
+        tensors, scales = held[: len(kinds)], held[len(kinds) :]
         if layout.table is None:
-            return [x[first:end, : kept.blocks.of(tokens) if kept.blocks else tokens] for kept, x in tensors]
-        kinds = {kept.blocks for kept in self._kept.values()}
-        index = {blocks: layout.index(blocks, first, end, tokens) for blocks in kinds}
-        return [tensor.flatten(0, 1)[index[kept.blocks]] for kept, tensor in tensors]
+            rows = [
+                x[first:end, : kept.blocks.of(tokens) if kept.blocks else tokens]
+                for kept, x in zip(kinds, tensors, strict=True)
+            ]
+        else:
+            index = {blocks: layout.index(blocks, first, end, tokens) for blocks in {kept.blocks for kept in kinds}}
+            rows = [x.flatten(0, 1)[index[kept.blocks]] for kept, x in zip(kinds, tensors, strict=True)]
+        if scales:
+            codes = [number for number, kept in enumerate(kinds) if kept.dtype == torch.uint8]
+            for number, scale in zip(codes, scales[0][:, 0], strict=True):
+                rows[number] = decoded(rows[number], scale, self._checks.dtype)
+        return [*rows, *scales]
 
     def _padded(self, q: torch.Tensor, runs: list[Run], parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """The outputs of all runs in rows of the batch; the others hold what a query has that sees nothing."""
@@ -280,6 +289,11 @@ class Inference:
             for (first, end, _, new), part in zip(runs, parts, strict=True):
                 tensor[first:end, :new] = part[number]
         return found
+
+
+def decoded(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers of e4m3 codes (B, rows, Hkv, D) uint8 of KV heads with these scales (Hkv,), as kernels read them."""
+    return (codes.view(torch.float8_e4m3fn).float() * scales[:, None]).to(dtype)
 
 
 def runs_of(tokens: tuple[int, ...], new_tokens: tuple[int, ...]) -> list[Run]:

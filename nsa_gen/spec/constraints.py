@@ -51,6 +51,7 @@ BY_MEAN = Condition(
 )
 JOINT = Condition("branches are joint", lambda v: v["combine.joint"])
 APART = Condition("version is 2 and no branches are joint", lambda v: v["version"] == 2 and not v["combine.joint"])
+CACHED = Condition("there is cache", lambda v: v["cache"])
 SCORED = Condition("blocks are selected by compressed scores", lambda v: v["compression"] and BY_COMPRESSION(v))
 
 SCORER_ALONE = Condition("compression has no output", lambda v: v["compression"] and v["compression.output"] is False)
@@ -129,6 +130,31 @@ def _needs_version_2(field: str, value: object) -> Constraint:
 
 CONSTRAINTS: tuple[Constraint, ...] = (
     *(_needs_version_2(field, value) for field, value in SINCE_VERSION_2.items()),
+    Constraint(
+        id="cache_needs_version_2",
+        when=VERSION_1,
+        holds=lambda v: not v["cache"],
+        at="cache",
+        message="cache is part of version 2 of the language, but version is {version}",
+        hint="write version: 2",
+    ),
+    Constraint(
+        id="cache_needs_decode",
+        when=CACHED,
+        holds=lambda v: "decode" in v["passes"],
+        at="cache",
+        also=("passes",),
+        message="a cache is kept for decode, but passes are without it",
+        hint="add decode to passes, or remove cache",
+    ),
+    Constraint(
+        id="cache_holds_raw_keys",
+        when=CACHED,
+        holds=lambda v: v["selection"] or v["window"] or not EXTERNAL(v),
+        at="cache",
+        message="compression with phi: external alone keeps no raw keys and values, which cache is about",
+        hint="remove cache",
+    ),
     Constraint(
         id="some_branch",
         holds=lambda v: v["compression"] or v["selection"] or v["window"],

@@ -201,6 +201,15 @@ class Combine(Record):
     )
 
 
+class Cache(Record):
+    """What the cache of decode keeps."""
+
+    dtype: Annotated[Literal["e4m3"], one_of("e4m3")] = Field(
+        description="e4m3: raw keys and values are kept as floating point numbers of 8 bits, with a scale for each KV "
+        "head; compressed ones stay in the spec's dtype."
+    )
+
+
 class Spec(Record):
     """A natively sparse attention operator. At least one branch must be present."""
 
@@ -233,6 +242,10 @@ class Spec(Record):
     passes: Annotated[tuple[Literal["forward", "backward", "decode"], ...], PASSES] = Field(
         default=("forward", "backward"),
         description="Passes to generate: forward, its gradients, and inference with a cache.",
+    )
+
+    cache: Cache | None = Field(
+        default=None, description="What the cache keeps; left out: numbers of the spec's dtype. Needs version: 2."
     )
 
     @model_validator(mode="after")

@@ -102,7 +102,9 @@ def trace_inference(
             empty(*layout.rows(kept, batch * pages if page_size else None), *widths[name], dtype=kept.dtype)
             for name, kept in storage.KEPT.items()
         )
-        layer = storage.Layer(*held)
+        codes = sum(kept.dtype == torch.uint8 for kept in storage.KEPT.values())
+        scales = (empty(codes, 2, plan.kv_heads, dtype=torch.float32),) if codes else ()
+        layer = storage.Layer(*held, *scales)
         starts, lengths = empty(batch, dtype=torch.int32), empty(batch, dtype=torch.int32)
         kernels.advance(starts, lengths, empty(batch, dtype=torch.int32), 1, layout)
         for number in new_tokens:

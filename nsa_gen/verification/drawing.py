@@ -103,6 +103,9 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         document["version"] = 2
         sinks = [document[name].pop("sink", "none") for name in ("selection", "window")]
         document["combine"] |= {"joint": ["selection", "window"], "sink": sinks[1]}
+    raw = "slc" in branches or "win" in branches or document["compression"]["phi"] != "external"
+    if "decode" in document.get("passes", ()) and raw and pick((True, False, False)):
+        document |= {"version": 2, "cache": {"dtype": "e4m3"}}
     try:
         return parse_spec(yaml.safe_dump(document, sort_keys=False))
     except SpecError as error:  # the drawing, not the example, is wrong

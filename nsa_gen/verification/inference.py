@@ -165,7 +165,8 @@ class _Sequence:
 class _Source:
     """An endless supply of tokens for a spec, drawn a pool at a time; tied keys are of one pool and repeat by position.
 
-    `parameters` are phi's, `sinks` the spec's, both of the first pool.
+    `parameters` are phi's, `sinks` the spec's, both of the first pool; `scales` are those of a cache's codes, by the
+    name of what they are of. Numbers beyond two or five saturate.
     """
 
     def __init__(self, spec: Spec, scenario: Scenario, device: str) -> None:
@@ -175,6 +176,9 @@ class _Source:
         made = self._draw()
         self.parameters = made.compression
         self.sinks = {name: x for name in SINKS if (x := getattr(made, name)) is not None}
+        coded = [name for name in self._pool if name[:1] in "kv" and not name.endswith("_cmp")] if spec.cache else []
+        heads = spec.heads.kv
+        self.scales = {name: (0.005 + 0.007 * torch.rand(heads, generator=self.generator)).to(device) for name in coded}
 
     @property
     def _tied(self) -> bool:
@@ -212,6 +216,8 @@ def run_scenario(spec: Spec, module: Any, scenario: Scenario, device: str) -> li
     cache = module.NSACache(
         scenario.batch, scenario.capacity, page_size=scenario.page_size, max_new_tokens=widest, device=device
     )
+    if source.scales:
+        cache.set_scales(**source.scales)
     nothing = _Sequence(source.take(0, 1, 1)).first(p, 0)
     sequences = [nothing.first(p, 0) for _ in range(scenario.batch)]
     rows: list[Row] = []
@@ -243,10 +249,11 @@ def _advance(
     """New tokens: into the cache, into the truth, and, where the step attends, through both."""
     taken = []
     for sequence, count in zip(sequences, step.counts, strict=True):
-        held = sequence.length
-        taken.append(source.take(held, count, p.compressed_blocks(held + count) - p.compressed_blocks(held)))
+        before = sequence.length
+        taken.append(source.take(before, count, p.compressed_blocks(before + count) - p.compressed_blocks(before)))
         for name, x in taken[-1].items():
-            sequence.tensors[name] = torch.cat((sequence.tensors[name], x))
+            held = coded(x, source.scales[name]) if name in source.scales else x
+            sequence.tensors[name] = torch.cat((sequence.tensors[name], held))
     padded = {name: _pad([each[name] for each in taken]) for name in taken[0]}
     learned = {} if source.parameters is None else {"compression": module.CompressionParameters(**source.parameters)}
     uniform = len(set(step.counts)) == 1
@@ -273,6 +280,12 @@ def _advance(
             told = replace(_inputs(p, sequence, count, source), **lists)
             found += _compare(p, told, o[b : b + 1, :count], shown, f"{label} | sequence {b}")
     return found
+
+
+def coded(x: Tensor, scale: Tensor) -> Tensor:
+    """What a cache of e4m3 codes holds of x (tokens, Hkv, D): x over its head's scale (Hkv,), rounded and saturated."""
+    codes = (x.float() * (1.0 / scale)[:, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return (codes.float() * scale[:, None]).to(x.dtype)
 
 
 def _pad(parts: list[Tensor], value: float = math.nan) -> Tensor:

@@ -76,6 +76,21 @@ SPECS: dict[str, dict[str, Any]] = {
     "compressed scores, all heads together": {"scope": "all", "group": 3, "kv_heads": 2, "kv": "per_branch"},
     "selection of the caller for all heads": {"branches": "slc win", "indices": "input", "scope": "all", "kv_heads": 2},
     "selection of the caller for each head": {"branches": "slc", "indices": "input", "scope": "head", "kv_heads": 2},
+    "codes": {"cache": "e4m3", "group": 3, "kv_heads": 2, "dims": (24, 40)},
+    "codes, keys of each branch": {"cache": "e4m3", "kv": "per_branch", "kv_heads": 2, "dtype": "float16"},
+    "codes, mlp and linear": {
+        "branches": "cmp slc",
+        "cache": "e4m3",
+        "kv_heads": 2,
+        "phi": "mlp",
+        "phi_value": "linear",
+        "position": ("learned", "none"),
+    },
+    "codes, weighted and mean": {"cache": "e4m3", "phi": "weighted", "phi_value": "mean", "position": ("learned",) * 2},
+    "codes, mean scores": {"branches": "slc win", "cache": "e4m3", "scores": "mean", "kv_heads": 2, "initial": 0},
+    "codes, compressed by the caller": {"cache": "e4m3", "phi": "external", "kv_heads": 2},
+    "codes, compressed keys without output": {"cache": "e4m3", "output": False, "kv_heads": 2},
+    "codes, window alone": {"branches": "win", "gate": "none", "cache": "e4m3", "sink": "learned", "kv_heads": 2},
     "mean scores, forced blocks only": {"branches": "slc win", "scores": "mean", "count": 3, "initial": 1, "local": 2},
 }
 

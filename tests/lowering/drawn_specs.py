@@ -26,6 +26,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
         spec.combine.sink,
         spec.kv,
         spec.passes,
+        spec.cache is not None,
         spec.dtype,
     )
 
@@ -39,6 +40,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         ("sink of joint branches", spec.combine.sink),
         ("kv", spec.kv),
         ("passes", spec.passes),
+        ("cache", spec.cache is not None),
         ("dtype", spec.dtype),
     }
     if spec.compression:

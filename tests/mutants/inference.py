@@ -40,7 +40,48 @@ EQUAL = CacheCheck(
     "cached means", Scenario(1, 320, None, (Step("fill", (300,)), Step("decode", (1,))), kind="ties", seed=1)
 )
 
+CODES = CacheCheck("cached codes", Scenario(1, 120, None, (Step("fill", (75,)), Step("decode", (2,)))))
+CODED_IN_STEPS = CacheCheck(
+    "cached codes", Scenario(1, 120, 16, (Step("fill", (70,)), *[Step("decode", (1,))] * 6, Step("prefill", (9,))))
+)
+
 MUTANTS: tuple[Mutant, ...] = (
+    _mutant(
+        "codes_rounded_towards_zero",
+        "a number becomes the code of the next smaller one",
+        CODES,
+        ("o",),
+        "kernels/e4m3.py",
+        "normal = (size + 0x7FFFF + ((size >> 20) & 1)) >> 20",
+        "normal = size >> 20",
+    ),
+    _mutant(
+        "codes_do_not_saturate",
+        "numbers beyond the largest code wrap around",
+        CODES,
+        ("o",),
+        "kernels/e4m3.py",
+        "tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)",
+        "bits & 0x7FFFFFFF",
+    ),
+    _mutant(
+        "values_with_the_scale_of_keys",
+        "decode reads values by the scale of their keys",
+        CODES,
+        ("o_win",),
+        "kernels/decode_attend.py",
+        "tl.load(scales + 2 * KV_HEADS)",
+        "tl.load(scales)",
+    ),
+    _mutant(
+        "blocks_of_numbers_that_the_cache_does_not_hold",
+        "a block is compressed from new tokens as they came, not as the cache holds them",
+        CODED_IN_STEPS,
+        ("o_cmp",),
+        "kernels/append.py",
+        "        x = decode(codes, side.scale, new.dtype).to(tl.float32)",
+        "        x = tl.where(held[:, None], decode(codes, side.scale, new.dtype), new).to(tl.float32)",
+    ),
     _mutant(
         "decoded_token_sees_the_next",
         "a token decoded with others sees the key of the one after it",

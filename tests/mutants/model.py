@@ -119,6 +119,7 @@ SPECS: dict[str, Spec] = {
     "sink and local": small_spec(scale=0.37, count=4, local=2, window=40, sink="learned"),
     "cached sink": small_spec("win", gate="none", scale=0.37, kv_heads=2, sink="learned", passes=("forward", "decode")),
     "cached": small_spec(scale=0.37, passes=("forward", "decode")),
+    "cached codes": small_spec(kv_heads=2, cache="e4m3", passes=("forward", "decode")),
     "cached means": small_spec(
         "slc", gate="none", scale=0.37, initial=0, count=4, scores="mean", passes=("forward", "decode")
     ),

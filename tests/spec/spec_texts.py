@@ -115,6 +115,9 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
         order = draw(st.permutations(["selection", "window"]))
         sink = draw(st.sampled_from([{}, {"sink": "none"}, {"sink": "learned"}]))
         document["combine"] = {**(document.get("combine") or {}), "joint": order, **sink}
+    raw = branches != {"compression"} or document["compression"].get("phi") != "external"
+    if "decode" in (document.get("passes") or ()) and raw and draw(st.booleans()):
+        document |= {"version": 2, "cache": {"dtype": "e4m3"}}
     return {name: value for name, value in document.items() if name in branches or name not in _BRANCHES}
 
 

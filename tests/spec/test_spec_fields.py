@@ -214,6 +214,26 @@ def test_a_branch_that_is_no_mapping_is_refused_with_the_form_it_should_have() -
 
 BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "some_branch": ({"compression": None, "selection": None, "window": None}, 1, 1, ""),
+    "cache_needs_version_2": (
+        {"passes": ["forward", "decode"], "cache": {"dtype": "e4m3"}},
+        10,
+        8,
+        "cache",
+    ),
+    "cache_needs_decode": ({"version": 2, "cache": {"dtype": "e4m3"}}, 9, 8, "cache"),
+    "cache_holds_raw_keys": (
+        {
+            "version": 2,
+            "compression": {"block": 32, "stride": 16, "phi": "external"},
+            "selection": None,
+            "window": None,
+            "passes": ["forward", "decode"],
+            "cache": {"dtype": "e4m3"},
+        },
+        8,
+        8,
+        "cache",
+    ),
     "groups_are_whole": ({"heads": {"query": 8, "kv": 3}}, 3, 16, "heads.query"),
     "tf32_needs_float32": ({"dtype": "bfloat16", "fp32_precision": "tf32"}, 9, 17, "fp32_precision"),
     "selection_sink_needs_version_2": (
