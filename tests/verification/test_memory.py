@@ -75,6 +75,16 @@ CASES: Mapping[str, dict[str, Any]] = {
     "linear and weighted": {"branches": "cmp win", "phi": "linear", "phi_value": "weighted", "kv": "per_branch"},
     "external and given": {"phi": "external", "indices": "input", "kv": "per_branch", "count": 2},
     "window": {"branches": "win", "gate": "none"},
+    "sink": {"branches": "slc", "indices": "input", "count": 1, "gate": "none", "sink_slc": "learned"},
+    "joint": {
+        "branches": "slc win",
+        "scores": "mean",
+        "count": 1,
+        "initial": 0,
+        "joint": True,
+        "sink_joint": "learned",
+    },
+    "joint, half": {"dtype": "float16", "count": 2, "initial": 0, "joint": True},
     "half": {"dtype": "float16", "dims": (32, 16), "count": 1, "initial": 0},
 }
 
