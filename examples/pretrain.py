@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.quality.data import SHORTEST, library
+from examples.quality.data import SHORTEST, TASKS, library
 from examples.quality.figures import plot_losses
 from examples.quality.model import Choice
 from examples.quality.training import Settings, device_here, read_log, train
@@ -37,6 +37,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
             raise ValueError(f"{name}: expected at least {least}, got {getattr(options, name)}")
     if not 0 <= options.task_share <= 1:
         raise ValueError(f"task_share: expected a share from 0 to 1, got {options.task_share}")
+    for task in options.tasks.split(","):
+        if task not in TASKS:
+            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {task}")
     choice = Choice.parse(options.attention)
     names = set(Settings.__dataclass_fields__) - {"mode", "spec"}
     return Settings(choice.mode, choice.spec.resolved_yaml(), **{name: getattr(options, name) for name in names})
@@ -58,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=20, help="steps in which it rises (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the data (0)")
     parser.add_argument("--task-share", type=float, default=0.5, help="share of sequences that are tasks (0.5)")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names with commas between (all five)")
     parser.add_argument("--answer-weight", type=float, default=1.0, help="weight of the loss on answers (1)")
     parser.add_argument("--recompute", action="store_true", help="keep less for the backward pass: blocks run twice")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")

@@ -198,18 +198,24 @@ def _tensors(pages: Sequence[Page]) -> tuple[Tensor, Tensor]:
 
 
 def training_batch(
-    corpus: Corpus, seed: int, step: int, rows: range, tokens: int, task_share: float
+    corpus: Corpus,
+    seed: int,
+    step: int,
+    rows: range,
+    tokens: int,
+    task_share: float,
+    tasks: Sequence[str] = tuple(TASKS),
 ) -> tuple[Tensor, Tensor]:
     """Rows of a step's batch: tokens (B, T) int64 and kinds (B, T) uint8.
 
-    A row is a slice of the text or, with a probability of `task_share`, several sequences of one task, whose lengths
-    are a quarter, a half or the whole of the row.
+    A row is a slice of the text or, with a probability of `task_share`, several sequences of one of `tasks`, whose
+    lengths are a quarter, a half or the whole of the row.
     """
     pages = []
     for row in rows:
         draw, page = random.Random(f"train/{seed}/{step}/{row}"), Page()
         if draw.random() < task_share:
-            task, share = draw.choice(list(TASKS)), draw.choice(TRAINED_SHARES)
+            task, share = draw.choice(tasks), draw.choice(TRAINED_SHARES)
             while len(page.text) < tokens:
                 left, size = tokens - len(page.text), round(tokens * share)
                 each = task_page(task, left if left < 2 * size else size, draw, corpus, held_out=False)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.convert import save
-from examples.quality.data import ANSWER, TEXT, Corpus, training_batch
+from examples.quality.data import ANSWER, TASKS, TEXT, Corpus, training_batch
 from examples.quality.model import Choice, Mode, Model, autocast
 from nsa_gen.spec import parse_spec
 
@@ -41,6 +41,7 @@ class Settings:
     warmup: int = 20
     seed: int = 0
     task_share: float = 0.5
+    tasks: str = ",".join(TASKS)
     answer_weight: float = 1.0
     recompute: bool = False
 
@@ -153,7 +154,8 @@ def train(
     rows = range(rank * share, (rank + 1) * share)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        return training_batch(corpus, settings.seed, step, rows, settings.tokens, settings.task_share)
+        tasks = settings.tasks.split(",")
+        return training_batch(corpus, settings.seed, step, rows, settings.tokens, settings.task_share, tasks)
 
     model.train()
     with (

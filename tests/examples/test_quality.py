@@ -109,6 +109,14 @@ def test_a_batch_depends_on_seed_step_and_row_alone_and_not_on_how_rows_are_deal
     assert not torch.equal(whole, draw(0, 4, range(8))) and not torch.equal(whole, draw(1, 3, range(8)))
 
 
+def test_sequences_are_of_the_tasks_that_were_asked_for():
+    from examples.quality.data import TASKS, library, training_batch
+
+    first = [1 + list(TASKS).index(task) for task in ("copy", "needle")]
+    tokens, _ = training_batch(library(), 0, 0, range(12), 128, 1.0, ["copy", "needle"])
+    assert set(tokens[:, 0].tolist()) == set(first)
+
+
 def test_held_out_text_is_not_trained_on_and_tasks_are_held_out_at_other_lengths():
     from examples.quality.data import HELD_OUT_SHARES, TRAINED_SHARES, held_out_batch, library
 
@@ -218,6 +226,9 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pretrain.main([*SMALL, "--tokens", "100"])
     assert "tokens: expected at least 128, got 100" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pretrain.main([*SMALL, "--tasks", "copy,paste"])
+    assert "tasks: expected some of recall, needle, hops, copy, regression, got paste" in capsys.readouterr().err
 
 
 @pytest.mark.slow
