@@ -56,6 +56,9 @@ SCORED = Condition("blocks are selected by compressed scores", lambda v: v["comp
 
 SCORER_ALONE = Condition("compression has no output", lambda v: v["compression"] and v["compression.output"] is False)
 
+MOST_COMPRESSED_KEYS = 256
+"""Most compressed keys that begin in a selection block: a tile of scores holds those of a block."""
+
 SINCE_VERSION_2: Mapping[str, object] = {
     "compression.output": True,
     "selection.scores": "compression",
@@ -198,6 +201,15 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=lambda v: v["selection.block"] % v["compression.stride"] == 0,
         at="compression.stride",
         message="compression.stride ({compression.stride}) must divide selection.block ({selection.block})",
+    ),
+    Constraint(
+        id="compressed_keys_of_a_block",
+        when=SCORED,
+        holds=lambda v: v["selection.block"] <= MOST_COMPRESSED_KEYS * v["compression.stride"],
+        at="compression.stride",
+        message="selection.block ({selection.block}) must be at most "
+        f"{MOST_COMPRESSED_KEYS} times compression.stride ({{compression.stride}})",
+        hint="the compressed keys of a block are scored together",
     ),
     Constraint(
         id="compression_block_fits_selection_block",

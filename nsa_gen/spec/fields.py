@@ -170,10 +170,10 @@ RANGES: Mapping[str, IntegerRange] = MappingProxyType(
         "compression.block": IntegerRange(1, 256),
         "compression.stride": IntegerRange(1, 256),
         "compression.phi.hidden": IntegerRange(16, 1024, multiple_of=16),
-        "selection.block": IntegerRange(16, 256, power_of_two=True),
-        "selection.count": IntegerRange(1, 256),
-        "selection.initial": IntegerRange(0, 256),
-        "selection.local": IntegerRange(0, 256),
+        "selection.block": IntegerRange(16, 1024, power_of_two=True),
+        "selection.count": IntegerRange(1, 1024),
+        "selection.initial": IntegerRange(0, 1024),
+        "selection.local": IntegerRange(0, 1024),
         "window.size": IntegerRange(1, 65536),
     }
 )

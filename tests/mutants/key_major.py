@@ -75,7 +75,7 @@ MUTANTS = (
         "slots beyond the caller's counts enter the lists",
         COUNTS,
         O_LSE,
-        (Edit(INDEX, "if counts_ptr is not None:", "if counts_ptr is not None and SLOTS == 0:"),),
+        (Edit(INDEX, "if counts_ptr is not None:", "if counts_ptr is not None and SLOT_TILE == 0:"),),
     ),
     Mutant(
         "lists_in_random_order",
