@@ -54,16 +54,17 @@ class Operator:
         self.op, self.keep, self.indices = op, False, None
         self.parameters = OracleParameters.from_spec(spec) if mode == "reference" else None
 
-    def __call__(self, *given: Any, recompute: Any = (), workspace_bytes: Any = None, **named: Any) -> Tensor:
+    def __call__(self, *given: Any, **named: Any) -> Tensor:
         if self.parameters is not None:
-            result = reference_attention(self.parameters, *given, **named)
+            own = {name: x for name, x in named.items() if name not in ("recompute", "workspace_bytes")}
+            result = reference_attention(self.parameters, *given, **own)
             self.indices = result.indices if self.keep else None
             return result.o
-        if self.keep:
-            o, found = self.op.nsa_attention(*given, **named, return_aux=True)
-            self.indices = getattr(found, "indices", None)
-            return o
-        return self.op.nsa_attention(*given, **named)
+        if not self.keep:
+            return self.op.nsa_attention(*given, **named)
+        o, found = self.op.nsa_attention(*given, **named, return_aux=True)
+        self.indices = getattr(found, "indices", None)
+        return o
 
 
 def sparse_layer(choice: Choice, width: int) -> nn.Module:
