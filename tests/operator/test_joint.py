@@ -267,3 +267,20 @@ def test_hoppers_kernels_of_selected_blocks_do_not_leave_the_window_out() -> Non
     assert apart.hopper_selected_forward and apart.hopper_selected_backward
     assert not joint.hopper_selected_forward and not joint.hopper_selected_backward
     assert joint.hopper and joint.hopper_banded_backward
+
+
+@pytest.mark.parametrize("name", ["every branch", "alone"])
+def test_no_tokens_give_empty_outputs_and_a_sink_without_a_gradient(name: str) -> None:
+    op = operator(name)
+    found = call_with_gradients(op, inputs_of(op, 0))
+    assert found["o"].numel() == found["dq"].numel() == 0 and not found["dsink"].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows out of range
+def test_a_large_sink_takes_all_the_weight() -> None:
+    op = operator("alone")
+    inputs = inputs_of(op, 3, tokens_kv=38)
+    found = call_with_gradients(op, replace(inputs, sink=torch.full_like(inputs.sink, 1e4)))
+    assert not any(found[name].any() for name in ("o", "dq", "dk", "dv", "dsink"))
+    lse = found["lse_joint"]
+    torch.testing.assert_close(lse, torch.full_like(lse, 1e4), rtol=4 * 2.0**-24, atol=0)
