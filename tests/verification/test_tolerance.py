@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification import OracleParameters, Reference, compare, make_inputs, reference_gradients
-from nsa_gen.verification.reference.tolerance import unit_roundoff
+from nsa_gen.verification.reference.tolerance import HARDWARE_UNITS, unit_roundoff
 from tests.verification.verification_specs import spec_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -180,3 +180,17 @@ def test_a_kernels_other_order_of_rounding_passes(kind: str, tokens: int, dtype:
             near = baseline.tensors()[name]
             result = compare(actual, truth.tensors()[name], near, dtype=dtype, noise=noise, rows=name[0] != "l")
             assert result.ok, (name, seed, result.describe())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_few_elements_may_each_be_a_roundoff_off_and_the_norm_of_many_may_not(dtype: torch.dtype) -> None:
+    unit = unit_roundoff(dtype) * HARDWARE_UNITS.get(dtype, 1.0)
+
+    def norm_is_fine(count: int, error: float) -> bool:
+        truth = torch.ones(count, 1, dtype=torch.float64)
+        signs = 1.0 - 2.0 * (torch.arange(count, dtype=torch.float64)[:, None] % 2)
+        norm = compare(truth + error * unit * signs, truth, truth, dtype=dtype).norm
+        return norm.error <= norm.bound
+
+    assert norm_is_fine(2, 0.99) and not norm_is_fine(2, 1.2)
+    assert norm_is_fine(4096, 0.55) and not norm_is_fine(4096, 0.65)

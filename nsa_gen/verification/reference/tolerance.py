@@ -156,12 +156,13 @@ def compare(
     bias = [((e * truth / scale).sum() / weight).abs().item() for e in errors]
     # Every row counts alike for it, small ones too, whose relative errors the norm does not show.
     drifted = moved.norm(dim=-1) / row_scale
+    # A rounding's deviation is its largest / sqrt 3; the norm of a few elements may come to their largest.
+    rounded = slack * min(1.0, likely_largest(truth.numel()) / math.sqrt(3.0))
     typical = [x.square().mean().sqrt().item() for x in (row[1], drifted)]
     chance = 4.0 * (FACTOR * typical[0] + slack + likely_largest(independent) * typical[1]) / math.sqrt(independent)
     return Comparison(
         Measure(row[0][worst].item(), row_bound[worst].item()),
-        # A rounding's deviation is its largest / sqrt 3.
-        Measure(norm[0], FACTOR * norm[1] + slack / math.sqrt(3.0) + wandered),
+        Measure(norm[0], FACTOR * norm[1] + rounded + wandered),
         Measure(bias[0], FACTOR * bias[1] + slack / 4 + chance),
         tuple(int(x) for x in worst),
     )
