@@ -19,7 +19,7 @@ def structure(spec: Spec) -> tuple[object, ...]:
     compression, selection = spec.compression, spec.selection
     return (
         spec.branches,
-        compression and (compression.phi.key, compression.phi.value, compression.position),
+        compression and (compression.phi.key, compression.phi.value, compression.position, compression.output),
         selection and (selection.indices, selection.scores),
         spec.window and spec.window.sink,
         spec.combine.gate,
@@ -41,6 +41,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
     if spec.compression:
         phi, position = spec.compression.phi, spec.compression.position
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
+        made.add(("output", spec.compression.output))
     if spec.selection:
         made |= {("indices", spec.selection.indices), ("scores", spec.selection.scores)}
     if spec.window:

@@ -1,8 +1,8 @@
 """The shipped infllm_v2_8b, scaled down, beside InfLLM-v2 written from its formulas (arXiv 2509.24663).
 
-The two stages of OpenBMB/infllmv2_cuda_impl in dense form: probabilities of the compressed keys that end at or before a
-query, added up over the heads of a KV head and pooled by maxima of five with a stride of four and a padding of one; then
-attention to the first block, the local ones, and the best of the others.
+The two stages of OpenBMB/infllmv2_cuda_impl in dense form: probabilities of the compressed keys that end at or before
+a query, added up over the heads of a KV head and pooled by maxima of five with a stride of four and a padding of one;
+then attention to the first block, the local ones, and the best of the others.
 """
 
 from __future__ import annotations

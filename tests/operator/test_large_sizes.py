@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -64,6 +65,17 @@ def test_decode_is_one_forward(name: str) -> None:
     steps = (Step("fill", (keys - 2,)), Step("decode", (2,)))
     rows = run_scenario(op.spec, op.module, Scenario(1, keys + 16, None, steps, seed=4), DEVICE.type)
     assert rows and [f"{row.quantity}: {row.problem or (row.error, row.bound)}" for row in rows if not row.ok] == []
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["", "local blocks in the window"])
+def test_slots_and_parts_that_take_several_tiles_are_the_oracles(local: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = operator_of(group=3, kv_heads=2, count=4, local=2, window=40, block=32, compression=(8, 4))
+    for module, name in (("inverted_index", "SLOT_TILE"), ("selected_key_major_forward", "MOST_PARTS")):
+        monkeypatch.setattr(sys.modules[f"{op.module.__name__}.kernels.{module}"], name, 2)
+    values = (("selected_attention", "KEY_MAJOR_FORWARD", 1), ("selected_attention", "LOCAL_IN_WINDOW", int(local)))
+    case = Case(4, 6 * 32 + 7, twice=False, variation=Variation(0, values, ()))
+    rows = check_case(op.module, op.parameters, case, inputs_of(op, 4, tokens_kv=6 * 32 + 7), with_gradients=True)
+    assert rows and [row for row in rows if not row.ok] == []
 
 
 @pytest.mark.parametrize("field", ["selection.block", "selection.count"])
