@@ -8,6 +8,7 @@ from __future__ import annotations
 from tests.mutants.model import Check, Edit, Mutant
 
 SLOTS = Check("selected", 9, tokens_kv=48)
+HOT = Check("selected", 40, kind="hot", gradients=True, seed=7)
 FILLED = Check("many slots filled", 40)
 MERGE, INDEX = "kernels/selected_key_major_merge.py", "kernels/inverted_index.py"
 TWO_SLOTS = Edit(INDEX, "(SLOTS_PER_TOKEN.value), 1024)", "(SLOTS_PER_TOKEN.value), 2)")
@@ -36,6 +37,16 @@ MUTANTS = (
         (
             TWO_PARTS,
             Edit(MERGE, "new_max = tl.maximum(row_max, tl.max(max_parts, 1))", "new_max = tl.max(max_parts, 1)"),
+        ),
+    ),
+    Mutant(
+        "gradients_of_the_first_keys_merged",
+        "each program that adds up the parts of a block's dK and dV takes its first tile of keys, of 8 here",
+        HOT,
+        ("dk", "dv"),
+        (
+            Edit(MERGE, "min(SELECTION_BLOCK.value, 128)", "min(SELECTION_BLOCK.value, 8)"),
+            Edit(MERGE, "tl.program_id(1) * KEY_TILE + tl.arange", "tl.arange"),
         ),
     ),
     Mutant(
