@@ -10,6 +10,8 @@ import sympy
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
+from nsa_gen.lowering.heads import power_of_two
+from nsa_gen.lowering.overlap import overlap
 from nsa_gen.lowering.phi import compressed_sides
 from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.lowering.selection import append_means, free_slots
@@ -203,6 +205,14 @@ def _decode_compressed(spec: Spec) -> Kernel:
     )
 
 
+def _members(spec: Spec) -> int:
+    """Values of a block and head that are looked at together: its compressed keys' where the largest counts."""
+    compression, selection = spec.compression, spec.selection
+    if compression is None or selection is None or selection.pool == "sum" or selection.scores != "compression":
+        return 1
+    return power_of_two(len(overlap(compression.block, compression.stride, selection.block).weights))
+
+
 def _decode_select(spec: Spec) -> Kernel:
     scored, means = _ranks(spec), _ranks(spec, "mean")
     # Mean keys are the rows of fp32 products, whose operands live in registers.
@@ -212,7 +222,7 @@ def _decode_select(spec: Spec) -> Kernel:
         importance = s.B * s.Hkv * s.T / s.SLC_BLOCK * s.Dk * FP32
     traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
     # Heads are looked at sixteen at a time: importance, its reference, and an address.
-    registers = 64 * s.BLOCK_TILE if scored else _ZERO
+    registers = 64 * s.BLOCK_TILE * _members(spec) if scored else _ZERO
     if means:
         registers += s.BLOCK_TILE * s.PAD_QK
     merged, best = "compressed attention merged" if "cmp" in spec.branches else "", "blocks selected"

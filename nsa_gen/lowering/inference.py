@@ -146,8 +146,8 @@ class InferencePlan:
 
     @property
     def candidates(self) -> int:
-        """Blocks that a tile of them names, padded to a power of two."""
-        return power_of_two(self.free_blocks)
+        """Blocks that a tile of them names, padded to a power of two: at most all that the largest tile has."""
+        return min(power_of_two(self.free_blocks), self.largest_share)
 
     @property
     def scope_rows(self) -> int:

@@ -21,6 +21,8 @@ INTERPRETER_TOKENS = 180
 two KV heads stays below two minutes."""
 INTERPRETER_KEYS = 2600
 """Keys of the cases with few queries, of which the interpreter takes some 10 ms for 100."""
+GPU_LONGEST = 2**16 + 1
+"""Tokens and keys of the longest cases on a GPU: the oracle is dense."""
 FEW = 6
 """Queries of the cases that put more blocks in the past than there are slots."""
 VARIED_KEYS = 600
@@ -110,10 +112,13 @@ def default_cases(
         return _quick_cases(p, packed), (QUICK_NOTE,)
     notes: list[str] = []
     block = p.selection_block or p.compression_block or 64
+    slow = "the interpreter is slow; verify on a GPU" if interpreted else "the dense oracle is slow"
     if lengths is not None:
         chosen = list(lengths)
     elif not interpreted:
-        chosen = boundary_lengths(p)
+        chosen = [length for length in boundary_lengths(p) if length <= GPU_LONGEST]
+        if len(chosen) < len(boundary_lengths(p)):
+            notes.append(f"lengths above {GPU_LONGEST} were left out: {slow}")
     else:
         chosen, left_out = _affordable(p)
         if left_out:
@@ -145,22 +150,19 @@ def default_cases(
 
     if lengths is None:
         if packed and (chosen_inside := _contested_inside(p)) is not None:
-            if not interpreted or sum(chosen_inside) <= INTERPRETER_LONGEST:
+            if sum(chosen_inside) <= (INTERPRETER_LONGEST if interpreted else GPU_LONGEST):
                 cases.append(Case(chosen_inside, batch=1, twice=not interpreted, gradients=not interpreted))
             else:
                 notes.append(
                     f"packed {'+'.join(map(str, chosen_inside))}, a sequence of more blocks than slots, was left out: "
-                    "the interpreter is slow; verify on a GPU"
+                    f"{slow}"
                 )
         turns = itertools.islice(itertools.cycle(ways), 3, None)
         cases += contested if interpreted else [varied(*each) for each in zip(contested, turns, strict=False)]
         calls = _varied_calls(p, interpreted, packed, middle, len(ways))
         cases += [varied(*each) for each in zip(calls, ways, strict=True)]
         if left_out_keys:
-            notes.append(
-                f"cases with up to {left_out_keys} keys, more blocks than slots, were left out: the interpreter is "
-                "slow; verify on a GPU"
-            )
+            notes.append(f"cases with up to {left_out_keys} keys, more blocks than slots, were left out: {slow}")
     elif p.selection_block is not None:
         rows = min(middle, FEW_VARIED) if interpreted else middle
         case = Case(rows, tokens_kv=_late(p, middle + 2), batch=batch)
@@ -251,7 +253,7 @@ def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list
         return [], 0
     block, count = p.selection_block, p.selection_count
     many, torn = (count + 4) * block - 2, (count + 2) * block + 2
-    if interpreted and many > INTERPRETER_KEYS:
+    if many > (INTERPRETER_KEYS if interpreted else GPU_LONGEST):
         return [], many
     rows = FEW if interpreted else max(FEW, min(4 * block, 256))
     twice = not interpreted

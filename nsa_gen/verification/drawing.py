@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from nsa_gen.spec import Spec, SpecError, parse_spec
+from nsa_gen.spec.constraints import MOST_COMPRESSED_KEYS
 
 T = TypeVar("T")
 
@@ -26,9 +27,9 @@ class Sizes:
         self.kv_heads = (1, 2, 3) if wide else (1, 2)
         self.groups = (1, 2, 3, 4, 5, 7, 8, 12, 16) if wide else (1, 2, 3)
         self.head_dims = (16, 24, 32, 64, 80, 96, 128, 192, 256) if wide else (16, 24, 32)
-        self.blocks = (16, 32, 64, 128) if wide else (16, 32)
+        self.blocks = (16, 32, 64, 128, 1024) if wide else (16, 32, 16, 32, 1024)
         self.strides = (2, 4, 8, 16) if wide else (2, 4, 8)
-        self.counts = (1, 2, 3, 5, 8, 13, 16) if wide else (1, 2, 3, 5)
+        self.counts = (1, 2, 3, 5, 8, 13, 16, 100, 512) if wide else (1, 2, 3, 5, 67)
         self.windows = (1, 2, 7, 16, 17, 64, 100, 512) if wide else (1, 2, 7, 16, 17)
         self.hidden = (16, 32, 64) if wide else (16,)
         self.largest_compression = 64 if wide else 32
@@ -118,7 +119,7 @@ def spec_of_seed(seed: int, *, dtypes: Sequence[str], wide: bool) -> Spec:
 
 
 def _compression(pick: Pick, block: int, sizes: Sizes) -> dict[str, Any]:
-    stride = pick(sizes.strides)
+    stride = pick([stride for stride in sizes.strides if block <= MOST_COMPRESSED_KEYS * stride])
     found: dict[str, Any] = {
         "stride": stride,
         "block": stride * pick(range(1, min(block, sizes.largest_compression) // stride + 1)),

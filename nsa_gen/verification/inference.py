@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification.calls import Call, steady_products
-from nsa_gen.verification.cases import Case, boundary_lengths, inputs_of
+from nsa_gen.verification.cases import GPU_LONGEST, Case, boundary_lengths, inputs_of
 from nsa_gen.verification.checking import check_call
 from nsa_gen.verification.drawing import Pick
 from nsa_gen.verification.reference.dense import OracleParameters
@@ -78,7 +78,7 @@ def drawn_scenario(p: OracleParameters, pick: Pick, *, interpreted: bool, seed: 
     """A scenario: its lengths lie around the spec's boundaries, and its steps are of every kind."""
     batch = pick((1, 2) if interpreted else (1, 2, 3))
     longest = (70 if interpreted else 700) + (p.selection_count + 3) * (p.selection_block or 16)
-    capacity = min(longest, 400) if interpreted else longest
+    capacity = min(longest, 400 if interpreted else GPU_LONGEST)
     near = [length for length in boundary_lengths(p) if length <= capacity - 40]
     kind = pick(("gaussian", "gaussian", "spread", "ties" if p.selection_block and not p.indices_given else "gaussian"))
     lengths = [0] * batch

@@ -46,6 +46,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
     if spec.compression:
         phi, position = spec.compression.phi, spec.compression.position
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
+        made.add(("output", spec.compression.output))
     if spec.selection:
         made |= {("indices", spec.selection.indices), ("scores", spec.selection.scores)}
         made.add(("sink of selection", spec.selection.sink))

@@ -280,7 +280,7 @@ MUTANTS = (
         "the sums of the parts are added up without regard for their maxima",
         FORWARD,
         O_LSE,
-        (Edit(MERGE, "tl.sum(tl.exp2(max_parts - reference[:, None]) * sum_parts, 1)", "tl.sum(sum_parts, 1)"),),
+        (Edit(MERGE, "tl.sum(weights * sum_parts, 1)", "tl.sum(sum_parts, 1)"),),
     ),
     Mutant(
         "nothing_merged_with_nothing",

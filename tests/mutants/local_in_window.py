@@ -77,7 +77,10 @@ MUTANTS = (
         "the merge takes its maximum from the other parts alone, and the local part's weight overflows",
         replace(FORWARD, altered="sharp"),
         ("o_slc",),
-        (Edit(MERGE, "row_max = tl.maximum(row_max, local_max)", "row_max = tl.maximum(row_max, row_max)"),),
+        (
+            Edit(MERGE, "row_max, row_sum = local_max, local_sum", "row_sum = tl.exp2(local_max) * local_sum"),
+            Edit(MERGE, "tl.exp2(row_max - reference) * row_sum", "tl.exp2(-reference) * row_sum"),
+        ),
     ),
     Mutant(
         "local_dq_with_the_delta_of_the_window",

@@ -89,6 +89,7 @@ SPECS: dict[str, Spec] = {
     "cached scorer alone": small_spec(
         scale=0.37, group=3, initial=0, local=0, output=False, kv="per_branch", passes=("forward", "decode")
     ),
+    "many slots filled": small_spec("slc", gate="none", scale=0.37, group=1, count=67, local=2, scores="mean"),
     "full": small_spec(scale=0.37),
     "local": small_spec(scale=0.37, count=4, local=2, window=40),
     "sink": small_spec("win", scale=0.37, sink="learned"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from nsa_gen.spec import RANGES, Problem, SpecError, parse_spec
+from nsa_gen.spec.constraints import MOST_COMPRESSED_KEYS
 
 PHI_WITHOUT_PARAMETERS = ("mean", "weighted", "linear")
 
@@ -131,8 +132,9 @@ def _ranks(selection: dict[str, Any]) -> bool:
 
 @st.composite
 def _compressions(draw: st.DrawFn, selection_block: int) -> dict[str, Any]:
-    stride = draw(st.sampled_from([2**power for power in range(9) if 2**power <= selection_block]))
-    branch: dict[str, Any] = {"stride": stride, "block": stride * draw(st.integers(1, selection_block // stride))}
+    least, most = selection_block // MOST_COMPRESSED_KEYS, min(selection_block, 256)
+    stride = draw(st.sampled_from([2**power for power in range(9) if least <= 2**power <= most]))
+    branch: dict[str, Any] = {"stride": stride, "block": stride * draw(st.integers(1, most // stride))}
     kind = draw(st.sampled_from(["default", "shorthand", "pair", "mlp", "external"]))
     if kind == "shorthand":
         branch["phi"] = draw(st.sampled_from(PHI_WITHOUT_PARAMETERS))
@@ -151,7 +153,7 @@ def _compressions(draw: st.DrawFn, selection_block: int) -> dict[str, Any]:
 @st.composite
 def _mean_selections(draw: st.DrawFn, block: int) -> dict[str, Any]:
     initial, local = draw(st.integers(0, 5)), draw(st.integers(1, 5))
-    count = draw(st.integers(initial + local, 256))
+    count = draw(st.integers(initial + local, 1024))
     return {"block": block, "count": count, "initial": initial, "local": local, "scores": "mean"}
 
 
@@ -160,5 +162,5 @@ def _selections(draw: st.DrawFn, block: int, compressed: bool) -> dict[str, Any]
     if not compressed or draw(st.booleans()):
         return {"block": block, "count": draw(_integers("selection.count")), "indices": "input"}
     initial, local = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-    count = draw(st.integers(max(1, initial + local), 256))
+    count = draw(st.integers(max(1, initial + local), 1024))
     return {"block": block, "count": count, "initial": initial, "local": local}

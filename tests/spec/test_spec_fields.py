@@ -46,9 +46,9 @@ def test_a_number_between_legal_ones_is_refused_with_its_neighbours(path: str) -
 
 
 def test_the_ranges_are_those_of_the_design() -> None:
-    assert RANGES["selection.block"].values() == (16, 32, 64, 128, 256)
+    assert RANGES["selection.block"].values() == (16, 32, 64, 128, 256, 512, 1024)
     assert RANGES["head_dim.qk"].values() == RANGES["head_dim.v"].values() == tuple(range(16, 257, 8))
-    assert RANGES["selection.count"].values() == tuple(range(1, 257))
+    assert RANGES["selection.count"].values() == tuple(range(1, 1025))
     assert RANGES["compression.phi.hidden"].values() == tuple(range(16, 1025, 16))
     assert (RANGES["window.size"].minimum, RANGES["window.size"].maximum) == (1, 65536)
 
@@ -272,6 +272,12 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         6,
         22,
         "compression.block",
+    ),
+    "compressed_keys_of_a_block": (
+        {"compression": {"block": 32, "stride": 2}, "selection": {"block": 1024, "count": 4}},
+        6,
+        34,
+        "compression.stride",
     ),
     "forced_blocks_fit_count": ({"selection": {"block": 64, "count": 2}}, 7, 31, "selection.count"),
     "given_indices_force_nothing": (
