@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.hopper import HOPPER, NEVER, selected_tiles_fit
+from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits, selected_tiles_fit
 from nsa_gen.lowering.plan import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
-HOPPER_BACKWARD_TOKENS = "HOPPER_BACKWARD_TOKENS"
+HOPPER_BACKWARD_TOKENS, HOPPER_DQ_TOKENS = "HOPPER_BACKWARD_TOKENS", "HOPPER_DQ_TOKENS"
 #: Head dims, of q and k and of v, whose accumulators fit the registers of one warpgroup together.
 _HEAD_DIMS = (64, 128)
 #: Query tokens of a call from which the kernel of selected blocks is the quicker; with fewer the host's part is
@@ -28,6 +28,14 @@ def hopper_banded_backward_fits(spec: Spec) -> bool:
     return not {"cmp", "win"}.isdisjoint(spec.branches) and _fits(spec)
 
 
+def hopper_banded_dq_fits(spec: Spec, *branches: str) -> bool:
+    """Whether the package has the kernel of banded attention's dq, for one of these branches or any if none is named.
+
+    It shares row tiles with the forward's kernel and row statistics with that of dk and dv, and fits where both do.
+    """
+    return hopper_fits(spec, *branches) and hopper_banded_backward_fits(spec)
+
+
 def _fits(spec: Spec) -> bool:
     """Whether inputs are of 16 bits, and head dims 64 or 128.
 
@@ -44,23 +52,37 @@ def _fits(spec: Spec) -> bool:
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
     """From how many query tokens on a call is served by each of Hopper's kernels, where the package has it."""
-    tokens = Tunable(HOPPER_BACKWARD_TOKENS, (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
-    return tuple(Decision(name, (tokens,), (HOPPER,), ("backward",)) for name in _least_tokens(spec))
+    # The tuner tries what is beside the default, which for dq is every call, or none.
+    values = {HOPPER_BACKWARD_TOKENS: (*(2**power for power in range(10, 20)), NEVER), HOPPER_DQ_TOKENS: (0, NEVER)}
+    return tuple(
+        Decision(
+            name,
+            tuple(Tunable(each, values[each], size=True, least=0) for each in tokens),
+            (HOPPER,),
+            ("backward",),
+        )
+        for name, tokens in _least_tokens(spec).items()
+    )
 
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:
     """The same numbers on an architecture or the interpreter, by the decision's name."""
     return {
-        name: Config(name, ((HOPPER_BACKWARD_TOKENS, least if target == HOPPER else NEVER),))
-        for name, least in _least_tokens(spec).items()
+        name: Config(name, tuple((each, least if target == HOPPER else NEVER) for each, least in tokens.items()))
+        for name, tokens in _least_tokens(spec).items()
     }
 
 
-def _least_tokens(spec: Spec) -> dict[str, int]:
+def _least_tokens(spec: Spec) -> dict[str, dict[str, int]]:
+    """Query tokens from which on Hopper's kernels serve calls, by decision and tunable."""
     found = {}
     if hopper_banded_backward_fits(spec):
         rows = _FROM_ROWS // spec.heads.query
-        found["banded_backward"] = min(2 ** max(rows.bit_length() - 1, 10), _FROM_BANDED_TOKENS)
+        least = min(2 ** max(rows.bit_length() - 1, 10), _FROM_BANDED_TOKENS)
+        found["banded_backward"] = {HOPPER_BACKWARD_TOKENS: least}
+        if hopper_banded_dq_fits(spec):
+            # Not measured yet, so it serves no call that does not ask for it.
+            found["banded_backward"][HOPPER_DQ_TOKENS] = NEVER
     if hopper_selected_backward_fits(spec):
-        found["selected_backward"] = _FROM_TOKENS
+        found["selected_backward"] = {HOPPER_BACKWARD_TOKENS: _FROM_TOKENS}
     return found

@@ -18,9 +18,9 @@ from nsa_gen.spec import Spec
 INTERPRETER = "interpreter"
 """The table of default configurations has one entry an architecture, and this one for Triton's interpreter."""
 
-HOPPER_ROWS, HOPPER_KEYS = "hopper_rows", "hopper_keys"
+HOPPER_ROWS, HOPPER_DQ, HOPPER_KEYS = "hopper_rows", "hopper_dq", "hopper_keys"
 HOPPER_GATHER, HOPPER_GATHER_QUERIES = "hopper_gather", "hopper_gather_queries"
-"""Schedules for Hopper, in Gluon: banded attention's forward, its dk and dv, and the gradients of selected blocks."""
+"""Schedules for Hopper, in Gluon: banded attention's forward, dq, and dk and dv, and gradients of selected blocks."""
 
 BRANCH_NAMES = {
     "cmp": "compression",
@@ -416,6 +416,11 @@ class Plan(InferencePlan):
     def hopper_banded_backward(self) -> bool:
         """The package has the kernel of banded attention's dk and dv for Hopper."""
         return any(step.schedule(HOPPER_KEYS) for step in self.steps)
+
+    @property
+    def hopper_banded_dq(self) -> bool:
+        """The package has the kernel of banded attention's dq for Hopper."""
+        return any(step.schedule(HOPPER_DQ) for step in self.steps)
 
     @property
     def hopper_selected_forward(self) -> bool:

@@ -9,8 +9,13 @@ from collections.abc import Iterable, Sequence
 
 from nsa_gen.lowering.branches import kv_names, sink_name, sunk_branches
 from nsa_gen.lowering.hopper import HOPPER, hopper_fits, hopper_selected_forward_fits
-from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
+from nsa_gen.lowering.hopper_backward import (
+    hopper_banded_backward_fits,
+    hopper_banded_dq_fits,
+    hopper_selected_backward_fits,
+)
 from nsa_gen.lowering.plan import (
+    HOPPER_DQ,
     HOPPER_GATHER,
     HOPPER_GATHER_QUERIES,
     HOPPER_KEYS,
@@ -111,6 +116,8 @@ def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str
     found = [Schedule(QUERY_MAJOR, _among(names, present))]
     if hopper_fits(spec, branch):
         found.append(Schedule(HOPPER_ROWS, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
+    if hopper_banded_dq_fits(spec, branch):
+        found.append(Schedule(HOPPER_DQ, (), (HOPPER,), decided_by=("HOPPER_DQ_TOKENS", None)))
     if hopper_banded_backward_fits(spec):
         found.append(Schedule(HOPPER_KEYS, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
     return tuple(found)

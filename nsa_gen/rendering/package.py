@@ -201,6 +201,8 @@ def _modules(program: Plan) -> list[str]:
         kernels |= {"hopper", "hopper_banded_forward", "hopper_banded_repair", "hopper_launch", "hopper_rows"}
     if program.hopper_banded_backward:
         kernels.add("hopper_banded_backward")
+    if program.hopper_banded_dq:
+        kernels.add("hopper_banded_dq")
     if program.hopper_selected_forward:
         kernels |= {"hopper_selected_forward", "hopper_tiles"}
     if program.hopper_selected_backward:

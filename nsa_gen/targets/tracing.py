@@ -210,13 +210,17 @@ def _trace_operator(
     named = dict(zip(declared.outputs, outputs, strict=True))
     saved = [named[name] for name in declared.saved]
     override = _module(package, "configs").override
-    has = {"banded_backward": plan.hopper_banded_backward, "selected_backward": plan.hopper_selected_backward}
+    has = {
+        ("banded_backward", "HOPPER_BACKWARD_TOKENS"): plan.hopper_banded_backward,
+        ("banded_backward", "HOPPER_DQ_TOKENS"): plan.hopper_banded_dq,
+        ("selected_backward", "HOPPER_BACKWARD_TOKENS"): plan.hopper_selected_backward,
+    }
     for tokens in (ALWAYS, NEVER) if any(has.values()) else (None,):
         # By Hopper's kernels, on the architecture that has them, and by the ordinary ones.
         with ExitStack() as stack:
-            for name in has:
-                if has[name]:
-                    stack.enter_context(override(name, HOPPER_BACKWARD_TOKENS=tokens))
+            for (name, tunable), has_it in has.items():
+                if has_it:
+                    stack.enter_context(override(name, **{tunable: tokens}))
             operator.attention_backward([torch.empty_like(outputs[0]), *arguments, *agreed, *saved])
     # The steps alone launch one kernel that the whole operator does not.
     _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])

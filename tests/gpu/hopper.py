@@ -47,10 +47,10 @@ def faults(
     """What is wrong with o and lse of a branch by Hopper's kernel, for inputs with NaN in what `poison` names."""
     attention = importlib.import_module(f"{module.__name__}.kernels.banded")
     forward = getattr(attention, f"{branch}_forward")
-    clean, sequences = _inputs(module, branch, tokens, tokens_kv, form, device)
-    inputs = _poisoned(clean, poison)
+    clean, sequences = inputs(module, branch, tokens, tokens_kv, form, device)
+    spoilt = _poisoned(clean, poison)
     found = {}
-    runs = (("ordinary", NEVER, inputs), ("hopper", 0, inputs), ("again", 0, inputs), ("clean", 0, clean))
+    runs = (("ordinary", NEVER, spoilt), ("hopper", 0, spoilt), ("again", 0, spoilt), ("clean", 0, clean))
     for name, least, tensors in runs:
         with module.configs.override("banded_attention", HOPPER_TOKENS=least), _poisoned_memory():
             found[name] = dict(zip(("o", "lse"), forward(*tensors, sequences), strict=True))
@@ -59,7 +59,7 @@ def faults(
     spared = ~found["ordinary"]["o"].isnan().any(-1)
     if other_bits({"o": found["hopper"]["o"][spared]}, {"o": found["clean"]["o"][spared]}):
         yield "other bits in rows that see no NaN"
-    for name, tolerance in (("o", TOLERANCE[inputs[0].dtype]), ("lse", 1e-5)):
+    for name, tolerance in (("o", TOLERANCE[spoilt[0].dtype]), ("lse", 1e-5)):
         ours, theirs = found["hopper"][name].double(), found["ordinary"][name].double()
         for what in (torch.isnan, torch.isinf):
             if not torch.equal(what(ours), what(theirs)):
@@ -70,32 +70,35 @@ def faults(
             yield f"{name}: off by {error:.2e}, at most {tolerance:.0e}"
 
 
-# dk and dv
+# Gradients
 
 GRADIENT_FACTOR, GRADIENT_FLOOR = 1.3, 1e-4
-"""The error of Hopper's dk and dv, relative to float64, may be this much of the ordinary ones', and this much more."""
+"""The error of Hopper's gradients, relative to float64, may be this much of the ordinary ones', and this much more."""
 TILE = 64
 """Keys and queries of a tile of Hopper's kernel: a NaN reaches the tiles of keys that its tile of queries sees."""
 
 
 def gradients_job(result: dict[str, Any], module: ModuleType, branch: str, seed: int = 0) -> None:
-    """Compare dk and dv of a branch of a package by Hopper's kernel and the ordinary one, for every shape."""
+    """Compare gradients of a branch of a package by Hopper's kernels and by the ordinary ones; time dq."""
     torch.manual_seed(seed)
     broken: list[str] = []
     for shape in SHAPES:
         for gated in (True, False):
-            label = f"dk, dv of {branch} {shape} {'with' if gated else 'without'} a gate"
+            label = f"gradients of {branch} {shape} {'with' if gated else 'without'} a gate"
             say(label)
             broken += [f"{label}: {fault}" for fault in gradient_faults(module, branch, *shape, gated, "cuda")]
-    result.update(ok=not broken, error="; ".join(broken), compared=2 * len(SHAPES))
+    result.update(ok=not broken, error="; ".join(broken), compared=2 * len(SHAPES), ms=times(module, branch))
 
 
 def gradient_faults(
     module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, gated: bool, device: str
 ) -> Iterator[str]:
-    """What is wrong with dk and dv of a branch by Hopper's kernel."""
+    """What is wrong with gradients of a branch by Hopper's kernels: dk and dv, and dq where the package has the kernel.
+
+    With a gate, dq is added in float32 to what it holds before; without one, it is written in the package's dtype.
+    """
     backward = getattr(importlib.import_module(f"{module.__name__}.kernels.banded_backward"), f"{branch}_backward")
-    (q, k, v), sequences = _inputs(module, branch, tokens, tokens_kv, form, device)
+    (q, k, v), sequences = inputs(module, branch, tokens, tokens_kv, form, device)
     do = torch.randn(*q.shape[:3], v.shape[3], device=device).to(q.dtype)
     gated = gated and module.SPEC["combine"]["gate"] == "sigmoid"
     gate = torch.randn(*q.shape[:3], 3, device=device).to(q.dtype)[..., 1] if gated else None
@@ -104,22 +107,43 @@ def gradient_faults(
     exact = differentiate(q, k, v, do, gate, scale, lambda *_: visible[0])
     gradient_type = importlib.import_module(f"{module.__name__}.runtime.sequences").OutputGradient
 
-    def run(least: int, do: Tensor) -> dict[str, Tensor]:
+    before = None if gate is None else torch.randn(q.shape, device=device)
+    exact["dq"] += 0.0 if before is None else before
+    tunables = _tunables(module, device)
+
+    def run(least: int, do: Tensor, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> dict[str, Tensor]:
         new = torch.zeros_like if sequences.packed else torch.empty_like  # what belongs to no key is not written
-        with module.configs.override("banded_backward", HOPPER_BACKWARD_TOKENS=least), _poisoned_memory():
-            dq, dk, dv = (new(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
+        with module.configs.override("banded_backward", **dict.fromkeys(tunables, least)), _poisoned_memory():
+            dk, dv = (new(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (k, v))
+            dq = new(q, memory_format=torch.contiguous_format) if before is None else before.clone()
             gradient = gradient_type(do, exact["lse"], exact["delta"], gate)
-            backward(q, k, v, gradient, dq, dk, dv, sequences)
-        return {"dk": dk, "dv": dv}
+            backward(q, k, v, gradient, dq, dk, dv, sequences, dq_before=None if before is None else dq)
+        return {"dq": dq, "dk": dk, "dv": dv}
 
     hopper, again, ordinary = run(0, do), run(0, do), run(NEVER, do)
     if other_bits(hopper, again):
         yield "other bits when called again"
-    for name in ("dk", "dv"):
-        size = exact[name].norm().clamp_min(1e-30)
+    for name in hopper:
+        size = (exact[name] - (before if name == "dq" and before is not None else 0.0)).norm().clamp_min(1e-30)
         ours, theirs = (((found[name].double() - exact[name]).norm() / size).item() for found in (hopper, ordinary))
         if not ours <= GRADIENT_FACTOR * theirs + GRADIENT_FLOOR:
             yield f"{name}: off by {ours:.2e}, the ordinary kernel by {theirs:.2e}"
+    if before is None and DQ_TUNABLE in tunables:
+        group = q.shape[2] // k.shape[2]
+        for poison in POISONS[1:]:
+            spoilt = _poisoned((q, k, v), poison)
+            ours, theirs = (run(least, do, *spoilt)["dq"] for least in (0, NEVER))
+            q_bad, k_bad, v_bad = (~x.isfinite().all(-1) for x in spoilt)
+            seen = torch.einsum("tk,bkh->bth", visible[0].float(), (k_bad | v_bad).float()) > 0
+            finite, kept = ours.isfinite().all(-1), theirs.isfinite().all(-1)
+            if (kept & ~finite).any():
+                yield f"dq: poison {poison} reaches rows that the ordinary kernel keeps finite"
+            if (finite & (q_bad | seen.repeat_interleave(group, 2))).any():
+                yield f"dq: poison {poison} does not reach every row that sees it"
+            # What the other rows hold was right above, where nothing was poisoned.
+            ours, clean = ours[finite & kept].double(), hopper["dq"][finite & kept].double()
+            if not (ours - clean).norm() <= TOLERANCE[q.dtype] * clean.norm():
+                yield f"dq: poison {poison} changes rows that it does not reach"
     at = q.shape[1] // 2
     do[:, at, -1, 3] = float("nan")
     reached = run(0, do)["dv"][:, :, -1].isnan().any(-1)
@@ -131,6 +155,42 @@ def gradient_faults(
         beyond = ~tiles.any(-1).repeat_interleave(TILE)[: len(seen)]
         if reached[:, beyond].any():
             yield "dv: a NaN of do reaches a tile of keys that no query of its tile sees"
+
+
+DQ_TUNABLE = "HOPPER_DQ_TOKENS"
+TIMED = 65536
+"""Tokens of the sequence whose gradients are timed."""
+
+
+def _tunables(module: Any, device: str) -> list[str]:
+    """From how many tokens on Hopper's kernels serve: for dk and dv, and for dq where the package has the kernel."""
+    return list(module.configs.get("banded_backward", torch.device(device)))
+
+
+def times(module: Any, branch: str, tokens: int = TIMED) -> dict[str, float]:
+    """Milliseconds of a branch's gradients with dq by the ordinary kernel and by Hopper's: medians of 7, in turn."""
+    attention, gradients = (
+        importlib.import_module(f"{module.__name__}.kernels.{name}") for name in ("banded", "banded_backward")
+    )
+    (q, k, v), sequences = inputs(module, branch, tokens, None, "plain", "cuda", batch=1)
+    o, lse = getattr(attention, f"{branch}_forward")(q, k, v, sequences)
+    delta = torch.zeros_like(lse)
+    gradient = importlib.import_module(f"{module.__name__}.runtime.sequences").OutputGradient(o, lse, delta, None)
+    dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
+    found: dict[str, list[float]] = {"ordinary": [], "hopper": []}
+    if DQ_TUNABLE not in _tunables(module, "cuda"):
+        return {}
+    for turn in range(8):
+        for name, least in (("ordinary", NEVER), ("hopper", 0)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with module.configs.override("banded_backward", HOPPER_BACKWARD_TOKENS=0, HOPPER_DQ_TOKENS=least):
+                start.record()
+                getattr(gradients, f"{branch}_backward")(q, k, v, gradient, dq, dk, dv, sequences)
+                end.record()
+            torch.cuda.synchronize()
+            if turn > 0:  # the first compiles
+                found[name].append(start.elapsed_time(end))
+    return {name: sorted(each)[len(each) // 2] for name, each in found.items()}
 
 
 def _visible(module: Any, branch: str, sequences: Any, keys: int, device: str) -> Tensor:
@@ -185,13 +245,13 @@ def differentiate(
     return found
 
 
-def _inputs(
-    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, device: str
+def inputs(
+    module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, device: str, batch: int = 2
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
     p = importlib.import_module(f"{module.__name__}.spec")
     sequences_of = importlib.import_module(f"{module.__name__}.runtime.sequences").Sequences
     packed = not isinstance(tokens, int)
-    rows, batch = (sum(tokens), 1) if packed else (tokens, 2)
+    rows, batch = (sum(tokens), 1) if packed else (tokens, batch)
     ends = torch.tensor([0, *tokens], device=device).cumsum(0).int() if packed else None
     sequences = sequences_of(batch, rows, tokens_kv or rows, ends)
     keys = sequences.tokens_kv
@@ -209,9 +269,9 @@ def _inputs(
     return (q, k, v), sequences
 
 
-def _poisoned(inputs: tuple[Tensor, Tensor, Tensor], poison: str) -> tuple[Tensor, Tensor, Tensor]:
+def _poisoned(clean: tuple[Tensor, Tensor, Tensor], poison: str) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, laid out as they were, with NaN and infinities in what `poison` names."""
-    q, k, v = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in inputs)
+    q, k, v = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in clean)
     if poison == "far keys":
         # What no query sees but those at the end: it must not leak out of a tile that others share.
         k[:, -1:], v[:, -1:] = float("nan"), float("nan")

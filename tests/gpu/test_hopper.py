@@ -68,8 +68,11 @@ def test_the_backward_of_selected_attention_is_as_near_to_float64_as_the_ordinar
 @pytest.mark.parametrize("branch", ["compressed", "window"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", having("hopper_banded_backward"))
-def test_dk_and_dv_of_banded_attention_are_as_near_to_float64_as_the_ordinary_ones(
+def test_gradients_of_banded_attention_are_as_near_to_float64_as_the_ordinary_ones(
     name: str, dtype: str, branch: str
 ) -> None:
     needs_hopper()
-    expect_ok(hopper.gradients_job, package_in(name, dtype), branch, seed=SEED)
+    module = package_in(name, dtype)
+    if not hasattr(importlib.import_module(f"{module.__name__}.kernels.banded_backward"), f"{branch}_backward"):
+        pytest.skip(f"{name} has no {branch} attention")
+    expect_ok(hopper.gradients_job, module, branch, seed=SEED)

@@ -63,14 +63,41 @@ def test_other_gradients_and_other_bits_are_found(monkeypatch: pytest.MonkeyPatc
     gradients = importlib.import_module(f"{module.__name__}.kernels.banded_backward")
     right, calls = gradients.window_backward, iter(range(9))
 
-    def backward(*arguments: Any) -> None:
-        right(*arguments)
+    def backward(*arguments: Any, **keywords: Any) -> None:
+        right(*arguments, **keywords)
         if module.configs.get("banded_backward", arguments[0].device)["HOPPER_BACKWARD_TOKENS"] == 0:
             arguments[-3].mul_(1.01 + 2.0**-10 * next(calls))
+            arguments[-4].mul_(1.01)  # dq
 
     monkeypatch.setattr(gradients, "window_backward", backward)
     found = list(hopper.gradient_faults(module, "window", 37, None, "plain", True, DEVICE))
-    assert "other bits when called again" in found and any(fault.startswith("dk: off by") for fault in found)
+    assert "other bits when called again" in found
+    assert all(any(fault.startswith(f"{name}: off by") for fault in found) for name in ("dq", "dk"))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (torch.nan_to_num, "does not reach every row that sees it"),
+        (lambda dq: dq * torch.where(dq.isnan().any(), torch.nan, 1.0), "reaches rows that the ordinary kernel keeps"),
+        (lambda dq: dq * torch.where(dq.isnan().any(), 1.01, 1.0), "changes rows that it does not reach"),
+    ],
+)
+def test_other_places_of_nan_in_dq_are_found(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor], fault: str
+) -> None:
+    module = operator().module
+    gradients = importlib.import_module(f"{module.__name__}.kernels.banded_backward")
+    right = gradients.window_backward
+
+    def backward(*arguments: Any, **keywords: Any) -> None:
+        right(*arguments, **keywords)
+        if module.configs.get("banded_backward", arguments[0].device)["HOPPER_DQ_TOKENS"] == 0:
+            arguments[-4].copy_(change(arguments[-4]))
+
+    monkeypatch.setattr(gradients, "window_backward", backward)
+    found = hopper.gradient_faults(module, "window", 37, None, "plain", False, DEVICE)
+    assert any(fault in each for each in found)
 
 
 @pytest.fixture

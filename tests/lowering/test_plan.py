@@ -13,7 +13,11 @@ from nsa_gen.lowering import lower, space
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.cost import explain
 from nsa_gen.lowering.hopper import hopper_fits, hopper_selected_forward_fits
-from nsa_gen.lowering.hopper_backward import hopper_banded_backward_fits, hopper_selected_backward_fits
+from nsa_gen.lowering.hopper_backward import (
+    hopper_banded_backward_fits,
+    hopper_banded_dq_fits,
+    hopper_selected_backward_fits,
+)
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Compression, Selection, Window, load_spec, parse_spec, shipped_specs
@@ -130,6 +134,7 @@ def test_facts_of_a_plan_follow_from_the_spec(program: Plan):
     assert program.hopper == hopper_fits(spec)
     assert program.hopper_selected_forward == hopper_selected_forward_fits(spec)
     assert program.hopper_banded_backward == hopper_banded_backward_fits(spec)
+    assert program.hopper_banded_dq == hopper_banded_dq_fits(spec)
     assert program.hopper_selected_backward == hopper_selected_backward_fits(spec)
 
 

@@ -6,6 +6,7 @@ Its values are checked on a GPU, by tests/gpu/hopper.py: the interpreter does no
 from __future__ import annotations
 
 import importlib
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_package_has_the_kernel_where_its_tiles_fit(changes: dict[str, Any], h
     ],
 )
 def test_boxes_are_loaded_of_rows_at_multiples_of_16_bytes(x: torch.Tensor, fits: bool) -> None:
-    assert importlib.import_module(f"{operator().module.__name__}.kernels.hopper").fits(x) is fits
+    assert importlib.import_module(f"{operator().module.__name__}.kernels.hopper_device").has_boxes(x) is fits
 
 
 def test_the_ordinary_kernels_serve_a_device_that_is_no_hopper_gpu_whatever_is_asked_for() -> None:
@@ -128,3 +129,55 @@ def test_the_kernel_compiles_without_a_gpu_to_hoppers_own_instructions(compiling
     done = compiling(TRACED, str(operator().folder), "sm_90", "compile")
     shared, *instructions = done.stdout.splitlines()[-1].split()
     assert int(shared) <= 227 * 1024 and instructions == ["True", "True"]
+
+
+class Numbers:
+    """The functions of Gluon's language that find row tiles, on ints."""
+
+    constexpr = int
+
+    @staticmethod
+    def maximum(*xs: Any) -> int:
+        return max(map(int_of, xs))
+
+    @staticmethod
+    def minimum(*xs: Any) -> int:
+        return min(map(int_of, xs))
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> int:
+        return int_of(x if condition else y)
+
+
+def int_of(x: Any) -> int:
+    return getattr(x, "value", x)
+
+
+@pytest.mark.parametrize("last", [0, 16, 128])
+@pytest.mark.parametrize(("block", "stride", "window"), [(32, 16, 0), (1, 1, 100), (1, 1, 700)])
+def test_row_tiles_have_every_key_that_a_row_sees_and_a_mask_where_one_does_not(
+    last: int, block: int, stride: int, window: int
+) -> None:
+    rows = importlib.import_module(f"{operator().module.__name__}.kernels.hopper_rows")
+    names = ("first_visible", "end_visible", "find_item", "tile_at")
+    within = {**vars(rows), "gl": Numbers, "locate_tile": lambda *given: (0, *given[2:5])}
+    for name in names:
+        within[name] = FunctionType(vars(rows)[name].fn.__code__, within)
+    keys = 128 if last else 64  # the kernel of dq has no last tile of its own
+    height, heads = rows.QUERY_BLOCK.value, rows.QUERY_HEADS.value // rows.PACK.value
+    for tokens_q, tokens_kv in ((1, 1), (300, 300), (70, 900), (1000, 1000), (3, 2000)):
+        num_tiles = -(-tokens_q // height)
+        work = rows.Work(None, 1, tokens_q, tokens_kv, num_tiles, num_tiles * heads)
+        for index in range(0, num_tiles * heads, heads):
+            item = within["find_item"](index, work, False, block, stride, window, last, keys)
+            item = rows.Item(*map(int_of, item))
+            starts = [int_of(within["tile_at"](item, step, keys)) for step in range(item.tiles)]
+            end = item.first_key + item.tiles * keys
+            assert sorted(starts) == list(range(item.first_key, end, keys))
+            assert last == 128 or item.tiles > 0
+            position = torch.arange(item.query, min(item.query + height, tokens_q))[:, None] + tokens_kv - tokens_q
+            key = torch.arange(tokens_kv + keys)
+            seen = (key * stride + block - 1 <= position) & ((key > position - window) if window else True)
+            assert not seen[:, : item.first_key].any() and not seen[:, end + last :].any()
+            for start in starts[item.masked :]:
+                assert seen[:, start : start + keys].all() and start + keys <= len(key)

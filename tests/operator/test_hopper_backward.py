@@ -17,17 +17,25 @@ from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import render
 from nsa_gen.runtime.sequences import OutputGradient
+from tests.gpu import hopper
 from tests.support import DEVICE, Operator, assert_matches_oracle, operator_of, small_spec
 
 FILES = {
     "forward": {"kernels/hopper_tiles.py", "kernels/hopper_selected_forward.py"},
     "banded": {"kernels/hopper_backward.py", "kernels/hopper_tiles.py", "kernels/hopper_banded_backward.py"},
+    "dq": {"kernels/hopper_banded_dq.py"},
     "selected": {"kernels/hopper_backward.py", "kernels/hopper_tiles.py", "kernels/hopper_selected_backward.py"},
 }
 CALL = {"dims": (64, 64), "dtype": "float16", "block": 64, "count": 2}
 NEVER = 2**31
 SELECTED = ("hopper_selected_forward_kernel", "hopper_selected_backward_kernel")
-KERNELS = ("hopper_banded_backward_dkdv_kernel", *SELECTED)
+# Kernels of a package, and how many programs of each share a multiprocessor.
+KERNELS = {
+    "hopper_banded_backward_dq_kernel": 1,
+    "hopper_banded_backward_dkdv_kernel": 2,
+    "hopper_selected_forward_kernel": 2,
+    "hopper_selected_backward_kernel": 2,
+}
 
 TRACED = """
 import importlib, sys
@@ -64,31 +72,36 @@ def tensor(*strides: int, offset: int = 0, sizes: tuple[int, ...] = (2, 5, 3, 64
 
 
 @pytest.mark.parametrize(
-    ("changes", "forward", "selected", "banded"),
+    ("changes", "forward", "selected", "banded", "dq"),
     [
-        ({}, True, True, True),
-        ({"dims": (128, 64)}, True, True, True),
-        ({"group": 7, "block": 128}, True, True, True),
-        ({"group": 4}, True, True, True),
-        ({"gate": "none"}, True, True, True),
-        ({"gate": "given"}, True, False, False),
-        ({"dims": (192, 128)}, True, False, False),
-        ({"dims": (80, 80)}, False, False, False),
-        ({"block": 32}, False, False, True),
-        ({"group": 65}, False, False, True),
-        ({"dtype": "float32"}, False, False, False),
-        ({"passes": ("forward",)}, True, False, False),
-        ({"branches": "win"}, False, False, True),
-        ({"branches": "slc"}, True, True, False),
+        ({}, True, True, True, True),
+        ({"dims": (128, 64)}, True, True, True, False),
+        ({"group": 7, "block": 128}, True, True, True, True),
+        ({"group": 4}, True, True, True, True),
+        ({"gate": "none"}, True, True, True, True),
+        ({"gate": "given"}, True, False, False, False),
+        ({"dims": (192, 128)}, True, False, False, False),
+        ({"dims": (80, 80)}, False, False, False, False),
+        ({"block": 32}, False, False, True, True),
+        ({"group": 65}, False, False, True, True),
+        ({"dtype": "float32"}, False, False, False, False),
+        ({"passes": ("forward",)}, True, False, False, False),
+        ({"branches": "win"}, False, False, True, True),
+        ({"branches": "slc"}, True, True, False, False),
     ],
 )
 def test_a_package_has_the_kernels_where_their_tiles_fit(
-    changes: dict[str, Any], forward: bool, selected: bool, banded: bool
+    changes: dict[str, Any], forward: bool, selected: bool, banded: bool, dq: bool
 ) -> None:
     spec = small_spec(**{"branches": "slc win", "indices": "input", **CALL, **changes})
     program = lower(spec)
-    has = {"forward": forward, "selected": selected, "banded": banded}
-    found = (program.hopper_selected_forward, program.hopper_selected_backward, program.hopper_banded_backward)
+    has = {"forward": forward, "selected": selected, "banded": banded, "dq": dq}
+    found = (
+        program.hopper_selected_forward,
+        program.hopper_selected_backward,
+        program.hopper_banded_backward,
+        program.hopper_banded_dq,
+    )
     assert found == tuple(has.values())
     wanted = set().union(*(FILES[name] for name in has if has[name]))
     assert set(render(spec)) & set().union(*FILES.values()) == wanted
@@ -103,6 +116,9 @@ def test_a_package_has_the_kernels_where_their_tiles_fit(
         if has_it:
             least = {target: config.mapping()[tunable] for target, config in tables.items()}
             assert least.pop("sm_90") == from_tokens and set(least.values()) == {NEVER}
+    for table in program.defaults.values():  # dq is not the default anywhere
+        config = table.get("banded_backward")
+        assert (config.mapping() if config else {}).get("HOPPER_DQ_TOKENS") == (NEVER if dq else None)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +160,45 @@ def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_compile_without_a_gpu_to_asynchronous_products_and_fit_a_multiprocessor_twice(
-    compiling, kernel: str
+@pytest.mark.parametrize(("kernel", "programs"), KERNELS.items())
+def test_kernels_compile_without_a_gpu_to_asynchronous_products_and_fit_a_multiprocessor(
+    compiling, kernel: str, programs: int
 ) -> None:
     done = compiling(TRACED, str(operator().folder), "sm_90", kernel)
     shared, products, waits, whiles = map(int, done.stdout.splitlines()[-1].split())
-    assert shared <= (228 * 1024) // 2 - 1024
+    assert shared <= (228 * 1024) // programs - 1024
     assert products > 3 * waits > 0
     # A `for` about loops whose bounds it carries would be compiled wrongly by some versions, which keep the first.
     assert whiles == (kernel in SELECTED)
+
+
+@pytest.mark.parametrize("branch", ["compressed", "window"])
+@pytest.mark.parametrize("shape", [(37, None, "fused"), ((20, 0, 9), None, "plain")])
+def test_rows_of_dq_that_hoppers_kernel_leaves_are_written_by_the_ordinary_one_and_no_others(
+    branch: str, shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = operator_of("cmp win", dims=(64, 64), dtype="float16").module
+    gradients = importlib.import_module(f"{module.__name__}.kernels.banded_backward")
+    (q, k, v), sequences = hopper.inputs(module, branch, *shape, str(DEVICE))
+    lse, delta, before = torch.randn(3, *q.shape[:3], device=DEVICE) + 4
+    gradient = OutputGradient(torch.randn(q.shape, device=DEVICE).half(), lse, delta, None)
+    left = torch.rand(q.shape[:3], device=DEVICE) < 0.2
+
+    def backward() -> torch.Tensor:
+        dq = before[..., None].repeat(1, 1, 1, q.shape[3])
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        getattr(gradients, f"{branch}_backward")(q, k, v, gradient, dq, dk, dv, sequences, dq_before=dq)
+        return dq
+
+    class Hopper:
+        @staticmethod
+        def backward_dq(*arguments: Any) -> torch.Tensor:
+            arguments[5][~left] = 7.0  # dq
+            return left.to(torch.int8)
+
+    expected = torch.where(left[..., None], backward(), 7.0)
+    monkeypatch.setattr(gradients.hopper_backward, "dq_module_for", lambda *given: Hopper)
+    assert torch.equal(backward(), expected)
 
 
 @pytest.mark.parametrize("gated", [True, False])

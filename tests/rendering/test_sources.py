@@ -157,6 +157,8 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
             assert kernels.pop(name) == name
     if program.hopper_banded_backward or program.hopper_selected_backward:
         assert kernels.pop("row_statistics") == "hopper_backward"
+    if program.hopper_banded_dq:  # it has one configuration, by its design
+        assert kernels.pop("hopper_banded_backward_dq") == "hopper_banded_dq"
     if program.hopper_banded_backward:  # it has one configuration, by its design
         assert kernels.pop("hopper_banded_backward_dkdv") == "hopper_banded_backward"
     if program.hopper_selected_forward:  # it has one configuration, by its design
