@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 
 from nsa_gen.spec import Spec
 from nsa_gen.targets import compile_spec
 from tests.lowering.drawn_specs import drawn_specs
+from tests.support import small_spec
 
 TARGETS = ("sm_90", "gfx942")
 
@@ -29,3 +36,38 @@ def test_a_drawn_spec_compiles_for_a_gpu_of_each_vendor(spec, tmp_path):
     report = compile_spec(spec, TARGETS, jobs=2, cache_dir=tmp_path / "cache")
     assert [f"{row.target} {row.kernel}: {row.reason}" for row in report.rows if not row.ok] == []
     assert {row.target for row in report.rows} == set(TARGETS)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+UNUSUAL = (
+    small_spec("slc", gate="none", scores="mean", count=60, passes=("forward",)),
+    small_spec("cmp slc", pool="max", count=60, output=False, passes=("forward", "decode")),
+    small_spec("slc win", scores="mean", block=1024, count=20),
+    small_spec(joint=True, sink_joint="learned", cache="e4m3", passes=("forward", "decode")),
+)
+
+
+def refused(specs: Iterable[Spec], folder: Path) -> str:
+    """What Triton's front end refuses of the kernels of specs; "" if nothing."""
+    paths = []
+    for number, spec in enumerate(specs):
+        paths.append(folder / f"{number}.yaml")
+        paths[-1].write_text(spec.resolved_yaml(), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rendering.lower_kernels", *map(str, paths)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return "" if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_triton_s_front_end_takes_every_kernel_of_unusual_sizes(tmp_path: Path) -> None:
+    assert refused(UNUSUAL, tmp_path) == ""
+
+
+def test_triton_s_front_end_takes_every_kernel_of_drawn_specs(tmp_path: Path) -> None:
+    assert refused(drawn_specs(), tmp_path) == ""

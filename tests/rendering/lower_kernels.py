@@ -1,0 +1,51 @@
+"""`python -m tests.rendering.lower_kernels SPEC.yaml...`: what Triton's front end refuses of their kernels, for sm_90.
+
+A process of its own, in which Triton is not the interpreter. A kernel takes some 50 ms, as nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from nsa_gen.hardware import gpu_for_target
+from nsa_gen.rendering import generate, import_package
+from nsa_gen.spec import Spec, load_spec
+from nsa_gen.targets.launches import Launch, record_launches, specialize
+from nsa_gen.targets.tracing import trace
+from tools.freeze import lower_to_ttir
+
+TARGET, TOKENS, BATCH = "sm_90", 4096, 2
+
+
+def launches_of(spec: Spec, folder: Path) -> list[Launch]:
+    """Launches of batched and packed calls of every pass."""
+    package = import_package(generate(spec, folder))
+    found: list[Launch] = []
+    for packed in (False, True):
+        with package.configs.use_target(TARGET), record_launches() as launches:
+            trace(package, TOKENS, BATCH, "meta", packed, spec.passes)
+        found += launches
+    return found
+
+
+def main(paths: list[str]) -> int:
+    """Lower the kernels of each spec; 1 if any is refused."""
+    gpu, refused = gpu_for_target(TARGET), 0
+    for path in paths:
+        spec = load_spec(path)
+        with tempfile.TemporaryDirectory() as folder:
+            found = {one.key: one for one in (specialize(each, gpu) for each in launches_of(spec, Path(folder)))}
+            for one in found.values():
+                try:
+                    lower_to_ttir(one)
+                except Exception as error:
+                    refused += 1
+                    print(f"{spec.name}: {one.name}: {error!r:.600}")
+            print(f"{spec.name}: {len(found)} kernels")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
