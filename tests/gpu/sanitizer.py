@@ -67,7 +67,22 @@ passes: [forward, backward, decode]
 """
 """Blocks chosen by their mean keys, and a window with a sink."""
 
-SPECS = {"plain": PLAIN, "learned": LEARNED, "brought": BROUGHT, "means": MEANS}
+JOINED = """\
+version: 2
+name: joined
+heads: {query: 4, kv: 2}
+head_dim: 16
+dtype: float16
+compression: {block: 8, stride: 4, output: false}
+selection: {block: 16, count: 3, initial: 1, local: 1, pool: max}
+window: {size: 24}
+combine: {gate: none, joint: [selection, window], sink: learned}
+cache: {dtype: e4m3}
+passes: [forward, backward, decode]
+"""
+"""Compressed keys that only choose blocks, one softmax over selection and window, and a cache of codes."""
+
+SPECS = {"plain": PLAIN, "learned": LEARNED, "brought": BROUGHT, "means": MEANS, "joined": JOINED}
 """Specs that have every kernel between them, by name (a test holds them to it)."""
 SHAPES: dict[str, tuple[int | tuple[int, ...], ...]] = {
     "memcheck": (97, (33, 0, 1, 97)),
