@@ -101,7 +101,7 @@ def touch_job(
             device=device,
             seed=seed + number,
         )
-        if steps:
+        if steps and hasattr(module, "window_attention"):  # joint branches have no window of their own
             broken += [f"window alone, tokens {shape}: {name}" for name in _window_alone(module, inputs)]
         broken += [f"tokens {shape}: {name}" for name in not_finite(call_package(module, inputs, True))]
     if "decode" in meaning.passes and steps:
@@ -117,7 +117,8 @@ def touch_job(
 def _window_alone(module: Any, inputs: Inputs) -> list[str]:
     """Names of what is not finite when the window of a spec with shared keys is called by itself."""
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v")}
-    o, lse = module.window_attention(*leaves.values(), cu_seqlens=inputs.cu_seqlens)
+    sink = {} if inputs.sink_win is None else {"sink_win": inputs.sink_win}
+    o, lse = module.window_attention(*leaves.values(), **sink, cu_seqlens=inputs.cu_seqlens)
     gradients = torch.autograd.grad(o, list(leaves.values()), inputs.do)
     found = {"o": o, "lse": lse, **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}}
     return [name for name, x in found.items() if not torch.isfinite(x).all()]

@@ -90,6 +90,14 @@ SPECS: dict[str, dict[str, Any]] = {
     "codes, mean scores": {"branches": "slc win", "cache": "e4m3", "scores": "mean", "kv_heads": 2, "initial": 0},
     "codes, compressed by the caller": {"cache": "e4m3", "phi": "external", "kv_heads": 2},
     "codes, compressed keys without output": {"cache": "e4m3", "output": False, "kv_heads": 2},
+    "codes, joint branches, compressed keys without output": {
+        "cache": "e4m3",
+        "joint": True,
+        "sink_joint": "learned",
+        "output": False,
+        "gate": "none",
+        "kv_heads": 2,
+    },
     "codes, window alone": {"branches": "win", "gate": "none", "cache": "e4m3", "sink": "learned", "kv_heads": 2},
     "mean scores, forced blocks only": {"branches": "slc win", "scores": "mean", "count": 3, "initial": 1, "local": 2},
 }

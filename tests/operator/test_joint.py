@@ -39,6 +39,10 @@ SPECS: dict[str, dict[str, Any]] = {
         "sink_joint": "learned",
     },
     "each head its blocks": {"branches": "slc win", "scores": "mean", "scope": "head", "window": 18, "dims": (24, 40)},
+    "compressed keys choose alone": {
+        "branches": "cmp slc win", "output": False, "pool": "max", "gate": "none", "kv_heads": 2,
+        "sink_joint": "learned",
+    },
     "half precision and compression": {"branches": "cmp slc win", "dtype": "float16", "kv_heads": 2, "scope": "all"},
 }  # fmt: skip
 every_spec = pytest.mark.parametrize("name", SPECS)

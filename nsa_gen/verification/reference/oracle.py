@@ -185,7 +185,7 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
             found["importance"], found["magnitude"], found["fingerprint"] = scored
             if s.indices is None:
                 found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
-        if branch == "slc" and p.scorer_alone and s.cmp is not None:
+        if branch in ("slc", "joint") and p.scorer_alone and s.cmp is not None:
             keys, nothing = s.cmp[0].transpose(0, 1), s.cmp[1].transpose(0, 1)
             visible = visible_compressed(p, t, keys.shape[1])
             found |= _chosen(p, s, t, attend(q, keys, nothing, visible, p.scale, p.tf32)[2])
@@ -285,7 +285,8 @@ def split_sequences(
         mine = {name: x[where] for name in BY_TOKEN if (x := tensors.get(name)) is not None}
         raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
         if p.scorer_alone and not p.external:  # they are the selection's keys, compressed
-            raw["cmp"] = (raw["slc"][0], raw["slc"][1][..., :0])
+            k, v = raw["joint" if p.joint else "slc"]
+            raw["cmp"] = (k, v[..., :0])
         tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
         cmp = None
         if external:
