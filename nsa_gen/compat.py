@@ -86,7 +86,10 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     for field, value in {"scores": "compression", "pool": "sum", "scope": "group", "sink": "none"}.items():
         _expect(f"selection.{field}", selection.get(field, value), value)
     if compression is not None:
-        _expect("compression.output", compression.get("output", True), True)
+        if not compression.get("output", True):
+            raise ValueError(
+                "compression.output: expected true, got false: these functions return compressed attention"
+            )
         _expect("compression.block", compression["block"], selection["block"])
         _expect("compression.stride", compression["stride"], selection["block"])
         for side in ("key", "value"):

@@ -79,8 +79,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CODED_IN_STEPS,
         ("o_cmp",),
         "kernels/append.py",
-        "        x = decode(codes, side.scale, new.dtype).to(tl.float32)",
-        "        x = tl.where(held[:, None], decode(codes, side.scale, new.dtype), new).to(tl.float32)",
+        "        x = decode(codes, side.scales[0], new.dtype).to(tl.float32)",
+        "        x = tl.where(held[:, None], decode(codes, side.scales[0], new.dtype), new).to(tl.float32)",
     ),
     _mutant(
         "decoded_token_sees_the_next",

@@ -72,7 +72,7 @@ MUTANTS = (
         "token by token, dq of selected blocks also counts the window's keys",
         replace(GRADIENTS, query_major="both"),
         ("dq",),
-        (Edit(TOKEN_BY_TOKEN, "position -= WINDOW", "position -= 0", times=2),),
+        (Edit(TOKEN_BY_TOKEN, "position -= WINDOW", "position -= WINDOW // 2", times=2),),
     ),
     Mutant(
         "joint_as_a_mean_of_both",

@@ -145,14 +145,14 @@ MUTANTS = (
     ),
     Mutant(
         "selected_sink_in_every_part",
-        "block by block, the sink weighs once for each part that is merged",
+        "block by block, the sink weighs once for each part that there may be",
         SELECTED,
         ("o", "lse_slc"),
         (
             Edit(
                 MERGE,
-                "row_sum += tl.exp2(sink - reference)",
-                'row_sum += tl.exp2(sink - reference) * tl.sum((max_parts > float("-inf")).to(tl.float32), 1)',
+                "row_sum + tl.exp2(sink - reference)",
+                "row_sum + SELECTION_COUNT * PARTS * tl.exp2(sink - reference)",
             ),
         ),
     ),
