@@ -41,8 +41,8 @@ KEPT = {
         "test_no_default_is_estimated_beyond_the_shared_memory_where_any_configuration_is_within": 12,
     },
     "tests/mutants/test_mutants.py": {
-        "test_a_package_with_a_mistake_fails_its_check": 30,
-        "test_the_package_without_a_mistake_passes_the_same_check": 10,
+        "test_a_package_with_a_mistake_fails_its_check": 26,
+        "test_the_package_without_a_mistake_passes_the_same_check": 8,
     },
     "tests/operator/test_hopper.py": {
         "test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinary_ones_too": 0,
@@ -53,18 +53,23 @@ KEPT = {
     },
     "tests/operator/test_joint.py": {
         "test_an_operator_with_joint_branches_has_the_properties_of_any": 3,
+        "test_hard_inputs_agree_with_the_oracle": 1,
         "test_operators_with_joint_branches_keep_pytorchs_rules": 0,
-        "test_prefill_and_decode_have_one_softmax": 3,
+        "test_outputs_and_gradients_agree_with_the_oracle": 4,
+        "test_prefill_and_decode_have_one_softmax": 2,
+    },
+    "tests/operator/test_large_sizes.py": {
+        "test_outputs_gradients_and_choices_are_the_oracles": 2,
     },
     "tests/operator/test_local_in_window.py": {
         "test_every_output_and_gradient_agrees_with_the_oracle": 4,
     },
     "tests/operator/test_mean_scores.py": {
         "test_more_slots_than_a_thread_sorts_are_filled_with_scores_of_either_sign": 0,
-        "test_with_other_branches_everything_is_the_oracles": 4,
+        "test_with_other_branches_everything_is_the_oracles": 2,
     },
     "tests/operator/test_replay.py": {
-        "test_the_operators_own_choice_gives_the_same_bits_again": 5,
+        "test_the_operators_own_choice_gives_the_same_bits_again": 3,
         "test_another_choice_is_what_a_spec_with_given_indices_makes_of_it": 2,
         "test_nothing_is_chosen_anew": 2,
     },
@@ -74,8 +79,12 @@ KEPT = {
         "test_outputs_and_gradients_are_the_oracles_batched_and_packed": 5,
     },
     "tests/operator/test_sink.py": {
+        "test_a_large_sink_takes_all_the_weight": 4,
         "test_an_operator_with_a_sink_has_the_properties_of_any": 6,
+        "test_any_length_agrees_with_the_oracle": 3,
+        "test_hard_inputs_agree_with_the_oracle": 2,
         "test_prefill_and_decode_have_the_sink": 3,
+        "test_what_is_recomputed_has_the_same_bits": 3,
     },
     "tests/operator/test_specs.py": {
         "test_batched_outputs_and_gradients_are_those_of_the_oracle": 10,
