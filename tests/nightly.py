@@ -28,12 +28,21 @@ KEPT = {
     "tests/gpu/test_long_and_memory.py": {
         "test_a_share_of_memory_is_held_by_one_process_and_given_back_by_one_that_is_killed": 0,
     },
+    "tests/inference/test_choice.py": {
+        "test_pages_change_no_bit_of_the_choice_among_many_blocks_and_it_is_the_forwards": 0,
+    },
     "tests/inference/test_neighbours.py": {
         "test_a_batch_entrys_bits_depend_on_no_other": 1,
         "test_a_sequences_bits_depend_on_no_other_in_the_cache": 1,
     },
     "tests/inference/test_scenarios.py": {
         "test_every_kind_of_spec_decodes_what_one_forward_computes": 8,
+    },
+    "tests/kernels/test_compression.py": {
+        "test_batched_rows_and_gradients_agree_with_the_oracle": 9,
+        "test_every_ratio_of_block_to_stride_agrees_with_the_oracle": 3,
+        "test_packed_rows_and_gradients_agree_with_the_oracle": 4,
+        "test_sequences_about_as_long_as_a_block_agree_with_the_oracle": 3,
     },
     "tests/lowering/test_plan.py": {
         "test_costs_are_never_negative_and_every_kernel_moves_something": 12,
@@ -62,9 +71,13 @@ KEPT = {
         "test_outputs_gradients_and_choices_are_the_oracles": 2,
     },
     "tests/operator/test_local_in_window.py": {
-        "test_every_output_and_gradient_agrees_with_the_oracle": 4,
+        "test_every_output_and_gradient_agrees_with_the_oracle": 3,
     },
     "tests/operator/test_mean_scores.py": {
+        "test_a_nan_key_reaches_who_sees_it_and_its_block_ranks_last_for_the_others": 0,
+        "test_strided_queries_and_keys_need_no_copy": 0,
+        "test_the_choice_is_that_of_one_query_and_block_at_a_time": 12,
+        "test_the_local_blocks_in_the_window_and_a_recomputed_branch_change_nothing_but_rounding": 0,
         "test_more_slots_than_a_thread_sorts_are_filled_with_scores_of_either_sign": 0,
         "test_with_other_branches_everything_is_the_oracles": 2,
     },
