@@ -186,13 +186,10 @@ def choose_blocks(p: OracleParameters, drawn: Mapping[str, Any], q: Tensor, posi
     pairs = {name: (k[0].float(), v[0].float()) for name, (k, v) in branch_pairs(p, drawn).items()}
     blocks = p.selection_blocks(drawn["q"].shape[1])
     by_head = q.float().unflatten(1, (p.kv_heads, p.group)).permute(1, 2, 0, 3)
-    own = pairs["joint" if p.joint else "slc"]
     if p.scores == "mean":
-        return select_blocks(p, mean_scores(p, by_head, own[0], blocks)[0], positions)[0]
+        return select_blocks(p, mean_scores(p, by_head, pairs[p.selecting][0], blocks)[0], positions)[0]
     k, v = (
-        (drawn[name][0].float() for name in ("k_cmp", "v_cmp"))
-        if p.external
-        else compress(p, *pairs.get("cmp", own), learned)
+        (drawn[name][0].float() for name in ("k_cmp", "v_cmp")) if p.external else compress(p, *pairs["cmp"], learned)
     )
     visible = visible_compressed(p, positions, len(k))
     _, _, probabilities = attend(by_head, k.transpose(0, 1), v.transpose(0, 1), visible, p.scale)

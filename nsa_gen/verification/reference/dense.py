@@ -126,6 +126,11 @@ class OracleParameters:
         return self.compression_block is not None and not self.compression_output
 
     @property
+    def selecting(self) -> str:
+        """The branch that attends to selected blocks, if one does."""
+        return "joint" if self.joint else "slc"
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """The branches present, in the order of the gates."""
         compressed = self.compression_block if self.compression_output else None

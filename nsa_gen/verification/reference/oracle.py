@@ -180,12 +180,12 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
             found["counts"] = s.counts
 
     for branch in p.branches:  # compression comes first: selection may need its importance
-        if branch in ("slc", "joint") and p.computed and p.scores == "mean":
+        if branch == p.selecting and p.computed and p.scores == "mean":
             scored = mean_scores(p, q, getattr(s, branch)[0], p.selection_blocks(s.tokens))
             found["importance"], found["magnitude"], found["fingerprint"] = scored
             if s.indices is None:
                 found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
-        if branch in ("slc", "joint") and p.scorer_alone and s.cmp is not None:
+        if branch == p.selecting and p.scorer_alone and s.cmp is not None:
             keys, nothing = s.cmp[0].transpose(0, 1), s.cmp[1].transpose(0, 1)
             visible = visible_compressed(p, t, keys.shape[1])
             found |= _chosen(p, s, t, attend(q, keys, nothing, visible, p.scale, p.tf32)[2])
@@ -256,14 +256,21 @@ def argument_suffixes(p: OracleParameters) -> dict[str, str]:
 
 
 def branch_pairs(p: OracleParameters, tensors: Mapping[str, Tensor | None]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The raw (K, V) of each branch that reads them, of the operator's arguments by name."""
-    return {
+    """The raw (K, V) of each branch that reads them, of the operator's arguments by name.
+
+    Compressed keys that only choose blocks are those of the selection; their values have no columns.
+    """
+    pairs = {
         name: (
             _required(f"k{suffix}", tensors.get(f"k{suffix}")),
             _required(f"v{suffix}", tensors.get(f"v{suffix}")),
         )
         for name, suffix in argument_suffixes(p).items()
     }
+    if p.scorer_alone and not p.external:
+        k, v = pairs[p.selecting]
+        pairs["cmp"] = (k, v[..., :0])
+    return pairs
 
 
 def split_sequences(
@@ -284,9 +291,6 @@ def split_sequences(
         where: Any = slice(start, stop) if packed else i
         mine = {name: x[where] for name in BY_TOKEN if (x := tensors.get(name)) is not None}
         raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
-        if p.scorer_alone and not p.external:  # they are the selection's keys, compressed
-            k, v = raw["joint" if p.joint else "slc"]
-            raw["cmp"] = (k, v[..., :0])
         tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
         cmp = None
         if external:
