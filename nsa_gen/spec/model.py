@@ -243,7 +243,6 @@ class Spec(Record):
         default=("forward", "backward"),
         description="Passes to generate: forward, its gradients, and inference with a cache.",
     )
-
     cache: Cache | None = Field(
         default=None, description="What the cache keeps; left out: numbers of the spec's dtype. Needs version: 2."
     )
