@@ -8,7 +8,7 @@ import torch
 from .arguments import Arguments, check_kind
 from .pages import CapacityError, Pages
 from .sizes import cdiv
-from .storage import Kept, Layout
+from .storage import Kept, Layout, new_scales
 
 # Tokens of a page.
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -156,7 +156,7 @@ class Cache:
     @property
     def _quantized(self) -> list[str]:
         """Tensors of a layer that hold codes of 8 bits, whose scales the layer has too, in this order."""
-        return [name for name, kept in self._kept.items() if kept.dtype == torch.uint8]
+        return [name for name, kept in self._kept.items() if kept.coded]
 
     def _check_sizes(self, capacity: int, max_new_tokens: int) -> None:
         check_whole("capacity", capacity, 1, 2**31 - 1)
@@ -176,14 +176,13 @@ class Cache:
     ) -> None:
         """Begin with no token; `pages` are the cache's own, which None gives out where the memory is the caller's."""
         self.layout, self._pages = layout, pages
-        scaled = (len(self._quantized), 2, self._checks.sizes["Hkv"]) if self._quantized else None
-        scales = [() if scaled is None else (torch.ones(scaled, device=device),) for _ in layers]
-        self.layers = tuple(self._layer_type(*each, *scale) for each, scale in zip(layers, scales, strict=True))
+        kept, heads = self._kept.values(), self._checks.sizes["Hkv"]
+        self.layers = tuple(self._layer_type(*each, *new_scales(kept, heads, device)) for each in layers)
         self.max_new_tokens, self.device = max_new_tokens, device
         self._hidden: torch.Tensor | None = None
         if self._hidden_rows is not None:
             width, most = self._hidden_rows
-            shape = (layout.batch, most(max_new_tokens), self._checks.sizes["Hkv"], width)
+            shape = (layout.batch, most(max_new_tokens), heads, width)
             self._hidden = torch.zeros(shape, dtype=self._checks.dtype, device=device)
         self.workspace = self._new_workspace(layout, max_new_tokens, device)
         # Tokens [starts, lengths) of each sequence are those that the last `extend` made room for.

@@ -265,20 +265,20 @@ class Inference:
 
     def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
         """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""
-        layout, held, kinds = cache.layout, cache._layer(layer), list(self._kept.values())
-        tensors, scales = held[: len(kinds)], held[len(kinds) :]
-        if layout.table is None:
-            rows = [
-                x[first:end, : kept.blocks.of(tokens) if kept.blocks else tokens]
-                for kept, x in zip(kinds, tensors, strict=True)
-            ]
-        else:
-            index = {blocks: layout.index(blocks, first, end, tokens) for blocks in {kept.blocks for kept in kinds}}
-            rows = [x.flatten(0, 1)[index[kept.blocks]] for kept, x in zip(kinds, tensors, strict=True)]
-        if scales:
-            codes = [number for number, kept in enumerate(kinds) if kept.dtype == torch.uint8]
-            for number, scale in zip(codes, scales[0][:, 0], strict=True):
-                rows[number] = decoded(rows[number], scale, self._checks.dtype)
+        layout, held = cache.layout, cache._layer(layer)
+        scales = held[len(self._kept) :]
+        scale_of_codes = iter(scales[0][:, 0] if scales else ())
+        index = {}
+        if layout.table is not None:
+            kinds = {kept.blocks for kept in self._kept.values()}
+            index = {blocks: layout.index(blocks, first, end, tokens) for blocks in kinds}
+        rows = []
+        for kept, tensor in zip(self._kept.values(), held, strict=False):
+            if layout.table is None:
+                found = tensor[first:end, : kept.blocks.of(tokens) if kept.blocks else tokens]
+            else:
+                found = tensor.flatten(0, 1)[index[kept.blocks]]
+            rows.append(decoded(found, next(scale_of_codes), self._checks.dtype) if kept.coded else found)
         return [*rows, *scales]
 
     def _padded(self, q: torch.Tensor, runs: list[Run], parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:

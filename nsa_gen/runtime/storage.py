@@ -6,6 +6,7 @@ it owns pages of PAGE_SIZE rows that a table names. A block lies in the page of 
 depends on no later token, so sequences with a common beginning share whole pages.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,17 @@ class Kept(NamedTuple):
     dim: str
     blocks: Blocks | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether it holds e4m3 codes of 8 bits, whose scales the layer has too."""
+        return self.dtype == torch.uint8
+
+
+def new_scales(kept: Iterable[Kept], heads: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    """Scales of a layer's codes, 1 each, and one over them: (coded tensors, 2, Hkv) float32, if any are coded."""
+    coded = sum(each.coded for each in kept)
+    return (torch.ones(coded, 2, heads, dtype=torch.float32, device=device),) if coded else ()
 
 
 class Layout(NamedTuple):
