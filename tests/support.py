@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -174,6 +175,19 @@ def call_with_gradients(op: Operator, inputs: Inputs, **more: Any) -> dict[str, 
     found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
     gradients = {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
     return {"o": o.detach(), **aux._asdict(), **gradients}
+
+
+def assert_a_step_is_the_operator(
+    step: Callable[..., tuple[Tensor, Tensor]], op: Operator, inputs: Inputs, branch: str, sink: str, **given: Any
+) -> None:
+    """A step called alone gives the bits of an operator that has this branch alone, gradients and sink included."""
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v", sink)}
+    o, lse = step(**leaves, **given, cu_seqlens=inputs.cu_seqlens)
+    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
+    whole = call_with_gradients(op, inputs)
+    assert torch.equal(o, whole["o"]) and torch.equal(lse, whole[f"lse_{branch}"])
+    for name, gradient in zip(leaves, found, strict=True):
+        assert torch.equal(gradient, whole[f"d{name}"]), name
 
 
 def uniform_keys(op: Operator, tokens: int, tokens_kv: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from nsa_gen.verification.relations import padded
 from tests.support import (
     DEVICE,
     Operator,
+    assert_a_step_is_the_operator,
     assert_matches_oracle,
     call,
     call_with_gradients,
@@ -162,13 +163,7 @@ def test_rows_behind_the_last_sequence_are_zero_and_have_no_part_in_a_gradient()
 def test_joint_attention_alone_is_the_operators(tokens: Any) -> None:
     op = operator("alone")
     inputs = inputs_of(op, tokens)
-    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v", "sink")}
-    o, lse = op.joint_attention(**leaves, indices=inputs.indices, cu_seqlens=inputs.cu_seqlens)
-    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
-    whole = call_with_gradients(op, inputs)
-    assert torch.equal(o, whole["o"]) and torch.equal(lse, whole["lse_joint"])
-    for name, gradient in zip(leaves, found, strict=True):
-        assert torch.equal(gradient, whole[f"d{name}"]), name
+    assert_a_step_is_the_operator(op.joint_attention, op, inputs, "joint", "sink", indices=inputs.indices)
 
 
 def test_a_choice_made_before_is_followed() -> None:

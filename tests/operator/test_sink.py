@@ -28,6 +28,7 @@ from nsa_gen.verification.relations import padded
 from tests.support import (
     DEVICE,
     Operator,
+    assert_a_step_is_the_operator,
     assert_matches_oracle,
     call,
     call_with_gradients,
@@ -261,26 +262,14 @@ def test_the_selected_branch_does_not_notice_the_sink(local: int) -> None:
 def test_the_window_alone_takes_the_sink_too(tokens: Any) -> None:
     op = operator("window alone")
     inputs = inputs_of(op, tokens)
-    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v", "sink_win")}
-    o, lse = op.window_attention(**leaves, cu_seqlens=inputs.cu_seqlens)
-    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
-    whole = call_with_gradients(op, inputs)
-    assert torch.equal(o, whole["o"]) and torch.equal(lse, whole["lse_win"])
-    for name, gradient in zip(leaves, found, strict=True):
-        assert torch.equal(gradient, whole[f"d{name}"]), name
+    assert_a_step_is_the_operator(op.window_attention, op, inputs, "win", "sink_win")
 
 
 @pytest.mark.parametrize("tokens", [19, (9, 0, 12)])
 def test_selected_attention_alone_takes_the_sink_too(tokens: Any) -> None:
     op = operator("selection alone")
     inputs = inputs_of(op, tokens)
-    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in ("q", "k", "v", "sink_slc")}
-    o, lse = op.selected_attention(**leaves, indices=inputs.indices, cu_seqlens=inputs.cu_seqlens)
-    found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
-    whole = call_with_gradients(op, inputs)
-    assert torch.equal(o, whole["o"]) and torch.equal(lse, whole["lse_slc"])
-    for name, gradient in zip(leaves, found, strict=True):
-        assert torch.equal(gradient, whole[f"d{name}"]), name
+    assert_a_step_is_the_operator(op.selected_attention, op, inputs, "slc", "sink_slc", indices=inputs.indices)
 
 
 @pytest.mark.parametrize("key_major", [0, 1])
