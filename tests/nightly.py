@@ -36,7 +36,7 @@ KEPT = {
         "test_a_sequences_bits_depend_on_no_other_in_the_cache": 1,
     },
     "tests/inference/test_scenarios.py": {
-        "test_every_kind_of_spec_decodes_what_one_forward_computes": 8,
+        "test_every_kind_of_spec_decodes_what_one_forward_computes": 6,
     },
     "tests/kernels/test_compression.py": {
         "test_batched_rows_and_gradients_agree_with_the_oracle": 9,
@@ -61,13 +61,16 @@ KEPT = {
         "test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinary_one_too": 0,
     },
     "tests/operator/test_joint.py": {
-        "test_an_operator_with_joint_branches_has_the_properties_of_any": 3,
+        "test_an_operator_with_joint_branches_has_the_properties_of_any": 1,
         "test_hard_inputs_agree_with_the_oracle": 1,
         "test_operators_with_joint_branches_keep_pytorchs_rules": 0,
         "test_outputs_and_gradients_agree_with_the_oracle": 4,
         "test_prefill_and_decode_have_one_softmax": 2,
+        "test_rows_behind_the_last_sequence_are_zero_and_have_no_part_in_a_gradient": 0,
+        "test_what_is_recomputed_has_the_same_bits": 1,
     },
     "tests/operator/test_large_sizes.py": {
+        "test_a_query_attends_to_hundreds_of_blocks": 1,
         "test_outputs_gradients_and_choices_are_the_oracles": 2,
     },
     "tests/operator/test_local_in_window.py": {
@@ -89,11 +92,11 @@ KEPT = {
     "tests/operator/test_scopes.py": {
         "test_every_schedule_agrees": 1,
         "test_importance_is_the_sum_over_a_scope_and_then_the_sum_or_the_maximum_over_blocks": 6,
-        "test_outputs_and_gradients_are_the_oracles_batched_and_packed": 5,
+        "test_outputs_and_gradients_are_the_oracles_batched_and_packed": 3,
     },
     "tests/operator/test_sink.py": {
         "test_a_large_sink_takes_all_the_weight": 4,
-        "test_an_operator_with_a_sink_has_the_properties_of_any": 6,
+        "test_an_operator_with_a_sink_has_the_properties_of_any": 4,
         "test_any_length_agrees_with_the_oracle": 3,
         "test_hard_inputs_agree_with_the_oracle": 2,
         "test_prefill_and_decode_have_the_sink": 3,
