@@ -6,6 +6,7 @@ The ordinary kernels are held against the oracle elsewhere; so is this one, by `
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -45,8 +46,7 @@ def faults(
     module: Any, branch: str, tokens: Any, tokens_kv: int | None, form: str, poison: str, device: str
 ) -> Iterator[str]:
     """What is wrong with o and lse of a branch by Hopper's kernel, for inputs with NaN in what `poison` names."""
-    attention = importlib.import_module(f"{module.__name__}.kernels.banded")
-    forward = getattr(attention, f"{branch}_forward")
+    forward = _forward(module, branch, device)
     clean, sequences = inputs(module, branch, tokens, tokens_kv, form, device)
     spoilt = _poisoned(clean, poison)
     found = {}
@@ -138,7 +138,8 @@ def gradient_faults(
             finite, kept = ours.isfinite().all(-1), theirs.isfinite().all(-1)
             if (kept & ~finite).any():
                 yield f"dq: poison {poison} reaches rows that the ordinary kernel keeps finite"
-            if (finite & (q_bad | seen.repeat_interleave(group, 2))).any():
+            reached = seen.repeat_interleave(group, 2) | (q_bad & visible.any(-1)[..., None])
+            if (finite & reached).any():
                 yield f"dq: poison {poison} does not reach every row that sees it"
             # What the other rows hold was right above, where nothing was poisoned.
             ours, clean = ours[finite & kept].double(), hopper["dq"][finite & kept].double()
@@ -169,11 +170,9 @@ def _tunables(module: Any, device: str) -> list[str]:
 
 def times(module: Any, branch: str, tokens: int = TIMED) -> dict[str, float]:
     """Milliseconds of a branch's gradients with dq by the ordinary kernel and by Hopper's: medians of 7, in turn."""
-    attention, gradients = (
-        importlib.import_module(f"{module.__name__}.kernels.{name}") for name in ("banded", "banded_backward")
-    )
+    gradients = importlib.import_module(f"{module.__name__}.kernels.banded_backward")
     (q, k, v), sequences = inputs(module, branch, tokens, None, "plain", "cuda", batch=1)
-    o, lse = getattr(attention, f"{branch}_forward")(q, k, v, sequences)
+    o, lse = _forward(module, branch, "cuda")(q, k, v, sequences)
     delta = torch.zeros_like(lse)
     gradient = importlib.import_module(f"{module.__name__}.runtime.sequences").OutputGradient(o, lse, delta, None)
     dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
@@ -191,6 +190,16 @@ def times(module: Any, branch: str, tokens: int = TIMED) -> dict[str, float]:
             if turn > 0:  # the first compiles
                 found[name].append(start.elapsed_time(end))
     return {name: sorted(each)[len(each) // 2] for name, each in found.items()}
+
+
+def _forward(module: Any, branch: str, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of a branch as a function of q, k, v and sequences: with random sinks where it has them."""
+    forward = getattr(importlib.import_module(f"{module.__name__}.kernels.banded"), f"{branch}_forward")
+    if "sink" not in inspect.signature(forward).parameters:
+        return forward
+    heads = importlib.import_module(f"{module.__name__}.spec").QUERY_HEADS.value
+    sink = torch.randn(heads, device=device)
+    return lambda q, k, v, sequences: forward(q, k, v, sink, sequences)
 
 
 def _visible(module: Any, branch: str, sequences: Any, keys: int, device: str) -> Tensor:
