@@ -22,6 +22,8 @@ from tests.gpu.support import package_of, spec_of_request
 REPLAYS = 1000
 COMPARED_EVERY = 100
 CHUNK = 8192
+FEWEST = 700
+"""Tokens that a cache has at least where queries attend to it."""
 
 
 def inference_job(
@@ -90,15 +92,19 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
 def queries(
     spec: Spec, module: Any, batch: int, tokens: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Random queries, gates and sinks by name where the operator has them, and a place for o."""
+    """Random queries; gates, sinks and lists of blocks by name where the operator takes them; and a place for o."""
     p = OracleParameters.from_spec(spec)
     q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=getattr(torch, spec.dtype))
     gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
     out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=getattr(torch, spec.dtype))
     weights = {} if p.gate == "none" else {"gates": gates}
-    for name in SINKS:
-        if name in inspect.signature(module.nsa_decode).parameters:
-            weights[name] = torch.randn(p.query_heads, device="cuda")
+    wanted = inspect.signature(module.nsa_decode).parameters
+    weights |= {name: torch.randn(p.query_heads, device="cuda") for name in SINKS if name in wanted}
+    if spec.selection is not None and spec.selection.indices == "input":
+        # Blocks from the first on, as many as FEWEST tokens have; the other slots are empty.
+        slots = torch.arange(spec.selection.count, dtype=torch.int32, device="cuda")
+        slots = slots.where(slots < FEWEST // spec.selection.block, -1)
+        weights["indices"] = slots.expand(batch, tokens, p.scopes, -1).contiguous()
     return q, weights, out
 
 
@@ -150,7 +156,7 @@ def graph_faults(spec: Spec, module: Any) -> list[str]:
 
 def attached_faults(spec: Spec, module: Any) -> list[str]:
     """One graph over an engine's pages, in which requests change rows and pages; held against caches of their own."""
-    batch, first, page_size, steps = 4, 700, 64, 40
+    batch, first, page_size, steps = 4, FEWEST, 64, 40
     tokens = first + steps
     width, chance = -(-tokens // page_size), random.Random(0)
     shapes = module.NSACache.page_shapes(page_size)
@@ -196,10 +202,9 @@ def attached_faults(spec: Spec, module: Any) -> list[str]:
         q.normal_(generator=generator)
         graph.replay()
         own = module.NSACache(batch, width * page_size, page_size=page_size, device="cuda")
-        own.extend(held)
-        own.write(**{name: x[order, :held] for name, x in whole.items()}, **other)
-        own.truncate(held - 1)
-        own.extend(1)
+        for start, end in ((0, held - 1), (held - 1, held)):
+            own.extend(end - start)
+            own.write(**{name: x[order, start:end].contiguous() for name, x in whole.items()}, **other)
         expected = module.nsa_decode(q, own, **weights)
         if not torch.equal(out, expected):
             worst = (out.float() - expected.float()).abs().max().item()

@@ -19,6 +19,7 @@ import torch
 from nsa_gen.bench.decode import measure_decode
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
+from nsa_gen.verification.reference.oracle import SINKS
 from nsa_gen.verification.report import environment
 from tests.gpu.common import say
 from tests.gpu.inference import CHUNK, new_tokens, queries
@@ -68,7 +69,7 @@ def touch_prefill(spec: Spec, module: Any) -> None:
     for tokens in (1024, 2048):
         cache.extend(tokens)
         cache.write(**new_tokens(spec, module, 1, tokens, torch.Generator("cuda")))
-        q, gates, _ = queries(spec, 1, tokens)
+        q, gates, _ = queries(spec, module, 1, tokens)
         module.nsa_prefill(q, cache, **gates)
     torch.cuda.synchronize()
 
@@ -76,7 +77,7 @@ def touch_prefill(spec: Spec, module: Any) -> None:
 def prefill_times(spec: Spec, module: Any) -> dict[str, float]:
     """Milliseconds of a prompt at once, and in chunks; the cache is written in both."""
     new = new_tokens(spec, module, 1, PROMPT, torch.Generator("cuda").manual_seed(3))
-    q, gates, _ = queries(spec, 1, PROMPT)
+    q, gates, _ = queries(spec, module, 1, PROMPT)
     cache = module.NSACache(1, PROMPT, device="cuda")
 
     def run(chunk: int) -> float:
@@ -89,7 +90,8 @@ def prefill_times(spec: Spec, module: Any) -> dict[str, float]:
             cache.extend(chunk)
             kept = {name: x[:, part] if isinstance(x, torch.Tensor) else x for name, x in new.items()}
             cache.write(**kept)
-            module.nsa_prefill(q[:, part], cache, **{name: x[:, part] for name, x in gates.items()})
+            rows = {name: x if name in SINKS else x[:, part] for name, x in gates.items()}
+            module.nsa_prefill(q[:, part], cache, **rows)
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
