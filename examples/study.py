@@ -48,6 +48,7 @@ def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dic
     """Train and evaluate: a row of the study."""
     settings, folder, device = profile.run(arm, seed, steps), out / "runs" / run_name(arm, seed), device_here()
     if device.type == "cuda":
+        torch.cuda.init()  # where nothing has used the GPU yet, there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
     model = train(settings, folder, library(), save_every=max(20, steps // 4))
     memory = peak_bytes(device) if device.type == "cuda" else None  # a process remembers its earlier runs
