@@ -138,7 +138,7 @@ MUTANTS = (
         "no causal mask inside the query's own selected block",
         FORWARD,
         O_LSE,
-        (unmasked(FORWARDS),),
+        (Edit(FORWARDS, "tile.keys[None, :] <= positions[:, None]", "None"),),
     ),
     Mutant(
         "key_major_diagonal_unmasked_in_the_backward",
@@ -186,7 +186,7 @@ MUTANTS = (
         "0 * NaN: a plain product with values that some tokens of a block's tile do not see",
         NAN,
         ("o_slc",),
-        (Edit(FORWARDS, "add_visible_values(p, visible, tile.v, acc)", "add_visible_values(p, None, tile.v, acc)"),),
+        (Edit(FORWARDS, "add_values_until(p, positions, tile.keys, tile.v, acc)", "add_product(p, tile.v, acc)"),),
     ),
     # Parts of a block and of a group
     Mutant(
@@ -257,8 +257,8 @@ MUTANTS = (
         (
             Edit(
                 FORWARDS,
-                "softmax_tile(dot_rows(q, tile.k), visible)",
-                "softmax_tile(dot_rows(q, tile.k) * (0.25 / 0.37), visible)",
+                "softmax_tile(dot_rows(q, tile.k), tile",
+                "softmax_tile(dot_rows(q, tile.k) * (0.25 / 0.37), tile",
             ),
         ),
     ),
