@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Save the interpreter more than half of its time."""
+    """Save the interpreter two thirds of its time."""
     controls_workers = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
     if GPU or controls_workers:
         return
