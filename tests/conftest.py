@@ -89,7 +89,7 @@ def compiling(compiler_environment: dict[str, str]) -> Callable[..., subprocess.
         environment = {**compiler_environment, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(
-            command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done
