@@ -6,7 +6,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format generate check-generated check-schema pytest nightly compile-all compile-versions docs clean distclean
+.PHONY: help install install-docs demo test lint format generate check-generated check-schema pytest nightly compile-all compile-versions docs clean distclean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -69,6 +69,8 @@ compile-versions: $(STAMP) $(TRITONS) ## Compile with the oldest and the newest 
 
 $(VENV)/.docs: pyproject.toml | $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' && touch $@
+
+install-docs: $(VENV)/.docs ## Install what builds the documentation's site, of which make test then checks it too
 
 docs: $(VENV)/.docs ## Build the documentation's site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

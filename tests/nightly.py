@@ -18,6 +18,9 @@ KEPT = {
     "tests/cli/test_verify.py": {
         "test_examples_are_drawn_from_their_seeds_and_one_of_them_is_repeated_by_its_words": 0,
     },
+    "tests/distributed/test_docs.py": {
+        "test_two_ranks_train_the_example_s_model_as_one_does": 0,
+    },
     "tests/gpu/test_checks.py": {
         "test_a_soak_reports_a_failure_with_its_spec_and_goes_on": 0,
     },
@@ -29,6 +32,7 @@ KEPT = {
         "test_a_share_of_memory_is_held_by_one_process_and_given_back_by_one_that_is_killed": 0,
     },
     "tests/inference/test_choice.py": {
+        "test_a_million_tokens_have_their_best_blocks_selected": 0,
         "test_pages_change_no_bit_of_the_choice_among_many_blocks_and_it_is_the_forwards": 0,
     },
     "tests/inference/test_neighbours.py": {
@@ -85,7 +89,7 @@ KEPT = {
         "test_with_other_branches_everything_is_the_oracles": 2,
     },
     "tests/operator/test_replay.py": {
-        "test_the_operators_own_choice_gives_the_same_bits_again": 3,
+        "test_the_operators_own_choice_gives_the_same_bits_again": 2,
         "test_another_choice_is_what_a_spec_with_given_indices_makes_of_it": 2,
         "test_nothing_is_chosen_anew": 2,
     },
@@ -116,6 +120,9 @@ KEPT = {
     },
     "tests/pitfalls/test_softmax.py": {
         "test_groups_of_any_size_share_one_kv_head": 5,
+    },
+    "tests/pytorch/test_docs.py": {
+        "test_an_exported_program_is_loaded_once_its_package_was_imported": 1,
     },
     "tests/pytorch/test_operators.py": {
         "test_a_differentiable_operator_passes_every_check_of_opcheck": 3,

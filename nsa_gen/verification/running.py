@@ -168,7 +168,7 @@ def main() -> None:
     """
     from nsa_gen.rendering import import_package
     from nsa_gen.spec import parse_spec
-    from nsa_gen.verification.calls import quick_device_functions
+    from nsa_gen.verification.calls import quick_interpreter
     from nsa_gen.verification.verify import builder
 
     faulthandler.enable()
@@ -176,7 +176,7 @@ def main() -> None:
     def build(opening: dict[str, Any]) -> Handle:
         device = torch.device(opening["device"])
         if device.type == "cpu":
-            quick_device_functions()
+            quick_interpreter()
         module = import_package(Path(opening["package"]))
         runner = InProcess(parse_spec(opening["spec"]), module, device, builder(Path(opening["workplace"])))
 

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import nsa_gen
 from nsa_gen.distributed import ContextParallel
 from nsa_gen.lowering import lower
+from nsa_gen.verification.calls import quick_interpreter
 from tests.support import small_spec
 
 SHARDED = "sharded"
@@ -209,6 +210,7 @@ def main() -> None:
     """Every case, one after the other."""
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     names = sys.argv[4:] or [*CASES, SHARDED]
+    quick_interpreter()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     groups = {count: dist.new_group(range(count)) for count in range(1, world + 1)}
     for number, name in enumerate(names):

@@ -99,6 +99,11 @@ def _drawn() -> tuple[Spec, ...]:
     return tuple(pool[number].replace(name=f"drawn_{index}") for index, number in enumerate(numbers))
 
 
+def spec_names() -> list[str]:
+    """The names of `specs()`, without drawing any: what tests are collected by."""
+    return [*shipped_specs(), *(f"drawn_{index}" for index in range(DRAWN))]
+
+
 @functools.cache
 def specs(drawn: int = DRAWN) -> dict[str, Spec]:
     """The shipped specs and `drawn` drawn ones, by name."""

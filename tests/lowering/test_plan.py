@@ -21,16 +21,15 @@ from nsa_gen.lowering.hopper_backward import (
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Compression, Selection, Window, load_spec, parse_spec, shipped_specs
-from tests.lowering.drawn_specs import specs
+from tests.lowering.drawn_specs import spec_names, specs
 
-SPECS = specs()
-every_program = pytest.mark.parametrize("program", SPECS, indirect=True)
+every_program = pytest.mark.parametrize("program", spec_names(), indirect=True)
 TABLES = ("interpreter", *TARGETS)
 
 
 @functools.cache
 def lowered(name: str) -> Plan:
-    return lower(SPECS[name])
+    return lower(specs()[name])
 
 
 @pytest.fixture
@@ -39,7 +38,8 @@ def program(request: pytest.FixtureRequest) -> Plan:
 
 
 def test_the_drawn_specs_cover_the_language():
-    drawn = [spec for name, spec in SPECS.items() if name.startswith("drawn")]
+    assert [*specs()] == spec_names()
+    drawn = [spec for name, spec in specs().items() if name.startswith("drawn")]
     assert {spec.dtype for spec in drawn} == {"bfloat16", "float16", "float32"}
     assert {spec.combine.gate for spec in drawn} == {"sigmoid", "given", "none"}
     assert {spec.kv for spec in drawn} == {"shared", "per_branch"}

@@ -1,6 +1,6 @@
-"""Run by test_engineering in its own process: launches and allocations of a package on tensors without storage.
+"""Run by test_engineering in its own process: launches and allocations of packages on tensors without storage.
 
-Argument: the package's folder. Prints JSON. Any look at a tensor's values raises, as these have none.
+Arguments: the packages' folders. Prints JSON, a line a package. Any look at a tensor's values raises: these have none.
 """
 
 import json
@@ -81,9 +81,9 @@ def most_shares(package: Any, rows: int) -> int:
 
 
 def main() -> None:
-    package = import_package(sys.argv[1])
     calls = ((4099, False), (131072, False), (262144, False), (4099, True), (131072, True))
-    print(json.dumps({f"{tokens} {packed}": record(package, tokens, packed) for tokens, packed in calls}))
+    for package in map(import_package, sys.argv[1:]):
+        print(json.dumps({f"{tokens} {packed}": record(package, tokens, packed) for tokens, packed in calls}))
 
 
 if __name__ == "__main__":

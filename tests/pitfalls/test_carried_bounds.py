@@ -73,7 +73,7 @@ def test_no_kernel_of_a_shipped_package_carries_what_bounds_a_loop_inside_it(pro
     packages = [path.parent for path in sorted((project_root / "generated").glob("*/configs.py"))]
     assert packages
     for package in packages:
-        assert carried_bounds([ast.parse(path.read_text()) for path in package.glob("*.py")]) == [], package.name
+        assert carried_bounds([ast.parse(path.read_text()) for path in package.rglob("*.py")]) == [], package.name
 
 
 def test_the_installed_triton_drops_the_carried_bound_just_where_that_is_known() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_gen.spec import Spec, load_spec, shipped_specs
+from nsa_gen.spec import load_spec, shipped_specs
 from tests.support import call, call_with_gradients, inputs_of, operator_of, operator_of_spec, small_spec
 
 SCRIPT = Path(__file__).parent / "launch_record.py"
+GENERATED = Path(__file__).resolve().parents[2] / "generated"
 PACKAGES = {
     "mean": small_spec(kv_heads=2),
     "mlp": small_spec(kv_heads=2, phi="mlp", phi_value="linear", position=("learned", "learned"), gate="given"),
@@ -27,15 +29,20 @@ PACKAGES = {
 }
 
 
-@pytest.fixture(scope="module", params=PACKAGES)
-def recorded(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Launches and allocations of a package at several lengths, on tensors without storage."""
-    spec: Spec = PACKAGES[request.param]
+@functools.cache
+def records() -> dict[str, Any]:
+    """Of each package, launches and allocations at several lengths, on tensors without storage."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), str(operator_of_spec(spec).folder)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    folders = [str(operator_of_spec(spec).folder) for spec in PACKAGES.values()]
+    command = [sys.executable, str(SCRIPT), *folders]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    return dict(zip(PACKAGES, map(json.loads, result.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(params=PACKAGES)
+def recorded(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return records()[request.param]
 
 
 def test_no_value_of_any_tensor_is_read_on_the_host_cu_seqlens_included(recorded: dict[str, Any]) -> None:
@@ -109,9 +116,9 @@ FORBIDDEN = {
 
 MEANT = {
     # On the CPU, where nothing has to be waited for.
-    "arguments.py": r"    if device\.type == \"cpu\" and .*?\n        bounds = cu_seqlens\.tolist\(\)",
+    "runtime/arguments.py": r"    if device\.type == \"cpu\" and .*?\n        bounds = cu_seqlens\.tolist\(\)",
     # Whose purpose is to read the lengths that a replayed graph has left on the device.
-    "cache.py": r"    def synchronize\(.*?(?=\n    def |\Z)",
+    "runtime/cache.py": r"    def synchronize\(.*?(?=\n    def |\Z)",
     # They tell who chooses among the blocks, and who adds up the parts, which are always added in the same order.
     "kernels/decode_select.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
     "kernels/decode_attend.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
@@ -119,16 +126,23 @@ MEANT = {
 """What a module may have once of what is forbidden elsewhere."""
 
 
+@functools.cache
+def sources(name: str) -> dict[str, str]:
+    """The modules of a package of `PACKAGES` or of a shipped one, by path within it."""
+    folder = operator_of_spec(PACKAGES[name]).folder if name in PACKAGES else GENERATED / name
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
+    assert {"operator.py", "runtime/arguments.py", "kernels/primitives.py"} <= set(found)
+    return found
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_generated_sources_are_free_of(what: str) -> None:
-    specs = [*PACKAGES.values(), *(load_spec(name) for name in shipped_specs())]
-    for spec in specs:
-        for path in operator_of_spec(spec).folder.glob("*.py"):
-            text = path.read_text()
-            if path.name in MEANT:
-                text = re.sub(MEANT[path.name], "", text, count=1, flags=re.DOTALL)
+    for package in (*PACKAGES, *shipped_specs()):
+        for name, text in sources(package).items():
+            if name in MEANT:
+                text = re.sub(MEANT[name], "", text, count=1, flags=re.DOTALL)
             found = re.search(FORBIDDEN[what], text, re.MULTILINE)
-            assert found is None, f"{spec.name}/{path.name}: {found.group()!r}"
+            assert found is None, f"{package}/{name}: {found.group()!r}"
 
 
 POSITIVE = {"block_rows", "blocks_per_batch", "chunk_tokens", "tiles_per_batch", "tokens"}
@@ -139,8 +153,8 @@ POSITIVE = {"block_rows", "blocks_per_batch", "chunk_tokens", "tiles_per_batch",
 def test_kernels_divide_by_no_number_that_may_be_zero(name: str) -> None:
     # Not even in a loop of no steps: a pipeline computes the first steps' addresses before the loop is entered, and a
     # compiler that sees a division takes its divisor, and with it the number of steps, not to be 0.
-    for path in operator_of_spec(PACKAGES[name]).folder.glob("*.py"):
-        for function in ast.walk(ast.parse(path.read_text())):
+    for module, text in sources(name).items():
+        for function in ast.walk(ast.parse(text)):
             if not isinstance(function, ast.FunctionDef) or "jit" not in map(_last_name, function.decorator_list):
                 continue
             guarded = {
@@ -152,7 +166,7 @@ def test_kernels_divide_by_no_number_that_may_be_zero(name: str) -> None:
                 if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod):
                     divisor = ast.unparse(node.right)
                     constant = divisor.isdigit() or re.fullmatch(r"[A-Z0-9_ *+()-]+", divisor)
-                    assert constant or divisor in guarded | POSITIVE, f"{path.name}: {ast.unparse(node)}"
+                    assert constant or divisor in guarded | POSITIVE, f"{module}: {ast.unparse(node)}"
 
 
 def _last_name(decorator: ast.expr) -> str:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nsa_gen.rendering import import_package
+from nsa_gen.verification.calls import quick_interpreter
 
 TOKENS, WIDTH = 9, 32
 
@@ -28,6 +29,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Train and compare, wrapped either way."""
     rank, world, file, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    quick_interpreter()
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     print(json.dumps({kind: trained_error(kind, rank, world, folder) for kind in ("ddp", "fsdp")}), flush=True)
     dist.destroy_process_group()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.quick import quick_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +19,7 @@ def test_the_blocks_of_the_page_run_in_order_and_print_what_they_say(tmp_path: P
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        quick_command("-c", code), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("\n")[:-1] == re.findall(r"^print\(.*\)  # (.*)$", code, flags=re.MULTILINE)
@@ -57,7 +58,7 @@ def test_an_exported_program_is_loaded_once_its_package_was_imported(tmp_path: P
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NSA_GEN_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, str(tmp_path / "attention.pt2")]
+        command = quick_command("-c", code, str(tmp_path / "attention.pt2"))
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     exported = run(EXPORT.format(first=first))
