@@ -24,5 +24,5 @@ def script() -> ModuleType:
 
 
 def speed_ups() -> list[dict[str, Any]]:
-    """Ratios over cuDNN from the committed results; see `speed_ups` of the script."""
+    """Ratios over dense attention from the committed results; see `speed_ups` of the script."""
     return script().speed_ups()

@@ -72,35 +72,29 @@ def chosen(row: np.ndarray, t: int) -> list[int]:
     return sorted((forced + others)[:COUNT])
 
 
-def speed_ups() -> list[dict[str, Any]]:
-    """Forward and backward together over dense attention by cuDNN, in the same run, by group size and length.
+COMPARED = {"C": 1, "G2": 2, "B": 4, "A": 16}
+"""Workloads of the comparison by name, and their query heads per KV head."""
+PACKAGES = ("nsa_gen", "sfnsa", "nsa-triton", "fsa", "fla")
 
-    Fields: group, tokens, and the ratios `h100` (bench.json of h100_2026-11-23_one_loop), `fa2` (FlashAttention-2, from
-    the same file) and `h200` (hopper_forward.json of h200_2026-11-29, with the kernels for Hopper). Above 1 is quicker.
+
+def speed_ups() -> list[dict[str, Any]]:
+    """Forward and backward together over the quickest dense attention of the same run, by group size and length.
+
+    Fields: group, heads, tokens, and the ratio of each package that computes this group size, from comparison.json of
+    h200_2026-11-30, one run on one H200. Above 1 is quicker.
     """
-    bench = json.loads((RESULTS / "h100_2026-11-23_one_loop" / "bench.json").read_text())
-    times: dict[tuple[str, int, str], float] = {}
-    for row in bench["rows"]:
-        if row.get("median_ms") is not None:
-            key = row["workload"], row["tokens"], row["contender"]
-            times[key] = times.get(key, 0.0) + row["median_ms"]
-    hopper = json.loads((RESULTS / "h200_2026-11-29" / "hopper_forward.json").read_text())
-    (job,) = (job for job in hopper["jobs"] if job["name"] == "operator")
-    h200 = {(row["spec"], row["T"]): sum(row["cudnn"]) / sum(row["both"]) for row in job["result"]["rows"]}
-    found = []
-    for group, spec, longest in ((1, "mha_16", 32768), (4, "llama3_8b", 65536), (16, "nsa_64x4", 65536)):
-        for tokens in (8192, longest):
-            dense = times[spec, tokens, "cudnn"]
-            found.append(
-                {
-                    "group": group,
-                    "tokens": tokens,
-                    "fa2": dense / times[spec, tokens, "fa2"],
-                    "h100": dense / times[spec, tokens, "nsa_gen"],
-                    "h200": h200[spec, tokens],
-                }
-            )
-    return found
+    comparison = json.loads((RESULTS / "h200_2026-11-30" / "comparison.json").read_text())
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in comparison["rows"]:
+        if row["workload"] in COMPARED and row.get("median_ms") is not None:
+            times = found.setdefault((row["workload"], row["tokens"]), {"heads": row["heads"]})
+            times[row["contender"]] = times.get(row["contender"], 0.0) + row["median_ms"]
+    records = []
+    for (workload, tokens), times in found.items():
+        dense = min(times[name] for name in ("cudnn", "fa2", "fa4"))
+        ratios = {name: dense / times[name] for name in PACKAGES if name in times}
+        records.append({"group": COMPARED[workload], "heads": times["heads"], "tokens": tokens, **ratios})
+    return sorted(records, key=lambda record: (record["tokens"] > 8192, record["group"]))
 
 
 def ratio_text(value: float) -> str:
@@ -111,36 +105,33 @@ def ratio_text(value: float) -> str:
 def draw_speed_up() -> plt.Figure:
     """Speed-up over dense attention by group size: short sequences on the left, long ones on the right."""
     records = speed_ups()
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained")
-    series = (
-        ("FlashAttention-2, dense (H100)", "fa2", GREY),
-        ("nsa_gen (H100, 2026-11-23)", "h100", "#7fb2dd"),
-        ("nsa_gen (H200, 2026-11-29)", "h200", BLUE),
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained", width_ratios=(2, 4))
+    series = (("nsa_gen", BLUE), ("sfnsa", "#7fb2dd"), ("nsa-triton", GREY), ("fsa", "#c2cad2"))
     for ax, short in zip(axes, (True, False), strict=True):
         rows = [row for row in records if (row["tokens"] == 8192) == short]
-        for number, (label, field, colour) in enumerate(series):
+        for number, (name, colour) in enumerate(series):
             for place, row in enumerate(rows):
-                x, ratio = place + (number - 1) * 0.27, row[field]
-                ax.bar(x, ratio - 1, 0.25, bottom=1, color=colour, label=label if not place else None, zorder=2)
+                x, ratio = place + (number - 1.5) * 0.21, row[name]
+                ax.bar(x, ratio - 1, 0.19, bottom=1, color=colour, label=name if not place else None, zorder=2)
                 offset, anchor = (2, "bottom") if ratio >= 1 else (-2, "top")
                 ax.annotate(
                     f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}", (x, ratio), (0, offset),
-                    textcoords="offset points", ha="center", va=anchor, fontsize=8,
+                    textcoords="offset points", ha="center", va=anchor, fontsize=7,
                 )  # fmt: skip
         ax.axhline(1, color=INK, linewidth=1)
         ax.set_yscale("log", base=2)
-        ax.set_ylim(0.35, 6)
-        ax.set_yticks([0.5, 1, 2, 4], [ratio_text(each) for each in (0.5, 1, 2, 4)])
+        ax.set_ylim(0.035, 8)
+        ticks = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
+        ax.set_yticks(ticks, [ratio_text(each) for each in ticks])
         ax.minorticks_off()
         names = [f"{row['group']}" if short else f"{row['group']}\n{row['tokens']:,} tokens" for row in rows]
         ax.set_xticks(range(len(rows)), names)
         ax.set_xlabel("query heads per KV head")
         ax.grid(axis="y", color=LIGHT, zorder=0)
-    axes[0].set_title("8,192 tokens: dense attention is faster", fontsize=9)
-    axes[1].set_title("long sequences: sparse attention is faster", fontsize=9)
-    axes[0].set_ylabel("speed-up over cuDNN (1x)\nforward and backward")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    axes[0].set_title("8,192 tokens", fontsize=9)
+    axes[1].set_title("long sequences", fontsize=9)
+    axes[0].set_ylabel("speed-up over the best dense\nattention (1x), both passes")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
