@@ -92,8 +92,8 @@ def trace_inference(
     empty = _allocator(plan, device)
     names = ("kernels.append", "storage", "decode", "workspace")
     kernels, storage, decode, workspace = (_module(package, name) for name in names)
-    dims = {"Dk": plan.qk.size, "Dv": plan.v.size}
-    widths = {name: (plan.kv_heads, dims[kept.dim]) for name, kept in storage.KEPT.items()}
+    sizes = _module(package, "arguments").CHECKS.sizes
+    widths = {name: (sizes[kept.heads], sizes[kept.dim]) for name, kept in storage.KEPT.items()}
     for page_size in page_sizes:
         pages = -(-tokens // page_size) if page_size else 0
         table = empty(batch, pages, dtype=torch.int32) if page_size else None
@@ -122,6 +122,7 @@ def trace_inference(
             decode.decode_forward(
                 empty(batch, number, plan.query_heads, plan.qk.size),
                 *gates,
+                *((empty(batch, number, plan.scopes, plan.index_dim),) if plan.index_dim else ()),
                 *(empty(plan.query_heads, dtype=torch.float32) for _ in plan.sinks),
                 layer,
                 *lists,

@@ -90,12 +90,14 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
 def queries(
     spec: Spec, module: Any, batch: int, tokens: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Random queries, gates and sinks by name where the operator has them, and a place for o."""
+    """Random queries, gates, index queries and sinks by name where the operator has them, and a place for o."""
     p = OracleParameters.from_spec(spec)
     q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=getattr(torch, spec.dtype))
     gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
     out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=getattr(torch, spec.dtype))
     weights = {} if p.gate == "none" else {"gates": gates}
+    if p.index_dim:
+        weights["q_idx"] = torch.randn(batch, tokens, p.scopes, p.index_dim, device="cuda", dtype=q.dtype)
     for name in SINKS:
         if name in inspect.signature(module.nsa_decode).parameters:
             weights[name] = torch.randn(p.query_heads, device="cuda")
