@@ -89,10 +89,10 @@ heads: {query: 4, kv: 2}
 head_dim: 16
 dtype: float16
 selection: {block: 16, count: 3, initial: 0, local: 1, scores: {indexer: {dim: 32}}}
-combine: {gate: none}
+window: {size: 24}
 passes: [forward, backward, decode]
 """
-"""Blocks chosen by an indexer."""
+"""Blocks chosen by an indexer, and a window."""
 
 SPECS = {
     "plain": PLAIN, "learned": LEARNED, "brought": BROUGHT, "means": MEANS, "joined": JOINED, "indexed": INDEXED,
