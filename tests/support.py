@@ -176,7 +176,8 @@ def call_with_gradients(op: Operator, inputs: Inputs, **more: Any) -> dict[str, 
     o, aux = call(op, inputs.replace_differentiable(leaves), return_aux=True, **more)
     found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
     gradients = {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
-    return {"o": o.detach(), **aux._asdict(), **gradients}
+    shown = {name: x.detach() for name, x in aux._asdict().items() if x is not None}
+    return {"o": o.detach(), **shown, **gradients}
 
 
 def assert_a_step_is_the_operator(

@@ -403,6 +403,11 @@ class Plan(InferencePlan):
         return ("q_idx", "k_idx") if self.index_dim else ()
 
     @property
+    def aligned(self) -> bool:
+        """The package has the indexer's loss, which aligns it with attention."""
+        return self.index_dim > 0 and self.backward
+
+    @property
     def signed_scores(self) -> bool:
         """Scores may be negative, and rank above NaN all the same: those by mean keys or an indexer."""
         return self.scores_means or self.index_dim > 0

@@ -222,5 +222,14 @@ def _trace_operator(
                 if has_it:
                     stack.enter_context(override(name, **{tunable: tokens}))
             operator.attention_backward([torch.empty_like(outputs[0]), *arguments, *agreed, *saved])
+    if plan.aligned and plan.selected is not None:
+        step = _module(package, "kernels.alignment")
+        empty = _allocator(plan, q.device.type)
+        tensors = dict(zip((argument.name for argument in plan.arguments), arguments, strict=True))
+        keys = (tensors[plan.kv("slc")[0]], tensors["q_idx"], tensors["k_idx"])
+        aligned = (q, *keys, named[f"lse_{plan.selected.branch}"], named["indices"], named["counts"])
+        loss, *found = step.alignment_forward(*aligned, sequences)
+        chunk_tokens = _module(package, "kernels.selected_attention").most_chunk_tokens(q, sequences, None)
+        step.alignment_backward(empty(*loss.shape, dtype=torch.float32), *aligned, *found, sequences, chunk_tokens)
     # The steps alone launch one kernel that the whole operator does not.
     _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])
