@@ -7,7 +7,18 @@ import dataclasses
 import sympy
 
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.common import FEWEST_ROWS, FP32, KEY_BYTES, LSE_BYTES, Q_BYTES, elementwise, key_tile, launch
+from nsa_gen.lowering.common import (
+    FEWEST_ROWS,
+    FP32,
+    KEY_BYTES,
+    LSE_BYTES,
+    Q_BYTES,
+    elementwise,
+    height_rule,
+    key_tile,
+    launch,
+    same_height_rule,
+)
 from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
@@ -83,7 +94,11 @@ def _backward(spec: Spec) -> Kernel:
             key_tile(spec),
             *launch(stages=(1, 2)),
         ),
-        constraints=(sympy.Ge(s.PIECE, s.TOKEN_BLOCK),),
+        constraints=(
+            sympy.Ge(s.PIECE, s.TOKEN_BLOCK),
+            height_rule(s.TOKEN_BLOCK),
+            same_height_rule(s.TOKEN_BLOCK, s.KEY_BLOCK),
+        ),
         resources=Resources(
             shared_memory=(s.KEY_BLOCK + s.NUM_STAGES * s.TOKEN_BLOCK) * (s.PAD_QK + s.DIM_INDEX) * s.E,
             registers=s.KEY_BLOCK * (s.DIM_INDEX + 3 * s.TOKEN_BLOCK) + s.TOKEN_BLOCK * s.PAD_QK / 2,
