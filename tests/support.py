@@ -51,6 +51,7 @@ def small_spec(
     local: int = 1,
     indices: str = "computed",
     scores: str = "compression",
+    index: int = 0,
     pool: str = "sum",
     scope: str = "group",
     window: int = 10,
@@ -61,7 +62,7 @@ def small_spec(
     cache: str | None = None,
     passes: tuple[str, ...] = ("forward", "backward"),
 ) -> Spec:
-    """A spec of the branches named; compression is (l, d), and block is l'."""
+    """A spec of the branches named; compression is (l, d), block is l', and index the dim of an indexer that scores."""
     present: dict[str, Any] = {}
     if "cmp" in branches:
         kinds = Phi(key=phi, value=phi_value or phi, hidden=16 if "mlp" in (phi, phi_value) else None)
@@ -72,12 +73,13 @@ def small_spec(
     if "slc" in branches:
         forced = {} if indices == "input" else {"initial": initial, "local": local}
         present["selection"] = Selection(
-            block=block, count=count, indices=indices, scores=scores, pool=pool, scope=scope, sink=sink_slc, **forced
-        )
+            block=block, count=count, indices=indices, scores={"indexer": {"dim": index}} if index else scores,
+            pool=pool, scope=scope, sink=sink_slc, **forced,
+        )  # fmt: skip
     if "win" in branches:
         present["window"] = Window(size=window, sink=sink)
     combine = Combine(gate=gate, joint=("selection", "window") if joint else (), sink=sink_joint)
-    later = (sink, sink_slc, sink_joint, scores, pool, scope, output, cache or "none")
+    later = (sink, sink_slc, sink_joint, "indexer" if index else scores, pool, scope, output, cache or "none")
     spec = Spec(
         version=1 if not joint and set(later) <= {"none", "compression", "sum", "group", True} else 2,
         name="under_test",
@@ -174,7 +176,8 @@ def call_with_gradients(op: Operator, inputs: Inputs, **more: Any) -> dict[str, 
     o, aux = call(op, inputs.replace_differentiable(leaves), return_aux=True, **more)
     found = torch.autograd.grad(o, list(leaves.values()), inputs.do)
     gradients = {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
-    return {"o": o.detach(), **aux._asdict(), **gradients}
+    shown = {name: x.detach() for name, x in aux._asdict().items() if x is not None}
+    return {"o": o.detach(), **shown, **gradients}
 
 
 def assert_a_step_is_the_operator(

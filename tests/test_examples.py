@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -86,6 +87,27 @@ def load_kernels() -> set[str]:
     from nsa_gen import lower
 
     return {kernel.name for kernel in lower(load_spec("llama3_8b")).kernels}
+
+
+def test_an_indexer_is_warmed_up_on_dense_attention_and_learns_alone():
+    module = example("warm_up_indexer")
+    layer, dense = module.layers()
+    assert dense.q_idx_proj is layer.q_idx_proj
+    hidden = module.texts()
+    before = {name: x.clone() for name, x in layer.named_parameters()}
+    x = next(hidden)
+    out, alignment = dense(x, return_alignment=True)
+    # Every block is selected: the layer's output is that of dense attention.
+    q, k, v = (proj(x).unflatten(-1, (-1, 16)).transpose(1, 2) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, layer.o_proj(o.transpose(1, 2).flatten(-2)), rtol=1e-4, atol=1e-5)
+    losses = module.warm_up(dense, itertools.repeat(x), 3)
+    assert losses[0] == alignment.item() and losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    moved = {name for name, parameter in layer.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"q_idx_proj.weight", "k_idx_proj.weight"}
+    assert 0.0 < module.captured(layer, x) <= 1.0
+    ((task, aligned),) = module.train(layer, hidden, 1)
+    assert task > 0 and aligned > 0
 
 
 @pytest.mark.skipif(GPU, reason="with a GPU it measures")

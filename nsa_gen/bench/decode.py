@@ -41,7 +41,7 @@ class DecodeInputs:
     Attributes:
         cache: the package's NSACache.
         q: queries (B, 1, Hq, Dk).
-        arguments: gates, lists of blocks and sinks, where the operator takes them.
+        arguments: gates, index queries, lists of blocks and sinks, where the operator takes them.
         out: where o is written.
         layers: how many layers a step goes through.
     """
@@ -107,9 +107,10 @@ def decode_inputs(
     q = torch.randn(shape, generator=generator, dtype=small.q.dtype, device=device)
     out = torch.empty((*shape[:-1], spec.head_dim.v), dtype=q.dtype, device=device)
     arguments: dict[str, torch.Tensor] = {name: x for name in SINKS if (x := getattr(small, name)) is not None}
-    if small.gates is not None:
-        shape = (batch, 1, *small.gates.shape[2:])
-        arguments["gates"] = torch.randn(shape, generator=generator, dtype=q.dtype, device=device)
+    for name in ("gates", "q_idx"):
+        if (like := getattr(small, name)) is not None:
+            shape = (batch, 1, *like.shape[2:])
+            arguments[name] = torch.randn(shape, generator=generator, dtype=q.dtype, device=device)
     if small.indices is not None:
         assert spec.selection is not None
         blocks = torch.arange(spec.selection.count, dtype=torch.int32, device=device)

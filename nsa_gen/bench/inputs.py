@@ -47,14 +47,14 @@ def draw_inputs(
     random distinct blocks, the query's own among them.
 
     Raises ValueError for an unknown kind, for a file that holds no such statistics, and for statistics with a spec that
-    does not choose blocks.
+    does not choose blocks, or by the queries of an indexer.
     """
     if kind not in INPUT_KINDS and not kind.endswith(RECORDED):
         raise ValueError(f"kind: expected one of {', '.join(INPUT_KINDS)} or a file {RECORDED}, got {kind!r}")
     p = OracleParameters.from_spec(spec)
     recorded = Selection.read(Path(kind)) if kind.endswith(RECORDED) else None
-    if recorded is not None and not p.computed:
-        raise ValueError(f"kind: expected a spec that chooses blocks itself with {kind}, got {spec.name}")
+    if recorded is not None and (not p.computed or p.index_dim):
+        raise ValueError(f"kind: expected a spec that chooses blocks by its queries with {kind}, got {spec.name}")
     dtype = getattr(torch, spec.dtype)
     # A short sequence names the arguments that the spec takes, and brings phi's parameters, which no length changes.
     small = make_inputs(spec, batch=1, tokens=p.selection_block or 64, dtype=dtype, device=device, seed=seed)

@@ -22,7 +22,7 @@ from nsa_gen.lowering import Plan
 from nsa_gen.lowering.prediction import predict
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_BY_BLOCKS = ("compressed_", "block_scores", "select_blocks", "mean_scores")
+_BY_BLOCKS = ("compressed_", "block_scores", "select_blocks", "mean_scores", "index_scores")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
         kernels.append(_decode_compressed(spec))
     if _ranks(spec, "mean"):
         kernels.append(append_means(spec))
+    if _indexes(spec):
+        kernels.append(_append_index())
     if spec.compression is not None or _ranks(spec):
         kernels.append(_decode_select(spec))
     if spec.selection is not None or spec.window is not None:
@@ -62,6 +64,11 @@ def _ranks(spec: Spec, scores: str = "") -> bool:
     if selection is None or selection.indices == "input" or not free_slots(spec):
         return False
     return scores in ("", selection.scores)
+
+
+def _indexes(spec: Spec) -> bool:
+    """Whether decode ranks blocks by an indexer."""
+    return spec.selection is not None and spec.selection.index_dim > 0
 
 
 def _simple(
@@ -158,6 +165,13 @@ def _append_compressed(spec: Spec) -> Kernel:
     )  # fmt: skip
 
 
+def _append_index() -> Kernel:
+    return _simple(
+        "append_index", "append", "slc", "index keys of new tokens into the cache", "one pass",
+        2 * s.B * s.DIM_INDEX * s.E, (Tunable(s.TOKEN_BLOCK.name, (16,)), *launch(warps=(4,), stages=(1,))),
+    )  # fmt: skip
+
+
 def _key_tiles(spec: Spec, least: int = FEWEST_ROWS) -> Tunable:
     most = 32 if spec.dtype == "float32" else 128
     return Tunable(
@@ -215,16 +229,21 @@ def _members(spec: Spec) -> int:
 
 def _decode_select(spec: Spec) -> Kernel:
     scored, means = _ranks(spec), _ranks(spec, "mean")
+    indexed = _indexes(spec)
     # Mean keys are the rows of fp32 products, whose operands live in registers.
-    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if means else (16, 32, 64, 128, 256)),) if scored else ()
+    small = means or indexed
+    tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if small else (16, 32, 64, 128, 256)),) if scored else ()
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else s.B * s.Hq * FP32 * s.T / s.T
     if means:
         importance = s.B * s.Hkv * s.T / s.SLC_BLOCK * s.Dk * FP32
+    if indexed:
+        importance = s.B * s.SCOPES * s.T * s.DIM_INDEX * s.E
     traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
     # Heads are looked at sixteen at a time: importance, its reference, and an address.
     registers = 64 * s.BLOCK_TILE * _members(spec) if scored else _ZERO
     if means:
         registers += s.BLOCK_TILE * s.PAD_QK
+    shared_memory = s.NUM_STAGES * s.BLOCK_TILE * s.DIM_INDEX * s.E if indexed else _ZERO
     merged, best = "compressed attention merged" if "cmp" in spec.branches else "", "blocks selected"
     return Kernel(
         name="decode_select",
@@ -233,9 +252,9 @@ def _decode_select(spec: Spec) -> Kernel:
         direction="decode",
         purpose=", and ".join(filter(None, (merged, best if scored else ""))),
         schedule="tiles of blocks shared out; the last program chooses among the best" if scored else "a program a row",
-        tunables=(*tiles, *launch((4, 8), (1,))),
+        tunables=(*tiles, *launch((4, 8), (1, 2, 3) if indexed else (1,))),
         constraints=(),
-        resources=Resources(_ZERO, registers, _ZERO, traffic, _ONE, sympy.Integer(64)),
+        resources=Resources(shared_memory, registers, _ZERO, traffic, _ONE, sympy.Integer(64)),
         useful_flops=_ZERO,
         compulsory_bytes=_O_ROW,
     )

@@ -44,6 +44,8 @@ class InferencePlan:
         scopes: int
         selects: bool
         scores_means: bool
+        index_dim: int
+        signed_scores: bool
         pools_by_maximum: bool
         combined: bool
         raw_names: tuple[str, ...]
@@ -64,7 +66,8 @@ class InferencePlan:
     @property
     def cache_names(self) -> tuple[str, ...]:
         """Tensors of a layer of the cache, in order."""
-        return (*self.raw_names, *self.compressed_names, *(("mean_keys",) if self.decode_means else ()))
+        scored = ("mean_keys",) if self.decode_means else ("k_idx",) if self.index_dim else ()
+        return (*self.raw_names, *self.compressed_names, *scored)
 
     @property
     def cache_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -74,10 +77,13 @@ class InferencePlan:
     @property
     def append_names(self) -> tuple[str, ...]:
         """Tensors that a caller brings for new tokens."""
-        return (*self.raw_names, *(self.compressed_names if self.external else ()))
+        compressed = self.compressed_names if self.external else ()
+        return (*self.raw_names, *compressed, *(("k_idx",) if self.index_dim else ()))
 
     def head_dim(self, name: str) -> str:
-        """What the head dim of a tensor of keys or values is called: Dk or Dv."""
+        """What the head dim of a tensor of keys or values is called: Dk, Dv or, of index keys, Di."""
+        if name == "k_idx":
+            return "Di"
         return "Dk" if name in (*self.raw_names[::2], "k_cmp", "mean_keys") else "Dv"
 
     @property
@@ -106,9 +112,14 @@ class InferencePlan:
         return self.decodes and self.decode_selects and self.scores_means
 
     @property
+    def decode_scores(self) -> bool:
+        """Decode ranks blocks by scores that it computes itself of what the cache holds: mean keys or index keys."""
+        return self.decodes and self.decode_selects and self.signed_scores
+
+    @property
     def decode_importance(self) -> bool:
         """Decode ranks blocks by importance, which attention to the compressed keys leaves."""
-        return self.decode_selects and not self.scores_means
+        return self.decode_selects and not self.signed_scores
 
     @property
     def decode_maxima(self) -> bool:

@@ -12,6 +12,7 @@ import sympy
 
 from nsa_gen.lowering import banded, selected
 from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.alignment import alignment_kernels
 from nsa_gen.lowering.branches import sunk_branches
 from nsa_gen.lowering.common import KV_BYTES, LSE_BYTES, O_BYTES, Q_BYTES, elementwise, rows_tunables
 from nsa_gen.lowering.plan import Kernel, Tunable
@@ -42,6 +43,8 @@ def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
     if combined:
         forward.append(_combine(spec, "forward"))
         backward.insert(0, _combine(spec, "backward"))
+    for kernel in alignment_kernels(spec):
+        (forward if kernel.direction == "forward" else backward).append(kernel)
     forward.append(_padding("pad_outputs", "forward", O_BYTES))
     backward.append(_padding("pad_gradients", "backward", Q_BYTES + KV_BYTES))
     return tuple(forward + backward) if "backward" in spec.passes else tuple(forward)

@@ -392,6 +392,27 @@ class Plan(InferencePlan):
         return select is not None and select.size("MEAN_SCORES") == 1
 
     @property
+    def index_dim(self) -> int:
+        """Elements of an index query or key (Di); 0 where no indexer scores the blocks."""
+        select = self.step("select")
+        return select.size("INDEX_DIM") if select else 0
+
+    @property
+    def index_names(self) -> tuple[str, ...]:
+        """Arguments of the indexer; empty where none scores the blocks."""
+        return ("q_idx", "k_idx") if self.index_dim else ()
+
+    @property
+    def aligned(self) -> bool:
+        """The package has the indexer's loss, which aligns it with attention."""
+        return self.index_dim > 0 and self.backward
+
+    @property
+    def signed_scores(self) -> bool:
+        """Scores may be negative, and rank above NaN all the same: those by mean keys or an indexer."""
+        return self.scores_means or self.index_dim > 0
+
+    @property
     def pools_by_maximum(self) -> bool:
         """A block's importance is the largest probability of the compressed blocks that overlap it, not their sum."""
         select = self.step("select")
@@ -462,6 +483,8 @@ class Plan(InferencePlan):
         whom = {**heads, self.kv_heads: "for each KV head"}[self.scopes]
         if not self.selects:
             return f"given by the caller, {whom}"
+        if self.index_dim:
+            return f"chosen by an indexer, {whom}"
         pooled = "largest probability" if self.pools_by_maximum else "summed probabilities"
         return f"chosen by {'mean keys' if self.scores_means else f'the {pooled} of compressed keys'}, {whom}"
 

@@ -1,4 +1,4 @@
-"""The kernels that score the blocks, by the compressed keys or by mean keys, and choose each token's blocks."""
+"""The kernels that score the blocks, by compressed keys, mean keys or index keys, and choose each token's blocks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ _LONGEST_LIST = 32
 _MOST_KEYS = 64
 #: Compressed keys of a selection block.
 _RATIO = s.SLC_BLOCK / s.CMP_STRIDE
-#: A float for each token, KV head and candidate: written once, read twice.
-_SCORE_BYTES = FP32 * s.B * s.LISTS * s.T**2 / (2 * s.SLC_BLOCK)
+
+
+def _score_bytes(choices: sympy.Expr) -> sympy.Expr:
+    """A float for each token, choice and candidate: written once, read twice."""
+    return FP32 * s.B * choices * s.T**2 / (2 * s.SLC_BLOCK)
+
+
+_SCORE_BYTES = _score_bytes(s.LISTS)
 
 
 def selection_kernels(spec: Spec) -> list[Kernel]:
@@ -28,7 +34,10 @@ def selection_kernels(spec: Spec) -> list[Kernel]:
     free = free_slots(spec)
     if not free:
         return [_select_blocks(spec, free)]
-    scorer = [_mean_keys(spec), _mean_scores()] if spec.selection.scores == "mean" else [_block_scores(spec)]
+    if spec.selection.index_dim:
+        scorer = [_index_scores(spec)]
+    else:
+        scorer = [_mean_keys(spec), _mean_scores()] if spec.selection.scores == "mean" else [_block_scores(spec)]
     return [*scorer, _select_blocks(spec, free)]
 
 
@@ -153,6 +162,37 @@ def _mean_scores() -> Kernel:
     )
 
 
+def _index_scores(spec: Spec) -> Kernel:
+    # A tile has the same token of each of its blocks: a maximum is one instruction, and no thread waits for another.
+    pairs = s.B * s.SCOPES * s.T * (s.T / 2 + s.BLOCK_TILE * s.SLC_BLOCK / 2)
+    queries = s.B * s.T * s.SCOPES * s.DIM_INDEX * s.E
+    rows = (16, 32) if spec.dtype == "float32" else (16, 32, 64, 128)
+    return Kernel(
+        name="index_scores",
+        module="selection",
+        branch="slc",
+        direction="forward",
+        purpose="scores of selection blocks: the largest product of the index query with their index keys",
+        schedule="queries stay; one token of every block of a tile at a time",
+        tunables=(
+            Tunable(s.TOKEN_BLOCK.name, rows),
+            Tunable(s.BLOCK_TILE.name, (16, 32) if spec.dtype == "float32" else (16, 32, 64)),
+            *launch(),
+        ),
+        constraints=(height_rule(s.TOKEN_BLOCK),),
+        resources=Resources(
+            shared_memory=(s.TOKEN_BLOCK + s.NUM_STAGES * s.BLOCK_TILE) * s.DIM_INDEX * s.E,
+            registers=s.TOKEN_BLOCK * 2 * s.BLOCK_TILE + s.BLOCK_TILE * s.DIM_INDEX / 2,
+            flops=2 * pairs * s.DIM_INDEX,
+            traffic=pairs / s.TOKEN_BLOCK * s.DIM_INDEX * s.E + queries + _score_bytes(s.SCOPES),
+            streamed=s.BLOCK_TILE,
+            height=s.TOKEN_BLOCK,
+        ),
+        useful_flops=s.B * s.SCOPES * s.T**2 * s.DIM_INDEX,
+        compulsory_bytes=queries + s.B * s.T * s.DIM_INDEX * s.E,
+    )
+
+
 def _select_blocks(spec: Spec, free: int) -> Kernel:
     assert spec.selection is not None
     index_bytes = s.B * s.T * s.LISTS * (s.SLC_COUNT + 1) * 4
@@ -163,7 +203,7 @@ def _select_blocks(spec: Spec, free: int) -> Kernel:
         module="selection",
         branch="slc",
         direction="forward",
-        purpose=f"the top n selection blocks by {'score' if spec.selection.scores == 'mean' else 'importance'}",
+        purpose=f"the top n selection blocks by {'importance' if spec.selection.scores == 'compression' else 'score'}",
         schedule="a thread a token; sorted list in registers",
         tunables=(Tunable(s.TOKEN_BLOCK.name, (32, 64, 128)), *launch(warps=(1, 2, 4), stages=(1,))),
         # A token or two a thread, where a warp has 32 threads.

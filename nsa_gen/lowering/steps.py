@@ -217,17 +217,21 @@ _CHOICE = ("selection", "mean_keys")
 
 
 def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
-    """The scorer (Eq. 8 to 10, or mean keys) and the choice of the best blocks (Eq. 11).
+    """The scorer (Eq. 8 to 10, mean keys or index keys) and the choice of the best blocks (Eq. 11).
 
     Without free slots nothing is scored.
     """
     assert spec.selection is not None
     selection = spec.selection
     block = {"BLOCK": selection.block}
-    scorer = _score_means(spec, present) if selection.scores == "mean" else _score_compressed(block, present)
+    if selection.index_dim:
+        scorer = _score_indexed(spec, present)
+    else:
+        scorer = _score_means(spec, present) if selection.scores == "mean" else _score_compressed(block, present)
     count = {
         "COUNT": selection.count, "INITIAL": selection.initial, "LOCAL": selection.local,
-        "MEAN_SCORES": int(selection.scores == "mean"), "MAXIMUM": int(selection.pool == "max"),
+        "MEAN_SCORES": int(selection.scores == "mean"), "INDEX_DIM": selection.index_dim,
+        "MAXIMUM": int(selection.pool == "max"),
     }  # fmt: skip
     decode = _decoding(("decode_select",), present)
     select = Step(
@@ -258,6 +262,16 @@ def _score_means(spec: Spec, present: set[str]) -> list[Step]:
     )  # fmt: skip
     schedules = (Schedule("group_sum", ("mean_scores",)),)
     return [pool, Step("score", "mean_scores", ("q", "mean_keys"), ("scores",), (), (), block, schedules)]
+
+
+def _score_indexed(spec: Spec, present: set[str]) -> list[Step]:
+    """The largest product of an index query with the index keys of each block (the indexer of MSA)."""
+    if "index_scores" not in present:
+        return []
+    assert spec.selection is not None
+    block = {"BLOCK": spec.selection.block}
+    schedules = (Schedule("block_maxima", ("index_scores",)), *_decoding(("append_index",), present))
+    return [Step("score", "index_scores", ("q_idx", "k_idx"), ("scores",), (), (), block, schedules)]
 
 
 def upkeep(kernels: Sequence[Kernel], steps: Sequence[Step]) -> tuple[Schedule, ...]:

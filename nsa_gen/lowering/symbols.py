@@ -22,6 +22,8 @@ LOCAL_IN_WINDOW = sympy.Symbol("LOCAL_IN_WINDOW", nonnegative=True, integer=True
 SLC_OWN = SLC_COUNT - SLC_LOCAL * LOCAL_IN_WINDOW
 # Lists of selected blocks that attention reads for a token, and the query heads that follow each.
 LISTS, LIST_HEADS = sympy.symbols("lists list_heads", positive=True, integer=True)
+# Choices of blocks that a token has, and elements of an index query or key.
+SCOPES, DIM_INDEX = sympy.symbols("S Di", positive=True, integer=True)
 WINDOW = sympy.Symbol("w", positive=True, integer=True)
 HIDDEN = sympy.Symbol("hidden", positive=True, integer=True)
 # Of lowering: head dims and the heads that follow a list as the matrix units see them, padded.
@@ -63,6 +65,9 @@ def spec_sizes(spec: Spec, qk: HeadDim, v: HeadDim, list_rows: int, selected_row
         sizes[SLC_BLOCK] = spec.selection.block
         sizes[SLC_COUNT] = spec.selection.count
         sizes[SLC_LOCAL] = spec.selection.local
+        sizes[SCOPES] = spec.scopes
+        if spec.selection.index_dim:
+            sizes[DIM_INDEX] = spec.selection.index_dim
         sizes[LISTS] = selected_lists(spec)
         sizes[LIST_HEADS] = spec.heads.query // selected_lists(spec)
     if spec.window:

@@ -22,7 +22,8 @@ class Arguments:
     Args:
         dtype: of tensors with no other.
         branches: names of the branches, in order.
-        sizes: what a tensor's dims named Hq, Hkv, Dk, Dv and S, the choices of blocks of a token, must be.
+        sizes: what a tensor's dims named Hq, Hkv, Dk, Dv and S, the choices of blocks of a token, must be; with an
+            indexer also Hi and Di, the heads and dim of its keys.
         compression: block and stride of compressed keys; zeros without compression.
         selected: blocks that a query selects; 0 without selection.
         gate: what gates are called: "logits" or "gate values".
@@ -216,6 +217,38 @@ class Arguments:
             counts = counts.contiguous()
         counts = self.check_tensor("counts", counts, dims[:-1], shape[:-1], device=q.device, dtype=torch.int32)
         return indices.contiguous(), counts
+
+    def check_index(
+        self,
+        q_idx: torch.Tensor | None,
+        k_idx: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        q: torch.Tensor | None = None,
+        tokens: int | None = None,
+        *,
+        required: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Check index queries (B, Tq, S, Di) and index keys (B, Tkv, Hi, Di).
+
+        `q` (B, Tq, Hq, Dk) and Tkv, `tokens`, are those of the call that they belong to, their own if None. Both may be
+        None if they are not `required`, as where the choice of blocks is given.
+        """
+        if not required and q_idx is None and k_idx is None:
+            return None, None
+        q_idx = self.check_query("q_idx", q_idx, cu_seqlens)
+        k_idx = self.with_batch("k_idx", k_idx, cu_seqlens is not None)
+        q = q_idx if q is None else q
+        tokens = self.key_tokens("k_idx", k_idx, q, cu_seqlens) if tokens is None else tokens
+        q_idx = self.check_heads("q_idx", q_idx, q.shape[1], "S", "Di", q, "Tq")
+        return q_idx, self.check_heads("k_idx", k_idx, tokens, "Hi", "Di", q, "Tkv")
+
+    def key_tokens(self, name: str, k: torch.Tensor, q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+        """Tkv of keys (B, Tkv, H, D) to queries (B, Tq, H, D): at least Tq, and Tq when packed."""
+        tokens = k.shape[1] if k.dim() == 4 else q.shape[1]
+        if tokens < q.shape[1] or (cu_seqlens is not None and tokens != q.shape[1]):
+            relation = "" if cu_seqlens is not None else "at least "
+            raise ValueError(f"{name}: expected {relation}q's {q.shape[1]} tokens, got {tokens}")
+        return tokens
 
     def check_gates(self, gates: torch.Tensor | None, q: torch.Tensor, packed: bool) -> torch.Tensor:
         """Check gates (B, Tq, Hq, branches), in the order of `branches`."""

@@ -113,7 +113,7 @@ class Cache:
 
     @classmethod
     def page_shapes(cls, page_size: int) -> dict[str, tuple[tuple[int, int, int], torch.dtype]]:
-        """What a page of a layer holds by name: (rows, Hkv, D) and the dtype, raw and compressed."""
+        """What a page of a layer holds by name: (rows, heads, D) and the dtype, raw and compressed."""
         check_page_size(page_size)
         return {
             name: ((rows, heads, dim), dtype)
@@ -125,7 +125,7 @@ class Cache:
         """Shape and dtype of a layer's tensors; `pages` is None for a contiguous cache."""
         sizes = cls._checks.sizes
         return {
-            name: ((*layout.rows(kept, pages), sizes["Hkv"], sizes[kept.dim]), kept.dtype or cls._checks.dtype)
+            name: ((*layout.rows(kept, pages), sizes[kept.heads], sizes[kept.dim]), kept.dtype or cls._checks.dtype)
             for name, kept in cls._kept.items()
         }
 
@@ -321,9 +321,11 @@ class Cache:
             check_kind(name, tensor, "a tensor (B, N, Hkv, D)")
             if tensor.dim() != 4:
                 raise ValueError(f"{name}: expected a tensor (B, N, Hkv, D), got shape {tuple(tensor.shape)}")
-            rows = new["k_cmp" if self._kept[name].blocks else first].shape[1]
-            shape = (self.layout.batch, rows, sizes["Hkv"], sizes[self._kept[name].dim])
-            new[name] = self._checks.check_tensor(name, tensor, ("B", "N", "Hkv", "D"), shape, device=self.device)
+            as_kept = self._kept[name]
+            rows = new["k_cmp" if as_kept.blocks else first].shape[1]
+            shape = (self.layout.batch, rows, sizes[as_kept.heads], sizes[as_kept.dim])
+            dims = ("B", "N", as_kept.heads, "D")
+            new[name] = self._checks.check_tensor(name, tensor, dims, shape, device=self.device)
         rows, most = new[first].shape[1], max(self._new)
         if most > rows and not self._kept[first].blocks:
             raise ValueError(f"{first}: expected at least the {most} tokens that `extend` made room for, got {rows}")

@@ -71,8 +71,9 @@ class Inference:
         self._kept, self._written, self._outputs = kept, written, outputs
         self._layer, self._workspace, self._parameters = layer, workspace, parameters
         self._sinks, self._gated, self._given_lists = sinks, gated, given_lists
+        self._indexed = "Di" in checks.sizes  # an indexer chooses the blocks
         register = library.register_in_place
-        weights = ", ".join(["Tensor? gates", *(f"Tensor {name}" for name in sinks)])
+        weights = ", ".join(["Tensor? gates", "Tensor? q_idx", *(f"Tensor {name}" for name in sinks)])
         register(
             "cache_extend",
             "(Tensor(a!) starts, Tensor(b!) lengths, Tensor(c!) overflow, Tensor? counts, SymInt number, "
@@ -129,23 +130,26 @@ class Inference:
         within = () if hidden is None else (hidden,)
         self.launches.append(given, held, learned, *within, starts, lengths, self._layout_at(lengths, *place))
 
-    def _decode(self, q: torch.Tensor, gates: torch.Tensor | None, *given: Any) -> None:
+    def _decode(self, q: torch.Tensor, gates: torch.Tensor | None, q_idx: torch.Tensor | None, *given: Any) -> None:
         """Attention of the newest tokens, with what was tuned for the cache's capacity."""
         sinks, given = given[: len(self._sinks)], given[len(self._sinks) :]
         layer, indices, counts, workspace, o, starts, lengths, *place = given
         layout = self._layout_at(lengths, *place)
-        weights = (gates, *sinks) if self._gated else sinks
+        weights = (*((gates,) if self._gated else ()), *((q_idx,) if self._indexed else ()), *sinks)
         lists = (indices, counts) if self._given_lists else ()
         with self._serving(q.device, decode_bucket(layout.capacity, layout.batch)):
             held = self._layer(*layer), *lists, self._workspace(*workspace)
             self.launches.decode(q, *weights, *held, o, starts, lengths, layout)
 
-    def _prefill(self, q: torch.Tensor, gates: torch.Tensor | None, *given: Any) -> list[torch.Tensor]:
+    def _prefill(
+        self, q: torch.Tensor, gates: torch.Tensor | None, q_idx: torch.Tensor | None, *given: Any
+    ) -> list[torch.Tensor]:
         """Attention of the last Tq of `tokens` tokens, q (B, Tq, Hq, Dk), to keys laid out as (B, rows, Hkv, D)."""
         *sinks, layer, indices, counts, tokens = given
         sequences = Sequences(q.shape[0], q.shape[1], tokens)
         with self._serving(q.device, sequences.bucket):
-            return self.launches.prefill(q, gates, *sinks, self._layer(*layer), indices, counts, sequences)
+            index = (q_idx,) if self._indexed else ()
+            return self.launches.prefill(q, gates, *index, *sinks, self._layer(*layer), indices, counts, sequences)
 
     def new_outputs(self, q: torch.Tensor, *_: object) -> list[torch.Tensor]:
         """What a prefill returns for q (B, N, Hq, Dk), without values."""
@@ -162,6 +166,7 @@ class Inference:
         q: torch.Tensor,
         cache: Cache,
         gates: torch.Tensor | None,
+        q_idx: torch.Tensor | None,
         indices: torch.Tensor | None,
         counts: torch.Tensor | None,
         layer: int,
@@ -175,6 +180,7 @@ class Inference:
         if not 1 <= tokens <= most:
             raise ValueError(f"q: expected 1 to {most} tokens, the cache's max_new_tokens, got {tokens}")
         gates, indices, counts = self._check_others(q, gates, indices, counts)
+        q_idx = self._check_index(q, q_idx)
         sinks = tuple(self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
         shape = (*q.shape[:3], self._checks.sizes["Dv"])
         if out is None:
@@ -189,6 +195,7 @@ class Inference:
             self._library.operator("decode")(
                 q,
                 gates,
+                q_idx,
                 *sinks,
                 list(cache._layer(layer)),
                 indices,
@@ -209,6 +216,7 @@ class Inference:
         q: torch.Tensor,
         cache: Cache,
         gates: torch.Tensor | None,
+        q_idx: torch.Tensor | None,
         indices: torch.Tensor | None,
         counts: torch.Tensor | None,
         layer: int,
@@ -221,6 +229,7 @@ class Inference:
         if q.shape[1] < max(cache.new_tokens):
             raise ValueError(f"q: expected at least the cache's {max(cache.new_tokens)} new tokens, got {q.shape[1]}")
         gates, indices, counts = self._check_others(q, gates, indices, counts)
+        q_idx = self._check_index(q, q_idx)
         sinks = tuple(self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
         runs = runs_of(cache.tokens, cache.new_tokens)
         parts = []
@@ -231,6 +240,7 @@ class Inference:
                     self._library.operator("prefill")(
                         q[rows],
                         None if gates is None else gates[rows],
+                        None if q_idx is None else q_idx[rows],
                         *sinks,
                         self._gathered(cache, layer, first, end, tokens),
                         None if indices is None else indices[rows].contiguous(),
@@ -262,6 +272,13 @@ class Inference:
         if self._given_lists:
             indices, counts = self._checks.check_selection(indices, counts, q, None)
         return gates, indices, counts
+
+    def _check_index(self, q: torch.Tensor, q_idx: torch.Tensor | None) -> torch.Tensor | None:
+        """Check index queries (B, N, S, Di), of a package with an indexer; detached."""
+        if not self._indexed:
+            return None
+        q_idx = self._checks.check_query("q_idx", q_idx, None)
+        return self._checks.check_heads("q_idx", q_idx, q.shape[1], "S", "Di", q, "N").detach()
 
     def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
         """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""

@@ -344,5 +344,5 @@ def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[Sequence],
 def sequence_places(inputs: tuple[str, ...]) -> tuple[int, int | None]:
     """Places of the input that tells a call's keys, raw ones or how many, else the first, and of `cu_seqlens`."""
     names = [name_of(each) for each in inputs]
-    keys = next((names.index(name) for name in ("tokens", "k") if name in names), 0)
+    keys = next((names.index(name) for name in ("tokens", "k", "k_idx") if name in names), 0)
     return keys, names.index("cu_seqlens") if "cu_seqlens" in names else None

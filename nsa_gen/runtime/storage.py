@@ -73,14 +73,16 @@ class Blocks(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A tensor of a layer: the name of its head dim, Dk or Dv, its blocks where a row is a block, and its dtype.
+    """A tensor of a layer: names of its head dim, its blocks where a row is a block, its dtype, and its heads.
 
-    `blocks` is None where a row is a token, `dtype` where it is the package's.
+    `blocks` is None where a row is a token, `dtype` where it is the package's. `dim` and `heads` are those of
+    `Arguments.sizes`.
     """
 
     dim: str
     blocks: Blocks | None = None
     dtype: torch.dtype | None = None
+    heads: str = "Hkv"
 
     @property
     def coded(self) -> bool:

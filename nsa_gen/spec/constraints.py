@@ -49,6 +49,10 @@ BY_COMPRESSION = Condition(
 BY_MEAN = Condition(
     "the operator selects blocks itself, by scores: mean", lambda v: COMPUTED(v) and v["selection.scores"] == "mean"
 )
+BY_INDEXER = Condition(
+    "the operator selects blocks itself, by scores of an indexer",
+    lambda v: COMPUTED(v) and v["selection.scores"] == "indexer",
+)
 JOINT = Condition("branches are joint", lambda v: v["combine.joint"])
 APART = Condition("version is 2 and no branches are joint", lambda v: v["version"] == 2 and not v["combine.joint"])
 CACHED = Condition("there is cache", lambda v: v["cache"])
@@ -261,6 +265,24 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         message="selection.local ({selection.local}) must be at least 1 with scores: mean, which rank only the blocks "
         "before the query's own",
         hint="local: 1 is the query's own block",
+    ),
+    Constraint(
+        id="index_scores_need_the_own_block",
+        when=BY_INDEXER,
+        holds=lambda v: v["selection.local"] >= 1,
+        at="selection.local",
+        message="selection.local ({selection.local}) must be at least 1 with scores of an indexer, which rank only "
+        "the blocks before the query's own",
+        hint="local: 1 is the query's own block",
+    ),
+    Constraint(
+        id="index_scores_rank",
+        when=BY_INDEXER,
+        holds=lambda v: v["selection.initial"] + v["selection.local"] < v["selection.count"],
+        at="selection.count",
+        message="scores of an indexer rank nothing, as all of selection.count ({selection.count}) are forced: "
+        "initial ({selection.initial}) + local ({selection.local})",
+        hint="raise selection.count",
     ),
     Constraint(
         id="compression_without_output_scores",

@@ -174,6 +174,7 @@ RANGES: Mapping[str, IntegerRange] = MappingProxyType(
         "selection.count": IntegerRange(1, 1024),
         "selection.initial": IntegerRange(0, 1024),
         "selection.local": IntegerRange(0, 1024),
+        "selection.scores.indexer.dim": IntegerRange(16, 256, power_of_two=True),
         "window.size": IntegerRange(1, 65536),
     }
 )
@@ -191,6 +192,50 @@ def one_of(*choices: str) -> Rule:
         raise reject(f"expected {expected}, got {describe(value)}", hint)
 
     return Leaf(expected, check, {"type": "string", "enum": list(choices)})
+
+
+@dataclass(frozen=True)
+class WordOrRecord(Rule):
+    """One of some words, or a mapping that the record beside them in the annotated union reads.
+
+    Attributes:
+        words: the rule of the words.
+        record: what a mapping must be, in words.
+        written: how a value is written that names the record as if it were a word, by that name.
+    """
+
+    words: Rule
+    record: str
+    written: Mapping[str, str] = field(hash=False)
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"{self.words.expected.removeprefix('one of ').replace(' or ', ', ')} or {self.record}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        words, record = get_args(source)
+        if list(get_args(words)) != self.words.schema["enum"]:
+            raise TypeError(f"the choices {self.words.schema['enum']} stand beside {words}")
+
+        def check(value: Any, read: Callable[[Any], Any]) -> Any:
+            if isinstance(value, (Mapping, record)):
+                return read(value)
+            if isinstance(value, str) and value in self.words.schema["enum"]:
+                return value
+            hint = ""
+            if isinstance(value, str):
+                hint = f"write {self.written[value]}" if value in self.written else ""
+                hint = hint or did_you_mean(value, (*self.words.schema["enum"], *self.written))
+            raise reject(f"expected {self.expected}, got {describe(value)}", hint)
+
+        def dump(value: Any) -> Any:
+            return value.model_dump() if isinstance(value, record) else value
+
+        plain = core_schema.plain_serializer_function_ser_schema(dump)
+        return core_schema.no_info_wrap_validator_function(check, handler.generate_schema(record), serialization=plain)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [self.words.schema, handler(schema["schema"])]}
 
 
 def _check_flag(value: object) -> bool:

@@ -27,6 +27,7 @@ from nsa_gen.spec.fields import (
     RANGES,
     SOFTMAX_SCALE,
     VERSION,
+    WordOrRecord,
     join,
     one_of,
 )
@@ -50,6 +51,8 @@ class Record(BaseModel):
 
     shorthand: ClassVar[tuple[str, ...]] = ()
     """The fields that a single value, written in place of the record, stands for."""
+    word: ClassVar[str] = ""
+    """What the record is called among the words that may be written in its place; empty where none may."""
 
     @classmethod
     def expand(cls, document: Any) -> Any:
@@ -130,6 +133,24 @@ class Compression(Record):
     )
 
 
+class Indexer(Record):
+    """A learned scorer with queries and keys of its own, q_idx and k_idx, which are arguments of the operator."""
+
+    dim: Annotated[int, RANGES["selection.scores.indexer.dim"]] = Field(
+        description="Elements of an index query or key.", examples=[128]
+    )
+
+
+class IndexScores(Record):
+    """Scores of a learned indexer, as a mapping in the place of a word."""
+
+    word = "indexer"
+
+    indexer: Indexer = Field(
+        description="A block's score is the largest product of the index query with an index key of the block."
+    )
+
+
 class Selection(Record):
     """The selection branch: attention over the raw tokens of the chosen blocks."""
 
@@ -147,10 +168,16 @@ class Selection(Record):
     local: Annotated[int, RANGES["selection.local"]] = Field(
         default=2, description="Most recent blocks, the query's own included, always chosen; 0 with indices: input."
     )
-    scores: Annotated[Literal["compression", "mean"], one_of("compression", "mean")] = Field(
+    scores: Annotated[
+        Literal["compression", "mean"] | IndexScores,
+        WordOrRecord(
+            one_of("compression", "mean"), "{indexer: {dim: ...}}", {"indexer": "scores: {indexer: {dim: 128}}"}
+        ),
+    ] = Field(
         default="compression",
         description="What blocks are ranked by: compression (attention to the compressed keys) or, in version 2, mean "
-        "(the products of queries with the mean key of the block).",
+        "(the products of queries with the mean key of the block) or {indexer: {dim: ...}} (the products of index "
+        "queries with index keys, both arguments).",
     )
     pool: Annotated[Literal["sum", "max"], one_of("sum", "max")] = Field(
         default="sum",
@@ -165,6 +192,11 @@ class Selection(Record):
     sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
         default="none", description=f"{SINK}; learned needs version: 2."
     )
+
+    @property
+    def index_dim(self) -> int:
+        """Elements of an index query or key; 0 where no indexer ranks the blocks."""
+        return self.scores.indexer.dim if isinstance(self.scores, IndexScores) else 0
 
     @classmethod
     def expand(cls, document: Any) -> Any:
@@ -331,7 +363,7 @@ def all_records(model: type[Record], prefix: str = "") -> Iterator[tuple[str, ty
 def expectation(model: type[Record], name: str) -> str:
     """What field `name` of `model` expects, in words."""
     record = record_type(model, name)
-    if record is not None:
+    if record is not None and not record.word:
         return f"a mapping with {join(record.model_fields, 'and')}"
     info = model.model_fields[name]
     inside_union = [rule for part in get_args(info.annotation) for rule in getattr(part, "__metadata__", ())]
@@ -341,8 +373,9 @@ def expectation(model: type[Record], name: str) -> str:
 def flatten(model: type[Record], document: Any, prefix: str = "") -> dict[str, object]:
     """The field values of `document`, a record or the mapping it is read from, by dotted path.
 
-    Shorthand is written out and defaults are filled in. A record's own path holds whether it is present; required
-    fields that are missing, and everything under a value that is no mapping, are left out.
+    Shorthand is written out and defaults are filled in. A record's own path holds whether it is present or, where words
+    may take its place, the word; required fields that are missing, and everything under a value that is no mapping, are
+    left out.
     """
     fields = dict(document) if isinstance(document, Record) else model.expand(document)
     values: dict[str, object] = {}
@@ -357,7 +390,8 @@ def flatten(model: type[Record], document: Any, prefix: str = "") -> dict[str, o
         if record is None:
             values[path] = value
             continue
-        values[path] = value is not None
+        word = value if isinstance(value, str) else record.word
+        values[path] = word if record.word else value is not None
         if value is not None:
             values |= flatten(record, value, path + ".")
     return values

@@ -52,6 +52,8 @@ def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
         (only,) = (choice for choice in tidied.pop("anyOf") if choice != {"type": "null"})
         tidied = only | tidied
         tidied.pop("default", None)
+    if "anyOf" in tidied:
+        tidied["anyOf"] = [_tidy(choice) for choice in tidied["anyOf"]]
     if isinstance(tidied.get("default"), dict):
         tidied["default"] = {name: value for name, value in tidied["default"].items() if value is not None}
     for inner in ("$defs", "properties"):
@@ -92,7 +94,8 @@ def reference() -> str:
 def _field_table(record: type[Record]) -> str:
     rows = []
     for name, info in record.model_fields.items():
-        expected = "a mapping, see below" if record_type(record, name) else expectation(record, name)
+        inner = record_type(record, name)
+        expected = "a mapping, see below" if inner and not inner.word else expectation(record, name)
         if info.is_required():
             default = "required"
         elif info.default is None:

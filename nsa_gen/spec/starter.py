@@ -35,7 +35,7 @@ def _fields(record: Record, indent: str) -> Iterable[str]:
         value = getattr(record, name)
         inner = record_type(kind, name)
         description = info.description or ""
-        if inner is None:
+        if inner is None or (inner.word and not isinstance(value, Record)):
             comment = _with_expectation(description, expectation(kind, name))
             example = info.examples[0] if value is None and info.examples else value
             yield from _commented(_leaf(name, example), comment, indent, off=value is None)

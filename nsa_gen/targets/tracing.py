@@ -92,8 +92,8 @@ def trace_inference(
     empty = _allocator(plan, device)
     names = ("kernels.append", "storage", "decode", "workspace")
     kernels, storage, decode, workspace = (_module(package, name) for name in names)
-    dims = {"Dk": plan.qk.size, "Dv": plan.v.size}
-    widths = {name: (plan.kv_heads, dims[kept.dim]) for name, kept in storage.KEPT.items()}
+    sizes = _module(package, "arguments").CHECKS.sizes
+    widths = {name: (sizes[kept.heads], sizes[kept.dim]) for name, kept in storage.KEPT.items()}
     for page_size in page_sizes:
         pages = -(-tokens // page_size) if page_size else 0
         table = empty(batch, pages, dtype=torch.int32) if page_size else None
@@ -122,6 +122,7 @@ def trace_inference(
             decode.decode_forward(
                 empty(batch, number, plan.query_heads, plan.qk.size),
                 *gates,
+                *((empty(batch, number, plan.scopes, plan.index_dim),) if plan.index_dim else ()),
                 *(empty(plan.query_heads, dtype=torch.float32) for _ in plan.sinks),
                 layer,
                 *lists,
@@ -221,5 +222,14 @@ def _trace_operator(
                 if has_it:
                     stack.enter_context(override(name, **{tunable: tokens}))
             operator.attention_backward([torch.empty_like(outputs[0]), *arguments, *agreed, *saved])
+    if plan.aligned and plan.selected is not None:
+        step = _module(package, "kernels.alignment")
+        empty = _allocator(plan, q.device.type)
+        tensors = dict(zip((argument.name for argument in plan.arguments), arguments, strict=True))
+        keys = (tensors[plan.kv("slc")[0]], tensors["q_idx"], tensors["k_idx"])
+        aligned = (q, *keys, named[f"lse_{plan.selected.branch}"], named["indices"], named["counts"])
+        loss, *found = step.alignment_forward(*aligned, sequences)
+        chunk_tokens = _module(package, "kernels.selected_attention").most_chunk_tokens(q, sequences, None)
+        step.alignment_backward(empty(*loss.shape, dtype=torch.float32), *aligned, *found, sequences, chunk_tokens)
     # The steps alone launch one kernel that the whole operator does not.
     _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])

@@ -166,5 +166,5 @@ def call_package(
         name: torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), found, strict=with_gradients)
     }
-    named = {name: x for name, x in aux._asdict().items() if x is not None}
+    named = {name: x for name, x in aux._asdict().items() if x is not None and name != "alignment_loss"}
     return Call(o.detach(), named, gradients)

@@ -28,6 +28,7 @@ class Sizes:
         self.groups = (1, 2, 3, 4, 5, 7, 8, 12, 16) if wide else (1, 2, 3)
         self.head_dims = (16, 24, 32, 64, 80, 96, 128, 192, 256) if wide else (16, 24, 32)
         self.blocks = (16, 32, 64, 128, 1024) if wide else (16, 32, 16, 32, 1024)
+        self.index_dims = (16, 32, 64, 128, 256) if wide else (16, 32)
         self.strides = (2, 4, 8, 16) if wide else (2, 4, 8)
         self.counts = (1, 2, 3, 5, 8, 13, 16, 100, 512) if wide else (1, 2, 3, 5, 67)
         self.windows = (1, 2, 7, 16, 17, 64, 100, 512) if wide else (1, 2, 7, 16, 17)
@@ -65,7 +66,7 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         document["compression"] = _compression(pick, block, sizes)
     if "slc" in branches:
         count = pick(sizes.counts)
-        means = pick((True, False, False))
+        means = pick((True, False, False))  # by mean keys or an indexer
         if means or ("cmp" in branches and pick((True, True, False))):
             most = count - 1 if means else count
             initial = pick(range(min(most, 3) + 1) if wide else range(most + 1))
@@ -75,7 +76,9 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
             document["selection"] = {"block": block, "count": count, "initial": initial, "local": local}
             if means:
                 document["version"] = 2
-                document["selection"]["scores"] = "mean"
+                indexed = initial + local < count and pick((True, False))
+                scores = {"indexer": {"dim": pick(sizes.index_dims)}} if indexed else "mean"
+                document["selection"]["scores"] = scores
             elif pick((True, False, False)):
                 document["version"] = 2
                 document["selection"]["pool"] = "max"

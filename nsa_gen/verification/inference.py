@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
+OF_QUERIES = ("q", "q_idx", "gates")
+"""Tensors of a token that a cache does not keep."""
 POOL = 512
 """Tokens drawn at a time."""
 FIXED_KEYS = 2600
@@ -176,7 +178,8 @@ class _Source:
         made = self._draw()
         self.parameters = made.compression
         self.sinks = {name: x for name in SINKS if (x := getattr(made, name)) is not None}
-        coded = [name for name in self._pool if name[:1] in "kv" and not name.endswith("_cmp")] if spec.cache else []
+        coded = [name for name in self._pool if name[:1] in "kv" and not name.endswith(("_cmp", "_idx"))]
+        coded = coded if spec.cache else []
         heads = spec.heads.kv
         self.scales = {name: (0.005 + 0.007 * torch.rand(heads, generator=self.generator)).to(device) for name in coded}
 
@@ -258,7 +261,7 @@ def _advance(
     learned = {} if source.parameters is None else {"compression": module.CompressionParameters(**source.parameters)}
     uniform = len(set(step.counts)) == 1
     cache.extend(step.counts[0] if uniform else list(step.counts))
-    cache.write(**{name: x for name, x in padded.items() if name not in ("q", "gates")}, **learned)
+    cache.write(**{name: x for name, x in padded.items() if name not in OF_QUERIES}, **learned)
     if step.kind == "fill":
         return []
     given: dict[str, Tensor] = {}
@@ -269,8 +272,8 @@ def _advance(
         ]
         given["indices"] = _pad(lists, -1).to(padded["q"].device)
     attend = module.nsa_decode if step.kind == "decode" else module.nsa_prefill
-    gates = {"gates": padded["gates"]} if "gates" in padded else {}
-    o, aux = attend(padded["q"], cache, **gates, **given, **source.sinks, return_aux=True)
+    others = {name: padded[name] for name in OF_QUERIES[1:] if name in padded}
+    o, aux = attend(padded["q"], cache, **others, **given, **source.sinks, return_aux=True)
     found: list[Row] = []
     for b, (sequence, count) in enumerate(zip(sequences, step.counts, strict=True)):
         found += _padding(f"{label} | sequence {b}", o[b, count:])
@@ -311,7 +314,7 @@ def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Sourc
     arguments: dict[str, Any] = {}
     rows = count if argument_suffixes(p) else sequence.length
     for name, x in sequence.tensors.items():
-        arguments[name] = (x[-rows:] if name in ("q", "gates") else x)[None]
+        arguments[name] = (x[-rows:] if name in OF_QUERIES else x)[None]
     do = arguments["q"].new_zeros((1, rows, p.query_heads, p.head_dim_v))
     return Inputs(do=do, compression=source.parameters, **source.sinks, **arguments)
 

@@ -18,7 +18,7 @@ from nsa_gen.verification.reference.inputs import Inputs
 from nsa_gen.verification.reference.oracle import SINKS, compressed_rows, mapped
 from nsa_gen.verification.report import Row
 
-BY_QUERY = ("q", "do", "gates", "indices", "counts")
+BY_QUERY = ("q", "do", "q_idx", "gates", "indices", "counts")
 
 
 def changed(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
@@ -199,7 +199,8 @@ def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
 
 def repeated(p: OracleParameters, inputs: Inputs) -> Inputs:
     """The same call with a KV head for each query head."""
-    same = ("q", "do", "gates", "cu_seqlens", *(() if p.scope == "group" else ("indices", "counts")))
+    by_choice = () if p.scope == "group" else ("q_idx", "indices", "counts")
+    same = ("q", "do", "k_idx", "gates", "cu_seqlens", *by_choice)
 
     def change(name: str, x: Tensor) -> Tensor:
         if name in same:

@@ -92,7 +92,7 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
 def queries(
     spec: Spec, module: Any, batch: int, tokens: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Random queries; gates, sinks and lists of blocks by name where the operator takes them; and a place for o."""
+    """Random queries; gates, index queries, sinks and lists of blocks where the operator takes them; a place for o."""
     p = OracleParameters.from_spec(spec)
     q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=getattr(torch, spec.dtype))
     gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
@@ -105,6 +105,8 @@ def queries(
         slots = torch.arange(spec.selection.count, dtype=torch.int32, device="cuda")
         slots = slots.where(slots < FEWEST // spec.selection.block, -1)
         weights["indices"] = slots.expand(batch, tokens, p.scopes, -1).contiguous()
+    if p.index_dim:
+        weights["q_idx"] = torch.randn(batch, tokens, p.scopes, p.index_dim, device="cuda", dtype=q.dtype)
     return q, weights, out
 
 

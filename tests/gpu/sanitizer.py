@@ -82,7 +82,21 @@ passes: [forward, backward, decode]
 """
 """Compressed keys that only choose blocks, one softmax over selection and window, and a cache of codes."""
 
-SPECS = {"plain": PLAIN, "learned": LEARNED, "brought": BROUGHT, "means": MEANS, "joined": JOINED}
+INDEXED = """\
+version: 2
+name: indexed
+heads: {query: 4, kv: 2}
+head_dim: 16
+dtype: float16
+selection: {block: 16, count: 3, initial: 0, local: 1, scores: {indexer: {dim: 32}}}
+window: {size: 24}
+passes: [forward, backward, decode]
+"""
+"""Blocks chosen by an indexer, and a window."""
+
+SPECS = {
+    "plain": PLAIN, "learned": LEARNED, "brought": BROUGHT, "means": MEANS, "joined": JOINED, "indexed": INDEXED,
+}  # fmt: skip
 """Specs that have every kernel between them, by name (a test holds them to it)."""
 SHAPES: dict[str, tuple[int | tuple[int, ...], ...]] = {
     "memcheck": (97, (33, 0, 1, 97)),

@@ -43,6 +43,25 @@ SPECS: dict[str, dict[str, Any]] = {
         "kv_heads": 2,
         "dims": (24, 40),
     },
+    "indexer alone": {"branches": "slc", "gate": "none", "index": 16, "initial": 0, "kv_heads": 2},
+    "indexer, each head alone": {
+        "branches": "slc win",
+        "index": 32,
+        "scope": "head",
+        "group": 3,
+        "kv_heads": 2,
+        "dims": (24, 40),
+        "dtype": "float16",
+    },
+    "indexer beside compression, all heads together": {"index": 16, "scope": "all", "kv_heads": 2, "kv": "per_branch"},
+    "codes, indexer, joint branches": {
+        "branches": "slc win",
+        "cache": "e4m3",
+        "index": 64,
+        "joint": True,
+        "sink_joint": "learned",
+        "initial": 0,
+    },
     "maxima": {"pool": "max", "group": 3, "kv_heads": 2, "initial": 0},
     "maxima, all heads together": {"branches": "cmp slc", "pool": "max", "scope": "all", "kv_heads": 2},
     "maxima, each head alone": {"pool": "max", "scope": "head", "compression": (16, 4), "initial": 0, "local": 0},
@@ -170,6 +189,76 @@ def test_mean_keys_and_the_choice_have_the_same_bits_in_one_forward_in_chunks_an
     if page_size:
         found = found.flatten(0, 1)[cache.layout.index(op.storage.SELECTED, 0, 1, tokens)]
     assert torch.equal(found[:, :6], expected)
+
+
+@pytest.mark.parametrize(("page_size", "scope"), [(None, "group"), (16, "head"), (64, "all")])
+def test_index_keys_are_kept_and_choose_the_same_in_one_forward_in_chunks_and_step_by_step(
+    page_size: int | None, scope: str
+) -> None:
+    shape = {"block": 32, "kv_heads": 2, "group": 3, "initial": 0, "index": 16}
+    op = operator_of("slc", gate="none", scope=scope, passes=PASSES, **shape)
+    generator = torch.Generator().manual_seed(3)
+    tokens, scopes = 32 * 6 + 9, op.parameters.scopes
+    q, k, v, q_idx, k_idx = (
+        torch.randn(1, tokens, heads, 16, generator=generator).to(DEVICE) for heads in (6, 2, 2, scopes, 1)
+    )
+    whole = op.select_blocks(q_idx[:, -12:], k_idx)[0]
+    cache, at, chosen = op.NSACache(1, 250, page_size=page_size, max_new_tokens=2, device=DEVICE), 0, []
+    for count in (31, 1, 70, 87, 5, 3, 1, 1, 2):
+        rows = slice(at, at + count)
+        cache.extend(count)
+        cache.write(k[:, rows], v[:, rows], k_idx=k_idx[:, rows])
+        at += count
+        if at > tokens - 12:
+            attend = op.nsa_decode if count < 3 else op.nsa_prefill
+            chosen.append(attend(q[:, rows], cache, q_idx=q_idx[:, rows], return_aux=True)[1].indices)
+    assert torch.equal(torch.cat(chosen, 1), whole)
+    found = cache.layers[0].k_idx
+    if page_size:
+        found = found.flatten(0, 1)[cache.layout.index(None, 0, 1, tokens)]
+    assert torch.equal(found[:, :tokens], k_idx)
+    with pytest.raises(ValueError, match="q_idx: expected shape"):
+        op.nsa_decode(q[:, :1], cache, q_idx=q_idx[:, :1, :, :8])
+    with pytest.raises(ValueError, match="k_idx: expected shape"):
+        cache.write(k[:, :1], v[:, :1], k_idx=k[:, :1])
+
+
+def test_an_attached_cache_keeps_index_keys_in_the_callers_pages() -> None:
+    op = operator_of("slc", gate="none", kv_heads=2, initial=0, index=32, passes=PASSES)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 90, heads, 16, generator=generator).to(DEVICE) for heads in (4, 2, 2))
+    q_idx, k_idx = (torch.randn(1, 90, heads, 32, generator=generator).to(DEVICE) for heads in (2, 1))
+    shapes = op.NSACache.page_shapes(16)
+    assert shapes["k_idx"] == ((16, 1, 32), torch.float32)
+    pages = {name: torch.zeros(8, *shape, dtype=dtype, device=DEVICE) for name, (shape, dtype) in shapes.items()}
+    table = torch.tensor([[5, 2, 7, 0, 1, 3, 4, 6]], dtype=torch.int32, device=DEVICE)
+    cache = op.NSACache.attach([pages], table, page_size=16)
+    cache.assign([89], [89])
+    cache.write(k[:, :89], v[:, :89], k_idx=k_idx[:, :89])
+    cache.assign([90], [1])
+    cache.write(k[:, 89:], v[:, 89:], k_idx=k_idx[:, 89:])
+    assert torch.equal(pages["k_idx"][5], k_idx[0, :16])
+    o, aux = op.nsa_decode(q[:, -1:].contiguous(), cache, q_idx=q_idx[:, -1:], return_aux=True)
+    assert torch.equal(aux.indices, op.select_blocks(q_idx[:, -1:], k_idx)[0])
+    whole = op.nsa_attention(q[:, -1:].contiguous(), k, v, q_idx=q_idx[:, -1:], k_idx=k_idx)
+    torch.testing.assert_close(o, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_and_equal_index_scores_are_ranked_in_decode_as_in_the_forward() -> None:
+    op = operator_of("slc", gate="none", index=16, group=1, count=4, initial=1, passes=PASSES)
+    q, k = torch.ones(1, 1, 1, 16), torch.zeros(1, 24 * 16, 1, 16)
+    for levels in ([-1.0] * 23, [-5.0, *[float(-(j % 7)) for j in range(22)]], [math.nan] * 23, [-math.inf] * 23):
+        k[0, : 23 * 16, 0, 0] = torch.tensor(levels).repeat_interleave(16)
+        for torn in ((), (1, 2, 9, 20), range(3, 23)):
+            keys = k.clone()
+            for block in torn:
+                keys[0, 16 * block + 3, 0, 5] = math.nan
+            keys, queries = keys.to(DEVICE), q.to(DEVICE)
+            cache = op.NSACache(1, 24 * 16, device=DEVICE)
+            cache.extend(24 * 16)
+            cache.write(keys, keys, k_idx=keys)
+            found = op.nsa_decode(queries, cache, q_idx=queries, return_aux=True)[1].indices
+            assert torch.equal(found, op.select_blocks(queries, keys)[0]), (levels[:3], torn)
 
 
 def test_unknown_and_equal_scores_are_ranked_in_decode_as_in_the_forward() -> None:

@@ -14,13 +14,19 @@ DRAWN = 30
 """How many there are: drawing them takes seconds, and every process that runs tests of them draws them all."""
 
 
+def scorer(spec: Spec) -> str:
+    """What blocks are ranked by, in a word."""
+    assert spec.selection is not None
+    return "indexer" if spec.selection.index_dim else str(spec.selection.scores)
+
+
 def structure(spec: Spec) -> tuple[object, ...]:
     """What decides which code is generated, sizes apart."""
     compression, selection = spec.compression, spec.selection
     return (
         spec.branches,
         compression and (compression.phi.key, compression.phi.value, compression.position, compression.output),
-        selection and (selection.indices, selection.scores, selection.scope, selection.pool, selection.sink),
+        selection and (selection.indices, scorer(spec), selection.scope, selection.pool, selection.sink),
         spec.window and spec.window.sink,
         spec.combine.gate,
         spec.combine.sink,
@@ -48,7 +54,7 @@ def features(spec: Spec) -> set[tuple[str, object]]:
         made |= {("phi", phi.key), ("phi", phi.value), ("position", position.key), ("position", position.value)}
         made.add(("output", spec.compression.output))
     if spec.selection:
-        made |= {("indices", spec.selection.indices), ("scores", spec.selection.scores)}
+        made |= {("indices", spec.selection.indices), ("scores", scorer(spec))}
         made.add(("sink of selection", spec.selection.sink))
     if spec.window:
         made.add(("sink", spec.window.sink))

@@ -21,7 +21,7 @@ from nsa_gen.lowering.hopper_backward import (
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Compression, Selection, Window, load_spec, parse_spec, shipped_specs
-from tests.lowering.drawn_specs import spec_names, specs
+from tests.lowering.drawn_specs import scorer, spec_names, specs
 
 every_program = pytest.mark.parametrize("program", spec_names(), indirect=True)
 TABLES = ("interpreter", *TARGETS)
@@ -50,7 +50,7 @@ def test_the_drawn_specs_cover_the_language():
     }
     assert {"mean", "weighted", "linear", "mlp", "external"} <= phis
     assert {spec.selection.indices for spec in drawn if spec.selection} == {"computed", "input"}
-    assert {spec.selection.scores for spec in drawn if spec.selection} == {"compression", "mean"}
+    assert {scorer(spec) for spec in drawn if spec.selection} == {"compression", "mean", "indexer"}
 
 
 @every_program
@@ -96,6 +96,21 @@ def test_mean_scores_are_pool_score_select_and_attend_with_or_without_the_other_
     # Where every slot is forced, nothing is pooled or scored.
     forced = lower(spec.replace(selection=Selection(block=64, count=2, initial=1, local=1, scores="mean")))
     assert [step.name for step in forced.steps] == ["select_blocks", "selected"] and forced.scores_means
+
+
+def test_index_scores_are_score_select_and_attend_and_take_their_queries_and_keys():
+    spec = parse_spec(
+        "version: 2\nname: index\nheads: {query: 4, kv: 2}\nhead_dim: 64\ndtype: bfloat16\n"
+        "selection: {block: 64, count: 4, initial: 0, local: 1, scores: {indexer: {dim: 32}}}\ncombine: {gate: none}\n"
+    )
+    plan = lower(spec)
+    assert [(step.kind, step.name, step.reads) for step in plan.steps[:2]] == [
+        ("score", "index_scores", ("q_idx", "k_idx")), ("select", "select_blocks", ("scores",)),
+    ]  # fmt: skip
+    dims = {argument.name: argument.dims for argument in plan.arguments if not argument.required}
+    assert dims["q_idx"] == ("B", "Tq", "S", "32") and dims["k_idx"] == ("B", "Tkv", "1", "32")
+    assert plan.index_dim == 32 and plan.signed_scores and not plan.scores_means and plan.overlap is None
+    assert not lower(spec.replace(selection={**spec.selection.model_dump(), "scores": "mean"})).index_names
 
 
 @pytest.mark.parametrize(("scope", "scopes", "lists"), [("group", 8, 8), ("head", 32, 32), ("all", 1, 8)])
@@ -217,7 +232,11 @@ def test_what_sees_every_block_costs_four_times_as_much_at_twice_the_tokens_and_
         if kernel.direction == "decode":
             assert once <= twice <= 2 * once and batch <= 2 * once, kernel.name
             continue
-        quadratic = kernel.name.startswith("compressed_") or kernel.name in ("block_scores", "mean_scores")
+        quadratic = kernel.name.startswith("compressed_") or kernel.name in (
+            "block_scores",
+            "mean_scores",
+            "index_scores",
+        )
         assert twice == (4 if quadratic else 2) * once, kernel.name
         assert batch == 2 * once, kernel.name
 
@@ -312,10 +331,12 @@ def test_arguments_have_known_dims_and_integers_have_no_gradient(program: Plan):
     for argument in program.arguments:
         assert argument.dtype in ("spec", "int32", "float32")
         assert argument.group in ("tensor", "compression")
-        assert argument.differentiable == (argument.dtype != "int32")
+        # The indexer learns from its own loss, which is another operator's.
+        constant = argument.dtype == "int32" or argument.name in program.index_names
+        assert argument.differentiable == (not constant)
         assert all(dim in known or dim.isdigit() for dim in argument.dims if argument.group == "tensor")
     lists = ["indices", "counts"] if program.selects else ["counts"] if program.selected else []
-    assert [a.name for a in program.arguments if not a.required] == lists
+    assert [a.name for a in program.arguments if not a.required] == [*program.index_names, *lists]
     assert (*program.tensors, *program.parameters) == tuple(
         sorted(program.arguments, key=lambda argument: argument.group != "tensor")
     )

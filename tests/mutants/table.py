@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from tests.mutants import (
     attention,
     backward,
+    index_scores,
     inference,
     joint,
     key_major,
@@ -36,6 +37,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
     *selection.MUTANTS,
     *mean_scores.MUTANTS,
+    *index_scores.MUTANTS,
     *scopes.MUTANTS,
     *scorer_alone.MUTANTS,
     *large_sizes.MUTANTS,

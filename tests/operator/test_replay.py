@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "three branches": ("cmp slc win", {"count": 4, "local": 2, "window": 40}),
     "phi with parameters": ("cmp slc", {"phi": "weighted", "position": ("learned", "none"), "kv_heads": 2}),
     "keys of each branch": ("cmp slc win", {"kv": "per_branch", "gate": "given"}),
+    "indexer": ("slc", {"gate": "none", "index": 16, "initial": 0, "count": 3}),
     "mean scores": ("slc", {"gate": "none", "scores": "mean", "initial": 0, "count": 3}),
 }
 CALLS: dict[str, dict[str, Any]] = {
@@ -66,8 +68,10 @@ def test_the_operators_own_choice_gives_the_same_bits_again(name: str, shape: st
 def test_another_choice_is_what_a_spec_with_given_indices_makes_of_it(name: str) -> None:
     op = operator(name)
     # Without a scorer, such a spec has no mean keys either.
-    given = operator(name, indices="input", scores="compression", initial=0, local=0)
-    inputs = inputs_of(op, 53)
+    indexer = {"index": 0} if op.parameters.index_dim else {}
+    given = operator(name, indices="input", scores="compression", initial=0, local=0, **indexer)
+    # A choice that is given needs no indexer.
+    inputs = replace(inputs_of(op, 53), q_idx=None, k_idx=None)
     indices = other_choice(op, inputs)
     found = call_with_gradients(op, inputs, indices=indices)
     expected = call_with_gradients(given, inputs, indices=indices)

@@ -112,6 +112,8 @@ def test_what_the_spec_does_not_have_is_refused_by_name() -> None:
         parallel_nsa_of(operator_of(gate="given"))
     with pytest.raises(ValueError, match=r"^selection.scores: expected 'compression', got 'mean'"):
         parallel_nsa_of(operator_of(gate="given", compression=(16, 16), scores="mean"))
+    with pytest.raises(ValueError, match=r"^selection.scores: expected 'compression', got \{'indexer'"):
+        parallel_nsa_of(operator_of(gate="given", compression=(16, 16), index=16))
     for field, value, other in (("pool", "sum", "max"), ("scope", "group", "head")):
         with pytest.raises(ValueError, match=f"^selection.{field}: expected '{value}', got '{other}'"):
             parallel_nsa_of(operator_of(gate="given", compression=(16, 16), **{field: other}))

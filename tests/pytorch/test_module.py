@@ -64,6 +64,30 @@ def test_gradients_reach_every_parameter_and_the_hidden_states(kind: str) -> Non
     assert all(x is not None and bool(x.isfinite().all()) and bool(x.abs().max() > 0) for x in grads.values()), grads
 
 
+def test_the_indexer_of_a_layer_learns_from_its_own_loss_alone() -> None:
+    op = operator_of("slc", index=32, count=2, initial=0, kv_heads=2, passes=DECODES)
+    layer, hidden = layer_of(op, rotary=turn, index_rotary=turn), hidden_states(40).requires_grad_()
+    o, loss = layer(hidden, return_alignment=True)
+    assert torch.equal(o, layer(hidden)) and loss.shape == (1,) and loss.item() > 0
+    o.square().sum().backward(retain_graph=True)
+    index = {"q_idx_proj.weight", "k_idx_proj.weight"}
+    reached = {name for name, x in layer.named_parameters() if x.grad is not None}
+    assert reached == {name for name, _ in layer.named_parameters()} - index
+    hidden.grad = None
+    layer.zero_grad()
+    loss.sum().backward()
+    assert {name for name, x in layer.named_parameters() if x.grad is not None} == index and hidden.grad is None
+    assert all(bool(x.grad.any()) for name, x in layer.named_parameters() if name in index)
+    # Positions reach index queries and keys as they do the others.
+    assert not torch.equal(layer(hidden, positions=3 * torch.arange(40, device=DEVICE)[None]), o)
+    cache = op.NSACache(1, 64, device=DEVICE)
+    with torch.no_grad():
+        cache.extend(40)
+        torch.testing.assert_close(layer(hidden, cache=cache), o, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="return_alignment: expected False with a cache"):
+            layer(hidden, cache=cache, return_alignment=True)
+
+
 @pytest.mark.parametrize("kind", list(KINDS)[:2])
 def test_the_state_dict_makes_another_layer_the_same(kind: str) -> None:
     op = operator_of(**KINDS[kind])

@@ -41,6 +41,9 @@ UNUSUAL = (
     small_spec("slc", gate="none", scores="mean", count=60, passes=("forward",)),
     small_spec("cmp slc", pool="max", count=60, output=False, passes=("forward", "decode")),
     small_spec("slc win", scores="mean", block=1024, count=20),
+    small_spec("slc", gate="none", index=128, block=128, count=16, group=16, kv_heads=4, dims=(128, 128)),
+    small_spec("slc win", index=256, count=60, scope="head", dtype="bfloat16", passes=("forward", "decode")),
+    small_spec("slc", index=16, scope="all", kv_heads=2, cache="e4m3", passes=("forward", "decode")),
     small_spec(joint=True, sink_joint="learned", cache="e4m3", passes=("forward", "decode")),
 )
 

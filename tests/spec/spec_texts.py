@@ -93,6 +93,9 @@ def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
     document["selection"] = draw(_selections(selection_block, "compression" in branches))
     if "selection" in branches and draw(st.integers(0, 3)) == 0:
         document |= {"version": 2, "selection": draw(_mean_selections(selection_block))}
+        if _ranks(document["selection"]) and draw(st.booleans()):
+            dim = draw(_integers("selection.scores.indexer.dim"))
+            document["selection"] = {**document["selection"], "scores": {"indexer": {"dim": dim}}}
     if {"compression", "selection"} <= branches and draw(st.integers(0, 3)) == 0:
         chosen = draw(_selections(selection_block, True).filter(_ranks))
         alone = {"phi": draw(st.sampled_from(["mean", "external"])), "output": False}

@@ -18,6 +18,8 @@ def document_with(path: str, value: Any) -> dict[str, Any]:
         document["head_dim"] = {"qk": 64, "v": 64}
     if path == "compression.phi.hidden":
         document["compression"] = document["compression"] | {"phi": {"key": "mlp"}}
+    if path == "selection.scores.indexer.dim":
+        document |= {"version": 2, "selection": document["selection"] | {"scores": {"indexer": {}}}}
     *owners, name = path.split(".")
     record = document
     for owner in owners:
@@ -49,6 +51,7 @@ def test_the_ranges_are_those_of_the_design() -> None:
     assert RANGES["selection.block"].values() == (16, 32, 64, 128, 256, 512, 1024)
     assert RANGES["head_dim.qk"].values() == RANGES["head_dim.v"].values() == tuple(range(16, 257, 8))
     assert RANGES["selection.count"].values() == tuple(range(1, 1025))
+    assert RANGES["selection.scores.indexer.dim"].values() == (16, 32, 64, 128, 256)
     assert RANGES["compression.phi.hidden"].values() == tuple(range(16, 1025, 16))
     assert (RANGES["window.size"].minimum, RANGES["window.size"].maximum) == (1, 65536)
 
@@ -358,6 +361,18 @@ BROKEN_RULES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         41,
         "selection.local",
     ),
+    "index_scores_need_the_own_block": (
+        {"version": 2, "selection": {"block": 64, "count": 4, "local": 0, "scores": {"indexer": {"dim": 64}}}},
+        7,
+        41,
+        "selection.local",
+    ),
+    "index_scores_rank": (
+        {"version": 2, "selection": {"block": 64, "count": 3, "scores": {"indexer": {"dim": 64}}}},
+        7,
+        31,
+        "selection.count",
+    ),
     "external_is_both_or_neither": (
         {"compression": {"block": 32, "stride": 16, "phi": {"value": "external"}}},
         6,
@@ -413,6 +428,29 @@ def test_scores_of_version_2_are_refused_in_version_1_by_name_and_with_the_versi
     assert problem.hint == "write version: 2"
     spec = parse_spec(as_text(document | {"version": 2}))
     assert spec.selection is not None and spec.selection.scores == "mean" and spec.branches == ("slc", "win")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message", "hint"),
+    [
+        ("indexer", "got the string 'indexer'", "write scores: {indexer: {dim: 128}}"),
+        ("maen", "expected compression, mean or {indexer: {dim: ...}}, got the string 'maen'", "did you mean 'mean'?"),
+        (5, "expected compression, mean or {indexer: {dim: ...}}, got the integer 5", ""),
+    ],
+)
+def test_what_is_no_word_of_scores_and_no_mapping_is_refused_with_both(scores: Any, message: str, hint: str) -> None:
+    selection = {"block": 64, "count": 4, "scores": scores}
+    problem = only_problem(as_text(base_document(version=2, selection=selection)))
+    assert problem.field == "selection.scores" and message in problem.message and problem.hint == hint
+
+
+def test_scores_of_an_indexer_are_a_mapping_that_reads_back() -> None:
+    selection = {"block": 64, "count": 4, "scores": {"indexer": {"dim": 32}}}
+    spec = parse_spec(as_text(base_document(version=2, compression=None, selection=selection)))
+    assert spec.selection is not None and spec.selection.index_dim == 32
+    assert parse_spec(spec.resolved_yaml()) == spec
+    inner = only_problem(as_text(base_document(version=2, selection=selection | {"scores": {"indexer": 5}})))
+    assert inner.field == "selection.scores.indexer" and inner.hint == "write indexer: {dim: ...}"
 
 
 def test_rules_and_fields_are_reported_together() -> None:

@@ -18,6 +18,7 @@ DIGESTS = {
     "moba_llama3_8b": "2cd785938f44",
     "mha_16": "9fc623750898",
     "msa_m3": "3b53036c3d28",
+    "msa_m3_indexer": "8f91b726d703",
     "nsa_64x4": "a8ed3506802c",
     "nsa_paper": "f537c0b864eb",
     "qwen2_5_7b": "22d4d67a3470",

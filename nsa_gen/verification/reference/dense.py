@@ -47,7 +47,8 @@ class OracleParameters:
     initial: int = 0
     local: int = 0
     indices_given: bool = False
-    scores: Literal["compression", "mean"] = "compression"
+    scores: Literal["compression", "mean", "indexer"] = "compression"
+    index_dim: int = 0
     pool: Literal["sum", "max"] = "sum"
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
@@ -81,7 +82,8 @@ class OracleParameters:
                 "initial": 0 if given else selection.initial,
                 "local": 0 if given else selection.local,
                 "indices_given": given,
-                "scores": selection.scores,
+                "scores": "indexer" if selection.index_dim else selection.scores,
+                "index_dim": selection.index_dim,
                 "pool": selection.pool,
                 "scope": selection.scope,
             }
@@ -388,6 +390,35 @@ def mean_scores(p: OracleParameters, q: Tensor, k: Tensor, blocks: int) -> tuple
         by_head = weighed_q @ keys.permute(1, 2, 0)[:, None]  # (H, G, R, blocks)
         found.append(over_scope(p, p.scale * by_head).transpose(0, 1))
     score, magnitude, fingerprint = found
+    return score, magnitude, fingerprint
+
+
+def index_scores(
+    p: OracleParameters, q_idx: Tensor, k_idx: Tensor, t: Tensor, blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The indexer's scores, their magnitudes and fingerprints, all (R, S, blocks), exact and detached.
+
+    q_idx (R, S, Di), k_idx (tokens, 1, Di), positions t (R,). score = max over the block's visible tokens of
+    q_idx . k_idx, -inf where none is visible, NaN where one is. The magnitude is the largest sum of the absolute values
+    of such a product's terms, to which the rounding of a score is relative; the fingerprint weighs the terms of the
+    first product that is the score by their places in it.
+    """
+    assert p.selection_block is not None
+    exact = exact_dtype(q_idx.dtype)
+    q, k = q_idx.detach().to(exact), k_idx.detach().to(exact)[:, 0]
+    rows, scopes, dim = q.shape
+    visible = (torch.arange(k.shape[0], device=t.device) <= t[:, None])[:, None]
+    places = (1.0 + (torch.arange(dim, dtype=torch.float64) * math.pi) % 1.0).to(q)
+    beyond = blocks * p.selection_block - k.shape[0]
+
+    def by_block(products: Tensor, unseen: float) -> Tensor:
+        """Products (R, S, tokens) as (R, S, blocks, tokens of a block)."""
+        padded = functional.pad(products.masked_fill(~visible, unseen), (0, beyond), value=unseen)
+        return padded.view(rows, scopes, blocks, p.selection_block)
+
+    score, first = by_block(q @ k.T, -math.inf).max(-1)
+    magnitude = by_block(q.abs() @ k.abs().T, 0.0).amax(-1)
+    fingerprint = by_block((q * places) @ k.T, 0.0).gather(-1, first[..., None])[..., 0]
     return score, magnitude, fingerprint
 
 

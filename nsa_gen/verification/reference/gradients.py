@@ -34,7 +34,7 @@ from nsa_gen.verification.reference.tolerance import unit_roundoff
 
 Choice = tuple[Tensor | None, Tensor | None]
 """Indices and counts, None where the oracle chooses or nothing is chosen."""
-WITHOUT_GRADIENT = ("indices", "counts", "do")
+WITHOUT_GRADIENT = ("indices", "counts", "do", "q_idx", "k_idx")
 CHUNK_BYTES = 1 << 27
 """Bytes of one score matrix in the backward pass; about ten such live at the peak (measured: 1.0 GB for a group of 16
 heads and 8192 keys in float64, the noise scale included)."""
@@ -268,7 +268,8 @@ def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence) -> Non
 
 def _split(p: OracleParameters, inputs: Inputs) -> list[Sequence]:
     found = split_sequences(p, {**inputs.arguments(), "do": inputs.do}, inputs.cu_seqlens, inputs.compression)
-    # Blocks have been chosen, and nothing reaches compressed keys that have no output.
+    # Blocks have been chosen, and nothing reaches compressed keys that have no output, nor the indexer.
+    found = [replace(each, q_idx=None, k_idx=None) for each in found]
     return [replace(each, raw_cmp=None, cmp=None) for each in found] if p.scorer_alone else found
 
 

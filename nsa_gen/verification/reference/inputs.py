@@ -48,6 +48,8 @@ class Inputs:
     v_win: Tensor | None = None
     k_cmp: Tensor | None = None
     v_cmp: Tensor | None = None
+    q_idx: Tensor | None = None
+    k_idx: Tensor | None = None
     indices: Tensor | None = None
     counts: Tensor | None = None
     sink_slc: Tensor | None = None
@@ -65,7 +67,7 @@ class Inputs:
 
     def differentiable(self) -> dict[str, Tensor]:
         """What has a gradient, by name; phi's parameters as `compression.<name>`."""
-        skipped = {"do", "compression", "indices", "counts", "cu_seqlens"}
+        skipped = {"do", "compression", "q_idx", "k_idx", "indices", "counts", "cu_seqlens"}
         found = {
             f.name: value
             for f in fields(self)
@@ -211,6 +213,9 @@ def make_inputs(
         found["k_cmp"] = draw(*lead, p.kv_heads, p.head_dim_qk)
         if p.compression_output:
             found["v_cmp"] = draw(*lead, p.kv_heads, p.head_dim_v)
+    if p.index_dim:
+        found["q_idx"] = draw(*lead_q, p.scopes, p.index_dim)
+        found["k_idx"] = draw(*lead_kv, 1, p.index_dim)
     if p.indices_given:
         if packed:
             position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.arange(0)
@@ -245,7 +250,7 @@ def _shape_logits(p: OracleParameters, found: dict[str, Any], kind: str, generat
     direction = torch.nn.functional.normalize(torch.randn(p.head_dim_qk, generator=generator), dim=0)
     strength = 4.0 / p.scale**0.5  # on both sides, so that neither q nor k is out of proportion
     found["q"] = found["q"] * 0.25 + direction * strength
-    for name in [name for name in found if name.startswith("k")]:
+    for name in [name for name in found if name.startswith("k") and name != "k_idx"]:
         k = found[name]
         tokens = k.shape[-3]
         if kind == "spread":
@@ -277,7 +282,16 @@ def _repeat_keys(p: OracleParameters, found: dict[str, Any]) -> None:
 def _strided(inputs: Inputs) -> Inputs:
     """The same numbers in tensors whose rows are wider than they need be, as slices of a fused projection are."""
     changed: dict[str, Tensor] = {}
-    groups = (("q", "k", "v"), ("k_slc", "v_slc"), ("k_win", "v_win"), ("k_cmp", "v_cmp"), ("gates",), ("do",))
+    groups = (
+        ("q", "k", "v"),
+        ("k_slc", "v_slc"),
+        ("k_win", "v_win"),
+        ("k_cmp", "v_cmp"),
+        ("q_idx",),
+        ("k_idx",),
+        ("gates",),
+        ("do",),
+    )
     for group in groups:
         present = {name: x for name in group if (x := getattr(inputs, name)) is not None}
         if len({x.shape[:-2] for x in present.values()}) != 1:

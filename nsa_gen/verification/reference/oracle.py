@@ -23,6 +23,7 @@ from nsa_gen.verification.reference.dense import (
     block_importance,
     compress,
     exact_dtype,
+    index_scores,
     mean_scores,
     select_blocks,
     visible_compressed,
@@ -35,8 +36,10 @@ SINKS = ("sink_slc", "sink_win", "sink")
 """Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
 RAW_BRANCHES = ("slc", "win", "joint")
 """Branches that attend to raw keys and values."""
-BY_TOKEN = ("q", "gates", "indices", "counts", "do")
+BY_TOKEN = ("q", "q_idx", "gates", "indices", "counts", "do")
 """Tensors with a row a query token."""
+BY_KEY = ("k_idx",)
+"""Tensors, beside keys and values, with a row a key token."""
 BY_BLOCK = ("importance", "fingerprint", "magnitude")
 """Pieces of a result whose last dim is selection blocks, as many as the longest sequence has."""
 
@@ -48,7 +51,8 @@ class OracleResult:
     Shapes are those of the generated package, batched (B, Tq, ...) or packed (T_total, ...): `o` and `o_x`
     (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, S, n) int32, `counts` (B, Tq, S)
     int32, `importance` and `fingerprint` (B, Tq, S, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
-    (B, Nc, Hkv, Dv). With scores: mean, `importance` is the score, and `magnitude` what its rounding is relative to.
+    (B, Nc, Hkv, Dv). With scores by means or an indexer, `importance` is the score, and `magnitude` what its rounding
+    is relative to.
     Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
     """
 
@@ -81,6 +85,7 @@ Pair = tuple[Tensor, Tensor]
 class Sequence:
     """One sequence, its tensors without a batch dimension; a branch that is absent has None.
 
+    `q_idx` (Tq, S, Di) and `k_idx` (Tkv, 1, Di) are the indexer's; without them, blocks that are given are not scored.
     `raw_cmp`, `slc`, `win` and `joint` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when
     the caller passes them, else by `compress`; where compressed keys have no output, the values of both have no
     columns. `sinks`, each (Hq,), and phi's parameters, `learned`, go by the names of their arguments and are the same
@@ -89,6 +94,8 @@ class Sequence:
 
     tokens: int
     q: Tensor
+    q_idx: Tensor | None = None
+    k_idx: Tensor | None = None
     gates: Tensor | None = None
     raw_cmp: Pair | None = None
     cmp: Pair | None = None
@@ -160,7 +167,7 @@ def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequen
     tokens = s.tokens - s.q.shape[0] + stop
     kept = {
         **dict.fromkeys(BY_TOKEN, slice(start, stop)),
-        **dict.fromkeys(RAW_BRANCHES, slice(tokens)),
+        **dict.fromkeys((*RAW_BRANCHES, *BY_KEY), slice(tokens)),
         "cmp": slice(p.compressed_blocks(tokens)),
     }
     part = replace(s, tokens=tokens, raw_cmp=None, learned={})
@@ -180,8 +187,12 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
             found["counts"] = s.counts
 
     for branch in p.branches:  # compression comes first: selection may need its importance
-        if branch == p.selecting and p.computed and p.scores == "mean":
-            scored = mean_scores(p, q, getattr(s, branch)[0], p.selection_blocks(s.tokens))
+        if branch == p.selecting and p.computed and (p.scores == "mean" or s.q_idx is not None):
+            blocks = p.selection_blocks(s.tokens)
+            if s.q_idx is not None and s.k_idx is not None:
+                scored = index_scores(p, s.q_idx, s.k_idx, t, blocks)
+            else:
+                scored = mean_scores(p, q, getattr(s, branch)[0], blocks)
             found["importance"], found["magnitude"], found["fingerprint"] = scored
             if s.indices is None:
                 found["indices"], found["counts"] = select_blocks(p, found["importance"], t)
@@ -289,7 +300,7 @@ def split_sequences(
     bounds = cu_seqlens.tolist() if packed else [0] * (q.shape[0] + 1)
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         where: Any = slice(start, stop) if packed else i
-        mine = {name: x[where] for name in BY_TOKEN if (x := tensors.get(name)) is not None}
+        mine = {name: x[where] for name in (*BY_TOKEN, *BY_KEY) if (x := tensors.get(name)) is not None}
         raw = {name: (k[where], v[where]) for name, (k, v) in pairs.items()}
         tokens = next(iter(raw.values()))[0].shape[0] if raw else mine["q"].shape[0]
         cmp = None
@@ -368,6 +379,8 @@ def reference_attention(
     v_win: Tensor | None = None,
     k_cmp: Tensor | None = None,
     v_cmp: Tensor | None = None,
+    q_idx: Tensor | None = None,
+    k_idx: Tensor | None = None,
     indices: Tensor | None = None,
     counts: Tensor | None = None,
     sink_slc: Tensor | None = None,
@@ -382,22 +395,26 @@ def reference_attention(
     and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
     the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
     computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. `sink_slc`, `sink_win` and `sink` (Hq,), of joint
-    branches, are branches' sinks. Query rows are taken in chunks whose scores need at most `score_bytes`.
+    computed all the same), for comparisons on equal indices. `q_idx` (B, Tq, S, Di) and `k_idx` (B, Tkv, 1, Di) are an
+    indexer's, and may both be left out then. `sink_slc`, `sink_win` and `sink` (Hq,), of joint branches, are branches'
+    sinks. Query rows are taken in chunks whose scores need at most `score_bytes`.
 
     Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
     Raises ValueError where the spec needs an argument that is None.
     """
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
-        "k_cmp": k_cmp, "v_cmp": v_cmp, "indices": indices, "counts": counts, "sink_slc": sink_slc,
-        "sink_win": sink_win, "sink": sink,
+        "k_cmp": k_cmp, "v_cmp": v_cmp, "q_idx": q_idx, "k_idx": k_idx, "indices": indices, "counts": counts,
+        "sink_slc": sink_slc, "sink_win": sink_win, "sink": sink,
     }  # fmt: skip
     learned = learned_parameters(compression)
     if parameters.gate != "none":
         _required("gates", gates)
     if parameters.indices_given:
         _required("indices", indices)
+    if parameters.index_dim and (indices is None or q_idx is not None or k_idx is not None):
+        _required("q_idx", q_idx)
+        _required("k_idx", k_idx)
     for branch in parameters.sinks:
         _required(sink_name(branch), tensors[sink_name(branch)])
     sequences = split_sequences(parameters, tensors, cu_seqlens, learned)
