@@ -22,8 +22,18 @@ BY_QUERY = ("q", "do", "q_idx", "gates", "indices", "counts")
 
 
 def changed(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks; phi's parameters by their names."""
-    return mapped(inputs, lambda name, x: x if name in SINKS else change(name, x))
+    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks; phi's parameters by their names.
+
+    What keeps its shape keeps its strides, by which a matrix product on a CPU may choose how it rounds.
+    """
+    return mapped(inputs, lambda name, x: x if name in SINKS else _laid_out_as(x, change(name, x)))
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y, with the strides of x where both have one shape and no two elements of x share memory."""
+    if y.shape != x.shape or y.stride() == x.stride() or 0 in x.stride():
+        return y
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
 def of_tokens(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
