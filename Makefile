@@ -66,6 +66,7 @@ compile-versions: $(STAMP) $(TRITONS) ## Compile with the oldest and the newest 
 	for folder in $(TRITONS); do \
 	    $(BIN)/nsa-gen compile tiny --triton $$folder --calls batched --target sm_80,sm_90,sm_100,sm_120,gfx942 && \
 	    $(BIN)/nsa-gen compile llama3_8b --triton $$folder --calls packed --target sm_90,sm_100,gfx942 || exit 1; done
+	PYTHONPATH=$(firstword $(TRITONS)) $(BIN)/python -m tests.rendering.lower_kernels
 
 $(VENV)/.docs: pyproject.toml | $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' && touch $@

@@ -127,8 +127,9 @@ def choose_steps(options: argparse.Namespace, runs: list[str], started: float) -
     timing = json.loads((options.out / "timing.json").read_text())
     spare = len(runs) * (timing.get("evaluation", 0.0) + timing.get("start", 0.0))
     left = 60 * options.minutes - (time.monotonic() - started) - spare
-    jobs = max(1, options.jobs)
-    steps = int(0.9 * jobs * left / sum(timing[run.rpartition(".")[0]] for run in runs))
+    # Jobs that share a GPU, or a core, are not quicker together.
+    side_by_side = max(1, min(options.jobs, torch.cuda.device_count() or os.cpu_count() or 1))
+    steps = int(0.9 * side_by_side * left / sum(timing[run.rpartition(".")[0]] for run in runs))
     if steps < 1:
         raise SystemExit(f"--minutes: expected more than {options.minutes}, which are spent before the first step")
     return steps

@@ -60,6 +60,34 @@ SOAK_SECONDS = float(os.environ.get("NSA_GEN_SOAK_SECONDS", "120"))
 SOAK_WORKERS = int(os.environ.get("NSA_GEN_SOAK_WORKERS", "1"))
 SOAK_SEED = 1_000_000_000
 """The first seed of a soak's specs, far from those of the examples."""
+MISCOMPILED = {
+    # ptxas 12.8 lost the address of a product's operand within a branch of the key-major forward.
+    "wide": """\
+version: 2
+name: wide
+heads: {query: 21, kv: 3}
+head_dim: {qk: 192, v: 24}
+dtype: bfloat16
+compression: {block: 28, stride: 4, phi: mean}
+selection: {block: 1024, count: 3, local: 0, pool: max}
+combine: {gate: given}
+passes: [forward]
+""",
+    # Triton 3.6 returns no tuple that holds None, which the table of a contiguous cache is.
+    "codes": """\
+version: 2
+name: codes
+heads: {query: 64, kv: 4}
+head_dim: 128
+dtype: bfloat16
+compression: {block: 32, stride: 16, phi: mean}
+selection: {block: 64, count: 16, initial: 1, local: 2}
+window: {size: 512}
+cache: {dtype: e4m3}
+passes: [forward, decode]
+""",
+}
+"""Specs whose kernels compiled and were wrong on a GPU, or did not compile for one, where the interpreter was right."""
 FAULTS = ("illegal access", "hang", "wrong", "out of memory", "crash")
 RUNS = ("worker killed", "run killed", "two tuners", "read-only cache", "full disk")
 """What goes wrong for the tuner: a candidate, or the run."""
@@ -102,6 +130,14 @@ def test_examples_of_a_drawn_spec(number: int) -> None:
     first = SEED + EXAMPLE_SEEDS * (len(CASES) + number + 1)
     request = {"spec": None, "spec_seed": SEED + number, "dtype": DTYPES[number % len(DTYPES)], "count": EACH_DRAWN}
     expect_ok(examples.examples_job, seed=first, device=DEVICE, **request)
+
+
+@ON_A_GPU
+@pytest.mark.gpu(seconds=1800)
+@pytest.mark.parametrize("name", MISCOMPILED)
+def test_examples_of_what_a_compiler_got_wrong(name: str) -> None:
+    request = {"spec": MISCOMPILED[name], "spec_seed": None, "dtype": None, "count": EACH_DRAWN}
+    expect_ok(examples.examples_job, seed=SEED, device=DEVICE, **request)
 
 
 @pytest.mark.gpu(alone=True, seconds=SOAK_SECONDS + 600)
