@@ -124,7 +124,7 @@ def test_a_file_of_something_else_is_refused_by_field(tmp_path: Path, changes, m
 def test_a_spec_that_is_given_its_blocks_is_refused(tmp_path: Path) -> None:
     given = {**BASE, "compression": None, "window": None, "combine": {"gate": "none"}}
     given["selection"] = {"block": 64, "count": 4, "indices": "input"}
-    with pytest.raises(ValueError, match="expected a spec that chooses blocks itself"):
+    with pytest.raises(ValueError, match="expected a spec that chooses blocks by its queries"):
         draw_inputs(Spec.model_validate(given), 1000, device="cpu", kind=written(tmp_path, {}))
 
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import nsa_gen
 from nsa_gen.bench.inputs import draw_inputs
 from nsa_gen.distributed import ContextParallel
+from nsa_gen.machine import machine
 
 ROUNDINGS = 8
 """Of the inputs' dtype, that a difference may be: of each branch's and each rank's part of a gradient, and of sums."""
@@ -127,9 +128,8 @@ def _rank(rank: int, meeting: str, options: argparse.Namespace) -> None:
             print(json.dumps(rows[-1]), flush=True)
     if rank == 0:
         dtype = getattr(torch, nsa_gen.load(options.spec).SPEC["dtype"])
-        name = torch.cuda.get_device_name(device) if gpu else "cpu"
-        described = {"spec": options.spec, "ranks": options.ranks, "order": options.order, "device": name}
-        described |= {"head_groups": options.head_groups, "reduction": options.reduction, "torch": torch.__version__}
+        described = {"machine": machine(), "device": options.device, "spec": options.spec, "ranks": options.ranks}
+        described |= {"order": options.order, "head_groups": options.head_groups, "reduction": options.reduction}
         bound = ROUNDINGS * torch.finfo(dtype).eps
         ok = all(error <= bound for row in rows for key, error in row["errors"].items() if key != "indices")
         options.out.write_text(json.dumps({**described, "bound": bound, "ok": ok, "rows": rows}, indent=1) + "\n")
