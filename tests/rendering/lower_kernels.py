@@ -1,4 +1,4 @@
-"""`python -m tests.rendering.lower_kernels [SPEC.yaml...]`: what Triton's front end refuses of their kernels, for sm_90.
+"""`python -m tests.rendering.lower_kernels [SPEC...]`: what Triton's front end refuses of their kernels, for sm_90.
 
 Without a spec, of those of unusual sizes. A process of its own, in which Triton is not the interpreter. A kernel takes
 some 50 ms, as nothing is compiled.
