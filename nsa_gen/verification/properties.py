@@ -106,6 +106,7 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
             p,
             compression_block=None,
             selection_block=None,
+            index_dim=0,
             indices_given=False,
             window=tokens,
             sinks=(),

@@ -31,7 +31,7 @@ def package(spec, *, change: Callable | None = None, tamper: Callable | None = N
     p = OracleParameters.from_spec(spec)
     p = change(p) if change else p
     names = ("q", "k", "v", "gates", "compression", "k_slc", "v_slc", "k_win", "v_win", "k_cmp", "v_cmp",
-             "indices", "counts", "sink_slc", "sink_win", "sink", "cu_seqlens")  # fmt: skip
+             "indices", "counts", "q_idx", "k_idx", "sink_slc", "sink_win", "sink", "cu_seqlens")  # fmt: skip
 
     def nsa_attention(q, k, v, *, return_aux: bool, recompute: tuple[str, ...] = (), **more):
         assert return_aux and set(more) <= set(names) and set(recompute) <= set(p.branches)
