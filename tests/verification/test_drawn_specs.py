@@ -136,6 +136,12 @@ def test_an_exception_of_a_package_is_a_failed_example_and_the_others_are_run() 
     assert report.reproduction is not None and "T=7" in report.reproduction.example
 
 
+def test_wide_selections_of_an_indexer_are_dense_attention() -> None:
+    spec = small_spec("slc win", index=16)
+    report = verify(spec, package=package(spec), device="cpu", example="dense: B=1 Tq=6 Tkv=7", seed=3)
+    assert report.ok and report.rows, report.failures
+
+
 def test_examples_refuse_what_they_would_ignore() -> None:
     spec = spec_of(branches="win")
     with pytest.raises(ValueError, match="lengths"):
