@@ -102,21 +102,40 @@ def decode_inputs(
             elif tensor.dim() == 4:
                 tensor.normal_(generator=generator)
     cache.extend(tokens)
+    q, arguments, out = drawn_queries(spec, batch, 1, tokens, device=device, seed=seed, generator=generator)
+    return DecodeInputs(package, cache, q, arguments, out, layers)
+
+
+def drawn_queries(
+    spec: Spec,
+    batch: int,
+    queries: int,
+    tokens: int,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """What `nsa_prefill` and `nsa_decode` take besides a cache of `tokens` tokens a sequence, for `queries` of each.
+
+    Random q (B, queries, Hq, Dk); by name gates, index queries, sinks and lists of blocks, which lie evenly over the
+    tokens, where the operator takes them; and a place for o.
+    """
     small = make_inputs(spec, batch=1, tokens=64, dtype=getattr(torch, spec.dtype), device=device, seed=seed)
-    shape = (batch, 1, *small.q.shape[2:])
+    shape = (batch, queries, *small.q.shape[2:])
     q = torch.randn(shape, generator=generator, dtype=small.q.dtype, device=device)
     out = torch.empty((*shape[:-1], spec.head_dim.v), dtype=q.dtype, device=device)
     arguments: dict[str, torch.Tensor] = {name: x for name in SINKS if (x := getattr(small, name)) is not None}
     for name in ("gates", "q_idx"):
         if (like := getattr(small, name)) is not None:
-            shape = (batch, 1, *like.shape[2:])
+            shape = (batch, queries, *like.shape[2:])
             arguments[name] = torch.randn(shape, generator=generator, dtype=q.dtype, device=device)
     if small.indices is not None:
         assert spec.selection is not None
         blocks = torch.arange(spec.selection.count, dtype=torch.int32, device=device)
         spread = blocks * max(1, tokens // spec.selection.block // spec.selection.count)
-        arguments["indices"] = spread.expand(batch, 1, spec.heads.kv, -1).contiguous()
-    return DecodeInputs(package, cache, q, arguments, out, layers)
+        arguments["indices"] = spread.expand(batch, queries, spec.scopes, -1).contiguous()
+    return q, arguments, out
 
 
 def decode_faults(spec: Spec, package: Any, device: str = "cuda") -> list[str]:

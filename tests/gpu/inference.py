@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from nsa_gen.bench.decode import drawn_queries
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.inference import run_scenario, scenario_of_seed
 from nsa_gen.verification.reference.inputs import parameter_shapes
-from nsa_gen.verification.reference.oracle import SINKS, OracleParameters
+from nsa_gen.verification.reference.oracle import OracleParameters
 from nsa_gen.verification.report import Row, environment, raised
 from nsa_gen.verification.verify import adapt
 from tests.gpu.common import say
@@ -22,8 +23,6 @@ from tests.gpu.support import package_of, spec_of_request
 REPLAYS = 1000
 COMPARED_EVERY = 100
 CHUNK = 8192
-FEWEST = 700
-"""Tokens that a cache has at least where queries attend to it."""
 
 
 def inference_job(
@@ -89,27 +88,6 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
     return found
 
 
-def queries(
-    spec: Spec, module: Any, batch: int, tokens: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Random queries; gates, index queries, sinks and lists of blocks where the operator takes them; a place for o."""
-    p = OracleParameters.from_spec(spec)
-    q = torch.randn(batch, tokens, p.query_heads, p.head_dim_qk, device="cuda", dtype=getattr(torch, spec.dtype))
-    gates = torch.randn(batch, tokens, p.query_heads, len(p.branches), device="cuda", dtype=getattr(torch, spec.dtype))
-    out = torch.empty(batch, tokens, p.query_heads, p.head_dim_v, device="cuda", dtype=getattr(torch, spec.dtype))
-    weights = {} if p.gate == "none" else {"gates": gates}
-    wanted = inspect.signature(module.nsa_decode).parameters
-    weights |= {name: torch.randn(p.query_heads, device="cuda") for name in SINKS if name in wanted}
-    if spec.selection is not None and spec.selection.indices == "input":
-        # Blocks from the first on, as many as FEWEST tokens have; the other slots are empty.
-        slots = torch.arange(spec.selection.count, dtype=torch.int32, device="cuda")
-        slots = slots.where(slots < FEWEST // spec.selection.block, -1)
-        weights["indices"] = slots.expand(batch, tokens, p.scopes, -1).contiguous()
-    if p.index_dim:
-        weights["q_idx"] = torch.randn(batch, tokens, p.scopes, p.index_dim, device="cuda", dtype=q.dtype)
-    return q, weights, out
-
-
 def graph_faults(spec: Spec, module: Any) -> list[str]:
     """One graph of a whole step, replayed over growing lengths, held against a fresh cache now and then."""
     batch, first = 4, 1500
@@ -117,7 +95,7 @@ def graph_faults(spec: Spec, module: Any) -> list[str]:
     for page_size in (None, 64):
         generator = torch.Generator("cuda").manual_seed(1)
         cache = filled_cache(spec, module, first, batch, room=REPLAYS + 2, page_size=page_size)
-        q, gates, out = queries(spec, module, batch, 1)
+        q, gates, out = drawn_queries(spec, batch, 1, first, device=torch.device("cuda"))
         new = new_tokens(spec, module, batch, 1, generator)
         tensors = {name: x for name, x in new.items() if isinstance(x, torch.Tensor)}
         # Compiles the kernels, and is taken back.
@@ -158,7 +136,7 @@ def graph_faults(spec: Spec, module: Any) -> list[str]:
 
 def attached_faults(spec: Spec, module: Any) -> list[str]:
     """One graph over an engine's pages, in which requests change rows and pages; held against caches of their own."""
-    batch, first, page_size, steps = 4, FEWEST, 64, 40
+    batch, first, page_size, steps = 4, 700, 64, 40
     tokens = first + steps
     width, chance = -(-tokens // page_size), random.Random(0)
     shapes = module.NSACache.page_shapes(page_size)
@@ -180,7 +158,7 @@ def attached_faults(spec: Spec, module: Any) -> list[str]:
 
     place([0, 1, 2, 3], first, first)
     cache.write(**{name: x[:, :first].contiguous() for name, x in whole.items()}, **other)
-    q, weights, out = queries(spec, module, batch, 1)
+    q, weights, out = drawn_queries(spec, batch, 1, first, device=torch.device("cuda"))
     new = {name: x[:, :1].clone() for name, x in whole.items()}
 
     def step() -> None:
@@ -219,7 +197,7 @@ def attached_faults(spec: Spec, module: Any) -> list[str]:
 def allocation_faults(spec: Spec, module: Any) -> list[str]:
     """A step, without a graph, allocates nothing."""
     cache = filled_cache(spec, module, 1000, 2, room=64, page_size=64)
-    q, gates, out = queries(spec, module, 2, 1)
+    q, gates, out = drawn_queries(spec, 2, 1, 1000, device=torch.device("cuda"))
     new = new_tokens(spec, module, 2, 1, torch.Generator("cuda"))
 
     def step() -> None:

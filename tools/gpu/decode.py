@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from nsa_gen.bench.decode import measure_decode
+from nsa_gen.bench.decode import drawn_queries, measure_decode
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import Spec
 from nsa_gen.verification.reference.oracle import SINKS
 from nsa_gen.verification.report import environment
 from tests.gpu.common import say
-from tests.gpu.inference import CHUNK, new_tokens, queries
+from tests.gpu.inference import CHUNK, new_tokens
 from tests.gpu.support import package_of, variant
 
 SHAPES = [(tokens, batch) for tokens in (65536, 4096, 16384, 262144) for batch in (1, 4, 16, 32, 64)]
@@ -69,7 +69,7 @@ def touch_prefill(spec: Spec, module: Any) -> None:
     for tokens in (1024, 2048):
         cache.extend(tokens)
         cache.write(**new_tokens(spec, module, 1, tokens, torch.Generator("cuda")))
-        q, gates, _ = queries(spec, module, 1, tokens)
+        q, gates, _ = drawn_queries(spec, 1, tokens, tokens, device=torch.device("cuda"))
         module.nsa_prefill(q, cache, **gates)
     torch.cuda.synchronize()
 
@@ -77,7 +77,7 @@ def touch_prefill(spec: Spec, module: Any) -> None:
 def prefill_times(spec: Spec, module: Any) -> dict[str, float]:
     """Milliseconds of a prompt at once, and in chunks; the cache is written in both."""
     new = new_tokens(spec, module, 1, PROMPT, torch.Generator("cuda").manual_seed(3))
-    q, gates, _ = queries(spec, module, 1, PROMPT)
+    q, gates, _ = drawn_queries(spec, 1, PROMPT, PROMPT, device=torch.device("cuda"))
     cache = module.NSACache(1, PROMPT, device="cuda")
 
     def run(chunk: int) -> float:
