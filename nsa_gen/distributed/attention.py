@@ -75,7 +75,7 @@ class ContextParallel:
                 "compression.phi: expected a phi that the operator computes, got external; blocks that straddle ranks "
                 "are compressed from gathered keys"
             )
-        if self.spec.selection is not None and self.spec.selection.index_dim:
+        if self.spec.index_dim:
             raise ValueError(
                 "selection.scores: expected compression or mean, got an indexer, whose keys no rank gathers; choose "
                 "the blocks yourself, with indices: input"

@@ -31,7 +31,7 @@ _ROW_BYTES = 3 * FP32 * _CHOICES
 
 def aligns(spec: Spec) -> bool:
     """Whether the package has the indexer's loss: it is for training alone."""
-    return spec.selection is not None and spec.selection.index_dim > 0 and "backward" in spec.passes
+    return spec.index_dim > 0 and "backward" in spec.passes
 
 
 def alignment_kernels(spec: Spec) -> list[Kernel]:

@@ -93,9 +93,9 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
         output = spec.compression.output
         arguments.append(Argument("k_cmp", ("B", "Nc", "Hkv", "Dk"), differentiable=output))
         arguments += [Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))] if output else []
-    if spec.selection and spec.selection.index_dim:
+    if spec.index_dim:
         # None where a selection is given.
-        dim = str(spec.selection.index_dim)
+        dim = str(spec.index_dim)
         arguments.append(Argument("q_idx", ("B", "Tq", "S", dim), required=False, differentiable=False))
         arguments.append(Argument("k_idx", ("B", "Tkv", "1", dim), required=False, differentiable=False))
     if spec.combine.gate != "none":

@@ -49,7 +49,7 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
         kernels.append(_decode_compressed(spec))
     if _ranks(spec, "mean"):
         kernels.append(append_means(spec))
-    if _indexes(spec):
+    if spec.index_dim:
         kernels.append(_append_index())
     if spec.compression is not None or _ranks(spec):
         kernels.append(_decode_select(spec))
@@ -64,11 +64,6 @@ def _ranks(spec: Spec, scores: str = "") -> bool:
     if selection is None or selection.indices == "input" or not free_slots(spec):
         return False
     return scores in ("", selection.scores)
-
-
-def _indexes(spec: Spec) -> bool:
-    """Whether decode ranks blocks by an indexer."""
-    return spec.selection is not None and spec.selection.index_dim > 0
 
 
 def _simple(
@@ -228,8 +223,7 @@ def _members(spec: Spec) -> int:
 
 
 def _decode_select(spec: Spec) -> Kernel:
-    scored, means = _ranks(spec), _ranks(spec, "mean")
-    indexed = _indexes(spec)
+    scored, means, indexed = _ranks(spec), _ranks(spec, "mean"), spec.index_dim > 0
     # Mean keys are the rows of fp32 products, whose operands live in registers.
     small = means or indexed
     tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if small else (16, 32, 64, 128, 256)),) if scored else ()

@@ -316,6 +316,11 @@ class Spec(Record):
         return {"group": self.heads.kv, "head": self.heads.query, "all": 1}[scope]
 
     @property
+    def index_dim(self) -> int:
+        """Elements of an index query or key; 0 where no indexer ranks the blocks."""
+        return self.selection.index_dim if self.selection else 0
+
+    @property
     def external(self) -> bool:
         """The caller compresses: compressed keys, and values if there is output, are arguments of the operator."""
         return self.compression is not None and self.compression.phi.key == "external"
