@@ -244,8 +244,10 @@ def test_an_attached_cache_keeps_index_keys_in_the_callers_pages() -> None:
     torch.testing.assert_close(o, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_unknown_and_equal_index_scores_are_ranked_in_decode_as_in_the_forward() -> None:
-    op = operator_of("slc", gate="none", index=16, group=1, count=4, initial=1, passes=PASSES)
+@pytest.mark.parametrize("scorer", [{"scores": "mean"}, {"index": 16}], ids=["mean keys", "index keys"])
+def test_unknown_and_equal_scores_are_ranked_in_decode_as_in_the_forward(scorer: dict[str, Any]) -> None:
+    op = operator_of("slc", gate="none", **scorer, group=1, count=4, initial=1, passes=PASSES)
+    indexed = "index" in scorer
     q, k = torch.ones(1, 1, 1, 16), torch.zeros(1, 24 * 16, 1, 16)
     for levels in ([-1.0] * 23, [-5.0, *[float(-(j % 7)) for j in range(22)]], [math.nan] * 23, [-math.inf] * 23):
         k[0, : 23 * 16, 0, 0] = torch.tensor(levels).repeat_interleave(16)
@@ -256,25 +258,9 @@ def test_unknown_and_equal_index_scores_are_ranked_in_decode_as_in_the_forward()
             keys, queries = keys.to(DEVICE), q.to(DEVICE)
             cache = op.NSACache(1, 24 * 16, device=DEVICE)
             cache.extend(24 * 16)
-            cache.write(keys, keys, k_idx=keys)
-            found = op.nsa_decode(queries, cache, q_idx=queries, return_aux=True)[1].indices
-            assert torch.equal(found, op.select_blocks(queries, keys)[0]), (levels[:3], torn)
-
-
-def test_unknown_and_equal_scores_are_ranked_in_decode_as_in_the_forward() -> None:
-    op = operator_of("slc", gate="none", scores="mean", group=1, count=4, initial=1, passes=PASSES)
-    q, k = torch.ones(1, 1, 1, 16), torch.zeros(1, 24 * 16, 1, 16)
-    for levels in ([-1.0] * 23, [-5.0, *[float(-(j % 7)) for j in range(22)]], [math.nan] * 23, [-math.inf] * 23):
-        k[0, : 23 * 16, 0, 0] = torch.tensor(levels).repeat_interleave(16)
-        for torn in ((), (1, 2, 9, 20), range(3, 23)):
-            keys = k.clone()
-            for block in torn:
-                keys[0, 16 * block + 3, 0, 5] = math.nan
-            keys, queries = keys.to(DEVICE), q.to(DEVICE)
-            cache = op.NSACache(1, 24 * 16, device=DEVICE)
-            cache.extend(24 * 16)
-            cache.write(keys, keys)
-            found = op.nsa_decode(queries, cache, return_aux=True)[1].indices
+            cache.write(keys, keys, **({"k_idx": keys} if indexed else {}))
+            asked = {"q_idx": queries} if indexed else {}
+            found = op.nsa_decode(queries, cache, **asked, return_aux=True)[1].indices
             assert torch.equal(found, op.select_blocks(queries, keys)[0]), (levels[:3], torn)
 
 
