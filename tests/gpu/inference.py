@@ -73,7 +73,8 @@ def new_tokens(spec: Spec, module: Any, batch: int, tokens: int, generator: torc
     found: dict[str, Any] = {}
     for name in names:
         dim = p.head_dim_qk if name.startswith("k") else p.head_dim_v
-        shape = (batch, tokens, p.kv_heads, dim)
+        heads, dim = (1, p.index_dim) if name == "k_idx" else (p.kv_heads, dim)
+        shape = (batch, tokens, heads, dim)
         found[name] = torch.randn(shape, device="cuda", dtype=getattr(torch, spec.dtype), generator=generator)
     hidden = spec.compression.phi.hidden if spec.compression else None
     shapes = parameter_shapes(p, hidden)
