@@ -16,8 +16,8 @@ _FROM_TOKENS = 2048
 #: and tokens from which it is so at any number of heads: on an H200 with 64, 32 and 16 heads from 4096, 8192 and 8192
 #: tokens, and slower by up to 30% at half of that, where the host is what takes the time.
 _FROM_ROWS, _FROM_BANDED_TOKENS = 2**18, 8192
-#: Query rows of a call from which the kernel of banded attention's dq is the quicker, at any number of heads: with 64 on an
-#: H200 the whole backward takes 4.36 ms for 4.56 at 8192 tokens and 2.34 for 2.23 at half of that.
+#: Query rows of a call from which the kernel of banded attention's dq is the quicker, at any number of heads: with 64
+#: on an H200 the whole backward takes 4.36 ms for 4.56 at 8192 tokens and 2.34 for 2.23 at half of that.
 _FROM_DQ_ROWS = 2**19
 
 
