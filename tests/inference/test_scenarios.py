@@ -289,3 +289,10 @@ def test_a_prefill_of_everything_is_the_operator_itself() -> None:
     cache.extend(30)
     cache.write(k, v)
     torch.testing.assert_close(op.nsa_prefill(q, cache, gates), op.nsa_attention(q, k, v, gates), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("most", "splits"), [(1, 1), (4, 4), (8, 7), (16, 13), (24, 13), (25, 25), (99, 25)])
+def test_tiles_are_shared_out_in_as_few_programs_as_need_no_more_rounds(most: int, splits: int) -> None:
+    module = operator_of("win", passes=PASSES, gate="none").module
+    found = sys.modules[f"{module.__name__}.workspace"].even_splits(25, most)
+    assert found == splits and math.ceil(25 / found) == math.ceil(25 / most)
