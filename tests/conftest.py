@@ -43,13 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Save the interpreter two thirds of its time."""
+    """Save the interpreter most of its time; let its results depend neither on the order of tests nor on numpy."""
     controls_workers = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
     if GPU or controls_workers:
         return
-    from nsa_gen.verification.calls import quick_interpreter
+    from nsa_gen.verification.calls import quick_interpreter, steady_products
 
     quick_interpreter()
+    steady_products()
 
 
 @pytest.hookimpl(tryfirst=True)
