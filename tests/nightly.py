@@ -97,7 +97,7 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_no_prediction_is_below_the_floor_and_longer_calls_take_longer": 4,
     },
     "tests/mutants/test_mutants.py": {
-        "test_a_package_with_a_mistake_fails_its_check": 20,
+        "test_a_package_with_a_mistake_fails_its_check": 32,
         "test_an_edit_that_is_said_to_change_no_result_changes_no_bit": 2,
         "test_the_package_without_a_mistake_passes_the_same_check": 5,
     },
@@ -318,11 +318,18 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_a_final_that_is_interrupted_goes_on_with_the_rounds_that_are_left": 0,
         "test_two_tuners_on_one_cache_both_come_to_an_end": 0,
     },
+    "tests/tuning/test_store.py": {
+        "test_many_processes_may_write_at_once": 0,
+    },
     "tests/verification/test_cases.py": {
         "test_a_subtle_mistake_is_caught_by_the_default_cases": 0,
     },
     "tests/verification/test_coverage.py": {
         "test_every_tunable_of_a_package_has_several_values_in_the_default_run": 2,
+    },
+    "tests/verification/test_drawn_specs.py": {
+        "test_a_project_asserts_that_its_package_is_right": ("module", "text"),
+        "test_kernels_of_drawn_specs_have_drawn_properties": ("5",),
     },
     "tests/verification/test_gradients.py": {
         "test_chunked_gradients_equal_direct_autograd": 8,
