@@ -19,8 +19,15 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_times_that_were_taken_before_a_worker_died_are_kept_once": 0,
         "test_two_contenders_that_die_in_one_task_are_both_left_out": 0,
     },
+    "tests/cli/test_compile.py": {
+        "test_a_spec_compiles_for_an_nvidia_and_an_amd_gpu": 0,
+    },
+    "tests/cli/test_demo.py": {
+        "test_the_real_thing_ends_well": 0,
+    },
     "tests/cli/test_interrupted.py": {
         "test_a_first_writing_that_is_interrupted_leaves_no_file_and_no_folder": 1,
+        "test_an_interrupted_benchmark_ends_its_workers_and_keeps_its_journal": 0,
         "test_what_was_there_before_stays_as_it_was": 1,
     },
     "tests/cli/test_report.py": {
@@ -30,12 +37,14 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_what_is_no_number_is_a_wrong_call": 4,
     },
     "tests/cli/test_verify.py": {
+        "test_a_spec_is_right_on_the_cpu_whatever_the_shell_says_of_the_interpreter": 0,
         "test_examples_are_drawn_from_their_seeds_and_one_of_them_is_repeated_by_its_words": 0,
     },
     "tests/distributed/test_context_parallel.py": {
         "test_ranks_find_what_one_process_finds": ("whole", "packed", "uneven", "without_tokens", "mean_scores"),
     },
     "tests/distributed/test_docs.py": {
+        "test_the_table_of_the_page_is_what_the_script_prints": 0,
         "test_two_ranks_train_the_example_s_model_as_one_does": 0,
     },
     "tests/examples/test_quality.py": {
@@ -63,6 +72,9 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_blocks_are_selected_by_importance_and_number_whatever_the_bits": 8,
         "test_drawn_importances_of_unlike_lengths_are_ranked_alike": 3,
         "test_pages_change_no_bit_of_the_choice_among_many_blocks_and_it_is_the_forwards": 0,
+    },
+    "tests/inference/test_docs.py": {
+        "test_the_generation_loop_gives_the_same_tokens_with_and_without_pages_and_chunks": 0,
     },
     "tests/inference/test_neighbours.py": {
         "test_a_batch_entrys_bits_depend_on_no_other": 1,
@@ -178,8 +190,8 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_the_operators_own_choice_gives_the_same_bits_again": 1,
     },
     "tests/operator/test_rounding.py": {
-        "test_a_gradient_is_the_float32_sum_of_its_parts_rounded_once": 6,
-        "test_torch_converts_no_gradient_but_keys_and_values_to_which_selection_adds_last": 3,
+        "test_a_gradient_is_the_float32_sum_of_its_parts_rounded_once": 4,
+        "test_torch_converts_no_gradient_but_keys_and_values_to_which_selection_adds_last": 2,
     },
     "tests/operator/test_scopes.py": {
         "test_a_choice_is_followed_again_and_one_of_another_scope_is_refused": 1,
@@ -213,8 +225,8 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
     },
     "tests/operator/test_specs.py": {
         "test_a_gradient_may_be_asked_of_one_argument_alone": 2,
-        "test_batched_outputs_and_gradients_are_those_of_the_oracle": 6,
-        "test_packed_sequences_are_computed_each_as_if_alone": 3,
+        "test_batched_outputs_and_gradients_are_those_of_the_oracle": 5,
+        "test_packed_sequences_are_computed_each_as_if_alone": 2,
         "test_slices_of_fused_projections_need_no_copy": 1,
     },
     "tests/operator/test_steps.py": {
@@ -222,9 +234,6 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
     },
     "tests/operator/test_workspace.py": {
         "test_a_chunks_parts_fit_what_was_asked_for_with_less_than_a_token_to_spare": 1,
-    },
-    "tests/pitfalls/test_carried_bounds.py": {
-        "test_no_kernel_of_a_shipped_package_carries_what_bounds_a_loop_inside_it": 0,
     },
     "tests/pitfalls/test_engineering.py": {
         "test_no_value_of_any_tensor_is_read_on_the_host_cu_seqlens_included": 2,
@@ -256,6 +265,9 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
     "tests/pytorch/test_operators.py": {
         "test_a_differentiable_operator_passes_every_check_of_opcheck": 3,
     },
+    "tests/pytorch/test_parallel.py": {
+        "test_a_step_of_two_ranks_is_the_step_on_both_batches_wrapped_either_way": 0,
+    },
     "tests/pytorch/test_threads.py": {
         "test_threads_that_call_a_compiled_operator_get_the_bits_of_calls_alone": 0,
     },
@@ -279,8 +291,20 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_what_is_committed_is_what_is_generated": 2,
     },
     "tests/rendering/test_sources.py": {
+        "test_all_names_that_a_package_exports_exist": 16,
         "test_any_description_is_only_text_in_every_module": 3,
+        "test_every_file_begins_with_a_header_of_four_lines": 16,
+        "test_every_kernel_is_launched_with_its_own_configuration": 16,
+        "test_every_module_and_every_exported_function_says_what_it_does": 16,
+        "test_every_module_parses_and_imports_torch_triton_the_standard_library_and_its_own_modules_only": 16,
+        "test_every_spec_in_a_package_is_the_spec": 16,
+        "test_every_tunable_is_a_constant_of_its_kernel_or_read_by_its_launch": 16,
+        "test_kernels_and_configurations_name_each_other": 16,
+        "test_no_date_no_path_of_this_machine_and_no_leftover_of_a_template": 16,
+        "test_no_function_takes_more_than_fourteen_arguments": 16,
+        "test_no_kernel_carries_what_bounds_a_loop_inside_it": 16,
         "test_ruff_has_nothing_to_say_of_packages_drawn_anew": 0,
+        "test_the_spec_in_a_package_reads_back_as_an_equal_spec": 16,
     },
     "tests/runtime/test_runtime.py": {
         "test_a_package_carries_a_runtime_module_to_the_letter": 3,
@@ -290,6 +314,7 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
     },
     "tests/targets/test_compile.py": {
         "test_a_block_beyond_the_devices_shared_memory_fails_there_and_only_there": 0,
+        "test_an_architecture_that_shares_a_table_is_compiled_for_all_the_same": 0,
         "test_one_of_the_calls_may_be_compiled_alone": 1,
     },
     "tests/targets/test_memory.py": {
@@ -298,7 +323,12 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_peaks_are_below_one_and_a_half_of_the_best_peers_and_below_it_from_32k_tokens_on": ("mha_16",),
         "test_what_a_caller_asks_for_is_what_the_workspace_takes": 0,
     },
+    "tests/test_examples.py": {
+        "test_the_tuner_shows_what_it_would_time": 0,
+    },
     "tests/test_loading.py": {
+        "test_a_layer_from_a_folder_is_loaded_once_the_folder_was_imported": 0,
+        "test_a_layer_whose_package_is_not_in_the_cache_says_what_to_call_first": 0,
         "test_a_package_that_was_partly_cleared_from_the_cache_is_generated_again": 0,
         "test_processes_that_load_at_once_all_get_the_package": 0,
     },
@@ -317,6 +347,9 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_a_bad_candidate_costs_itself_alone": 2,
         "test_a_final_that_is_interrupted_goes_on_with_the_rounds_that_are_left": 0,
         "test_two_tuners_on_one_cache_both_come_to_an_end": 0,
+    },
+    "tests/tuning/test_search.py": {
+        "test_several_gpus_share_the_work": 0,
     },
     "tests/tuning/test_store.py": {
         "test_many_processes_may_write_at_once": 0,
