@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", type=int, default=32, help="held-out sequences of each task, a quarter of those of text (32)"
     )
-    parser.add_argument("--lengths", default="", help="further lengths of text for perplexity, such as 16384,32768")
+    parser.add_argument("--lengths", default="", help="further lengths of text and needles, such as 16384,32768")
     parser.add_argument("--new", type=int, default=32, help="bytes to generate (32)")
     options = parser.parse_args(arguments)
     try:
@@ -43,12 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name}: expected more, got {getattr(options, name)}")
     if not (options.run / "checkpoint.pt").exists():
         parser.error(f"run: there is no checkpoint.pt in {options.run}")
-    corpus, device = library(), device_here()
+    device = device_here()
     try:
         model, settings = load_model(options.run, device, options.mode)
+        corpus = library(settings.packages)
     except ValueError as error:
         parser.error(str(error))
-    found = evaluate(model, corpus, settings.tokens, device, rows=options.rows, lengths=lengths)
+    tasks = settings.tasks.split(",")
+    found = evaluate(model, corpus, settings.tokens, device, rows=options.rows, lengths=lengths, tasks=tasks)
     prompt = held_out_batch(corpus, "text", settings.tokens, range(1))[0].to(device)
     found["generation"] = generation(model, prompt, options.new)
     (options.run / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

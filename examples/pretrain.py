@@ -37,6 +37,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
             raise ValueError(f"{name}: expected at least {least}, got {getattr(options, name)}")
     if not 0 <= options.task_share <= 1:
         raise ValueError(f"task_share: expected a share from 0 to 1, got {options.task_share}")
+    if not 0 <= options.growth <= 1:
+        raise ValueError(f"growth: expected a share from 0 to 1, got {options.growth}")
     for task in options.tasks.split(","):
         if task not in TASKS:
             raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {task}")
@@ -63,11 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task-share", type=float, default=0.5, help="share of sequences that are tasks (0.5)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="names with commas between (all five)")
     parser.add_argument("--answer-weight", type=float, default=1.0, help="weight of the loss on answers (1)")
+    parser.add_argument("--growth", type=float, default=0.0, help="share of the steps in which sequences grow (0)")
+    parser.add_argument("--packages", default="", help="installed packages whose sources are text too, as torch,numpy")
     parser.add_argument("--recompute", action="store_true", help="keep less for the backward pass: blocks run twice")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
     options = parser.parse_args(arguments)
     try:
         settings = settings_of(options)
+        corpus = library(settings.packages)
     except (SpecError, ValueError) as error:
         parser.error(str(error))
     torchrun = "RANK" in os.environ
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(device_here())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    corpus, started = library(), time.monotonic()
+    started = time.monotonic()
 
     def show(line: dict[str, Any]) -> None:
         if line["step"] % 10 == 0 or line["step"] + 1 == settings.steps:

@@ -6,7 +6,7 @@
 Every run has the same data, seed and number of steps. With --minutes, the first call compiles the operators, times a
 few steps of each arm and gives all runs as many steps as fit; --steps says how many. A run that was finished is kept,
 one that was interrupted goes on from its checkpoint, one that failed is tried again. After every run, study.json and
-study.md are written.
+study.md are written; a run's log.jsonl, and its evaluation.json after each part of that, are in its folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.quality.arms import PROFILES, Profile
-from examples.quality.data import TASKS, library
+from examples.quality.data import library
 from examples.quality.evaluation import evaluate
-from examples.quality.training import device_here, peak_bytes, read_log, train
+from examples.quality.model import Model
+from examples.quality.training import Settings, device_here, peak_bytes, read_log, train
 from nsa_gen._files import write_whole
 
 TIMED_STEPS = 3
@@ -47,14 +49,15 @@ def write_json(path: Path, found: Any) -> None:
 def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
     """Train and evaluate: a row of the study."""
     settings, folder, device = profile.run(arm, seed, steps), out / "runs" / run_name(arm, seed), device_here()
+    corpus = library(settings.packages)
     if device.type == "cuda":
         torch.cuda.init()  # where nothing has used the GPU yet, there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
-    model = train(settings, folder, library(), save_every=max(20, steps // 4))
+    model = train(settings, folder, corpus, save_every=max(20, steps // 4))
     memory = peak_bytes(device) if device.type == "cuda" else None  # a process remembers its earlier runs
     log = read_log(folder / "log.jsonl")
-    speeds = sorted(line["tokens_per_second"] for line in log)
-    found = evaluate(model.eval(), library(), settings.tokens, device, rows=profile.rows)
+    speeds = sorted(line["tokens_per_second"] for line in log if line["length"] == settings.tokens)
+    found = evaluated(profile, model, settings, profile.rows, folder / "evaluation.json")
     return {
         "arm": arm,
         "seed": seed,
@@ -67,38 +70,67 @@ def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dic
     }
 
 
+def evaluated(profile: Profile, model: Model, settings: Settings, rows: int, path: Path) -> dict[str, Any]:
+    """The evaluation of a trained model, which `path` gets too, part by part."""
+    return evaluate(
+        model.eval(),
+        library(settings.packages),
+        settings.tokens,
+        device_here(),
+        rows=rows,
+        lengths=profile.lengths,
+        tasks=settings.tasks.split(","),
+        progress=lambda found: write_json(path, found),
+    )
+
+
+def short_run(profile: Profile, arm: str, times: int) -> Settings:
+    """A run that has `times` steps with each length of sequences."""
+    settings = profile.run(arm, 0, 1)
+    lengths = settings.doublings + 1
+    return replace(settings, steps=times * lengths, growth=settings.doublings / lengths)
+
+
+def seconds_a_step(profile: Profile, arm: str, log: list[dict[str, Any]]) -> float:
+    """The mean over a run's steps, by the fastest step of each length in the log of a short run."""
+    run, fastest = profile.run(arm, 0, 1000), dict[int, int]()
+    for line in log:
+        fastest[line["length"]] = max(line["tokens_per_second"], fastest.get(line["length"], 0))
+    counts = Counter(run.length(step) for step in range(run.steps))
+    return sum(n / run.steps * run.batch * run.tokens / fastest[length] for length, n in counts.items())
+
+
 def time_arms(profile: Profile, arms: list[str], out: Path) -> None:
     """Write the seconds of a step of each arm, and those of an evaluation, to timing.json."""
     found: dict[str, float] = {}
     for arm in arms:
-        folder = out / "timing" / arm
+        folder, settings = out / "timing" / arm, short_run(profile, arm, TIMED_STEPS)
         started = time.perf_counter()
-        model = train(profile.run(arm, 0, TIMED_STEPS), folder, library(), save_every=TIMED_STEPS)
-        tokens = profile.settings["tokens"] * profile.settings["batch"]
-        found[arm] = tokens / max(line["tokens_per_second"] for line in read_log(folder / "log.jsonl"))
+        model = train(settings, folder, library(settings.packages), save_every=settings.steps)
+        found[arm] = seconds_a_step(profile, arm, read_log(folder / "log.jsonl"))
         if arm == (profile.base if profile.base in arms else arms[-1]):
-            found["start"] = time.perf_counter() - started - TIMED_STEPS * found[arm]
+            found["start"] = max(0.0, time.perf_counter() - started - settings.steps * found[arm])
             started = time.perf_counter()
-            evaluate(model.eval(), library(), profile.settings["tokens"], device_here(), rows=profile.rows)
+            evaluated(profile, model, settings, profile.rows, folder / "evaluation.json")
             found["evaluation"] = time.perf_counter() - started
         print(f"{arm}: {found[arm]:.3f} s a step", flush=True)
     write_json(out / "timing.json", found)
 
 
 def compile_arm(profile: Profile, arm: str, out: Path) -> None:
-    """One step and an evaluation on few sequences, which leave the kernels in Triton's cache.
+    """A step with each length and an evaluation on few sequences, which leave the kernels in Triton's cache.
 
     Not on one: Triton compiles kernels for a 1 among their arguments apart.
     """
-    settings = replace(profile.run(arm, 0, 1), batch=2)
-    model = train(settings, out / "compiled" / arm, library(), save_every=2)
-    evaluate(model.eval(), library(), settings.tokens, device_here(), rows=2)
+    folder, settings = out / "compiled" / arm, short_run(profile, arm, 1)
+    model = train(settings, folder, library(settings.packages), save_every=settings.steps)
+    evaluated(profile, model, settings, 2, folder / "evaluation.json")
 
 
 def child(options: argparse.Namespace, phase: str, runs: list[str], number: int = 0) -> subprocess.Popen[bytes]:
     """This script in a process of its own, on one of the GPUs."""
     command = [sys.executable, __file__, "--profile", options.profile, "--out", str(options.out), "--phase", phase]
-    command += ["--steps", str(options.steps), "--runs", ",".join(runs)]
+    command += ["--steps", str(options.steps), "--rows", str(options.rows), "--runs", ",".join(runs)]
     environment = dict(os.environ)
     if torch.cuda.device_count() > 1:
         visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -125,23 +157,34 @@ def choose_steps(options: argparse.Namespace, runs: list[str], started: float) -
     if child(options, "time", arms).wait() != 0:
         raise SystemExit("study: an arm cannot be timed; see the error above, or leave it out with --arms")
     timing = json.loads((options.out / "timing.json").read_text())
-    spare = len(runs) * (timing.get("evaluation", 0.0) + timing.get("start", 0.0))
-    left = 60 * options.minutes - (time.monotonic() - started) - spare
+    left = 60 * options.minutes - (time.monotonic() - started)
     # Jobs that share a GPU, or a core, are not quicker together.
-    side_by_side = max(1, min(options.jobs, torch.cuda.device_count() or os.cpu_count() or 1))
-    steps = int(0.9 * side_by_side * left / sum(timing[run.rpartition(".")[0]] for run in runs))
+    crowd = max(1.0, options.jobs / (torch.cuda.device_count() or os.cpu_count() or 1))
+    fitting = []
+    for share in shares_of(options, runs):
+        around = crowd * len(share) * (timing.get("evaluation", 0.0) + timing.get("start", 0.0))
+        fitting.append((left - around) / (crowd * sum(timing[run.rpartition(".")[0]] for run in share)))
+    steps = int(0.9 * min(fitting))
     if steps < 1:
         raise SystemExit(f"--minutes: expected more than {options.minutes}, which are spent before the first step")
     return steps
 
 
+def shares_of(options: argparse.Namespace, runs: list[str]) -> list[list[str]]:
+    """The runs of each job that has any."""
+    return [runs[i :: options.jobs] for i in range(min(options.jobs, len(runs)))]
+
+
 def train_all(options: argparse.Namespace, runs: list[str], started: float) -> None:
     """All runs that have no result yet, in `jobs` processes; a process that dies costs its run alone."""
-    todo = [run for run in runs if not _result(options.out, run).exists()]
-    shares = [todo[i :: options.jobs] for i in range(options.jobs)]
-    running = {i: child(options, "train", share, i) for i, share in enumerate(shares) if share}
+    shares = shares_of(options, [run for run in runs if not _result(options.out, run).exists()])
+    running = {i: child(options, "train", share, i) for i, share in enumerate(shares)}
+    reported = 0
     while running:
         time.sleep(0.2)
+        if (results := sum(_result(options.out, run).exists() for run in runs)) > reported:
+            reported = results
+            report(options, runs, started)
         for i, process in list(running.items()):
             if process.poll() is None:
                 continue
@@ -174,17 +217,18 @@ def report(options: argparse.Namespace, runs: list[str], started: float) -> list
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "corpus": library().digest,
+        "corpus": library(profile.settings.get("packages", "")).digest,
         "seconds": round(time.monotonic() - started),
     }
     write_json(options.out / "study.json", {**about, "rows": rows})
-    write_whole(options.out / "study.md", table(rows))
+    write_whole(options.out / "study.md", table(rows, profile))
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], profile: Profile) -> str:
     """The results in Markdown: accuracies are those of the trained lengths, in percent."""
-    head = ["attention", "seed", "held-out loss", *TASKS, "needle at all depths", "tokens/s", "MiB"]
+    tasks = profile.run(profile.base, 0, 1).tasks.split(",")
+    head = ["attention", "seed", "held-out loss", *tasks, "one needle at all depths", "tokens/s", "MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         if "problem" in row:
@@ -192,9 +236,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         right = {
             task: [each["accuracy"] for each in row["tasks"] if each["task"] == task and each["trained"]]
-            for task in TASKS
+            for task in tasks
         }
-        needles = [each["accuracy"] for each in row["needles"]]
+        trained = {each["tokens"] for each in row["tasks"] if each["trained"]}
+        needles = [each["accuracy"] for each in row["needles"] if each["tokens"] in trained]
         cells = [row["arm"], str(row["seed"]), f"{row['held_out_loss']:.4f}"]
         cells += [f"{100 * sum(found) / len(found):.1f}" for found in (*right.values(), needles)]
         memory = row["train_peak_bytes"]
@@ -220,7 +265,7 @@ def work(options: argparse.Namespace, profile: Profile) -> None:
                 problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 row = {"arm": arm, "seed": int(seed), "problem": problem}
             write_json(_result(options.out, run), row)
-            print(table([row]).splitlines()[-1], flush=True)
+            print(table([row], profile).splitlines()[-1], flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -233,10 +278,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="of every run; by --minutes if left out")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole study, without --steps (9)")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time; as many as GPUs, or one, if left out")
+    parser.add_argument("--rows", type=int, default=0, help="sequences of each task in an evaluation")
     parser.add_argument("--phase", choices=("compile", "time", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
     options, started = parser.parse_args(arguments), time.monotonic()
     profile = PROFILES[options.profile]
+    profile = replace(profile, rows=options.rows or profile.rows)
     if options.phase is not None:
         work(options, profile)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -43,13 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Save the interpreter two thirds of its time."""
+    """Save the interpreter most of its time; let its results depend neither on the order of tests nor on numpy."""
     controls_workers = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
     if GPU or controls_workers:
         return
-    from nsa_gen.verification.calls import quick_interpreter
+    from nsa_gen.verification.calls import quick_interpreter, steady_products
 
     quick_interpreter()
+    steady_products()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,6 +75,13 @@ def runs_everything(config: pytest.Config) -> bool:
     """Whether nothing narrower than all tests was asked for."""
     folders = {Path(PROJECT_ROOT, argument).resolve() for argument in config.args}
     return folders == {PROJECT_ROOT / "tests"} and not (config.option.keyword or config.option.markexpr)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare Python's search for garbage what lives as long as the session, and search less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

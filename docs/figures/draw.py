@@ -3,7 +3,7 @@
     python docs/figures/draw.py [FOLDER]
 
 FOLDER is docs/figures unless another is given. The figures of the operator draw its definition (docs/semantics.md) for
-a small example; the figure of speed-ups draws the results that `speed_ups` reads from docs/results. Needs matplotlib
+a small example; the figures of speed-ups and of quality draw results of docs/results. Needs matplotlib
 (`pip install 'nsa-gen[bench]'`).
 """
 
@@ -132,6 +132,36 @@ def draw_speed_up() -> plt.Figure:
     axes[1].set_title("long sequences", fontsize=9)
     axes[0].set_ylabel("speed-up over the best dense\nattention (1x), both passes")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def draw_quality() -> plt.Figure:
+    """Held-out loss by position, and the needles that models found, by depth and length."""
+    study = json.loads((RESULTS / "h200_2026-11-30_quality" / "study_dense_nsa.json").read_text())
+    figure, (left, *maps) = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained", width_ratios=(3, 4, 4))
+    names = {"dense-group-4": ("dense", ORANGE), "nsa-group-4": ("NSA", BLUE)}
+    for ax, row in zip(maps, study["rows"], strict=True):
+        name, colour = names[row["arm"]]
+        places = [(each["start"] + each["stop"]) / 2 for each in row["positions"]]
+        left.plot(places, [each["loss"] for each in row["positions"]], color=colour, marker=".", label=name)
+        lengths, depths = (sorted({cell[key] for cell in row["needles"]}) for key in ("tokens", "depth"))
+        found = {(cell["depth"], cell["tokens"]): cell["accuracy"] for cell in row["needles"]}
+        ax.pcolormesh([[found[depth, length] for length in lengths] for depth in depths], vmin=0, vmax=1, cmap="Blues")
+        for y, depth in enumerate(depths):
+            for x, length in enumerate(lengths):
+                share = found[depth, length]
+                shade = "white" if share > 0.5 else INK
+                ax.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=shade)
+        ax.set_xticks([x + 0.5 for x in range(len(lengths))], [f"{length // 1024}k" for length in lengths])
+        ax.set_yticks([y + 0.5 for y in range(len(depths))], [f"{depth:g}" for depth in depths])
+        ax.axvline(1 + lengths.index(study["settings"]["tokens"]), color=INK, linewidth=1)
+        ax.set(xlabel="bytes", title=f"letters of a needle found, {name} (%)")
+        ax.title.set_fontsize(9)
+    maps[0].set_ylabel("depth")
+    left.set(xlabel="position", ylabel="held-out loss (nats a byte)", ylim=(0.6, None))
+    left.set_xticks([0, 4096, 8192], ["0", "4k", "8k"])
+    left.grid(axis="y", color=LIGHT)
+    left.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -284,6 +314,7 @@ def draw_gates() -> plt.Figure:
 
 FIGURES = {
     "speed_up": draw_speed_up,
+    "quality": draw_quality,
     "compression": draw_compression,
     "selection": draw_selection,
     "masks": draw_masks,

@@ -25,7 +25,8 @@ class Profile:
         counts: other numbers of selected blocks.
         blocks: other lengths of blocks, of which as many are selected as make `selected` tokens.
         hidden: width of the mlp phi.
-        rows: sequences of an evaluation.
+        rows: sequences of each task in an evaluation.
+        lengths: of text and needles in an evaluation, beside those that follow from the trained one.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Profile:
     selected: int
     hidden: int
     rows: int
+    lengths: tuple[int, ...] = ()
 
     @property
     def base(self) -> str:
@@ -108,7 +110,17 @@ PROFILES = {
     "gpu": Profile(
         name="gpu",
         mode="operator",
-        settings={"width": 512, "layers": 6, "tokens": 8192, "batch": 4, "lr": 2e-3, "warmup": 20},
+        settings={
+            "width": 512,
+            "layers": 6,
+            "tokens": 8192,
+            "batch": 4,
+            "lr": 2e-3,
+            "warmup": 20,
+            "tasks": "recall,needle,copy",
+            "growth": 0.6,
+            "packages": "torch",
+        },
         shape={"dtype": "bfloat16", "head_dim": 64},
         heads=16,
         groups=(1, 4, 16),
@@ -122,6 +134,7 @@ PROFILES = {
         blocks=(32, 128),
         selected=1024,
         hidden=256,
-        rows=4,
+        rows=8,
+        lengths=(16384, 32768),
     ),
 }

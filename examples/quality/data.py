@@ -7,6 +7,7 @@ a batch does not depend on the number of processes that share it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import random
 import string
@@ -22,13 +23,16 @@ import torch
 from torch import Tensor
 
 NOISE, TEXT, ANSWER = range(3)
-"""What a byte is to the loss: drawn at random (not counted), text, or a task's answer."""
+"""What a byte is to the loss: drawn at random (not counted), text, or an answer: ANSWER and the task's number."""
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 TRAINED_SHARES, HELD_OUT_SHARES = (1 / 4, 1 / 2, 1), (3 / 8, 3 / 4, 3 / 2)
 """Lengths of tasks as shares of a sequence: those that are trained on, and those that are held out."""
 LETTERS = string.ascii_lowercase.encode()
+PAIRS = [bytes([a, b]) for a in LETTERS for b in LETTERS]
 NODES = string.ascii_letters.encode()
 QUESTION, NEEDLE = b"\x06", b"\x07"
+BETWEEN_NEEDLES = 256
+"""At most one needle in so many bytes."""
 FIRST_ANSWERED = 4
 """Regression: examples before the first answer that counts, of two unknown weights."""
 BINS = 12
@@ -51,21 +55,28 @@ class Corpus:
 
 
 @cache
-def library() -> Corpus:
+def library(packages: str = "") -> Corpus:
     """The sources of Python's standard library, as they lie on this machine; one file in twenty is held out.
 
     They come with every interpreter, under the PSF license, and are read, not copied. Other versions of Python have
-    other sources: runs are comparable where their digests are equal.
+    other sources: runs are comparable where their digests are equal. `packages` are names of installed packages, with
+    commas between, whose sources are read too. Raises ValueError for one that is not installed.
     """
-    root = Path(sysconfig.get_path("stdlib"))
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for package in filter(None, packages.split(",")):
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise ValueError(f"packages: expected installed packages, got {package}")
+        roots.append(Path(found.submodule_search_locations[0]))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED)
-        for name in sorted(files):
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):  # the machine's own paths
-                path = Path(folder, name)
-                held_out = zlib.crc32(path.relative_to(root).as_posix().encode()) % 20 == 0
-                parts[held_out].append(path.read_bytes())
+    for root in roots:
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(name for name in folders if name not in SKIPPED)
+            for name in sorted(files):
+                if name.endswith(".py") and not name.startswith("_sysconfigdata"):  # the machine's own paths
+                    path = Path(folder, name)
+                    held_out = zlib.crc32(path.relative_to(root).as_posix().encode()) % 20 == 0
+                    parts[held_out].append(path.read_bytes())
     train, held_out_text = (b"\n".join(each) for each in parts)
     return Corpus(train, held_out_text, hashlib.sha256(train + held_out_text).hexdigest()[:16])
 
@@ -88,9 +99,7 @@ Filler = Callable[[int], bytes]
 
 def _words(count: int, draw: random.Random) -> list[bytes]:
     """Different keys, of one letter where the alphabet has enough, of two otherwise."""
-    known = (
-        [bytes([a]) for a in LETTERS] if count <= len(LETTERS) else [bytes([a, b]) for a in LETTERS for b in LETTERS]
-    )
+    known = [bytes([a]) for a in LETTERS] if count <= len(LETTERS) else PAIRS
     return draw.sample(known, min(count, len(known)))
 
 
@@ -111,16 +120,21 @@ def recall(length: int, draw: random.Random, filler: Filler) -> Page:
 
 
 def needle(length: int, draw: random.Random, filler: Filler, depth: float | None = None) -> Page:
-    """A key with a value of four letters at a depth (0: at the start, 1: at the end) of a text; at the end its key."""
-    page, key, value = Page(), bytes(draw.choices(LETTERS, k=2)), bytes(draw.choices(LETTERS, k=4))
-    hidden, asked = NEEDLE + key + value + NEEDLE, QUESTION + key
-    around = length - len(hidden) - len(asked) - len(value)
-    before = round(around * (draw.random() if depth is None else depth))
-    page.write(filler(before), TEXT)
-    page.write(hidden)
-    page.write(filler(around - before), TEXT)
-    page.write(asked)
-    page.write(value, ANSWER)
+    """Keys with a value of four letters each, at any places of a text; at the end every key, in another order.
+
+    With a `depth` (0: at the start, 1: at the end) there is one needle.
+    """
+    page, count = Page(), draw.randint(1, max(1, length // BETWEEN_NEEDLES)) if depth is None else 1
+    values = {bytes(key): bytes(draw.choices(LETTERS, k=4)) for key in draw.sample(PAIRS, count)}
+    around = length - sum(len(QUESTION + NEEDLE + NEEDLE + key + key + value + value) for key, value in values.items())
+    places = sorted(round(around * (draw.random() if depth is None else depth)) for _ in values)
+    for (key, value), before, place in zip(values.items(), [0, *places], places, strict=False):
+        page.write(filler(place - before), TEXT)
+        page.write(NEEDLE + key + value + NEEDLE)
+    page.write(filler(around - places[-1]), TEXT)
+    for key in draw.sample(list(values), count):
+        page.write(QUESTION + key)
+        page.write(values[key], ANSWER)
     return page
 
 
@@ -180,11 +194,11 @@ def task_page(task: str, length: int, draw: random.Random, corpus: Corpus, held_
     """One sequence of a task, `length` bytes, the first of which names the task."""
     if length < SHORTEST:
         raise ValueError(f"tokens: expected at least {SHORTEST} bytes of a task, got {length}")
-    page = Page()
-    page.write(bytes([1 + list(TASKS).index(task)]))
+    page, number = Page(), list(TASKS).index(task)
+    page.write(bytes([1 + number]))
     body = TASKS[task](length - 1, draw, lambda size: corpus.slice(held_out, size, draw), **more)
     page.text += body.text
-    page.kinds += body.kinds
+    page.kinds += body.kinds.replace(bytes([ANSWER]), bytes([ANSWER + number]))
     return page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +63,7 @@ def answers(
     found = torch.zeros(3, dtype=torch.float64, device=device)
     for tokens, kinds in _batches(corpus, task, length, rows, device, **more):
         sums, right = loss_sums(logits_of(model, tokens), tokens, kinds)
-        found += torch.stack([sums[1].double(), right[1].double(), counted(kinds)[1]])
+        found += torch.stack([each[1:].sum().double() for each in (sums, right, counted(kinds))])
     loss, right, count = found.tolist()
     return {"loss": loss / count, "accuracy": right / count, "answers": round(count)}
 
@@ -73,13 +73,22 @@ def _lengths(shares: Sequence[float], tokens: int) -> list[int]:
 
 
 def evaluate(
-    model: Model, corpus: Corpus, tokens: int, device: torch.device, *, rows: int = 32, lengths: Sequence[int] = ()
+    model: Model,
+    corpus: Corpus,
+    tokens: int,
+    device: torch.device,
+    *,
+    rows: int = 32,
+    lengths: Sequence[int] = (),
+    tasks: Sequence[str] = tuple(TASKS),
+    progress: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Everything but generation, of a model that was trained on sequences of `tokens` bytes.
 
-    `rows` sequences of each task and four times as many of text: `held_out_loss` at the trained length, `positions`
-    (bins of it), `perplexity` a byte at the trained length and at `lengths`, `tasks` at trained and held-out lengths,
-    `needles` by depth and length, and `peak_bytes`.
+    `rows` sequences of each of `tasks` and four times as many of text: `held_out_loss` at the trained length,
+    `positions` (bins of it), `perplexity` a byte at the trained length and at `lengths`, `needles` by depth and length,
+    those of `lengths` too, `tasks` at trained and held-out lengths, and `peak_bytes`. `progress` is called with what
+    there is after each of these parts.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,30 +97,32 @@ def evaluate(
     for length in lengths:
         if length != tokens:
             perplexity[length] = math.exp(text_loss(model, corpus, length, 4 * rows, device).mean().item())
-    trained = [(length, True) for length in _lengths(TRAINED_SHARES, tokens)]
-    held_out = [(length, False) for length in _lengths(HELD_OUT_SHARES, tokens)]
-    tasks = [
-        {"task": task, "tokens": length, "trained": known, **answers(model, corpus, task, length, rows, device)}
-        for task in TASKS
-        for length, known in trained + held_out
-    ]
-    needles = [
+    found = {
+        "held_out_loss": loss.mean().item(),
+        "positions": by_position(loss),
+        "perplexity": [{"tokens": length, "perplexity": value} for length, value in sorted(perplexity.items())],
+    }
+    progress(found)
+    found["needles"] = [
         {
             "depth": depth,
             "tokens": length,
             "accuracy": answers(model, corpus, "needle", length, rows, device, depth=depth)["accuracy"],
         }
-        for length in sorted(_lengths((*TRAINED_SHARES, *HELD_OUT_SHARES), tokens))
+        for length in sorted({*_lengths((*TRAINED_SHARES, *HELD_OUT_SHARES), tokens), *_lengths(lengths, 1)})
         for depth in DEPTHS
     ]
-    return {
-        "held_out_loss": loss.mean().item(),
-        "positions": by_position(loss),
-        "perplexity": [{"tokens": length, "perplexity": value} for length, value in sorted(perplexity.items())],
-        "tasks": tasks,
-        "needles": needles,
-        "peak_bytes": peak_bytes(device),
-    }
+    progress(found)
+    trained = [(length, True) for length in _lengths(TRAINED_SHARES, tokens)]
+    held_out = [(length, False) for length in _lengths(HELD_OUT_SHARES, tokens)]
+    found["tasks"] = [
+        {"task": task, "tokens": length, "trained": known, **answers(model, corpus, task, length, rows, device)}
+        for task in tasks
+        for length, known in trained + held_out
+    ]
+    found["peak_bytes"] = peak_bytes(device)
+    progress(found)
+    return found
 
 
 class _Cached:

@@ -19,7 +19,7 @@ def _axes(path: Path, size: tuple[float, float] = (6, 4), columns: int = 1) -> I
     figure = Figure(figsize=size, layout="constrained")
     yield figure.subplots(1, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # square panels leave no room for titles otherwise
 
 
 def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -21,14 +21,23 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.convert import save
-from examples.quality.data import ANSWER, TASKS, TEXT, Corpus, training_batch
+from examples.quality.data import ANSWER, SHORTEST, TASKS, TEXT, Corpus, training_batch
 from examples.quality.model import Choice, Mode, Model, autocast
 from nsa_gen.spec import parse_spec
+
+KINDS = (TEXT, *(ANSWER + number for number in range(len(TASKS))))
+"""What is counted: text, and the answers of each task."""
+DOUBLINGS = 5
+"""How often the length of sequences that grow doubles, where they are long enough."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run's numbers depend on. `spec` is the text of a spec, `batch` the sequences of all processes."""
+    """All that a run's numbers depend on. `spec` is the text of a spec, `batch` the sequences of all processes.
+
+    `growth` is the share of the steps in which sequences grow to `tokens` bytes, from a part of that and with as many
+    more of them; `packages` are those whose sources are text too.
+    """
 
     mode: Mode
     spec: str
@@ -44,6 +53,8 @@ class Settings:
     tasks: str = ",".join(TASKS)
     answer_weight: float = 1.0
     recompute: bool = False
+    growth: float = 0.0
+    packages: str = ""
 
     @property
     def choice(self) -> Choice:
@@ -51,6 +62,16 @@ class Settings:
 
     def model(self, device: torch.device) -> Model:
         return Model(self.choice, self.width, self.layers, self.seed, self.recompute).to(device)
+
+    @property
+    def doublings(self) -> int:
+        """How often sequences double: a quarter of the shortest ones still holds a task."""
+        return min(DOUBLINGS, max(1, self.tokens // (4 * SHORTEST)).bit_length() - 1) if self.growth else 0
+
+    def length(self, step: int) -> int:
+        """Bytes of a step's sequences; each length that is to be doubled has as many steps."""
+        grown = self.growth * self.steps
+        return self.tokens if step >= grown else self.tokens >> (self.doublings - int(step * self.doublings / grown))
 
     def rate(self, step: int) -> float:
         """The learning rate: a rise over the first steps, then half a cosine to a tenth."""
@@ -67,7 +88,7 @@ def device_here() -> torch.device:
 
 
 def loss_sums(logits: Tensor, tokens: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (2,) over text and over answers of the loss in nats, and of the bytes that are right.
+    """Sums (KINDS,) over text and over each task's answers of the loss in nats, and of the bytes that are right.
 
     logits (B, T, 256), tokens (B, T) int64, kinds (B, T) uint8: each token is predicted from those before.
     """
@@ -75,13 +96,13 @@ def loss_sums(logits: Tensor, tokens: Tensor, kinds: Tensor) -> tuple[Tensor, Te
     flat = logits[:, :-1].flatten(0, 1).float()
     loss = functional.cross_entropy(flat, wanted, reduction="none")
     right = (flat.detach().argmax(-1) == wanted).float()
-    masks = [(kind == each).float() for each in (TEXT, ANSWER)]
+    masks = [(kind == each).float() for each in KINDS]
     return torch.stack([(loss * m).sum() for m in masks]), torch.stack([(right * m).sum() for m in masks])
 
 
 def counted(kinds: Tensor) -> Tensor:
-    """How many bytes (2,) of text and of answers are predicted."""
-    return torch.stack([(kinds[:, 1:] == each).sum() for each in (TEXT, ANSWER)]).double()
+    """How many bytes (KINDS,) of text and of each task's answers are predicted."""
+    return torch.stack([(kinds[:, 1:] == each).sum() for each in KINDS]).double()
 
 
 def optimiser_of(model: nn.Module, lr: float, fused: bool) -> torch.optim.AdamW:
@@ -122,9 +143,10 @@ def train(
 ) -> Model:
     """Train, or go on from `out`/checkpoint.pt, up to the last step or `stop_after`; returns the model.
 
-    `out`/log.jsonl gets a line a step: step, text_loss and answer_loss in nats, answer_accuracy, lr, tokens_per_second,
-    peak_bytes. Losses are means over all processes, and do not depend on how many there are but for rounding. Raises
-    ValueError where the checkpoint is of other settings or another text.
+    `out`/log.jsonl gets a line a step: step, text_loss and answer_loss in nats, answer_accuracy, loss and accuracy of
+    each of the step's tasks, lr, length of the sequences, tokens_per_second, peak_bytes. Losses are means over all
+    processes, and do not depend on how many there are but for rounding. Raises ValueError where the checkpoint is of
+    other settings or another text.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch % ranks:
@@ -150,12 +172,12 @@ def train(
         kept = [line for line in read_log(log) if line["step"] < first]
         log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    share = settings.batch // ranks
-    rows = range(rank * share, (rank + 1) * share)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        tasks = settings.tasks.split(",")
-        return training_batch(corpus, settings.seed, step, rows, settings.tokens, settings.task_share, tasks)
+        tasks, length = settings.tasks.split(","), settings.length(step)
+        share = settings.batch // ranks * (settings.tokens // length)
+        rows = range(rank * share, (rank + 1) * share)
+        return training_batch(corpus, settings.seed, step, rows, length, settings.task_share, tasks)
 
     model.train()
     with (
@@ -168,7 +190,8 @@ def train(
             tokens, kinds = (x.to(device, non_blocking=True) for x in waiting.result())
             waiting = ahead.submit(batch, step + 1)
             line = _step(wrapped, optimiser, settings, step, (tokens, kinds))
-            line["tokens_per_second"] = round(settings.batch * settings.tokens / (time.perf_counter() - started))
+            line["length"] = tokens.shape[1]
+            line["tokens_per_second"] = round(ranks * tokens.numel() / (time.perf_counter() - started))
             line["peak_bytes"] = peak_bytes(device)
             lines.write(json.dumps(line) + "\n")
             lines.flush()
@@ -195,17 +218,25 @@ def _step(
     counts = counted(kinds)
     if ranks > 1:
         dist.all_reduce(counts)
-    scale = counts.clamp(min=1).to(sums)
+    scale, present = counts.clamp(min=1).to(sums), (counts[1:] > 0).to(sums)
+    # Each of a step's tasks has the same weight: copying has hundreds of times the answers of a needle.
+    share = present / present.sum().clamp(min=1)
     # DDP takes the mean of the processes' gradients; their sum is that of the whole batch.
-    ((sums / scale) @ sums.new_tensor([1.0, settings.answer_weight]) * ranks).backward()
+    ((sums / scale) @ torch.cat((sums.new_ones(1), settings.answer_weight * share)) * ranks).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     optimiser.zero_grad()
     found = torch.stack([sums.detach() / scale, right / scale])
     if ranks > 1:
         dist.all_reduce(found)
-    (text, answer), (_, accuracy) = found.tolist()
-    return {"step": step, "text_loss": text, "answer_loss": answer, "answer_accuracy": accuracy, "lr": rate}
+    loss, accuracy = torch.cat((found, found[:, 1:] @ share[:, None]), 1).tolist()
+    tasks = {
+        task: {"loss": loss[1 + number], "accuracy": accuracy[1 + number]}
+        for number, (task, there) in enumerate(zip(TASKS, present.tolist(), strict=True))
+        if there
+    }
+    means = {"text_loss": loss[0], "answer_loss": loss[-1], "answer_accuracy": accuracy[-1]}
+    return {"step": step, **means, "tasks": tasks, "lr": rate}
 
 
 def load_model(folder: Path, device: torch.device, mode: Mode | None = None) -> tuple[Model, Settings]:

@@ -34,6 +34,7 @@ from nsa_gen.bench.records import (
 from nsa_gen.bench.workloads import Task
 from nsa_gen.hardware import gpu_for_device
 from nsa_gen.lowering import KernelEstimate, Plan, explain, lower
+from nsa_gen.lowering.hopper import ordinary_kernel
 from nsa_gen.spec import Spec, parse_spec
 from nsa_gen.verification.calls import arguments_of
 from nsa_gen.verification.cases import Case
@@ -256,8 +257,9 @@ def _profiled(action: Callable[[], Any], direction: str, task: Task, gpu_key: st
     for event in profile.key_averages():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.self_device_time_total <= 0:
             continue
-        one = known.get(event.key.removesuffix("_kernel"))
-        name, branch = (event.key[:120], OTHER) if one is None else (one.kernel, one.branch)
+        own = event.key.removesuffix("_kernel")
+        one = known.get(ordinary_kernel(own))
+        name, branch = (event.key[:120], OTHER) if one is None else (own, one.branch)
         costs: tuple[Any, ...] = ()
         if one is not None:
             floor = (None, "") if gpu_key is None else (1000 * one.seconds_floor, one.limited_by)

@@ -106,7 +106,7 @@ def _backward(spec: Spec) -> Kernel:
             traffic=rows * s.SLC_BLOCK / s.KEY_BLOCK
             + slots / s.PIECE * s.SLC_BLOCK * (s.PAD_QK * s.E + s.DIM_INDEX * (s.E + 2 * FP32)),
             streamed=s.TOKEN_BLOCK,
-            height=sympy.Min(s.TOKEN_BLOCK, s.KEY_BLOCK),
+            height=s.minimum(s.TOKEN_BLOCK, s.KEY_BLOCK),
             memory=s.B * s.T * s.Hkv * s.DIM_INDEX * FP32,
         ),
         useful_flops=flops,

@@ -160,7 +160,7 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
             # Without a pipeline, k is stored once for either of the products that it is a factor of.
             shared_memory=(
                 s.QUERY_BLOCK * QK_V
-                + s.KEY_BLOCK * (sympy.Max(s.NUM_STAGES, 2) * s.PAD_QK + s.NUM_STAGES * s.PAD_V)
+                + s.KEY_BLOCK * (s.maximum(s.NUM_STAGES, 2) * s.PAD_QK + s.NUM_STAGES * s.PAD_V)
                 + SCORES
             )
             * s.E,
@@ -204,7 +204,7 @@ def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
             flops=2 * band.computed_pairs * 2 * QK_V,
             traffic=traffic,
             streamed=s.QUERY_BLOCK,
-            height=sympy.Min(s.QUERY_BLOCK, s.KEY_BLOCK),
+            height=s.minimum(s.QUERY_BLOCK, s.KEY_BLOCK),
             programs=programs,
         ),
         useful_flops=2 * band.pairs * (2 * s.Dk + 2 * s.Dv),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -21,10 +22,11 @@ from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec
 
 
+@functools.lru_cache(maxsize=64)
 def lower(spec: Spec) -> Plan:
     """Decide the kernels, their sizes, tunables and default configurations for a spec.
 
-    The result depends on the spec alone: same spec, same Plan.
+    The result depends on the spec alone: same spec, same Plan, which is not to be changed.
     """
     qk = split_head_dim(spec.head_dim.qk)
     v = split_head_dim(spec.head_dim.v)

@@ -40,7 +40,7 @@ def token_tile(spec: Spec, fewest_rows: int = FEWEST_ROWS) -> tuple[Tunable, tup
     rows = s.TOKEN_BLOCK * s.LIST_ROWS
     most = 32 if spec.dtype == "float32" else MOST_ROWS
     tile = Tunable(s.TOKEN_BLOCK.name, (1, 2, 4, 8, 16, 32, 64, 128))
-    return tile, (sympy.Ge(rows, fewest_rows), sympy.Le(rows, sympy.Max(most, s.LIST_ROWS)))
+    return tile, (sympy.Ge(rows, fewest_rows), sympy.Le(rows, s.maximum(most, s.LIST_ROWS)))
 
 
 def height_rule(height: sympy.Expr) -> sympy.Basic:
@@ -48,7 +48,7 @@ def height_rule(height: sympy.Expr) -> sympy.Basic:
 
     Measured on an H100: dk and dv of compressed blocks 45 ms with 4 warps on 64 rows, 77 ms and more with 8.
     """
-    return sympy.Le(16 * s.NUM_WARPS, sympy.Max(64, height))
+    return sympy.Le(16 * s.NUM_WARPS, s.maximum(64, height))
 
 
 def same_height_rule(rows: sympy.Expr, keys: sympy.Expr) -> sympy.Basic:

@@ -82,7 +82,7 @@ def _gradient_bytes(spec: Spec) -> sympy.Expr:
 
 def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sympy.Expr = _POOLED_BYTES) -> Kernel:
     """A pooling kernel: bound by the bytes it moves, by default those of keys and values and their blocks."""
-    columns = sympy.Max(s.PAD_QK, s.PAD_V)
+    columns = s.maximum(s.PAD_QK, s.PAD_V)
     zero = sympy.Integer(0)
     return Kernel(
         name=name,
@@ -143,7 +143,7 @@ def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
         ),
         constraints=(),
         resources=Resources(
-            shared_memory=s.NUM_STAGES * inner * (rows_tile + out) * sympy.Max(s.E, 4),
+            shared_memory=s.NUM_STAGES * inner * (rows_tile + out) * s.maximum(s.E, 4),
             registers=rows_tile * out + inner * (rows_tile + out) / 2,
             flops=flops,
             traffic=flops / 2 * s.E * (1 / rows_tile + 1 / out),

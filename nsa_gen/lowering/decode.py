@@ -104,7 +104,7 @@ def _append(spec: Spec) -> Kernel:
     if any(side.pooled for side in compressed_sides(spec)):
         purpose += ", and the blocks they complete"
         moved += s.B * s.Hkv * _compressed_row(spec) * s.CMP_BLOCK / s.CMP_STRIDE
-    registers = s.TOKEN_BLOCK * sympy.Max(s.PAD_QK, s.PAD_V)
+    registers = s.TOKEN_BLOCK * s.maximum(s.PAD_QK, s.PAD_V)
     return _simple(
         "append", "append", "all", purpose, "one pass over the new tokens", moved,
         (tokens, *launch(warps=(4,), stages=(1,))), registers,

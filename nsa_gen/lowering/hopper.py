@@ -18,6 +18,16 @@ _SELECTED_ROWS, _SELECTED_KEYS = 64, 64
 #: Query tokens of a call from which the kernel of selected blocks is the quicker, and key-major with it, and heads of a
 #: group: on an H200 it is so with 4 and 16, and slower by 15 to 20% with 1.
 _SELECTED_FROM_TOKENS, _SELECTED_FROM_HEADS = 2048, 4
+#: Kernels for Hopper whose names differ by more than the prefix from those of the ordinary kernels they stand for.
+_STANDS_FOR = {
+    "hopper_selected_forward": "selected_forward_key_major",
+    "hopper_selected_backward": "selected_backward_dkdv",
+}
+
+
+def ordinary_kernel(name: str) -> str:
+    """The kernel of the plan that a kernel stands for, which is itself unless it is one for Hopper."""
+    return _STANDS_FOR.get(name, name.removeprefix("hopper_"))
 
 
 def hopper_fits(spec: Spec, *branches: str) -> bool:

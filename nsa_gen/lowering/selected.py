@@ -53,7 +53,7 @@ _FEWEST_CHUNK_TOKENS = 64
 # Bytes of tokens' numbers that a pipeline has loaded ahead.
 _INDEX_BUFFERS = 1024
 # Tiles of keys in flight where the products are of 16 rows: the one in use is in registers.
-_BUFFERS = sympy.Max(1, s.NUM_STAGES - 1)
+_BUFFERS = s.maximum(1, s.NUM_STAGES - 1)
 # A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
 _PARTS = s.SLC_BLOCK / s.KEY_BLOCK
 _O_PARTS = _OWN_SLOTS * s.LIST_HEADS * s.Dv * s.E
@@ -169,7 +169,7 @@ def _selected_forward(spec: Spec) -> Kernel:
 
 def _selected_forward_key_major(spec: Spec) -> Kernel:
     rows = s.TOKEN_BLOCK * s.LIST_ROWS
-    buffers = sympy.Min(s.NUM_STAGES, 2)
+    buffers = s.minimum(s.NUM_STAGES, 2)
     tokens, constraints = token_tile(spec)
     return Kernel(
         name="selected_forward_key_major",
@@ -184,7 +184,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
         resources=Resources(
             # The values stay, and so do what is sound of them and where they are not, if the queries are pipelined: in
             # two buffers where probabilities are stored beside them, in one a stage where none are.
-            shared_memory=sympy.Max(
+            shared_memory=s.maximum(
                 (
                     rows * (buffers * s.PAD_QK + (1 + s.SCORES_STAGED) * s.KEY_BLOCK)
                     + s.KEY_BLOCK * (s.PAD_QK + (1 + buffers) * s.PAD_V)
@@ -280,7 +280,7 @@ _FORWARD_ROWS, _BACKWARD_ROWS = 1024, 2048
 
 
 def _piece_rules(most_rows: int) -> tuple[sympy.Basic, ...]:
-    most = sympy.Max(most_rows, _PIECE.values[0] * s.LIST_ROWS)
+    most = s.maximum(most_rows, _PIECE.values[0] * s.LIST_ROWS)
     return sympy.Ge(s.PIECE, s.TOKEN_BLOCK), sympy.Le(s.PIECE * s.LIST_ROWS, most)
 
 
@@ -312,13 +312,13 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
             # dq follows upon the scores; a pipeline keeps the addresses of the rows that it gathers ahead. What does
             # not fit is spilled in every step, and passes through the L2 cache as do the rows.
             registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows)
-            + rows * (s.PAD_QK / 4 + 80 * sympy.Min(s.NUM_STAGES - 1, 1)),
+            + rows * (s.PAD_QK / 4 + 80 * s.minimum(s.NUM_STAGES - 1, 1)),
             flops=2 * s.B * s.T * s.LISTS * s.LIST_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
             traffic=_OWN_SLOTS * _PARTS * s.LIST_ROWS * QK_V * s.E
             + _OWN_SLOTS / s.PIECE * s.SLC_BLOCK * QK_V * (s.E + 2 * FP32)
             + 2 * KV_BYTES,
             streamed=rows,
-            height=sympy.Min(rows, s.KEY_BLOCK),
+            height=s.minimum(rows, s.KEY_BLOCK),
             memory=_SLOTS * s.LIST_HEADS * s.Dk * s.E * _PARTS,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (2 * s.Dk + 2 * s.Dv),

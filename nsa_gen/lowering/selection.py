@@ -66,7 +66,7 @@ def _block_scores(spec: Spec) -> Kernel:
         constraints=(
             *constraints,
             sympy.Ge(keys, FEWEST_ROWS),
-            sympy.Le(keys, sympy.Max(most_keys, _RATIO)),
+            sympy.Le(keys, s.maximum(most_keys, _RATIO)),
             height_rule(keys),
         ),
         resources=Resources(

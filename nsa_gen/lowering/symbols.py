@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import sympy
@@ -37,6 +38,10 @@ QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK, HEAD_SPLITS, PIECE =
 # Of a device: 1 where probabilities must pass through shared memory to be multiplied (Blackwell's tcgen05), else 0.
 SCORES_STAGED = sympy.Symbol("scores_staged", nonnegative=True, integer=True)
 NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, integer=True)
+
+# Of terms of these symbols. Kernels of many specs have the same, and to compare terms takes sympy half of the time of
+# lowering.
+maximum, minimum = functools.cache(sympy.Max), functools.cache(sympy.Min)
 
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

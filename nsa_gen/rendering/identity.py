@@ -45,17 +45,17 @@ def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
         files: modules of a package by file name; those that are not Python are ignored.
         root: ATTENTION or DECODE.
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     waiting = [root]
     while waiting:
         name = waiting.pop()
         if name in found or name not in files:
             continue
-        found.add(name)
-        waiting += [path for path in _imports(name, files[name]) if path not in _NOT_CODE]
+        found[name] = _HEADER.sub("", files[name])
+        waiting += [path for path in _imports(name, found[name]) if path not in _NOT_CODE]
     digest = hashlib.sha256()
     for name in sorted(found):
-        digest.update(name.encode() + b"\0" + code_of(files[name]).encode() + b"\0")
+        digest.update(name.encode() + b"\0" + code_of(found[name]).encode() + b"\0")
     return digest.hexdigest()[:_DIGITS]
 
 
@@ -73,7 +73,7 @@ def space_digest(program: Plan, root: str = ATTENTION) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def code_of(source: str) -> str:
     """A module's text without comments, docstrings, blank lines and trailing space."""
     lines = _STRING_OR_COMMENT.sub(lambda found: found[1] or "", source).splitlines()
@@ -88,6 +88,8 @@ def code_of(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
+# Comments at a module's top, in which modules of several specs differ that are the same otherwise.
+_HEADER = re.compile(r"\A(#.*\n)+")
 # A string, in which a "#" begins no comment, or a comment: many times quicker than Python's own tokens.
 _STRING_OR_COMMENT = re.compile(
     r"""(\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*""",
@@ -95,7 +97,7 @@ _STRING_OR_COMMENT = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _imports(path: str, source: str) -> tuple[str, ...]:
     """Paths of what a module at `path` imports from its own package: modules, or names that are none."""
     found: list[str] = []

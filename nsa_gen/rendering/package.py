@@ -132,7 +132,7 @@ def _text(name: str, context: dict[str, Any]) -> str:
     if name.startswith(f"{RUNTIME}/"):
         return f"{header}\n{(runtime_dir().parent / name).read_text(encoding='utf-8')}"
     template = f"{name}.jinja" if name.startswith(f"{KERNELS}/") else f"package/{name}.jinja"
-    return _tidy(used_imports(_typed(environment().get_template(template).render(context), header)))
+    return _below(header, environment().get_template(template).render(context).removeprefix(header))
 
 
 def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -259,11 +259,16 @@ def _explanation(program: Plan) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _typed(text: str, header: str) -> str:
-    """A module with what type checkers must not expect of it: the functions of kernels are Triton's language."""
-    if "@triton.jit" not in text and "@gluon.jit" not in text:
-        return text
-    return text.replace(header, f"{header}\n{NOT_PYTHON}", 1)
+def _below(header: str, text: str) -> str:
+    """A module with its header, and with what type checkers must not expect of Triton's language in kernels."""
+    typed = f"\n{NOT_PYTHON}" if "@triton.jit" in text or "@gluon.jit" in text else ""
+    return header + typed + _finished(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _finished(text: str) -> str:
+    """A module's text as it is written; one process that generates many packages has most of their modules often."""
+    return _tidy(used_imports(text))
 
 
 def _header(spec: Spec) -> str:
@@ -292,7 +297,7 @@ def _tidy(text: str) -> str:
     """Blank lines as formatters want them: at most two in a row, no trailing space, one newline at the end."""
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n{4,}", "\n\n\n", text)
-    return text.strip("\n") + "\n"
+    return text.rstrip("\n") + "\n"
 
 
 def _text_of(path: Path) -> str:

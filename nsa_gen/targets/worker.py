@@ -100,6 +100,7 @@ def _do_trace(state: _State, target: str, packed: bool) -> dict[str, Any]:
         {
             "key": one.key,
             **_whereabouts(state, one.kernel),
+            "kernel": one.name,  # that of the step, where several share a kernel
             "num_warps": one.options["num_warps"],
             "num_stages": one.options["num_stages"],
             "constants": {name: _plain(value) for name, value in one.constants.items()},

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ def quick_interpreter() -> None:
 
     Triton remaps its language in every call of a device function; here only where who launched the kernel has not.
     It computes sums and products of integers again in 64 bits, for an assertion that is made where it debugs alone;
-    broadcasts operands that have one shape; and makes for each tile the type of all tiles of that shape, and for each
-    look-up of a numpy dtype the table of all.
+    broadcasts operands that have one shape; makes for each tile the type of all tiles of that shape, and for each
+    look-up of a numpy dtype the table of all; and parses anew each function that another package has had before.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -125,10 +126,44 @@ def quick_interpreter() -> None:
             return
         if key not in blocks:
             fill(self, element, shape)
-            blocks[key] = dict(self.__dict__)
-        self.__dict__.update(blocks[key])
+            blocks[key] = self.__dict__
+        self.__dict__ = blocks[key]
 
     tl.block_type.__init__ = fill_once
+
+    make = tl.tensor.__init__
+
+    def make_of_known(self: Any, handle: Any, type: Any) -> None:
+        known = type.__dict__.get("made_before")
+        if known is None:
+            make(self, handle, type)
+            type.made_before = {name: value for name, value in self.__dict__.items() if name not in ("handle", "type")}
+            return
+        self.handle, self.type = handle, type
+        self.__dict__.update(known)
+
+    tl.tensor.__init__ = make_of_known
+
+    read, read_before = interpreter.FunctionRewriter.rewrite_ast, {}
+
+    def read_once(self: Any) -> Any:
+        """The function as the interpreter runs it. Code compares equal where all but file and globals are the same."""
+        fn = self.fn
+        key = fn.__code__.replace(co_firstlineno=1)
+        if key not in read_before or fn.__closure__:
+            rewritten = read(self)
+            if isinstance(rewritten, FunctionType) and rewritten is not fn:
+                read_before[key] = rewritten.__code__, rewritten.__code__.co_firstlineno - fn.__code__.co_firstlineno
+            return rewritten
+        code, offset = read_before[key]
+        place = {"co_filename": fn.__code__.co_filename, "co_firstlineno": fn.__code__.co_firstlineno + offset}
+        for name, value in vars(interpreter).items():
+            fn.__globals__.setdefault(name, value)
+        rewritten = FunctionType(code.replace(**place), fn.__globals__, fn.__name__, fn.__defaults__)
+        rewritten.__annotations__, rewritten.__kwdefaults__ = fn.__annotations__, fn.__kwdefaults__
+        return rewritten
+
+    interpreter.FunctionRewriter.rewrite_ast = read_once
 
 
 def arguments_of(

@@ -14,11 +14,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nsa_gen.distributed import ContextParallel
 from nsa_gen.distributed.sharding import Shards
-from tests.distributed.worker import CASES
+from tests.distributed.worker import CASES, SHARDED
 from tests.ranks import run_ranks
 from tests.support import GPU, operator_of
 
 WORLD = 4
+CHOOSING = {"whole", "packed", "mean_scores"}
+"""Cases whose operator chooses blocks."""
 
 pytestmark = [
     pytest.mark.skipif(GPU, reason="ranks on the CPU; on a GPU they would share it"),
@@ -27,11 +29,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
-    """By case, what each of its ranks found."""
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, float]]]:
+    """By case, what each of its ranks found; of the cases that are not left to another run."""
     folder = tmp_path_factory.mktemp("ranks")
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    names = [name for name in CASES if name in asked | CHOOSING] + [SHARDED]
     found: dict[str, list[dict[str, float]]] = {}
-    for printed in run_ranks(WORLD, folder, ["-m", "tests.distributed.worker"], str(folder), timeout=400):
+    for printed in run_ranks(WORLD, folder, ["-m", "tests.distributed.worker"], str(folder), *names, timeout=400):
         for line in printed.splitlines():
             told = json.loads(line)
             found.setdefault(told["case"], []).append(told["errors"])
@@ -51,14 +57,13 @@ def test_ranks_find_what_one_process_finds(name: str, ranks: dict[str, list[dict
 
 
 def test_the_choice_of_blocks_is_compared_where_there_is_one(ranks: dict[str, list[dict[str, float]]]) -> None:
-    compared = {name for name, found in ranks.items() if "indices" in found[0]}
-    assert compared == {"whole", "packed", "mean_scores"}
+    assert {name for name, found in ranks.items() if "indices" in found[0]} == CHOOSING
 
 
 def test_a_step_under_fsdp_of_ranks_that_share_a_sequence_is_the_step_of_one_process(
     ranks: dict[str, list[dict[str, float]]],
 ) -> None:
-    for found in ranks["sharded"]:
+    for found in ranks[SHARDED]:
         assert found["error"] < 1e-6 < 1e-4 < found["moved"]
 
 

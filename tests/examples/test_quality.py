@@ -41,11 +41,13 @@ def example(name: str) -> ModuleType:
 
 def page_of(task: str, length: int = 300, seed: int = 0, **more: float) -> tuple[bytes, list[tuple[int, bytes]]]:
     """A sequence of a task, and its answers with the places where they begin."""
-    from examples.quality.data import ANSWER, library, task_page
+    from examples.quality.data import ANSWER, NOISE, TASKS, TEXT, library, task_page
 
     page = task_page(task, length, random.Random(seed), library(), held_out=False, **more)
     assert len(page.text) == len(page.kinds) == length
-    marks = re.finditer(re.escape(bytes([ANSWER])) + b"+", page.kinds)
+    kind = bytes([ANSWER + list(TASKS).index(task)])
+    assert set(page.kinds) <= {NOISE, TEXT, kind[0]}
+    marks = re.finditer(re.escape(kind) + b"+", page.kinds)
     return bytes(page.text), [(mark.start(), bytes(page.text[mark.start() : mark.end()])) for mark in marks]
 
 
@@ -69,6 +71,18 @@ def test_a_needle_lies_at_its_depth_and_holds_the_answer(depth):
     assert start == pytest.approx(1 + depth * (1000 - 16), abs=2)
     assert text[start : start + 8] == b"\x07" + text[place - 2 : place] + answer + b"\x07"[:1]
     assert place + len(answer) == len(text)
+
+
+def test_each_of_several_needles_is_asked_for_once_in_another_order():
+    counts = set()
+    for seed in range(12):
+        text, answers = page_of("needle", 1000, seed)
+        known = dict(re.findall(rb"\x07([a-z]{2})([a-z]{4})\x07", text))
+        asked = [text[place - 2 : place] for place, _ in answers]
+        assert sorted(asked) == sorted(known) and [answer for _, answer in answers] == [known[key] for key in asked]
+        assert all(text[place - 3 : place - 2] == b"\x06" for place, _ in answers)
+        counts.add(len(answers))
+    assert counts == {1, 2, 3}  # at most one in 256 bytes
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -115,6 +129,17 @@ def test_sequences_are_of_the_tasks_that_were_asked_for():
     first = [1 + list(TASKS).index(task) for task in ("copy", "needle")]
     tokens, _ = training_batch(library(), 0, 0, range(12), 128, 1.0, ["copy", "needle"])
     assert set(tokens[:, 0].tolist()) == set(first)
+
+
+def test_text_can_be_of_packages_too_and_has_a_file_in_twenty_held_out():
+    from examples.quality.data import library
+
+    alone, more = library(), library("jinja2")
+    assert alone.digest != more.digest and more.train.startswith(alone.train)
+    added = (len(more.train) - len(alone.train), len(more.held_out) - len(alone.held_out))
+    assert added[0] > 5 * added[1] >= 0
+    with pytest.raises(ValueError, match="packages: expected installed packages, got no_such_package"):
+        library("jinja2,no_such_package")
 
 
 def test_held_out_text_is_not_trained_on_and_tasks_are_held_out_at_other_lengths():
@@ -196,6 +221,55 @@ def losses_of(folder: Path) -> list[tuple[float, float]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return [(line["text_loss"], line["answer_loss"]) for line in lines]
+
+
+def test_sequences_grow_to_their_length_and_a_step_keeps_its_number_of_bytes(tmp_path, monkeypatch):
+    from examples.quality import training
+    from examples.quality.data import library
+    from examples.quality.training import Settings, read_log
+    from nsa_gen.spec import load_spec
+
+    spec = load_spec("tiny").resolved_yaml()
+    grown = Settings("dense", spec, tokens=8192, steps=100, growth=0.5)
+    assert [grown.length(step) for step in (0, 9, 10, 20, 30, 40, 49, 50, 99)] == [
+        256, 256, 512, 1024, 2048, 4096, 4096, 8192, 8192,
+    ]  # fmt: skip
+    assert {Settings("dense", spec, tokens=192, growth=0.5).length(step) for step in range(100)} == {192}
+    short = Settings("dense", spec, width=16, layers=1, tokens=512, batch=2, steps=5, growth=0.8)
+    shapes, step = [], training._step
+    monkeypatch.setattr(training, "_step", lambda *given: shapes.append(given[-1][0].shape) or step(*given))
+    training.train(short, tmp_path, library())
+    assert shapes == [(8, 128), (8, 128), (4, 256), (4, 256), (2, 512)]
+    assert [line["length"] for line in read_log(tmp_path / "log.jsonl")] == [128, 128, 256, 256, 512]
+
+
+def test_each_task_of_a_step_has_the_same_weight_however_many_answers_it_has(monkeypatch):
+    from examples.quality.data import TASKS, TEXT, library, task_page
+    from examples.quality.training import Settings, _step, counted, loss_sums, optimiser_of
+    from nsa_gen.spec import load_spec
+
+    settings = Settings("dense", load_spec("tiny").resolved_yaml(), width=16, layers=1, answer_weight=0.5)
+    pages = [task_page(task, 256, random.Random(0), library(), held_out=False) for task in ("copy", "needle")]
+    tokens = torch.tensor([list(page.text) for page in pages])
+    kinds = torch.tensor([list(page.kinds) for page in pages], dtype=torch.uint8)
+    model = settings.model(torch.device("cpu"))
+    sums, right = loss_sums(model(tokens), tokens, kinds)
+    counts = counted(kinds)
+    assert counts.tolist() == [(kinds == TEXT).sum(), 0, 4, 0, 255 // 4, 0]
+    text, needle, copied = (sums / counts)[[0, 2, 4]].tolist()
+    ((sums / counts.clamp(min=1)) @ torch.tensor([1.0, 0, 0.25, 0, 0.25, 0]).double()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    optimiser = optimiser_of(model, 0.0, fused=False)
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(optimiser, "step", lambda: found.extend(p.grad.clone() for p in model.parameters()))
+    line = _step(model, optimiser, settings, 0, (tokens, kinds))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert line["text_loss"] == pytest.approx(text) and line["answer_loss"] == pytest.approx((needle + copied) / 2)
+    assert set(line["tasks"]) == {"needle", "copy"} < set(TASKS)
+    assert line["tasks"]["needle"] == {"loss": pytest.approx(needle), "accuracy": right[2].item() / 4}
 
 
 SMALL = ["--width", "32", "--layers", "1", "--batch", "2", "--steps", "4", "--save-every", "1"]
@@ -296,19 +370,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_evaluation_has_losses_tasks_needles_and_the_speed_of_generation(trained, capsys):
     from examples.quality.data import TASKS
 
-    example("evaluate").main([str(trained), "--rows", "2", "--lengths", "128", "--new", "2"])
+    example("evaluate").main([str(trained), "--rows", "2", "--lengths", "128,512", "--new", "2"])
     found = json.loads((trained / "evaluation.json").read_text())
     bins = found["positions"]
     assert bins[0]["start"] == 1 and bins[-1]["stop"] == 256
     mean = sum(each["loss"] * (each["stop"] - each["start"]) for each in bins) / 255
     assert mean == pytest.approx(found["held_out_loss"])
     at = {each["tokens"]: each["perplexity"] for each in found["perplexity"]}
-    assert set(at) == {128, 256} and at[256] == pytest.approx(math.exp(found["held_out_loss"]))
+    assert set(at) == {128, 256, 512} and at[256] == pytest.approx(math.exp(found["held_out_loss"]))
     assert {(row["task"], row["tokens"]) for row in found["tasks"]} == {
         (task, length) for task in TASKS for length in (64, 128, 256, 96, 192, 384)
     }
     assert all(row["trained"] == (row["tokens"] in (64, 128, 256)) for row in found["tasks"])
-    assert {each["depth"] for each in found["needles"]} == {0, 0.25, 0.5, 0.75, 1}
+    assert {(each["depth"], each["tokens"]) for each in found["needles"]} == {
+        (depth, length) for depth in (0, 0.25, 0.5, 0.75, 1) for length in (64, 96, 128, 192, 256, 384, 512)
+    }
     assert found["generation"]["by"] == "forward" and len(found["generation"]["first"]) == 2
     assert found["peak_bytes"] > 0
     if importlib.util.find_spec("matplotlib"):
@@ -323,9 +399,10 @@ def test_accuracy_counts_answers_alone():
     kinds = torch.tensor([[TEXT, NOISE, ANSWER, ANSWER, TEXT]], dtype=torch.uint8)
     logits = torch.zeros(1, 5, 256)
     logits[0, 1, 3] = logits[0, 3, 5] = 50.0  # the first answer and the text are right, the second answer is not
+    kinds[0, 3] += 1  # of the second task
     loss, right = loss_sums(logits, tokens, kinds)
-    assert right.tolist() == [1, 1] and counted(kinds).tolist() == [1, 2]
-    assert loss.tolist() == pytest.approx([0, math.log(256)], abs=1e-4)
+    assert right.tolist()[:3] == [1, 1, 0] and counted(kinds).tolist()[:3] == [1, 1, 1]
+    assert loss.tolist() == pytest.approx([0, 0, math.log(256), 0, 0, 0], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -418,7 +495,8 @@ def test_a_study_gives_all_runs_the_same_steps_and_data_and_keeps_finished_runs(
     assert "--steps: the study in" in capsys.readouterr().err
 
 
-def test_minutes_become_as_many_steps_as_all_runs_have_time_for(small_profile, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("jobs", "seconds"), [("1", (60 - 2 * 5) / 1.5), ("2", (60 - 5) / 1.0)])
+def test_minutes_become_as_many_steps_as_all_runs_have_time_for(jobs, seconds, small_profile, tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr(small_profile, "train_all", lambda options, runs, started: chosen.append(options.steps))
     timing = {"dense-group-2": 0.5, "window-sink": 1.0, "evaluation": 3.0, "start": 2.0}
@@ -426,11 +504,55 @@ def test_minutes_become_as_many_steps_as_all_runs_have_time_for(small_profile, t
         small_profile, "time_arms", lambda profile, arms, out: small_profile.write_json(out / "timing.json", timing)
     )
     monkeypatch.setattr(small_profile, "compile_all", lambda options, arms: None)
-    arms = ["--arms", "dense-group-2,window-sink", "--minutes", "1", "--jobs", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(jobs))
+    monkeypatch.setattr(small_profile.time, "monotonic", lambda: 0.0)
+    arms = ["--arms", "dense-group-2,window-sink", "--minutes", "1", "--jobs", jobs]
     (tmp_path / "study.md").write_text("")
     small_profile.main(["--out", str(tmp_path), *arms])
-    assert chosen == [pytest.approx(0.9 * (60 - 2 * 5) / 1.5, abs=1)]
+    assert chosen == [pytest.approx(0.9 * seconds, abs=1)]
     assert json.loads((tmp_path / "plan.json").read_text())["steps"] == chosen[0]
+
+
+def test_a_step_takes_the_mean_of_its_lengths_by_the_fastest_step_of_each(small_profile):
+    from dataclasses import replace
+
+    profile = small_profile.PROFILES["cpu"]
+    profile = replace(profile, settings={**profile.settings, "tokens": 512, "growth": 0.5})
+    run = small_profile.short_run(profile, "dense-group-2", 3)
+    lengths = [run.length(step) for step in range(run.steps)]
+    assert lengths == [128] * 3 + [256] * 3 + [512] * 3
+    log = [{"length": length, "tokens_per_second": 512 * 8 // (1 + i % 3)} for i, length in enumerate(lengths)]
+    log[-1]["tokens_per_second"] = log[-2]["tokens_per_second"] = log[-3]["tokens_per_second"] = 512 * 2
+    seconds = small_profile.seconds_a_step(profile, "dense-group-2", log)
+    assert seconds == pytest.approx(0.5 / 8 + 0.5 / 2)
+
+
+def test_a_run_is_in_the_table_before_its_process_ends_and_its_evaluation_is_kept(small_profile, tmp_path, monkeypatch):
+    done = small_profile.child
+    runs, seen = ["dense-group-2.0", "window-sink.0"], []
+
+    class Slow:
+        """A process that has finished one more run whenever it is asked."""
+
+        def __init__(self, options, phase, runs, number=0) -> None:
+            self.options, self.waiting, self.returncode = options, list(runs), None
+
+        def poll(self) -> int | None:
+            if (tmp_path / "study.json").exists():
+                seen.append(len(json.loads((tmp_path / "study.json").read_text())["rows"]))
+            if not self.waiting:
+                self.returncode = 0
+            else:
+                done(self.options, "train", [self.waiting.pop(0)])
+            return self.returncode
+
+    monkeypatch.setattr(small_profile, "child", Slow)
+    small_profile.main(["--out", str(tmp_path), "--arms", "dense-group-2,window-sink", "--steps", "1"])
+    assert seen == [1, 2]
+    for run in runs:
+        row = json.loads((tmp_path / "runs" / f"{run}.json").read_text())
+        evaluation = json.loads((tmp_path / "runs" / run / "evaluation.json").read_text())
+        assert evaluation.items() <= row.items() and evaluation["needles"]
 
 
 def test_a_run_that_fails_is_a_row_with_its_reason_and_is_tried_again_by_the_next_call(

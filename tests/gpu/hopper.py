@@ -23,8 +23,11 @@ SHAPES: tuple[tuple[Any, int | None, str], ...] = (
     (33, None, "plain"), (128, None, "plain"), (129, None, "plain"), (2311, None, "plain"),
     (1000, None, "fused"), (1000, None, "heads first"), (1, 700, "plain"), (777, 3000, "plain"),
     ((1, 0, 33, 511, 700, 64, 2), None, "plain"), ((130, 1300, 16, 15, 48, 257), None, "plain"),
+    (256, None, "many"),
 )  # fmt: skip
-"""Query tokens or packed lengths, key tokens where there are more, and how the tensors lie in memory."""
+"""Query tokens or packed lengths, key tokens where there are more, and how the tensors lie in memory, or "many" where
+there are MANY sequences and not two."""
+MANY = 48
 POISONS = ("none", "v", "k", "q", "far keys")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 """Of o in the Frobenius norm: both round probabilities and o, at other places."""
@@ -260,7 +263,7 @@ def inputs(
     p = importlib.import_module(f"{module.__name__}.spec")
     sequences_of = importlib.import_module(f"{module.__name__}.runtime.sequences").Sequences
     packed = not isinstance(tokens, int)
-    rows, batch = (sum(tokens), 1) if packed else (tokens, batch)
+    rows, batch = (sum(tokens), 1) if packed else (tokens, MANY if form == "many" else batch)
     ends = torch.tensor([0, *tokens], device=device).cumsum(0).int() if packed else None
     sequences = sequences_of(batch, rows, tokens_kv or rows, ends)
     keys = sequences.tokens_kv
@@ -269,9 +272,10 @@ def inputs(
     dtype = getattr(torch, module.SPEC["dtype"])
 
     def random(length: int, heads: int, width: int) -> Tensor:
-        sizes = {"plain": (batch, length, heads, width), "fused": (batch, length, 3, heads, width)}
+        plain = (batch, length, heads, width)
+        sizes = {"plain": plain, "many": plain, "fused": (batch, length, 3, heads, width)}
         x = torch.randn(sizes.get(form, (batch, heads, length, width)), device=device).to(dtype)
-        return x if form == "plain" else x[:, :, 1] if form == "fused" else x.transpose(1, 2)
+        return x[:, :, 1] if form == "fused" else x.transpose(1, 2) if form == "heads first" else x
 
     q = random(rows, p.QUERY_HEADS.value, p.HEAD_DIM_QK.value)
     k, v = (random(keys, p.KV_HEADS.value, width.value) for width in (p.HEAD_DIM_QK, p.HEAD_DIM_V))

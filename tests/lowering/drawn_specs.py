@@ -105,9 +105,9 @@ def _drawn() -> tuple[Spec, ...]:
     return tuple(pool[number].replace(name=f"drawn_{index}") for index, number in enumerate(numbers))
 
 
-def spec_names() -> list[str]:
-    """The names of `specs()`, without drawing any: what tests are collected by."""
-    return [*shipped_specs(), *(f"drawn_{index}" for index in range(DRAWN))]
+def spec_names(drawn: int = DRAWN) -> list[str]:
+    """The names of `specs(drawn)`, without drawing any: what tests are collected by."""
+    return [*shipped_specs(), *(f"drawn_{index}" for index in range(drawn))]
 
 
 @functools.cache

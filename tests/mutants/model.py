@@ -22,6 +22,7 @@ from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.inference import Scenario, run_scenario
+from nsa_gen.verification.reference.gradients import References
 from nsa_gen.verification.relations import padded
 from nsa_gen.verification.schedules import Variation, varied
 from tests.mutants.far import far_apart
@@ -316,11 +317,19 @@ def run(check: Check | CacheCheck, module: ModuleType | None = None) -> list[Row
     module = module or op.module
     if isinstance(check, CacheCheck):
         return run_scenario(op.spec, module, check.scenario, "cpu")
-    inputs = check.inputs(op)
+    inputs, references = _inputs(check)
     with check.schedule(module):
         if check.altered == "far":
             return _compare_far(check, module, inputs)
-        return check_case(module, op.parameters, check.case, inputs, with_gradients=check.gradients)
+        return check_case(
+            module, op.parameters, check.case, inputs, with_gradients=check.gradients, references=references
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _inputs(check: Check) -> tuple[Inputs, References]:
+    """The inputs of a check, and what the oracle has said of them: mutants that follow each other often share both."""
+    return check.inputs(operator_of_spec(SPECS[check.spec])), References()
 
 
 def bits(check: Check, module: ModuleType | None = None) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def test_without_a_gradient_of_the_loss_nothing_of_it_is_computed(monkeypatch: p
 
 def test_the_loss_changes_no_bit_of_attention_nor_of_its_gradients_and_has_the_same_bits_again() -> None:
     op = operator("each KV head")
-    inputs = inputs_of(op, 45, batch=2)
+    inputs = inputs_of(op, 20, batch=2)
     plain = call_with_gradients(op, inputs)
     found = []
     for _ in range(2):

@@ -119,9 +119,10 @@ def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinar
     found = {target: names for target, *names in map(str.split, done.stdout.splitlines())}
     assert set(found) == set(TARGETS)
     for target, names in found.items():
-        for kernel in ("hopper_banded_forward_kernel", "hopper_banded_repair_kernel"):
-            assert (kernel in names) is (target == "sm_90")
-        assert {"compressed_forward_kernel", "window_forward_kernel"} <= set(names)
+        for branch in ("compressed", "window"):
+            assert f"{branch}_forward_kernel" in names
+            for kernel in ("forward", "repair"):
+                assert (f"hopper_{branch}_{kernel}_kernel" in names) is (target == "sm_90")
 
 
 @pytest.mark.slow

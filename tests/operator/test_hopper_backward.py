@@ -15,6 +15,7 @@ import torch
 
 from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering import lower
+from nsa_gen.lowering.hopper import ordinary_kernel
 from nsa_gen.rendering import render
 from nsa_gen.runtime.sequences import OutputGradient
 from tests.gpu import hopper
@@ -157,7 +158,7 @@ def test_only_a_trace_for_hopper_launches_the_kernel_and_it_launches_the_ordinar
     assert set(found) == set(TARGETS)
     for target, names in found.items():
         for kernel in KERNELS:
-            assert (kernel in names) is (target == "sm_90")
+            assert (kernel.replace("banded", "window") in names) is (target == "sm_90")
         assert {"selected_backward_dkdv_kernel", "merge_dq_kernel"} <= set(names)
 
 
@@ -215,3 +216,14 @@ def test_row_statistics_are_the_bias_of_scores_in_base_2_and_minus_delta(gated: 
     bias, other = hopper.row_statistics(OutputGradient(lse, lse, delta, logits if gated else None))
     torch.testing.assert_close(bias.double() * math.log(2), expected, rtol=3e-7, atol=3e-7)
     assert torch.equal(other, -delta)
+
+
+def test_a_profile_tells_which_kernel_of_the_plan_hoppers_stands_for(compiling) -> None:
+    op = operator_of("cmp slc win", **CALL)
+    done = compiling(TRACED, str(op.folder), "sm_90")
+    kernels = {name.removesuffix("_kernel") for name in done.stdout.split()[1:] if name.startswith("hopper_")}
+    aside = {"hopper_compressed_repair", "hopper_window_repair"}
+    assert len(kernels - aside) == 8 and aside < kernels
+    known = {kernel.name for kernel in lower(op.spec).kernels}
+    assert {ordinary_kernel(name) for name in kernels - aside} <= known
+    assert ordinary_kernel("merge_dq") == "merge_dq"

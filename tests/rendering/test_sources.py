@@ -21,16 +21,16 @@ from nsa_gen.rendering import generate, render
 from nsa_gen.rendering.environment import environment
 from nsa_gen.rendering.package import SIGNATURE, TILES, templates_digest
 from nsa_gen.spec import Spec, load_spec, parse_spec
-from tests.lowering.drawn_specs import specs, structures
+from tests.lowering.drawn_specs import spec_names, specs, structures
 from tests.pitfalls.carried_bounds import carried_bounds
 
-SPECS = specs(25)
+DRAWN = 25
 
 
-@pytest.fixture(scope="module", params=SPECS.values(), ids=SPECS)
+@pytest.fixture(scope="module", params=spec_names(DRAWN))
 def spec(request) -> Spec:
     """Each spec in turn, for all tests of it: a package is rendered and parsed once."""
-    return request.param
+    return specs(DRAWN)[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def parsed(texts: dict[str, str]) -> dict[str, ast.Module]:
 def all_packages(tmp_path_factory) -> Path:
     """A folder with the packages of all specs."""
     out = tmp_path_factory.mktemp("packages")
-    for spec in SPECS.values():
+    for spec in specs(DRAWN).values():
         generate(spec, out)
     return out
 

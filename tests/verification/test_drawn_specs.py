@@ -30,15 +30,19 @@ quiet = functools.partial(
 )
 
 
-@quiet(max_examples=300 if NIGHTLY else 12)
-@given(st.data())
-def test_kernels_of_drawn_specs_have_drawn_properties(data: st.DataObject) -> None:
-    spec = data.draw(specs())
-    case = data.draw(cases(spec))
-    name = data.draw(properties(spec, case))
-    op = operator_of_spec(spec)
-    trial = Trial(spec, op.module, case, 1, DEVICE.type, lambda other: operator_of_spec(other).module)
-    assert [row for row in PROPERTIES[name].check(trial) if not row.ok] == [], spec.resolved_yaml()
+@pytest.mark.parametrize("examples", [5, 300 if NIGHTLY else 12])
+def test_kernels_of_drawn_specs_have_drawn_properties(examples: int) -> None:
+    @quiet(max_examples=examples)
+    @given(st.data())
+    def draw(data: st.DataObject) -> None:
+        spec = data.draw(specs())
+        case = data.draw(cases(spec))
+        name = data.draw(properties(spec, case))
+        op = operator_of_spec(spec)
+        trial = Trial(spec, op.module, case, 1, DEVICE.type, lambda other: operator_of_spec(other).module)
+        assert [row for row in PROPERTIES[name].check(trial) if not row.ok] == [], spec.resolved_yaml()
+
+    draw()
 
 
 def test_drawn_specs_reach_every_branch_phi_and_gate() -> None:
@@ -152,11 +156,15 @@ def test_examples_refuse_what_they_would_ignore() -> None:
         verify(spec, package=package(spec), device="cpu", examples=1, example="oracle: B=1 T=3")
 
 
-def test_a_project_asserts_that_its_package_is_right() -> None:
+@pytest.mark.parametrize("form", ["module", "path", "text"])
+def test_a_project_asserts_that_its_package_is_right(form: str) -> None:
     op = operator_of_spec(small_spec("win", gate="none"))
-    for given_package in (op.module, op.folder, str(op.folder)):
-        report = assert_verified(given_package, lengths=[3], packed=False, device=DEVICE.type)
-        assert report.ok and report.digest == op.spec.digest()
+    package = {"module": op.module, "path": op.folder, "text": str(op.folder)}[form]
+    report = assert_verified(package, lengths=[3], packed=False, device=DEVICE.type)
+    assert report.ok and report.digest == op.spec.digest()
+
+
+def test_an_assertion_about_what_is_no_package_is_refused() -> None:
     with pytest.raises(TypeError, match="package_or_spec"):
         assert_verified(3)
 
