@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nsa_gen.lowering import Plan, lower
-from nsa_gen.lowering.plan import Argument
+from nsa_gen.lowering.parts import Argument
 from nsa_gen.spec import Spec
 
 ALWAYS, NEVER = 0, 2**31
