@@ -119,12 +119,16 @@ class Prepared:
     ) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
         # By device, and dtypes and alignments of tensors: what launches, the grid, its function and metadata, and what
-        # follows the tensors.
-        self._found: dict[tuple, tuple[Any, int, int, int, int, Any, tuple]] = {}
+        # follows the tensors. None before the first call: many lengths never come again.
+        self._found: dict[tuple, tuple[Any, int, int, int, int, Any, tuple]] | None = None
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if observed() or self._kernel.kernel.pre_run_hooks:
             self._kernel.kernel[self._grid](*tensors, *self._numbers, **self._constants)
+            return
+        if self._found is None:
+            self._found = {}
+            self._kernel.launch(self._grid, (*tensors, *self._numbers), self._constants)
             return
         driver: Any = triton.runtime.driver.active
         device = driver.get_current_device()
