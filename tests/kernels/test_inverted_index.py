@@ -34,7 +34,7 @@ def test_few_slots_are_sorted_as_many_are(
         lists = torch.arange(slots, 0, -1) % 11
     chunks = torch.arange(slots) // layout.chunk_slots
     keys = (chunks * 11 + lists).to(torch.int32).to(DEVICE)
-    assert layout.key_count == 11 * layout.chunks
+    assert layout.chunk_keys == 11
     monkeypatch.setattr(index, "MOST_COMPARISONS", 0)
     few, many = index.sort_few_slots(keys, layout), index.sort_slots(keys, layout)
     for found, expected in zip(few, many, strict=True):
