@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_gen.verification.reference.alignment import LEARNED
 from nsa_gen.verification.reference.inputs import Inputs
 
 
@@ -184,22 +185,28 @@ def call_package(
 ) -> Call:
     """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do.
 
+    Those of an indexer's alignment loss, by q_idx and k_idx, are for inputs.dloss.
+
     `recompute` are branches whose forward the backward runs again, for packages that have a backward.
     Poisoned memory brings torch's deterministic algorithms with it; without it torch's are those of any user.
     """
     if inputs.q.device.type == "cpu":
         steady_products()
     leaves, positional, arguments = arguments_of(module, inputs, with_gradients)
+    learned = with_gradients and inputs.dloss is not None and inputs.q_idx is not None
+    for name in LEARNED if learned else ():
+        leaves[name] = arguments[name] = arguments[name].detach().requires_grad_()
     if recompute:
         arguments["recompute"] = tuple(recompute)
     with poisoned_memory() if poisoned else nullcontext():
         o, aux = module.nsa_attention(*positional, **arguments, return_aux=True)
         found: Sequence[Tensor | None] = ()
         if with_gradients:
-            found = torch.autograd.grad(o, list(leaves.values()), inputs.do, allow_unused=True)
+            outputs, slopes = ((o, aux.alignment_loss), (inputs.do, inputs.dloss)) if learned else (o, inputs.do)
+            found = torch.autograd.grad(outputs, list(leaves.values()), slopes, allow_unused=True)
     gradients = {
         name: torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), found, strict=with_gradients)
     }
-    named = {name: x for name, x in aux._asdict().items() if x is not None and name != "alignment_loss"}
+    named = {name: x.detach() for name, x in aux._asdict().items() if x is not None}
     return Call(o.detach(), named, gradients)

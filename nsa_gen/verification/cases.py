@@ -28,7 +28,7 @@ FEW = 6
 VARIED_KEYS = 600
 """Keys of the cases that are run by other schedules, of which there are several."""
 FEW_VARIED = 9
-"""Queries of the cases that are run by other schedules: their lists are cut into pieces of four slots."""
+"""Queries of the cases that are run by other schedules: of their lists some are cut into two pieces of 16 slots."""
 QUICK_NOTE = "a quick run: three small calls and one cache; without --quick far more is exercised"
 FORWARD_ONLY = ("nan", "abyss")
 """Kinds of input whose gradients say nothing: they are NaN, or decided by which probabilities underflow."""

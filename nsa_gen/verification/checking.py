@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_gen.verification.calls import Call, call_package
 from nsa_gen.verification.cases import Case
+from nsa_gen.verification.reference.alignment import LEARNED, LOSS
 from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.reference.gradients import Reference, References
 from nsa_gen.verification.reference.inputs import Inputs
@@ -90,7 +91,7 @@ def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
     key's gradient.
     """
     queries = inputs.q.shape[:-1].numel() if name.startswith("d") else None
-    if "cmp" not in p.branches or p.external or name.endswith(("_slc", "_win")):
+    if "cmp" not in p.branches or p.external or name.endswith(("_slc", "_win", *LEARNED, LOSS)):
         return queries
     if inputs.cu_seqlens is not None:
         blocks = compressed_rows(p, inputs.cu_seqlens).numel() * p.kv_heads
@@ -128,7 +129,8 @@ def compare_result(
         kept = compressed_rows(p, inputs.cu_seqlens).to(actual.device)
         actual, wanted, near = actual[kept], wanted[kept], near[kept]
         noise, drift = (None if x is None else x[kept] for x in (noise, drift))
-    lse = name.startswith("lse")
+    # Numbers in float32 whatever the dtype: no rows.
+    single = name.startswith("lse") or name == LOSS or name[1:] in SINKS
     comparison = compare(
         actual,
         wanted,
@@ -138,9 +140,9 @@ def compare_result(
         drift=drift,
         sources=drift_sources(p, inputs, name),
         tf32=p.tf32,
-        rows=not lse and name[1:] not in SINKS,
+        rows=not single,
     )
-    dtype = torch.float32 if lse or name[1:] in SINKS else inputs.q.dtype
+    dtype = torch.float32 if single else inputs.q.dtype
     if expected is not None or comparison.problem or actual.dtype == dtype:
         return comparison
     return replace(comparison, problem=f"expected {dtype}, got {actual.dtype}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_gen.verification.calls import Call
 from nsa_gen.verification.checking import COMPRESSED, compare_result, comparison_row
+from nsa_gen.verification.reference.alignment import LOSS
 from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.reference.gradients import truth_and_baseline
 from nsa_gen.verification.reference.inputs import Inputs
@@ -19,6 +20,8 @@ from nsa_gen.verification.reference.oracle import SINKS, compressed_rows, mapped
 from nsa_gen.verification.report import Row
 
 BY_QUERY = ("q", "do", "q_idx", "gates", "indices", "counts")
+QUERY_GRADIENTS = ("dq", "dq_idx", "dgates")
+"""Gradients with a row a query token."""
 
 
 def changed(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
@@ -124,7 +127,7 @@ def past(call: Call, keep: Kept) -> dict[str, Tensor]:
     for name, x in call.tensors().items():
         if name in COMPRESSED:
             found[name] = x.index_select(keep.dim, keep.blocks.nonzero()[:, 0])
-        elif name in ("dq", "dgates") or not name.startswith("d"):
+        elif name in QUERY_GRADIENTS or not (name.startswith("d") or name == LOSS):
             found[name] = x.index_select(keep.dim, keep.queries.nonzero()[:, 0])
     return found
 
@@ -136,15 +139,19 @@ def sequences(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
     """The sequences of a packed call that are not empty, each as a batch of one."""
     assert inputs.cu_seqlens is not None
     found = []
-    for start, stop in pairwise(inputs.cu_seqlens.tolist()):
+    for number, (start, stop) in enumerate(pairwise(inputs.cu_seqlens.tolist())):
         if start == stop:
             continue
         first = start // (p.compression_stride or 1)
         blocks = slice(first, first + p.compressed_blocks(stop - start))
 
-        def cut(name: str, x: Tensor, rows: slice = slice(start, stop), blocks: slice = blocks) -> Tensor:
+        def cut(
+            name: str, x: Tensor, rows: slice = slice(start, stop), blocks: slice = blocks, number: int = number
+        ) -> Tensor:
             if name in COMPRESSED:
                 return x[blocks][None]
+            if name == "dloss":
+                return x[number : number + 1]
             return x[rows][None] if name in BY_QUERY or name.split("_")[0] in ("k", "v") else x
 
         found.append(of_tokens(replace(inputs, cu_seqlens=None), cut))
@@ -160,6 +167,9 @@ def joined(p: OracleParameters, inputs: Inputs, calls: Sequence[Call]) -> dict[s
         parts = [call.tensors()[name] for call in calls]
         if is_gradient_of_parameters(name):
             found[name] = torch.stack([part.double() for part in parts]).sum(0)
+        elif name == LOSS:
+            lengths = inputs.cu_seqlens.diff()
+            found[name] = parts[0].new_zeros(lengths.numel()).masked_scatter(lengths > 0, torch.cat(parts))
         elif name.removeprefix("d") in COMPRESSED:
             total = inputs.q.shape[0] // (p.compression_stride or 1)
             blocks = torch.cat([part[0] for part in parts])
@@ -194,14 +204,21 @@ def cut(tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[dic
 
 
 def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
-    """A batched call with Tq = Tkv as two: the first third of the tokens, then the rest behind all keys."""
+    """A batched call with Tq = Tkv as two: the first third of the tokens, then the rest behind all keys.
+
+    The alignment loss is a mean over the tokens, of which each chunk has its share.
+    """
     tokens = inputs.q.shape[1]
     cut = max(1, tokens // 3)
 
     def first(name: str, x: Tensor) -> Tensor:
+        if name == "dloss":
+            return x * cut / tokens
         return x[:, : p.compressed_blocks(cut)] if name in COMPRESSED else x[:, :cut]
 
     def second(name: str, x: Tensor) -> Tensor:
+        if name == "dloss":
+            return x * (tokens - cut) / tokens
         return x[:, cut:] if name in BY_QUERY else x
 
     return [of_tokens(inputs, change) for change in (first, second)]
@@ -210,7 +227,7 @@ def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
 def repeated(p: OracleParameters, inputs: Inputs) -> Inputs:
     """The same call with a KV head for each query head."""
     by_choice = () if p.scope == "group" else ("q_idx", "indices", "counts")
-    same = ("q", "do", "k_idx", "gates", "cu_seqlens", *by_choice)
+    same = ("q", "do", "k_idx", "gates", "cu_seqlens", "dloss", *by_choice)
 
     def change(name: str, x: Tensor) -> Tensor:
         if name in same:
@@ -234,7 +251,13 @@ def rejoined(
     rounded: dict[str, Tensor] = {}
     for name in names:
         pieces = [part[name] for part in parts]
-        if not is_gradient(name) or name in ("dq", "dgates"):
+        if name == LOSS:
+            tokens = [part["o"].shape[1] for part in parts]
+            shares = [x.double() * t / sum(tokens) for x, t in zip(pieces, tokens, strict=True)]
+            expected[name] = torch.stack(shares).sum(0)
+            rounded[name] = torch.stack(shares).square().sum(0).sqrt()
+            continue
+        if not is_gradient(name) or name in QUERY_GRADIENTS:
             expected[name] = torch.cat(pieces, 1)
             continue
         exact = [piece.double() for piece in pieces]
@@ -260,7 +283,7 @@ def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, T
     tensors = call.tensors()
     for name in names:
         x = tensors[name]
-        if not is_gradient(name) or name in ("dq", "dgates") or name[1:] in SINKS:
+        if not is_gradient(name) or name in QUERY_GRADIENTS or name[1:] in SINKS:
             expected[name] = x
             continue
         dim = 0 if name.startswith("dcompression") else x.dim() - 2
@@ -281,8 +304,8 @@ def is_gradient_of_parameters(name: str) -> bool:
 
 
 def is_gradient_of_raw_keys(name: str) -> bool:
-    """Whether a gradient is that of the raw keys or values of some branch."""
-    return name in ("dk", "dv", "dk_slc", "dv_slc", "dk_win", "dv_win")
+    """Whether a gradient is that of the raw keys or values of some branch, or of index keys."""
+    return name in ("dk", "dk_idx", "dv", "dk_slc", "dv_slc", "dk_win", "dv_win")
 
 
 def is_gradient_of_values(name: str) -> bool:

@@ -27,8 +27,6 @@ LARGEST_TILE = 64
 """The interpreter computes whole tiles, however few rows of them are in use."""
 FEWEST = 4
 """Variations of a package that has few choices, so that tile sizes still take turns."""
-SHORT_PIECE = 4
-"""Slots of the pieces that even a list of a few tokens is cut into; below what a matrix unit takes."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _values(
 def tile_sizes(program: Plan, kernel: Kernel) -> list[dict[str, int]]:
     """Tile sizes of a kernel on the interpreter that together have each legal value up to `LARGEST_TILE`.
 
-    The interpreter's own come first, short pieces of lists last.
+    The interpreter's own come first.
     """
     from nsa_gen.lowering import space
 
@@ -141,8 +139,6 @@ def tile_sizes(program: Plan, kernel: Kernel) -> list[dict[str, int]]:
         if small and (not chosen or tiles.items() - seen):
             chosen.append(tiles)
             seen |= tiles.items()
-    if "PIECE" in default:
-        chosen.append({**chosen[0], "PIECE": SHORT_PIECE, "TOKEN_BLOCK": SHORT_PIECE})
     return chosen
 
 

@@ -55,6 +55,7 @@ SPECS: dict[str, Spec] = {
         "slc", gate="none", scale=0.37, initial=0, scores="mean", scope="all", group=2, kv_heads=2
     ),
     "indexer": small_spec("slc", gate="none", scale=0.37, initial=0, index=16, kv_heads=2),
+    "indexer for all heads": small_spec("slc", gate="none", scale=0.37, initial=0, index=16, scope="all", kv_heads=2),
     "cached indexer": small_spec(
         "slc", gate="none", scale=0.37, initial=0, count=4, index=16, kv_heads=2, passes=("forward", "decode")
     ),

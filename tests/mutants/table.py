@@ -14,6 +14,7 @@ if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from tests.mutants import (
+    alignment,
     attention,
     backward,
     index_scores,
@@ -38,6 +39,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *selection.MUTANTS,
     *mean_scores.MUTANTS,
     *index_scores.MUTANTS,
+    *alignment.MUTANTS,
     *scopes.MUTANTS,
     *scorer_alone.MUTANTS,
     *large_sizes.MUTANTS,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification import Inputs
-from nsa_gen.verification.reference.alignment import reference_alignment
-from nsa_gen.verification.reference.tolerance import unit_roundoff
+from nsa_gen.verification.checking import compare_result
+from nsa_gen.verification.reference.alignment import LOSS
+from nsa_gen.verification.reference.gradients import truth_and_baseline
 from tests.support import DEVICE, Operator, call, call_with_gradients, inputs_of, operator_of
 
 PLAIN: dict[str, Any] = {"gate": "none", "index": 16, "initial": 0, "group": 3, "kv_heads": 2, "dims": (24, 40)}
@@ -62,21 +63,13 @@ def aligned(op: Operator, inputs: Inputs, **more: Any) -> tuple[Tensor, dict[str
 def assert_aligned(op: Operator, inputs: Inputs, **more: Any) -> Tensor:
     """Loss and gradients are those of the dense form; returns the loss."""
     loss, leaves, aux = aligned(op, inputs, **more)
-    assert loss.dtype == torch.float32
-    weights = torch.rand(loss.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE) + 0.5
-    found = torch.autograd.grad(loss, list(leaves.values()), weights, allow_unused=True)
+    found = torch.autograd.grad(loss, list(leaves.values()), inputs.dloss, allow_unused=True)
     assert all(gradient is None for gradient in found[2:])
-    exact = inputs.to(torch.float64)
-    roots = {name: getattr(exact, name).clone().requires_grad_() for name in ("q_idx", "k_idx")}
-    expected = reference_alignment(op.parameters, replace(exact, **roots), aux.indices, aux.counts)
-    wanted = torch.autograd.grad(expected, list(roots.values()), weights.double())
-    # Scores of up to 32 are rounded before they become exponents.
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    # A gradient is a sum of terms that are each rounded to the dtype, and is rounded to it; in float32, exponents are.
-    unit = max(unit_roundoff(inputs.q.dtype), 2.0**-19)
-    for gradient, truth in zip(found, wanted, strict=False):
-        assert gradient is not None and gradient.dtype == inputs.q.dtype
-        torch.testing.assert_close(gradient.double(), truth, rtol=2 * unit, atol=8 * unit * truth.abs().max().item())
+    chosen = aux.indices, aux.counts
+    truth, base = truth_and_baseline(op.parameters, replace(inputs, **more), chosen, with_gradients=True)
+    for name, x in zip((LOSS, "dq_idx", "dk_idx"), (loss.detach(), *found[:2]), strict=True):
+        comparison = compare_result(op.parameters, inputs, name, x, truth, base)
+        assert comparison.ok, (name, comparison.describe())
     return loss
 
 

@@ -20,7 +20,7 @@ from nsa_gen.verification.examples import drawn_example
 from nsa_gen.verification.inference import PAGE_SIZES, fixed_scenarios
 from nsa_gen.verification.report import Coverage
 from nsa_gen.verification.running import CaseCheck, Check, ScenarioCheck, as_request, from_request
-from nsa_gen.verification.schedules import LAUNCH_OPTIONS, decode_variation, variations
+from nsa_gen.verification.schedules import LAUNCH_OPTIONS, decode_variation, variations, varied
 from nsa_gen.verification.verify import _scenarios
 from tests.support import operator_of_spec, small_spec
 
@@ -31,6 +31,7 @@ SPECS = {
     "given": small_spec("slc", indices="input", gate="none"),
     "window": small_spec("win", gate="none", passes=("forward", "decode")),
     "external": small_spec("cmp win", phi="external"),
+    "indexer": small_spec("slc win", index=16, count=4, local=2, window=40),
 }
 OPTIONS = {
     "nsa_attention": {"return_aux", "recompute"},
@@ -63,6 +64,19 @@ def test_every_tunable_of_a_package_has_several_values_in_the_default_run(name: 
     options = {"layers, layer, pages and out of the cache and of decode"} if "decode" in spec.passes else set()
     options |= {BUDGET_LEFT_OUT} if spec.selection else set()
     assert set(found.left_out) == {*ALWAYS_LEFT_OUT, *options}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_package_takes_every_way_in_which_the_default_run_runs_it(name: str) -> None:
+    spec = SPECS[name]
+    module = operator_of_spec(spec).module
+    ways = [case.variation for case in cases_of(spec)]
+    if "decode" in spec.passes:
+        ways += [way for _, way in _scenarios(spec, lower(spec), 0, "cpu")]
+    assert any(ways)
+    for way in ways:
+        with varied(module, way):
+            pass
 
 
 def test_a_tunable_that_no_case_varies_is_named() -> None:

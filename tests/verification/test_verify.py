@@ -15,8 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from nsa_gen.rendering import generate
-from nsa_gen.verification import OracleParameters, print_report, reference_attention, verify
+from nsa_gen.verification import Inputs, OracleParameters, print_report, reference_attention, verify
 from nsa_gen.verification.cases import boundary_lengths, default_cases
+from nsa_gen.verification.reference.alignment import reference_alignment
 from nsa_gen.verification.verify import adapt
 from tests.support import GPU, small_spec
 from tests.verification.verification_specs import spec_of
@@ -37,6 +38,10 @@ def package(spec, *, change: Callable | None = None, tamper: Callable | None = N
         assert return_aux and set(more) <= set(names) and set(recompute) <= set(p.branches)
         result = reference_attention(p, q, k, v, **more)
         aux = {name: x.detach() for name, x in result.tensors().items() if name in AUX}
+        if p.aligned and more.get("q_idx") is not None:
+            given = {name: x for name, x in more.items() if name not in ("indices", "counts")}
+            inputs = Inputs(q=q, do=q, k=k, v=v, **given)
+            aux["alignment_loss"] = reference_alignment(p, inputs, result.indices, result.counts)
         o = result.o
         if q.requires_grad and not o.requires_grad:  # a batch of none
             o = o + 0 * q.sum()

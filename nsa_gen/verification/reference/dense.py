@@ -26,7 +26,8 @@ class OracleParameters:
     """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
 
     Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch. `sinks`
-    are the branches whose softmax has one; with `joint`, selection and window are one branch of this name.
+    are the branches whose softmax has one; with `joint`, selection and window are one branch of this name. With
+    `aligned` the operator has the indexer's loss.
     """
 
     query_heads: int
@@ -49,6 +50,7 @@ class OracleParameters:
     indices_given: bool = False
     scores: Literal["compression", "mean", "indexer"] = "compression"
     index_dim: int = 0
+    aligned: bool = False
     pool: Literal["sum", "max"] = "sum"
     scope: Literal["group", "head", "all"] = "group"
     window: int | None = None
@@ -84,6 +86,7 @@ class OracleParameters:
                 "indices_given": given,
                 "scores": "indexer" if selection.index_dim else selection.scores,
                 "index_dim": selection.index_dim,
+                "aligned": selection.index_dim > 0 and "backward" in spec.passes,
                 "pool": selection.pool,
                 "scope": selection.scope,
             }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa_gen.verification.reference import rounding
+from nsa_gen.verification.reference.alignment import LOSS, aligned
 from nsa_gen.verification.reference.dense import OracleParameters, compress, exact_dtype
 from nsa_gen.verification.reference.inputs import Inputs
 from nsa_gen.verification.reference.oracle import (
@@ -44,6 +45,7 @@ heads and 8192 keys in float64, the noise scale included)."""
 class Reference:
     """Outputs and gradients on given indices, by the names of `OracleResult` and of `Inputs.differentiable()`.
 
+    With an alignment loss, there are gradients of `q_idx` and `k_idx` too, for `Inputs.dloss`.
     `noise` and `drift` are those of both by name, of the gradient of x as dx; they are empty unless asked for. Noise is
     in units of the dtype's roundoff, drift a standard deviation in units of float32's (see `rounding`).
     """
@@ -73,12 +75,12 @@ def reference_gradients(
     score_bytes: int = SCORE_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Reference:
-    """Outputs for `inputs` and the gradients of sum(o * inputs.do), in the inputs' dtype.
+    """Outputs for `inputs`, and the gradients of sum(o * inputs.do) and of sum(alignment_loss * inputs.dloss).
 
-    `indices` and `counts` replace those of `inputs` where given (computed selection: the kernel's choice, so that both
-    attend to the same blocks). Gradients are summed in float32 (float64 for float64) and rounded once. `noise_unit`,
-    a unit roundoff, adds the noise scales in its units and the drifts, in float32 (for float64 inputs). Peak memory
-    beyond the inputs and results: about ten times `chunk_bytes`.
+    All are in the inputs' dtype. `indices` and `counts` replace those of `inputs` where given (computed selection: the
+    kernel's choice, so that both attend to the same blocks). Gradients are summed in float32 (float64 for float64) and
+    rounded once. `noise_unit`, a unit roundoff, adds the noise scales in its units and the drifts, in float32 (for
+    float64 inputs). Peak memory beyond the inputs and results: about ten times `chunk_bytes`.
     """
     if noise_unit is not None and inputs.q.dtype != torch.float64:
         raise ValueError(f"noise_unit: expected None unless the inputs are float64, got inputs of {inputs.q.dtype}")
@@ -110,6 +112,15 @@ def reference_gradients(
     like = inputs.differentiable() if with_gradients else {}
     found = sums.differentiable()
     gradients = {name: found[name].to(x.dtype) for name, x in like.items()}
+    if parameters.aligned and inputs.q_idx is not None:
+        assert outputs.indices is not None
+        more = {"with_gradients": with_gradients, "noise_unit": noise_unit, "chunk_bytes": chunk_bytes}
+        of_loss = aligned(parameters, inputs, outputs.indices, outputs.counts, **more)
+        outputs = replace(outputs, alignment_loss=of_loss.values.pop(LOSS))
+        gradients |= {name.removeprefix("d"): x for name, x in of_loss.values.items()}
+        if noise_unit is not None:
+            noise_of |= of_loss.noise
+            drift_of |= of_loss.drift
     return Reference(outputs, gradients, _roots(noise_of), _roots(drift_of))
 
 

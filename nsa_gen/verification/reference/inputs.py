@@ -33,7 +33,8 @@ def kinds_of(p: OracleParameters) -> tuple[str, ...]:
 class Inputs:
     """The arguments of one call and the gradient of its output. Arguments the spec does not take are None.
 
-    Shapes are those of `reference_attention`; `do` is like o. `compression` maps phi's parameters by name.
+    Shapes are those of `reference_attention`; `do` is like o. `compression` maps phi's parameters by name. `dloss`
+    (B,), packed (N,), is the gradient of each sequence's alignment loss, in the exact dtype, where there is one.
     """
 
     q: Tensor
@@ -56,10 +57,11 @@ class Inputs:
     sink_win: Tensor | None = None
     sink: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    dloss: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `reference_attention`, all of them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "do"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("do", "dloss")}
 
     def raw_keys(self) -> Tensor:
         """A tensor with a row for each raw key; q, as there are as many, where no branch reads them."""
@@ -67,7 +69,7 @@ class Inputs:
 
     def differentiable(self) -> dict[str, Tensor]:
         """What has a gradient, by name; phi's parameters as `compression.<name>`."""
-        skipped = {"do", "compression", "q_idx", "k_idx", "indices", "counts", "cu_seqlens"}
+        skipped = {"do", "dloss", "compression", "q_idx", "k_idx", "indices", "counts", "cu_seqlens"}
         found = {
             f.name: value
             for f in fields(self)
@@ -82,10 +84,10 @@ class Inputs:
         return replace(self, **plain, compression={**(self.compression or {}), **learned} or None)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
-        """A copy with every floating-point tensor in `dtype`, sinks in its exact one, everything on `device`."""
+        """A copy with every floating-point tensor in `dtype`, sinks and `dloss` in its exact one, all on `device`."""
 
         def move(name: str, x: Tensor) -> Tensor:
-            wanted = exact_dtype(dtype) if name in SINKS else dtype
+            wanted = exact_dtype(dtype) if name in (*SINKS, "dloss") else dtype
             return x.to(device=device, dtype=wanted if x.is_floating_point() else None)
 
         return mapped(self, move)
@@ -241,6 +243,8 @@ def make_inputs(
         for name, x in found.items():
             if name[0] in "kv" and x.shape[-3]:
                 x[..., x.shape[-3] * 2 // 3, 0 if name[0] == "k" else -1, 0] = math.nan
+    if p.aligned:
+        found["dloss"] = 0.5 + torch.rand(len(lengths) if packed else batch, generator=generator)
     inputs = Inputs(**found).to(dtype, device)
     return _strided(inputs) if kind == "strided" else inputs
 

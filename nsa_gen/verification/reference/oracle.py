@@ -52,7 +52,7 @@ class OracleResult:
     (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, S, n) int32, `counts` (B, Tq, S)
     int32, `importance` and `fingerprint` (B, Tq, S, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
     (B, Nc, Hkv, Dv). With scores by means or an indexer, `importance` is the score, and `magnitude` what its rounding
-    is relative to.
+    is relative to. `alignment_loss` (B,), packed (N,), is the indexer's of each sequence (`alignment.aligned`).
     Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
     """
 
@@ -72,6 +72,7 @@ class OracleResult:
     magnitude: Tensor | None = None
     k_cmp: Tensor | None = None
     v_cmp: Tensor | None = None
+    alignment_loss: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The pieces that are present, by name."""
