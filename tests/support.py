@@ -8,6 +8,7 @@ end of many keys.
 from __future__ import annotations
 
 import functools
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -124,6 +126,16 @@ def operator_of_spec(spec: Spec) -> Operator:
 def operator_of(branches: str = "cmp slc win", **changes: Any) -> Operator:
     """The generated package of `small_spec(branches, **changes)`."""
     return operator_of_spec(small_spec(branches, **changes))
+
+
+def set_constants(monkeypatch: pytest.MonkeyPatch, op: Operator, module: str, **values: Any) -> None:
+    """Give a module of the kernels other constants, and have it forget launches that it kept, until the test ends."""
+    kernels = sys.modules[f"{op.module.__name__}.kernels.{module}"]
+    for name, value in tuple(vars(kernels).items()):
+        if hasattr(value, "cache_clear"):
+            monkeypatch.setattr(kernels, name, functools.cache(value.__wrapped__))
+    for name, value in values.items():
+        monkeypatch.setattr(kernels, name, value)
 
 
 def inputs_of(op: Operator, tokens: int | tuple[int, ...], **more: Any) -> Inputs:

@@ -24,7 +24,7 @@ from nsa_gen.bench.drawing import (
 from nsa_gen.bench.records import OTHER, OURS, KernelRow, Results, SelectionRow
 from nsa_gen.bench.summary import DIRECTIONS, TITLES, Entry, Key, branch_times, entries, profiles, speed_up
 from nsa_gen.hardware import Gpu, gpu_for_device
-from nsa_gen.lowering.plan import BRANCH_NAMES
+from nsa_gen.lowering.parts import BRANCH_NAMES
 
 BRANCHES = {**BRANCH_NAMES, OTHER: "torch"}
 

@@ -18,7 +18,7 @@ from nsa_gen.bench.summary import (
     speed_up,
 )
 from nsa_gen.cli.blocks import Block, Heading, Table, Text, bullets
-from nsa_gen.lowering.plan import BRANCH_NAMES
+from nsa_gen.lowering.parts import BRANCH_NAMES
 
 
 def report_blocks(results: Results) -> list[Block]:

@@ -69,7 +69,7 @@ def _cost_table(result: Json, direction: str) -> Table:
 
 
 def _branch_name(branch: str) -> str:
-    from nsa_gen.lowering.plan import BRANCH_NAMES
+    from nsa_gen.lowering.parts import BRANCH_NAMES
 
     return BRANCH_NAMES.get(branch, branch)
 

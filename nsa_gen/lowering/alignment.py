@@ -19,7 +19,7 @@ from nsa_gen.lowering.common import (
     launch,
     same_height_rule,
 )
-from nsa_gen.lowering.plan import Kernel, Resources, Tunable
+from nsa_gen.lowering.parts import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 _CHOICES = s.B * s.T * s.SCOPES

@@ -22,7 +22,7 @@ from nsa_gen.lowering.common import (
     tile,
 )
 from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits
-from nsa_gen.lowering.plan import Config, Decision, Kernel, Resources, Tunable
+from nsa_gen.lowering.parts import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_TOKENS = "HOPPER_TOKENS"

@@ -15,8 +15,9 @@ from nsa_gen.lowering.decode import inference_kernels
 from nsa_gen.lowering.heads import power_of_two, split_head_dim
 from nsa_gen.lowering.kernels import attention_kernels
 from nsa_gen.lowering.overlap import Overlap, overlap
+from nsa_gen.lowering.parts import INTERPRETER, Argument, Config, Kernel, Output
 from nsa_gen.lowering.phi import compressed_sides
-from nsa_gen.lowering.plan import INTERPRETER, Argument, Config, Kernel, Output, Plan
+from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.steps import build_steps, upkeep
 from nsa_gen.lowering.symbols import spec_sizes
 from nsa_gen.spec import Spec

@@ -9,7 +9,7 @@ import sympy
 
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.branches import backward_order
-from nsa_gen.lowering.plan import Kernel, Resources, Tunable
+from nsa_gen.lowering.parts import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 FP32 = 4

@@ -6,8 +6,8 @@ import sympy
 
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import FP32, KEY_BYTES, KV_BYTES
+from nsa_gen.lowering.parts import Argument, Kernel, Output, Resources, Tunable
 from nsa_gen.lowering.phi import compressed_sides
-from nsa_gen.lowering.plan import Argument, Kernel, Output, Resources, Tunable
 from nsa_gen.spec import Spec
 
 

@@ -8,7 +8,8 @@ import sympy
 
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.plan import Kernel, Plan
+from nsa_gen.lowering.parts import Kernel
+from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.space import matrix_rate
 
 

@@ -12,8 +12,8 @@ from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
 from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.overlap import overlap
+from nsa_gen.lowering.parts import Kernel, Resources, Tunable
 from nsa_gen.lowering.phi import compressed_sides
-from nsa_gen.lowering.plan import Kernel, Resources, Tunable
 from nsa_gen.lowering.selection import append_means, free_slots
 from nsa_gen.spec import Spec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.plan import Config, Decision, Tunable
+from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
 #: The only architecture that kernels in Gluon are compiled for.

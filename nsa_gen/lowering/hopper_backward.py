@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits, selected_tiles_fit
-from nsa_gen.lowering.plan import Config, Decision, Tunable
+from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_BACKWARD_TOKENS, HOPPER_DQ_TOKENS = "HOPPER_BACKWARD_TOKENS", "HOPPER_DQ_TOKENS"

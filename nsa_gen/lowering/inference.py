@@ -9,7 +9,7 @@ from nsa_gen.lowering.heads import SMALLEST_TILE, power_of_two
 if TYPE_CHECKING:
     from nsa_gen.lowering.heads import HeadDim
     from nsa_gen.lowering.overlap import Overlap
-    from nsa_gen.lowering.plan import Kernel, Step
+    from nsa_gen.lowering.parts import Kernel, Step
 
 #: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
 _MOST_POOLED_ELEMENTS = 32

@@ -15,7 +15,7 @@ from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.alignment import alignment_kernels
 from nsa_gen.lowering.branches import sunk_branches
 from nsa_gen.lowering.common import KV_BYTES, LSE_BYTES, O_BYTES, Q_BYTES, elementwise, rows_tunables
-from nsa_gen.lowering.plan import Kernel, Tunable
+from nsa_gen.lowering.parts import Kernel, Tunable
 from nsa_gen.lowering.selection import selection_kernels
 from nsa_gen.spec import Spec
 

@@ -17,7 +17,8 @@ import sympy
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.calibration import FACTORS
-from nsa_gen.lowering.plan import Kernel, Plan
+from nsa_gen.lowering.parts import Kernel
+from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.space import (
     _L2_OVER_MEMORY,
     _MATRIX_EFFICIENCY,

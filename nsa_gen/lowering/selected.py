@@ -26,7 +26,7 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     token_tile,
 )
-from nsa_gen.lowering.plan import Config, Decision, Kernel, Resources, Tunable
+from nsa_gen.lowering.parts import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
 from nsa_gen.spec import Spec

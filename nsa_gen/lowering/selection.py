@@ -9,7 +9,7 @@ import sympy
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, KEY_BYTES, LSE_BYTES, Q_BYTES, height_rule, launch, token_tile
 from nsa_gen.lowering.heads import power_of_two
-from nsa_gen.lowering.plan import Kernel, Resources, Tunable
+from nsa_gen.lowering.parts import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 #: Most values that a thread keeps of the best blocks, and of the blocks it looks at.

@@ -18,7 +18,8 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from nsa_gen.hardware import TENSOR_MEMORY_COLUMNS, Gpu
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.plan import Config, Kernel, Plan
+from nsa_gen.lowering.parts import Config, Kernel
+from nsa_gen.lowering.plan import Plan
 
 #: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
 _REGISTER_SHARE = 0.66

@@ -14,7 +14,7 @@ from nsa_gen.lowering.hopper_backward import (
     hopper_banded_dq_fits,
     hopper_selected_backward_fits,
 )
-from nsa_gen.lowering.plan import (
+from nsa_gen.lowering.parts import (
     HOPPER_DQ,
     HOPPER_GATHER,
     HOPPER_GATHER_QUERIES,

@@ -46,15 +46,19 @@ class Arguments:
         self._compression, self._gate = compression, gate
         self._accepted: set[tuple] = set()
 
-    def signature(self, *tensors: torch.Tensor | None) -> tuple | None:
+    def signature(self, cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor | None) -> tuple | None:
         """What checks look at in the tensors of a call, but their values; None where they must look for themselves.
 
-        That is while a compiler traces, where autocast may have a say, for what is no plain tensor, and for packed
-        calls, which have an int32 tensor: they get their batch dim from the checks.
+        That is while a compiler traces, where autocast may have a say, for what is no plain tensor, and where the
+        values of cu_seqlens are checked.
         """
         if torch.compiler.is_compiling():
             return None
         seen: list[object] = []
+        if cu_seqlens is not None:
+            if type(cu_seqlens) not in _PLAIN or cu_seqlens.dtype is not torch.int32 or has_checked_values(cu_seqlens):
+                return None
+            seen += (cu_seqlens.shape, cu_seqlens.stride(), cu_seqlens.device)
         try:
             for tensor in tensors:
                 if tensor is None:
@@ -351,6 +355,16 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, device: torch.device
         if bounds[0] != 0 or bounds[-1] > tokens or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 8 else f"{bounds[:4]} ... {bounds[-1]}"
             raise ValueError(f"cu_seqlens: expected bounds rising from 0 to at most T_total={tokens}, got {shown}")
+
+
+def has_checked_values(cu_seqlens: torch.Tensor) -> bool:
+    """Whether values are checked: those on the CPU; on a GPU they would have to be waited for."""
+    return cu_seqlens.is_cpu
+
+
+def with_batch_dim(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Packed tensors with a batch dim of 1 in front."""
+    return [tensor.unsqueeze(0) for tensor in tensors]
 
 
 def copied_lists(indices: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

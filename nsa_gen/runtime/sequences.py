@@ -12,22 +12,30 @@ class Sequences(NamedTuple):
     """Batched sequences (B, T, H, D) of one length, or packed ones (1, T_total, H, D) bounded by cu_seqlens.
 
     tokens_q and tokens_kv are rows of the tensors: T, or T_total when packed. Queries are aligned to the end of the
-    keys. Nothing here reads cu_seqlens, which stays on the device.
+    keys. Nothing here reads cu_seqlens, which stays on the device. `sizes` has the number of packed sequences instead.
     """
 
     batch: int
     tokens_q: int
     tokens_kv: int
     cu_seqlens: torch.Tensor | None = None
+    bounded: int | None = None
+
+    @property
+    def sizes(self) -> "Sequences":
+        """The same without cu_seqlens: numbers alone, which launches are kept by."""
+        if self.cu_seqlens is None:
+            return self
+        return Sequences(self.batch, self.tokens_q, self.tokens_kv, None, self.count)
 
     @property
     def packed(self) -> bool:
-        return self.cu_seqlens is not None
+        return self.cu_seqlens is not None or self.bounded is not None
 
     @property
     def count(self) -> int:
         """Number of packed sequences; 0 when batched."""
-        return 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return self.bounded or 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
     def numbers(self) -> tuple[int, int, int]:

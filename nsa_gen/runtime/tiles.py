@@ -7,20 +7,21 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from triton import knobs
 
+from .launch import Constants
 from .lookup import Bucket, Gpu, Identity, Tuned
 from .space import Space
 
 # True where kernels run on the CPU, in Triton's interpreter; Triton decides it when a kernel is defined.
 INTERPRETED = knobs.runtime.interpret
 
-Table = dict[str, dict[str, int]]
+Table = dict[str, Constants]
 Items = tuple[tuple[str, int], ...]
 
 
@@ -55,7 +56,7 @@ class Tiles:
 
     def __init__(self, folder: Path) -> None:
         document: dict[str, Any] = json.loads((folder / "tiles.json").read_text(encoding="utf-8"))
-        self.defaults: dict[str, Table] = document["tiles"]
+        self.defaults = {name: _configs(table) for name, table in document["tiles"].items()}
         self.schedules = tuple(document["schedules"])
         self._space = Space(document["values"], document["rules"])
         self._tuned = Tuned(folder, Identity(**document["identity"]), self._space)
@@ -69,16 +70,16 @@ class Tiles:
         self._multiprocessors: dict[str, int] = document["multiprocessors"]
         # Set by `use_target` and `override`. Not by thread: autograd runs the backward on its own.
         self._target: str | None = None
-        self._overrides: Table = {}
+        self._overrides: dict[str, dict[str, int]] = {}
         self._call = _Call()
         self._tables: dict[tuple[torch.device, Bucket], Table] = {}
         self._derived: dict[tuple[Any, torch.device, Bucket], int] = {}
-        self._overridden: dict[tuple[str, Items, Items], dict[str, int]] = {}
+        self._overridden: dict[tuple[str, Items, Items], Constants] = {}
         self._architectures: dict[torch.device, str] = {}
         # Held while a table is made, for which files are read: other threads wait for it.
         self._making = threading.Lock()
 
-    def get(self, kernel: str, device: torch.device, bucket: Bucket | None = None) -> dict[str, int]:
+    def get(self, kernel: str, device: torch.device, bucket: Bucket | None = None) -> Constants:
         """Tile sizes, num_warps and num_stages that `kernel` is launched with on `device`.
 
         For calls of the bucket given, else of the operator that runs (`serving`), else the cost model's choice.
@@ -87,12 +88,12 @@ class Tiles:
         config = (self.defaults[self._target or self.architecture(device)] if table is None else table)[kernel]
         return self._merged(kernel, config) if kernel in self._overrides else config
 
-    def _merged(self, kernel: str, config: dict[str, int]) -> dict[str, int]:
+    def _merged(self, kernel: str, config: Constants) -> Constants:
         """A configuration with the values of an override in its place, which may not suit those that stay."""
         values = self._overrides[kernel]
         key = kernel, tuple(config.items()), tuple(values.items())
         if key not in self._overridden:
-            merged = config | values
+            merged = Constants(config | values)
             if problem := self._space.problem(kernel, merged):
                 raise ValueError(f"override: {problem}")
             self._overridden[key] = merged
@@ -155,7 +156,8 @@ class Tiles:
     def _resolve(self, device: torch.device, bucket: Bucket) -> Table:
         """The cost model's table with what was tuned in its place."""
         gpu = self.gpu_of(device)
-        return {**self.defaults[self.architecture(device)], **({} if gpu is None else self._tuned.find(gpu, bucket))}
+        tuned = {} if gpu is None else _configs(self._tuned.find(gpu, bucket))
+        return {**self.defaults[self.architecture(device)], **tuned}
 
     def forget(self) -> None:
         """Look for tuned configurations again at the next call, as after tuning in this process."""
@@ -232,6 +234,10 @@ class Tiles:
             yield
         finally:
             self._overrides = before
+
+
+def _configs(table: Mapping[str, Mapping[str, int]]) -> Table:
+    return {kernel: Constants(values) for kernel, values in table.items()}
 
 
 @functools.cache

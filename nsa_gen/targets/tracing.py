@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nsa_gen.lowering import Plan, lower
-from nsa_gen.lowering.plan import Argument
+from nsa_gen.lowering.parts import Argument
 from nsa_gen.spec import Spec
 
 ALWAYS, NEVER = 0, 2**31
@@ -39,6 +39,10 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
     if plan.decodes and "decode" in passes and not packed:
         trace_inference(package, tokens, batch, device)
     arguments, sequences = empty_call(package, tokens, batch, device, packed)
+    if plan.selected:  # the kernel that sorts the slots of few tokens
+        index = _module(package, "kernels.inverted_index")
+        layout = index.Layout.of(sequences.sizes, tokens)
+        index.sort_few_slots(torch.empty(0, dtype=torch.int32, device=device), layout)
     for others in _schedules(package, plan):
         _trace_operator(package, plan, arguments, sequences, passes if others else ())
 

@@ -14,7 +14,7 @@ import sympy
 from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import Plan, space
 from nsa_gen.lowering import symbols as s
-from nsa_gen.lowering.plan import Kernel
+from nsa_gen.lowering.parts import Kernel
 from nsa_gen.rendering.legality import check_of
 
 if TYPE_CHECKING:

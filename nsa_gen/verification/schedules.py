@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from nsa_gen.lowering.plan import Kernel, Plan
+    from nsa_gen.lowering.parts import Kernel
+from nsa_gen.lowering.plan import Plan
 
 Values = tuple[tuple[str, str, int], ...]
 

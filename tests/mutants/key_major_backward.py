@@ -201,6 +201,6 @@ MUTANTS = (
         "the selected branch's dQ overwrites that of the other branches",
         FULL,
         ("dq",),
-        (Edit(BACKWARDS, "dq_before,\n                layout", "None,\n                layout"),),
+        (Edit(BACKWARDS, "slot_keys, dq, dq_before)", "slot_keys, dq, None)"),),
     ),
 )

@@ -17,7 +17,7 @@ MUTANTS = (
         "a compressed block is in the lse, whose scores alone it serves, two tokens before its last one",
         CHECK,
         ("selection",),
-        (Edit(BANDED, '"BLOCK": spec.COMPRESSION_BLOCK.value,', '"BLOCK": spec.COMPRESSION_BLOCK.value - 4,'),),
+        (Edit(BANDED, "BLOCK=spec.COMPRESSION_BLOCK.value,", "BLOCK=spec.COMPRESSION_BLOCK.value - 4,"),),
     ),
     Mutant(
         "lse_of_the_last_tile",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from tests.support import (
     inputs_of,
     operator_of,
     operator_of_spec,
+    set_constants,
     small_spec,
 )
 
@@ -263,7 +263,5 @@ def test_memory_between_the_index_queries_and_the_choice_is_bounded(monkeypatch:
     op = msa(group=1, kv_heads=1)
     q_idx, k_idx = index_of(100, 9 * BLOCK, 1)
     whole, _ = op.select_blocks(q_idx, k_idx)
-    selection = sys.modules[f"{op.module.__name__}.kernels.selection"]
-    monkeypatch.setattr(selection, "SCORE_BYTES", 4 * 9 * 32)
-    monkeypatch.setattr(selection, "SCORE_TOKENS", 32)
+    set_constants(monkeypatch, op, "selection", SCORE_BYTES=4 * 9 * 32, SCORE_TOKENS=32)
     assert torch.equal(op.select_blocks(q_idx, k_idx)[0], whole)

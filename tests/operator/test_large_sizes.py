@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from nsa_gen.verification.schedules import Variation
-from tests.support import DEVICE, assert_matches_oracle, inputs_of, operator_of, small_spec
+from tests.support import DEVICE, assert_matches_oracle, inputs_of, operator_of, set_constants, small_spec
 
 #: The one best block, whichever it is.
 ONE = {"count": 1, "initial": 0, "local": 0}
@@ -72,7 +71,7 @@ def test_decode_is_one_forward(name: str) -> None:
 def test_slots_and_parts_that_take_several_tiles_are_the_oracles(local: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     op = operator_of(group=3, kv_heads=2, count=4, local=2, window=40, block=32, compression=(8, 4))
     for module, name in (("inverted_index", "SLOT_TILE"), ("selected_key_major_forward", "MOST_PARTS")):
-        monkeypatch.setattr(sys.modules[f"{op.module.__name__}.kernels.{module}"], name, 2)
+        set_constants(monkeypatch, op, module, **{name: 2})
     values = (("selected_attention", "KEY_MAJOR_FORWARD", 1), ("selected_attention", "LOCAL_IN_WINDOW", int(local)))
     case = Case(4, 6 * 32 + 7, twice=False, variation=Variation(0, values, ()))
     rows = check_case(op.module, op.parameters, case, inputs_of(op, 4, tokens_kv=6 * 32 + 7), with_gradients=True)
@@ -85,7 +84,7 @@ def test_keys_of_a_block_whose_gradients_are_merged_in_several_tiles_are_the_ora
     """Lists that several pieces share: every query chooses the first block."""
     op = operator_of("slc", gate="none", indices="input", count=2)
     for module in ("selected_key_major_merge", "selected_key_major_backward"):
-        monkeypatch.setattr(sys.modules[f"{op.module.__name__}.kernels.{module}"], "KEY_TILE", tl.constexpr(8))
+        set_constants(monkeypatch, op, module, KEY_TILE=tl.constexpr(8))
     assert_matches_oracle(op, 40, kind="hot", seed=7)
 
 

@@ -24,6 +24,7 @@ from tests.support import (
     inputs_of,
     operator_of,
     operator_of_spec,
+    set_constants,
     small_spec,
 )
 
@@ -290,7 +291,6 @@ def test_memory_between_q_and_the_choice_is_bounded_by_shares_of_the_tokens(monk
     q, k = draw(1, 100, 1, 24), draw(1, 9 * BLOCK, 1, 24)
     whole, _ = op.select_blocks(q, k)
     selection = sys.modules[f"{op.module.__name__}.kernels.selection"]
-    monkeypatch.setattr(selection, "SCORE_BYTES", 4 * 9 * 32)
-    monkeypatch.setattr(selection, "SCORE_TOKENS", 32)
+    set_constants(monkeypatch, op, "selection", SCORE_BYTES=4 * 9 * 32, SCORE_TOKENS=32)
     assert selection.tiles_at_once(4, 32, selection.Sequences(1, 100, 9 * BLOCK)) == 1
     assert torch.equal(op.select_blocks(q, k)[0], whole)

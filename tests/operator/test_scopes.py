@@ -7,7 +7,6 @@ dense oracle, and scopes with each other where they must agree.
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import replace
 
 import pytest
@@ -27,6 +26,7 @@ from tests.support import (
     inputs_of,
     operator_of,
     operator_of_spec,
+    set_constants,
     small_spec,
 )
 
@@ -190,9 +190,7 @@ def test_memory_between_q_and_the_choice_is_bounded_where_heads_choose_alone(mon
     op = operator_of("slc", gate="none", scores="mean", scope="head", initial=0, **HEADS)
     q, k = draw(1, 70, 6, 16), draw(1, 9 * 16, 2, 16)
     whole, _ = op.select_blocks(q, k)
-    selection = sys.modules[f"{op.module.__name__}.kernels.selection"]
-    monkeypatch.setattr(selection, "SCORE_BYTES", 4 * 9 * 32)
-    monkeypatch.setattr(selection, "SCORE_TOKENS", 32)
+    set_constants(monkeypatch, op, "selection", SCORE_BYTES=4 * 9 * 32, SCORE_TOKENS=32)
     assert torch.equal(op.select_blocks(q, k)[0], whole)
 
 

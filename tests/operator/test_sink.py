@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa_gen.bench.decode import decode_inputs
 from nsa_gen.lowering import lower
-from nsa_gen.lowering.plan import HOPPER_ROWS
+from nsa_gen.lowering.parts import HOPPER_ROWS
 from nsa_gen.rendering import render
 from nsa_gen.tuning.space import Bucket
 from nsa_gen.tuning.timed import bucket_inputs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa_gen.verification import check_selection, reference_attention
 from nsa_gen.verification.reference.dense import overlap_weights
-from tests.support import DEVICE, Operator, assert_matches_oracle, call, inputs_of, operator_of
+from tests.support import DEVICE, Operator, assert_matches_oracle, call, inputs_of, operator_of, set_constants
 
 RATIOS = [(16, 16, 16), (8, 4, 16), (32, 16, 64), (16, 8, 32), (4, 4, 16), (12, 4, 16), (1, 1, 16), (16, 2, 32)]
 
@@ -191,9 +191,7 @@ def test_tokens_whose_scores_are_held_a_share_at_a_time_get_the_same_blocks(
         shares.append(tiles // tiles_at_once(tiles, *rest))
         return tiles_at_once(tiles, *rest)
 
-    monkeypatch.setattr(selection, "SCORE_BYTES", 0)
-    monkeypatch.setattr(selection, "SCORE_TOKENS", 1)
-    monkeypatch.setattr(selection, "tiles_at_once", recorded)
+    set_constants(monkeypatch, op, "selection", SCORE_BYTES=0, SCORE_TOKENS=1, tiles_at_once=recorded)
     in_shares = call(op, inputs, return_aux=True)[1]
     assert shares and shares[0] > 1
     assert torch.equal(in_shares.indices, at_once.indices) and torch.equal(in_shares.counts, at_once.counts)

@@ -76,11 +76,27 @@ def variants() -> dict[str, tuple[int, tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
-def test_every_launch_runs_the_machine_code_that_triton_would_run(machine: FakeMachine) -> None:
+@functools.cache
+def prepared_launch(lean: Any, grid: tuple[int, ...], *numbers: int, constants: tuple) -> Callable[..., None]:
+    return launches().prepare(lean, grid, *numbers, **dict(constants))
+
+
+def launch(
+    lean: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], prepared: bool
+) -> None:
+    """Launch as it is, or as one that was prepared for its numbers and constants."""
+    if prepared:
+        prepared_launch(lean, grid, *arguments[3:], constants=tuple(constants.items()))(*arguments[:3])
+    else:
+        lean[grid](*arguments, **constants)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_every_launch_runs_the_machine_code_that_triton_would_run(machine: FakeMachine, prepared: bool) -> None:
     lean, kernel = fresh()
     for _ in range(3):
         for name, (machine.device, arguments, constants) in variants().items():
-            lean[(3,)](*arguments, **constants)
+            launch(lean, (3,), arguments, constants, prepared)
             direct = machine.sent[-1]
             kernel[(3,)](*arguments, **constants)
             expected = machine.sent[-1]
@@ -96,12 +112,14 @@ def test_every_launch_runs_the_machine_code_that_triton_would_run(machine: FakeM
     assert not any(sent.by_triton for sent in direct), "the third time nothing is left to Triton's dispatcher"
 
 
-def test_grids_of_one_two_and_three_dimensions_are_launched(machine: FakeMachine) -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_grids_of_one_two_and_three_dimensions_are_launched(machine: FakeMachine, prepared: bool) -> None:
     lean, _ = fresh()
-    for grid in ((2,), (2, 3), (2, 3, 4)):
-        lean[grid](ALIGNED, ALIGNED, None, 5, 7, **CONSTANTS)
-    assert [sent.grid for sent in machine.sent] == [(2, 1, 1), (2, 3, 1), (2, 3, 4)]
-    assert [sent.by_triton for sent in machine.sent] == [True, False, False]
+    for _ in range(2):
+        for grid in ((2,), (2, 3), (2, 3, 4)):
+            launch(lean, grid, (ALIGNED, ALIGNED, None, 5, 7), CONSTANTS, prepared)
+    assert [sent.grid for sent in machine.sent] == 2 * [(2, 1, 1), (2, 3, 1), (2, 3, 4)]
+    assert [sent.by_triton for sent in machine.sent] == [True, *5 * [False]]
 
 
 @given(st.lists(st.one_of(st.sampled_from(WORDS), st.integers(-(2**63), 2**64 - 1)), min_size=2, max_size=2))
@@ -110,6 +128,15 @@ def test_numbers_of_equal_classes_specialise_alike(numbers: list[int]) -> None:
     of_triton = [native_specialize_impl(type(backend), number, False, True, True) for number in numbers]
     classes = [launches().classes_of(number) for number in numbers]
     assert classes[0] != classes[1] or of_triton[0] == of_triton[1]
+
+
+def test_equal_configurations_that_are_not_the_same_have_launches_of_their_own() -> None:
+    prepared: list[Any] = []
+    one, other = launches().Constants(CONSTANTS), launches().Constants(CONSTANTS)
+    remember = launches().kept(prepared.append)
+    for config in (one, other, one):
+        remember(config)
+    assert one == other == CONSTANTS and [id(config) for config in prepared] == [id(one), id(other)]
 
 
 def test_numbers_that_are_no_ints_and_tensors_of_other_classes_are_left_to_triton(machine: FakeMachine) -> None:
@@ -135,12 +162,15 @@ def test_constants_by_position_or_left_to_their_defaults_are_left_to_triton(mach
     assert all(sent.by_triton for sent in machine.sent) and len(machine.compiled) == 3
 
 
-def test_hooks_see_launches_that_would_go_past_them(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hooks_see_launches_that_would_go_past_them(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
     lean, kernel = fresh()
     arguments = (ALIGNED, ALIGNED, None, 5, 7)
 
     def by_triton() -> bool:
-        lean[(1,)](*arguments, **CONSTANTS)
+        launch(lean, (1,), arguments, CONSTANTS, prepared)
         return machine.sent[-1].by_triton
 
     assert [by_triton(), by_triton()] == [True, False]
@@ -163,16 +193,17 @@ def test_hooks_see_launches_that_would_go_past_them(machine: FakeMachine, monkey
     assert not by_triton()
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 def test_launches_on_tensors_without_storage_are_recorded_though_their_like_was_launched(
-    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, prepared: bool
 ) -> None:
     lean, kernel = fresh()
     for _ in range(2):
-        lean[(1,)](ALIGNED, ALIGNED, None, 5, 7, **CONSTANTS)
+        launch(lean, (9,), (ALIGNED, ALIGNED, None, 5, 7), CONSTANTS, prepared)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     meta = ALIGNED.to("meta")
     with record_launches() as recorded:
-        lean[(9,)](meta, meta, None, 5, 7, **CONSTANTS)
+        launch(lean, (9,), (meta, meta, None, 5, 7), CONSTANTS, prepared)
     assert [(launch.kernel, launch.grid) for launch in recorded] == [(kernel, (9,))] and len(machine.sent) == 2
 
 
@@ -181,11 +212,12 @@ def test_other_backends_and_other_versions_launch_by_themselves(
 ) -> None:
     with fake_machine("hip") as machine:
         lean, kernel = fresh()
-        for _ in range(3):
-            lean[(1,)](ALIGNED, ALIGNED, None, 5, 7, **CONSTANTS)
-        assert all(sent.by_triton for sent in machine.sent)
-    monkeypatch.setattr(launches(), "KNOWN", False)
-    assert launches().lean(kernel) is kernel
+        for prepared in (False, True) * 3:
+            launch(lean, (1,), (ALIGNED, ALIGNED, None, 5, 7), CONSTANTS, prepared)
+        monkeypatch.setattr(launches(), "KNOWN", False)
+        assert launches().lean(kernel) is kernel
+        launch(kernel, (1,), (ALIGNED, ALIGNED, None, 5, 7), CONSTANTS, prepared=True)
+        assert len(machine.sent) == 7 and all(sent.by_triton for sent in machine.sent)
 
 
 SECOND_TRACE = """

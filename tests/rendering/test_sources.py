@@ -155,6 +155,8 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     if program.hopper:  # it has one configuration, by its design
         for name in ("hopper_banded_forward", "hopper_banded_repair"):
             assert kernels.pop(name) == name
+    if program.selected:  # so has the one that sorts few slots
+        assert kernels.pop("sort_slots") == "inverted_index"
     if program.hopper_banded_backward or program.hopper_selected_backward:
         assert kernels.pop("row_statistics") == "hopper_backward"
     if program.hopper_banded_dq:  # it has one configuration, by its design
@@ -177,7 +179,7 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
 def test_every_kernel_is_launched_with_its_own_configuration(spec, texts):
     source = "".join(text for name, text in texts.items() if name.endswith(".py") and name != "configs.py")
     for kernel in lower(spec).kernels:
-        assert re.search(rf"\b{kernel.function}_kernel\[", source), kernel.name
+        assert re.search(rf"prepare\w*\(\s*{kernel.function}_kernel,|\b{kernel.function}_kernel\[", source), kernel.name
         # The launches of banded kernels are told the branch, and put the kernel's name together.
         branch, _, rest = kernel.name.partition("_")
         named = f'"{branch}"' in source and f'configs.get(f"{{branch}}_{rest}"' in source

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_gen.runtime.arguments import Arguments, check_cu_seqlens, refuse
+from nsa_gen.runtime.arguments import Arguments, check_cu_seqlens, refuse, with_batch_dim
 
 CHECKS = Arguments(
     torch.float32,
@@ -24,14 +24,25 @@ ENDS = torch.tensor([0, 5], dtype=torch.int32)
 
 def test_a_call_like_one_that_passed_is_known_and_another_is_not() -> None:
     checks = Arguments(torch.float32, (), {})
-    seen = checks.signature(Q, None, K)
+    seen = checks.signature(None, Q, None, K)
     assert not checks.is_accepted(seen)
     checks.accept(seen)
-    assert checks.is_accepted(checks.signature(torch.ones_like(Q), None, K.clone()))
-    assert not checks.is_accepted(checks.signature(Q[:1], None, K))
-    assert not checks.is_accepted(checks.signature(Q.mT.contiguous().mT, None, K)), "strides count"
-    assert checks.signature(Q.half()) is None and checks.signature(ENDS) is None
+    assert checks.is_accepted(checks.signature(None, torch.ones_like(Q), None, K.clone()))
+    assert not checks.is_accepted(checks.signature(None, Q[:1], None, K))
+    assert not checks.is_accepted(checks.signature(None, Q.mT.contiguous().mT, None, K)), "strides count"
+    assert checks.signature(None, Q.half()) is None and checks.signature(None, ENDS) is None
     assert not checks.is_accepted(None)
+
+
+def test_a_packed_call_is_known_unless_the_values_of_its_bounds_are_to_be_checked() -> None:
+    checks = Arguments(torch.float32, (), {})
+    bounds = ENDS.to("meta")
+    checks.accept(checks.signature(bounds, Q[0]))
+    assert checks.is_accepted(checks.signature(bounds.clone(), Q[1]))
+    for other in (bounds[:1], torch.empty(4, dtype=torch.int32, device="meta")[::2], bounds.long(), None):
+        assert not checks.is_accepted(checks.signature(other, Q[0]))
+    assert checks.signature(ENDS, Q[0]) is None
+    assert [x.shape for x in with_batch_dim(Q[0], K[0])] == [(1, *Q[0].shape), (1, *K[0].shape)]
 
 
 def test_what_fits_passes_and_packed_tensors_get_a_batch_dim() -> None:

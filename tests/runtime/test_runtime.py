@@ -68,3 +68,13 @@ def test_launches_take_strides_of_rows_and_sizes_of_a_call_in_the_order_of_kerne
     assert strides(x, y) == (60, 20, 5, 120, 40, 10)
     assert Sequences(2, 3, 7).numbers == (3, 7, 0)
     assert Sequences(1, 9, 9, torch.tensor([0, 4, 9])).numbers == (9, 9, 2)
+
+
+def test_sizes_of_a_call_are_the_same_for_other_bounds_of_as_many_sequences() -> None:
+    packed = Sequences(1, 9, 9, torch.tensor([0, 4, 9]))
+    assert packed.sizes == Sequences(1, 9, 9, torch.tensor([0, 5, 9])).sizes and hash(packed.sizes)
+    assert packed.sizes != Sequences(1, 9, 9, torch.tensor([0, 9])).sizes != Sequences(1, 9, 9).sizes
+    for sequences in (packed, Sequences(1, 9, 9, torch.tensor([0])), Sequences(2, 9, 9)):
+        sizes = sequences.sizes
+        assert sizes.cu_seqlens is None and (sizes.packed, sizes.numbers) == (sequences.packed, sequences.numbers)
+        assert sizes.tiles(9, 4) == sequences.tiles(9, 4)

@@ -67,6 +67,7 @@ def no_device(module: ModuleType) -> Iterator[None]:
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),
         mock.patch.object(JITFunction, "_do_compile", _compile),
         mock.patch.object(module.runtime.arguments, "INTERPRETED", True),
+        mock.patch.object(module.runtime.arguments, "has_checked_values", lambda cu_seqlens: False),
         mock.patch.object(module.configs.TILES, "gpu_of", lambda device: gpu),
         mock.patch.object(torch, "sort", _sort),
     ):
