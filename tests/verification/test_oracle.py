@@ -20,7 +20,7 @@ from tests.verification.brute_force import assert_row
 from tests.verification.verification_specs import spec_of
 
 PHIS = ["mean", "weighted", "linear", "mlp", "external"]
-INDEPENDENT = ("dense", "oracle", "inputs", "selection", "rounding", "gradients", "tolerance")
+INDEPENDENT = ("alignment", "dense", "oracle", "inputs", "selection", "rounding", "gradients", "tolerance")
 """Modules of what is right: they import torch, the standard library and each other."""
 
 

@@ -235,8 +235,9 @@ def _add_rounding(
     fine = ROUNDOFF / unit
     loss_unit = min(1.0, HARDWARE_UNITS[torch.float32] * fine)
     moved = (over_scope(p, share2 * (1 + size).square()) * away2).sum(-1, keepdim=True)
-    moved += (t2 * (log_weight.square() + index.square()) + di2 * index.square()).sum(-1, keepdim=True)
-    moved += quotient.square() + log_mass.square() + index_lse.square()
+    # What a logarithm is taken of is rounded too, which is an absolute error of the logarithm.
+    moved += (t2 * ((1 + log_weight.abs()).square() + index.square()) + di2 * index.square()).sum(-1, keepdim=True)
+    moved += quotient.square() + (1 + log_mass.abs()).square() + (1 + index_lse.abs()).square()
     noise[LOSS].add_(loss_unit**2 * moved.masked_fill(a.empty, 0.0).sum())
     n_teacher, n_student = over_scope(p, share2 * (1 + (fine * size).square())), s2 * (1 + (fine * index_size).square())
     whole_t, whole_s = n_teacher.sum(-1, keepdim=True), n_student.sum(-1, keepdim=True)
