@@ -253,13 +253,16 @@ def _profiled(action: Callable[[], Any], direction: str, task: Task, gpu_key: st
         action()
         torch.cuda.synchronize()
     known = estimates(task.spec, task.tokens, gpu_key)
+    branches = {kernel.name: kernel.branch for kernel in _lowered(task.spec).kernels}
     rows = []
     for event in profile.key_averages():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.self_device_time_total <= 0:
             continue
         own = event.key.removesuffix("_kernel")
         one = known.get(ordinary_kernel(own))
-        name, branch = (event.key[:120], OTHER) if one is None else (own, one.branch)
+        # The estimates are of one schedule; another one's kernels are the package's too.
+        branch = branches.get(ordinary_kernel(own), OTHER)
+        name = event.key[:120] if branch == OTHER else own
         costs: tuple[Any, ...] = ()
         if one is not None:
             floor = (None, "") if gpu_key is None else (1000 * one.seconds_floor, one.limited_by)

@@ -141,7 +141,7 @@ MUTANTS = (
     ),
     _mutant(
         "index_key_gradient_without_the_losses", "dk_idx does not know the gradient of the loss",
-        GRADIENTS, ("dk_idx",), "share * weight[:, None]", "share + 0 * weight[:, None]",
+        GRADIENTS, ("dk_idx",), "dk *= tl.load(weight_ptr + first_chunk_row + token)", "dk *= 1.0",
     ),
     _mutant(
         "index_key_gradient_of_the_last_slots", "a list's last tile of slots replaces what the others added",

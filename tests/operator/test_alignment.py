@@ -88,6 +88,20 @@ def test_a_block_that_every_query_selects_is_summed_over_pieces_and_chunks() -> 
         assert_aligned(op, inputs)
 
 
+def test_a_small_gradient_loses_nothing_in_half_precision() -> None:
+    # As of a mean over many tokens: what it multiplies is rounded to float16 without it.
+    op = operator("each KV head", dtype="float16")
+    inputs = inputs_of(op, 40)
+    assert inputs.q_idx is not None and inputs.k_idx is not None
+    # The gradient by index keys itself is large enough for float16.
+    loss, leaves, _ = aligned(op, replace(inputs, q_idx=inputs.q_idx * 64, k_idx=inputs.k_idx / 64))
+    one, small = (
+        torch.autograd.grad(loss.float().sum() * factor, leaves["k_idx"], retain_graph=True)[0].float()
+        for factor in (1.0, 2.0**-11)
+    )
+    assert ((small * 2**11 - one).norm() / one.norm()).item() < 2**-10
+
+
 def test_a_given_choice_is_aligned_and_a_call_without_the_indexer_has_no_loss() -> None:
     op = operator("each KV head")
     inputs = inputs_of(op, 5, tokens_kv=77)
