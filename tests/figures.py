@@ -23,6 +23,6 @@ def script() -> ModuleType:
     return module
 
 
-def speed_ups() -> list[dict[str, Any]]:
-    """Ratios over dense attention from the committed results; see `speed_ups` of the script."""
-    return script().speed_ups()
+def speed_ups(run: str) -> list[dict[str, Any]]:
+    """Ratios over dense attention from a committed run; see `speed_ups` of the script."""
+    return script().speed_ups(run)

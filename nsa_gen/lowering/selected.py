@@ -134,7 +134,7 @@ def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mappin
 
 def forward_kernels(spec: Spec) -> list[Kernel]:
     """o and lse of the branch, by either schedule."""
-    return [_index_keys(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs()]
+    return [*_index_kernels(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs()]
 
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
@@ -326,9 +326,17 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
     )
 
 
-def _index_keys() -> Kernel:
-    launch = (Tunable("num_warps", (1,)), Tunable("num_stages", (1,)))
-    return elementwise(
-        "index_keys", "inverted_index", "slc", "forward", "list of each slot, for the inverted index",
-        2 * _INDEX_BYTES, launch,
+def _index_kernels() -> tuple[Kernel, Kernel]:
+    """The inverted index: a list for each slot, and the order of few slots; torch.sort orders many."""
+    keys = (Tunable("num_warps", (1,)), Tunable("num_stages", (1,)))
+    order = (Tunable("TILE", (4096,)), Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
+    return (
+        elementwise(
+            "index_keys", "inverted_index", "slc", "forward", "list of each slot, for the inverted index",
+            2 * _INDEX_BYTES, keys,
+        ),
+        elementwise(
+            "sort_slots", "inverted_index", "slc", "forward", "few slots in the order of their lists",
+            3 * _INDEX_BYTES, order,
+        ),
     )  # fmt: skip
