@@ -72,29 +72,31 @@ def chosen(row: np.ndarray, t: int) -> list[int]:
     return sorted((forced + others)[:COUNT])
 
 
-COMPARED = {"C": 1, "G2": 2, "B": 4, "A": 16}
+COMPARED = {"C": 1, "G2": 2, "B": 4, "G7": 7, "A": 16}
 """Workloads of the comparison by name, and their query heads per KV head."""
 PACKAGES = ("nsa_gen", "sfnsa", "nsa-triton", "fsa", "fla")
+LATEST, ALL_PACKAGES = "h200_2026-11-30_dq", "h200_2026-11-30"
+"""The newest run, beside the quickest of the public packages, and the one beside all four."""
 
 
-def speed_ups() -> list[dict[str, Any]]:
+def speed_ups(run: str = LATEST) -> list[dict[str, Any]]:
     """Forward and backward together over the quickest dense attention of the same run, by group size and length.
 
     Fields: group, heads, tokens, and the ratio of each package that computes this group size, from comparison.json of
-    h200_2026-11-30, one run on one H200. Above 1 is quicker.
+    a run, all of it on one H200. Above 1 is quicker.
     """
-    comparison = json.loads((RESULTS / "h200_2026-11-30" / "comparison.json").read_text())
+    comparison = json.loads((RESULTS / run / "comparison.json").read_text())
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for row in comparison["rows"]:
-        if row["workload"] in COMPARED and row.get("median_ms") is not None:
+        if row["workload"] in COMPARED and row["inputs"] == "independent" and row.get("median_ms") is not None:
             times = found.setdefault((row["workload"], row["tokens"]), {"heads": row["heads"]})
             times[row["contender"]] = times.get(row["contender"], 0.0) + row["median_ms"]
     records = []
     for (workload, tokens), times in found.items():
-        dense = min(times[name] for name in ("cudnn", "fa2", "fa4"))
+        dense = min(times[name] for name in ("cudnn", "fa2", "fa4") if name in times)
         ratios = {name: dense / times[name] for name in PACKAGES if name in times}
         records.append({"group": COMPARED[workload], "heads": times["heads"], "tokens": tokens, **ratios})
-    return sorted(records, key=lambda record: (record["tokens"] > 8192, record["group"]))
+    return sorted(records, key=lambda record: (record["tokens"], record["group"]))
 
 
 def ratio_text(value: float) -> str:
@@ -105,14 +107,15 @@ def ratio_text(value: float) -> str:
 def draw_speed_up() -> plt.Figure:
     """Speed-up over dense attention by group size: short sequences on the left, long ones on the right."""
     records = speed_ups()
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained", width_ratios=(2, 4))
-    series = (("nsa_gen", BLUE), ("sfnsa", "#7fb2dd"), ("nsa-triton", GREY), ("fsa", "#c2cad2"))
-    for ax, short in zip(axes, (True, False), strict=True):
-        rows = [row for row in records if (row["tokens"] == 8192) == short]
+    short = sum(row["tokens"] == 8192 for row in records)
+    widths = short, len(records) - short
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True, layout="constrained", width_ratios=widths)
+    series = (("nsa_gen", BLUE), ("sfnsa", "#7fb2dd"))
+    for ax, rows in zip(axes, (records[:short], records[short:]), strict=True):
         for number, (name, colour) in enumerate(series):
             for place, row in enumerate(rows):
-                x, ratio = place + (number - 1.5) * 0.21, row[name]
-                ax.bar(x, ratio - 1, 0.19, bottom=1, color=colour, label=name if not place else None, zorder=2)
+                x, ratio = place + (number - 0.5) * 0.4, row[name]
+                ax.bar(x, ratio - 1, 0.36, bottom=1, color=colour, label=name if not place else None, zorder=2)
                 offset, anchor = (2, "bottom") if ratio >= 1 else (-2, "top")
                 ax.annotate(
                     f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}", (x, ratio), (0, offset),
@@ -120,15 +123,14 @@ def draw_speed_up() -> plt.Figure:
                 )  # fmt: skip
         ax.axhline(1, color=INK, linewidth=1)
         ax.set_yscale("log", base=2)
-        ax.set_ylim(0.035, 8)
-        ticks = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
+        ax.set_ylim(0.11, 9)
+        ticks = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
         ax.set_yticks(ticks, [ratio_text(each) for each in ticks])
         ax.minorticks_off()
-        names = [f"{row['group']}" if short else f"{row['group']}\n{row['tokens']:,} tokens" for row in rows]
-        ax.set_xticks(range(len(rows)), names)
-        ax.set_xlabel("query heads per KV head")
+        ax.set_xticks(range(len(rows)), [f"{row['group']}\n{row['tokens'] // 1024}k" for row in rows])
+        ax.set_xlabel("query heads per KV head; tokens")
         ax.grid(axis="y", color=LIGHT, zorder=0)
-    axes[0].set_title("8,192 tokens", fontsize=9)
+    axes[0].set_title("short sequences", fontsize=9)
     axes[1].set_title("long sequences", fontsize=9)
     axes[0].set_ylabel("speed-up over the best dense\nattention (1x), both passes")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
