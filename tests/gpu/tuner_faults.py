@@ -113,7 +113,7 @@ def doctored(package: Path, folder: Path) -> Path:
     text = path.read_text(encoding="utf-8")
     start = text.index("def forward(")
     end = text.index("    return o, lse\n", start)
-    text = text[:end] + "    misbehave(config, q, o)\n" + text[end:]
+    text = text[:end] + f'    misbehave(configs.get("{KERNEL}", q.device), q, o)\n' + text[end:]
     path.write_text(
         text.replace("from ..runtime.launch import", "from ..faults import misbehave\nfrom ..runtime.launch import", 1)
     )
