@@ -23,6 +23,8 @@ from tests.gpu.common import release, save, say
 from tests.gpu.support import memory_slot, package_of, spec_of_request, variant
 
 CACHED = Scenario(2, 200, 16, (Step("fill", (100, 61)), Step("prefill", (3, 0)), Step("decode", (1, 1))))
+SHORT, HOPPER_ROWS = 128, 2**19
+"""Tokens of many short sequences, and query rows, tokens times heads, of a call that all of Hopper's kernels serve."""
 LONG_FROM = 1024
 """Lengths from here on are verified with one sequence at a time, and one process in a share of the GPU's memory."""
 
@@ -38,7 +40,7 @@ def verify_job(
     seed: int,
 ) -> None:
     """Verify a shipped spec in a dtype: `verify` at the short lengths and with its own packed batch and input kinds,
-    then the long lengths and the packed batches named here, forward and backward."""
+    then the long lengths, many short sequences and the packed batches named here, forward and backward."""
     meaning = variant(spec, dtype)
     module = import_package(package_of(meaning))
     short = [length for length in lengths if length < LONG_FROM]
@@ -47,6 +49,8 @@ def verify_job(
     rows, labels = list(report.rows), list(report.cases)
     cases = [Case(length, batch=1) for length in lengths if length >= LONG_FROM]
     cases += [Case(tuple(each)) for each in packed]
+    many = HOPPER_ROWS // (meaning.heads.query * SHORT)
+    cases.append(Case(SHORT, batch=many) if device == "cuda" else Case(9, batch=3))
     release(device)
     with memory_slot():
         parameters = OracleParameters.from_spec(meaning)
