@@ -329,7 +329,7 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
 def _index_kernels() -> tuple[Kernel, Kernel]:
     """The inverted index: a list for each slot, and the order of few slots; torch.sort orders many."""
     keys = (Tunable("num_warps", (1,)), Tunable("num_stages", (1,)))
-    order = (Tunable("TILE", (4096,)), Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
+    order = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
     return (
         elementwise(
             "index_keys", "inverted_index", "slc", "forward", "list of each slot, for the inverted index",
