@@ -40,7 +40,6 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
         "test_ranks_find_what_one_process_finds": ("whole", "packed", "uneven", "without_tokens", "mean_scores"),
     },
     "tests/distributed/test_docs.py": {
-        "test_the_table_of_the_page_is_what_the_script_prints": 0,
         "test_two_ranks_train_the_example_s_model_as_one_does": 0,
     },
     "tests/examples/test_quality.py": {
