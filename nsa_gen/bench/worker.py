@@ -259,9 +259,10 @@ def _profiled(action: Callable[[], Any], direction: str, task: Task, gpu_key: st
         if event.device_type != torch.autograd.DeviceType.CUDA or event.self_device_time_total <= 0:
             continue
         own = event.key.removesuffix("_kernel")
-        one = known.get(ordinary_kernel(own))
+        planned = ordinary_kernel(own)
+        one = known.get(planned)
         # The estimates are of one schedule; another one's kernels are the package's too.
-        branch = branches.get(ordinary_kernel(own), OTHER)
+        branch = branches.get(planned, OTHER)
         name = event.key[:120] if branch == OTHER else own
         costs: tuple[Any, ...] = ()
         if one is not None:
