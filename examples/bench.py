@@ -1,10 +1,10 @@
-"""How long an operator takes by length, and where the time goes.
+"""Show how long an operator takes by length, and where the time goes.
 
     python examples/bench.py [SPEC] [N,N,...]
 
-On a GPU it is timed beside dense attention, as by `nsa-gen bench`. Without one the cost model's prediction for an H100
-stands beside the least time that dense causal attention could take there: its arithmetic at the GPU's peak. No dense
-kernel reaches that, so sparse attention wins from shorter lengths on than this table says.
+On a GPU, the operator and dense attention are timed, as by `nsa-gen bench`. Without a GPU, the table compares the cost
+model's prediction for an H100 with the least time that dense causal attention could take there: its arithmetic at the
+GPU's peak. No dense kernel reaches this, so sparse attention is faster from shorter lengths on than the table says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LENGTHS = "8192,32768,65536,131072"
 
 
 def dense_floor(heads: int, dims: int, tokens: int, tflops: float) -> float:
-    """Seconds of dense causal attention, forward and backward, at a peak of so many TFLOP/s.
+    """Seconds of dense causal attention, forward and backward, at a peak of `tflops` TFLOP/s.
 
     The forward has two products of T x T, the backward five; causal attention needs half of each.
     """
@@ -33,7 +33,7 @@ def dense_floor(heads: int, dims: int, tokens: int, tflops: float) -> float:
 
 
 def main(spec: str = "llama3_8b", lengths: str = LENGTHS) -> int:
-    """Time the operator, or print what is predicted of it."""
+    """Time the operator, or print the cost model's predictions."""
     if torch.cuda.is_available():
         return nsa_gen_command(["bench", spec, "--against", "dense", "--tokens", lengths])
     loaded, device = load_spec(spec), gpu("h100")

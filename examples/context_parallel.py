@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/context_parallel.py --spec llama3_8b --tokens 65536
     python examples/context_parallel.py --ranks 2 --tokens 24 --layers 1 --steps 2  # on a CPU, in Triton's interpreter
 
-Each rank holds a shard of every sequence and, by FSDP2, of the parameters. The task is to repeat the token of some
-places before. The losses are those of one process (`--ranks 1`) up to rounding.
+Each rank holds a shard of every sequence and, by FSDP2, of the parameters. The task is to repeat the token a few
+positions earlier. The losses are those of one process (`--ranks 1`) up to rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORDS, BACK = 16, 3
 
 
 class Attention(nn.Module):
-    """Projections, rotary positions and gates around the operator, whose keys the other ranks hold too."""
+    """Projections, rotary positions and gates around the operator. The keys are spread over the ranks."""
 
     def __init__(self, parallel: ContextParallel, width: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(spec.heads.query * spec.head_dim.v, width, bias=False)
 
     def forward(self, x: Tensor, shards: Shards, angles: Tensor) -> Tensor:
-        """x (B, rows, width) of this rank's tokens, angles (rows, dim / 2) of their positions."""
+        """The output (B, rows, width) for this rank's tokens x, with the angles (rows, dim / 2) of their positions."""
         q = rotate(self.q(x).unflatten(-1, (self.heads.query, -1)), angles)
         k = rotate(self.k(x).unflatten(-1, (self.heads.kv, -1)), angles)
         v = self.v(x).unflatten(-1, (self.heads.kv, -1))
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward layer, each behind a norm."""
+    """Attention and a gated feed-forward layer, each after a norm."""
 
     def __init__(self, parallel: ContextParallel, width: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Model(nn.Module):
         self.half = parallel.spec.head_dim.qk // 2
 
     def forward(self, tokens: Tensor, shards: Shards, positions: Tensor) -> Tensor:
-        """Logits (B, rows, words) of tokens (B, rows) at these positions (rows,) of the whole sequence."""
+        """Logits (B, rows, words) of tokens (B, rows) at `positions` (rows,) of the whole sequence."""
         powers = torch.arange(self.half, device=tokens.device) / self.half
         angles = positions[:, None] * 500000.0**-powers
         x = self.embedding(tokens)
@@ -117,11 +117,11 @@ def train(options: argparse.Namespace) -> list[float]:
     losses = []
     for _ in range(options.steps):
         tokens = torch.randint(WORDS, (options.batch, options.tokens))
-        targets = tokens.roll(BACK, 1).index_fill(1, torch.arange(BACK), -100)  # the first ones have no answer
+        targets = tokens.roll(BACK, 1).index_fill(1, torch.arange(BACK), -100)  # the first have no answer
         own, wanted = (parallel.shard(x, shards).to(kind) for x in (tokens, targets))
         logits = model(own, shards, positions)
         answers = options.batch * (options.tokens - BACK)
-        # FSDP2 takes the mean of the ranks' gradients, so that the sum over all tokens is the ranks' mean times ranks.
+        # FSDP2 averages gradients over ranks, so multiply by `ranks` to get the sum over all tokens.
         total = functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum") / answers
         (total * dist.get_world_size()).backward()
         optimiser.step()
@@ -144,13 +144,13 @@ def _run(options: argparse.Namespace, **where: Any) -> None:
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks, losses: " + " ".join(f"{loss:.5f}" for loss in losses), flush=True)
     dist.destroy_process_group()
-    # FSDP2 keeps gloo's threads after the group's end, and one that still frees a tensor when the interpreter has
-    # ended aborts the process: the process ends here, before the interpreter does.
+    # FSDP2 keeps gloo's threads after the process group is destroyed. A thread that frees a tensor after the
+    # interpreter has shut down aborts the process, so exit before that.
     os._exit(0)
 
 
 def main() -> None:
-    """Read the command line and train: as torchrun's process, or in `--ranks` processes of this machine."""
+    """Read the command line and train, as a process of torchrun or in `--ranks` processes on this machine."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spec", default="tiny", help="a spec with shared keys and no learned phi (tiny)")
     parser.add_argument("--ranks", type=int, default=2, help="processes to start, without torchrun (2)")

@@ -1,12 +1,12 @@
-"""Convert a dense Llama-like model to sparse attention and train it on.
+"""Convert a dense Llama-like model to sparse attention and continue its training.
 
     python examples/convert.py --spec llama3_8b --model meta-llama/Llama-3.1-8B --text book.txt --tokens 8192
     python examples/convert.py --tokens 24 --steps 2 --ranks 2  # a small random model, on a CPU in Triton's interpreter
 
-Gates are new: their biases begin as the least-squares fit of the branches' outputs to dense attention's, head by head,
-on the first batch, and phi begins as the mean of a block, so that the first step is close to the dense model; how close
-is printed. With `--distill` each layer's distance to dense attention is added to the loss. A run that was interrupted
-goes on from its last checkpoint in `--out`, where the losses are plotted too.
+The dense model has no gates. Their biases start as a least-squares fit of the branches' outputs to dense attention's,
+for each head, on the first batch. phi starts as the mean of a block. The first step is therefore close to the dense
+model, and the distance is printed. With `--distill`, each layer's distance to dense attention is added to the loss. An
+interrupted run continues from its last checkpoint in `--out`, where the losses are plotted too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Dense causal attention of the parts that LlamaAttention has."""
+    """Dense causal attention with the same parts as LlamaAttention."""
 
     def __init__(self, op: Any, width: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a gated feed-forward layer, each behind a norm."""
+    """Attention and a gated feed-forward layer, each after a norm."""
 
     def __init__(self, op: Any, width: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A small model, named as the transformers library names its parts; bytes are its words."""
+    """A small model over bytes, whose parts have the names that the transformers library uses."""
 
     def __init__(self, op: Any, width: int, layers: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Llama(nn.Module):
 
 
 def rotate(x: Tensor, embeddings: Tensor) -> Tensor:
-    """Turn heads (B, T, H, D) by cosines and sines (2, 1 or B, T, R), the pairs R / 2 apart."""
+    """Rotate heads (B, T, H, D) by cosines and sines (2, 1 or B, T, R); the two columns of a pair are R / 2 apart."""
     cos, sin = embeddings[:, :, :, None]
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, -1)
@@ -124,7 +124,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def heads_of(sparse: Any, op: Any, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a `NativeSparseAttention`, as it makes them."""
+    """Queries, keys and values of a `NativeSparseAttention`, as it computes them."""
     dims = op.SPEC["head_dim"]
     q, k, v = (
         getattr(sparse, f"{name}_proj")(hidden).unflatten(-1, (-1, dims["v" if name == "v" else "qk"]))
@@ -134,9 +134,9 @@ def heads_of(sparse: Any, op: Any, hidden: Tensor, positions: Tensor | None) -> 
 
 
 def fit_gates(sparse: Any, op: Any, hidden: Tensor, positions: Tensor | None) -> tuple[float, float]:
-    """Set the biases of a layer's gates so that, over these tokens, its heads are closest to dense attention's.
+    """Set the biases of a layer's gates so that its heads are closest to dense attention's on these tokens.
 
-    Returns how far they are off, relative to dense attention, with gates at one half and as they are now.
+    Returns the distance relative to dense attention, first with all gates at one half, then with the new biases.
     """
     q, k, v = heads_of(sparse, op, hidden, positions)
     branches = [name for name in ("cmp", "slc", "win") if f"o_{name}" in op.Auxiliary._fields]
@@ -147,11 +147,11 @@ def fit_gates(sparse: Any, op: Any, hidden: Tensor, positions: Tensor | None) ->
     outputs = torch.stack([getattr(found, f"o_{name}") for name in branches], -1).float()  # (B, T, Hq, Dv, branches)
     outputs = outputs.permute(2, 0, 1, 3, 4).flatten(1, 3)
     wanted = dense(q, k, v, scale_of(op)).float().permute(2, 0, 1, 3).flatten(1)
-    # Normal equations of each head. The ridge decides between branches that see the same keys.
+    # Normal equations of each head. The ridge makes the fit unique if branches see the same keys.
     product = outputs.mT @ outputs
     ridge = 1e-4 * product.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(len(branches)).to(product)
     values = torch.linalg.solve(product + ridge, outputs.mT @ wanted[..., None])[..., 0]
-    values = values.clamp(0.01, 0.99)  # a gate that is almost shut or open still learns
+    values = values.clamp(0.01, 0.99)  # a gate at 0 or 1 would hardly learn
     sparse.gate_proj.bias.copy_(values.logit().flatten())
     off = [outputs @ each[..., None] - wanted[..., None] for each in (torch.full_like(values, 0.5), values)]
     half, fitted = (float(each.norm() / wanted.norm()) for each in off)
@@ -159,9 +159,9 @@ def fit_gates(sparse: Any, op: Any, hidden: Tensor, positions: Tensor | None) ->
 
 
 def converted(model: Any, op: Any, tokens: Tensor) -> list[tuple[float, float]]:
-    """Give the model sparse attention, its gates fitted layer by layer while these tokens go through it.
+    """Give the model sparse attention, and fit its gates layer by layer while these tokens go through it.
 
-    Returns what `fit_gates` does of each layer.
+    Returns the result of `fit_gates` for each layer.
     """
     apply_sparse_attention(model, op)
     handles, found = [], []
@@ -179,7 +179,7 @@ def converted(model: Any, op: Any, tokens: Tensor) -> list[tuple[float, float]]:
 
 
 def distilling(model: Any, op: Any) -> list[Tensor]:
-    """Has each layer append its squared distance to dense attention, relative to that, to the list returned."""
+    """Make each layer append its relative squared distance to dense attention to the returned list."""
     found: list[Tensor] = []
 
     def compare(sparse: Any, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
@@ -211,14 +211,14 @@ def load(options: argparse.Namespace, op: Any, device: str) -> tuple[Any, Tensor
 
 
 def batch_of(words: Tensor, step: int, rank: int, options: argparse.Namespace) -> Tensor:
-    """Pieces of the text (B, T), the same for a step and a rank however often a run was interrupted."""
+    """Pieces of the text (B, T). They depend only on step and rank, not on interruptions of the run."""
     draw = torch.Generator().manual_seed(1000003 * step + rank)
     starts = torch.randint(len(words) - options.tokens, (options.batch,), generator=draw)
     return torch.stack([words[start : start + options.tokens] for start in starts.tolist()])
 
 
 def train(options: argparse.Namespace) -> None:
-    """Convert, or go on from the checkpoint, and train."""
+    """Convert the model, or load the checkpoint, and train."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}" if torch.cuda.is_available() else "cpu"
     op = nsa_gen.load(options.spec)
@@ -271,7 +271,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
@@ -292,8 +292,8 @@ def _run(options: argparse.Namespace, **where: Any) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **where)
     train(options)
     dist.destroy_process_group()
-    # DDP keeps gloo's threads after the group's end, and one that still frees a tensor when the interpreter has ended
-    # aborts the process: the process ends here, before the interpreter does.
+    # DDP keeps gloo's threads after the process group is destroyed. A thread that frees a tensor after the interpreter
+    # has shut down aborts the process, so exit before that.
     sys.stdout.flush()
     os._exit(0)
 
@@ -305,7 +305,7 @@ def _rank(rank: int, meeting: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line, and convert and train as torchrun's process, or in `--ranks` processes of this machine."""
+    """Read the command line; convert and train as a process of torchrun, or in `--ranks` processes on this machine."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spec", default="tiny", help="a spec with sigmoid gates, of the model's heads (tiny)")
     parser.add_argument("--model", help="a model of the transformers library; a small random one if left out")

@@ -1,10 +1,10 @@
-"""Evaluate a checkpoint of pretrain.py: held-out loss, tasks, needles, memory, speed of generation.
+"""Evaluate a checkpoint of pretrain.py: held-out loss, tasks, needles, memory and speed of generation.
 
     python examples/evaluate.py build/pretrain --rows 64 --lengths 16384,32768
     python examples/evaluate.py build/pretrain --mode reference   # a checkpoint of an operator, on a CPU
 
 Writes evaluation.json, and plots of the loss by position and of needles by depth and length, into the run's folder.
-Where blocks are selected, selection.png is a map of them, and selection.json has statistics for nsa-gen bench --inputs.
+If the attention selects blocks, selection.png maps them, and selection.json has statistics for nsa-gen bench --inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from examples.quality.training import device_here, load_model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, evaluate, write JSON and plots, print a summary."""
+    """Read the command line, evaluate, write JSON and plots, and print a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--mode", choices=("operator", "reference"), help="run the spec so, however it was trained")
+    parser.add_argument("--mode", choices=("operator", "reference"), help="what runs the spec, whatever trained it")
     parser.add_argument(
-        "--rows", type=int, default=32, help="held-out sequences of each task, a quarter of those of text (32)"
+        "--rows", type=int, default=32, help="held-out sequences of each task; of text, four times as many (32)"
     )
-    parser.add_argument("--lengths", default="", help="further lengths of text and needles, such as 16384,32768")
+    parser.add_argument("--lengths", default="", help="more lengths of text and needles, such as 16384,32768")
     parser.add_argument("--new", type=int, default=32, help="bytes to generate (32)")
     options = parser.parse_args(arguments)
     try:

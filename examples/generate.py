@@ -3,8 +3,9 @@
     python examples/generate.py --spec llama3_8b --prompt 65536 --new 64 --page-size 64
     python examples/generate.py --spec tiny --prompt 40 --new 4 --chunk 16        # on a CPU, in Triton's interpreter
 
-The weights are random, so what is generated means nothing; how the cache is used is the point. The prompt goes in by
-chunks (`nsa_prefill`), then each token is one step of all layers (`nsa_decode`), on a GPU a captured graph.
+The weights are random, so the generated tokens are meaningless. The example shows how to use the cache. The prompt is
+processed in chunks (`nsa_prefill`). Then each token is one step of all layers (`nsa_decode`). On a GPU, a step is a
+captured graph.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.query_heads * dims["v"], width, bias=False)
 
     def forward(self, x: Tensor, cache: Any, angles: Tensor, prompt: bool) -> Tensor:
-        """x (B, N, width) of the tokens that the cache has made room for; angles (B, N, dim / 2)."""
+        """Attention output (B, N, width) of x, the tokens that the cache has made room for; angles (B, N, dim / 2)."""
         lead = x.shape[:2]
         q = rotate(self.q(x).view(*lead, self.query_heads, -1), angles)
         k = rotate(self.k(x).view(*lead, self.kv_heads, -1), angles)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward layer, each behind a norm."""
+    """Attention and a gated feed-forward layer, each after a norm."""
 
     def __init__(self, op: Any, width: int, layer: int) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks, logits of the last token."""
+    """Embedding, blocks and logits of the last token."""
 
     def __init__(self, op: Any, width: int, layers: int, words: int) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Model(nn.Module):
         self.register_buffer("frequencies", 500000.0 ** (-half / len(half)), persistent=False)
 
     def forward(self, tokens: Tensor, cache: Any, prompt: bool = False) -> Tensor:
-        """Logits (B, words) behind tokens (B, N), the newest of the cache; positions are read on the device."""
+        """Logits (B, words) after tokens (B, N), the newest of the cache. Positions are read on the device."""
         positions = cache.starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         angles = positions[..., None] * self.frequencies.float()
         x = self.embedding(tokens)
@@ -100,7 +101,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model: Model, cache: Any, prompt: Tensor, new: int, chunk: int) -> tuple[Tensor, float, float]:
-    """Greedily generated tokens (B, new), and the seconds of the prompt and of all further tokens."""
+    """Greedily generated tokens (B, new), the seconds for the prompt, and those for all tokens after the first."""
     started = time.perf_counter()
     logits = None
     for part in prompt.split(chunk, 1):
@@ -136,7 +137,7 @@ def _now(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Read the command line, generate, print the tokens and the times."""
+    """Read the command line, generate, and print the tokens and the times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spec", default="tiny", help="a spec with a decode pass, shared keys and no learned phi")
     parser.add_argument("--prompt", type=int, default=40, help="tokens of the prompt (40)")

@@ -2,7 +2,7 @@
 
     python examples/generate_and_use.py [SPEC]
 
-SPEC is a path or a shipped spec's name, `tiny` if left out. Without a GPU it runs in Triton's interpreter.
+SPEC is a path or a shipped spec's name (default: `tiny`). Without a GPU, the operator runs in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import nsa_gen
 
 
 def main(spec: str = "tiny", tokens: int = 40) -> None:
-    """Call the operator of a spec whose branches share keys, and show what it gives back."""
+    """Call the operator of a spec whose branches share keys, and show what it returns."""
     op = nsa_gen.load(spec)  # generated once, into the user's cache; then imported
     heads, dims = op.SPEC["heads"], op.SPEC["head_dim"]
     branches = sum(op.SPEC[name] is not None for name in ("compression", "selection", "window"))
@@ -39,7 +39,7 @@ def main(spec: str = "tiny", tokens: int = 40) -> None:
     print(f"o {tuple(o.shape)}, dq {tuple(q.grad.shape)}, dk {tuple(k.grad.shape)}, dv {tuple(v.grad.shape)}")
     print(f"the last query selects blocks {aux.indices[0, -1, 0].tolist()} for its first KV head")
 
-    # Packed: three sequences in one batch, each as if alone. The first is also the beginning of the call above.
+    # Packed: three independent sequences in one batch. The first is also the beginning of the call above.
     bounds = torch.tensor([0, 20, 21, tokens], dtype=torch.int32, device=device)
     with torch.no_grad():
         packed = op.nsa_attention(q[0], k[0], v[0], gates[0], cu_seqlens=bounds)

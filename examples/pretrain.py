@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 8 examples/pretrain.py --attention my.yaml --tokens 8192 --width 512 --layers 8 --batch 64
     python examples/pretrain.py --attention reference:tiny --steps 300     # on a CPU: the same formulas in plain torch
 
-The data, Python's own sources and five tasks (examples/quality/data.py), and their order are the same whichever
-attention runs. A run that was interrupted goes on from the checkpoint in --out as if it had not been; log.jsonl and
-loss.png are beside it.
+The data are Python's own sources and five tasks (examples/quality/data.py). They and their order do not depend on the
+attention. An interrupted run continues from the checkpoint in --out, with the same losses as without the interruption.
+log.jsonl and loss.png are in the same folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nsa_gen.spec import SpecError
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The run that the command line asks for; raises SpecError or ValueError naming the option."""
+    """The settings that the command line asks for. Raises SpecError, or ValueError naming the option."""
     for name in ("tokens", "batch", "steps", "width", "layers"):
         least = 4 * SHORTEST if name == "tokens" else 1
         if getattr(options, name) < least:
@@ -48,26 +48,26 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and train, as torchrun's process or alone."""
+    """Read the command line and train, as a process of torchrun or alone."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    help_ = "dense, a spec's name or file, or reference:SPEC; dense:SPEC is dense attention in the heads of a spec"
+    help_ = "dense, a spec's name or file, or reference:SPEC; dense:SPEC is dense attention with the heads of a spec"
     parser.add_argument("--attention", default="reference:tiny", help=f"{help_} (reference:tiny)")
-    parser.add_argument("--out", type=Path, default=Path("build/pretrain"), help="of checkpoint, log and plot")
-    parser.add_argument("--tokens", type=int, default=256, help="bytes of a sequence (256)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, on all processes together (8)")
+    parser.add_argument("--out", type=Path, default=Path("build/pretrain"), help="folder of checkpoint, log and plot")
+    parser.add_argument("--tokens", type=int, default=256, help="bytes per sequence (256)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step, over all processes (8)")
     parser.add_argument("--width", type=int, default=64, help="of the residual stream (64)")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="in all, those before an interruption included (100)")
-    parser.add_argument("--stop-after", type=int, help="stop behind this step, to go on later")
+    parser.add_argument("--steps", type=int, default=100, help="all steps, with those before an interruption (100)")
+    parser.add_argument("--stop-after", type=int, help="stop after this step, to continue later")
     parser.add_argument("--lr", type=float, default=3e-3, help="the highest learning rate (0.003)")
     parser.add_argument("--warmup", type=int, default=20, help="steps in which it rises (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the data (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the data (0)")
     parser.add_argument("--task-share", type=float, default=0.5, help="share of sequences that are tasks (0.5)")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="names with commas between (all five)")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names separated by commas (all five)")
     parser.add_argument("--answer-weight", type=float, default=1.0, help="weight of the loss on answers (1)")
     parser.add_argument("--growth", type=float, default=0.0, help="share of the steps in which sequences grow (0)")
-    parser.add_argument("--packages", default="", help="installed packages whose sources are text too, as torch,numpy")
-    parser.add_argument("--recompute", action="store_true", help="keep less for the backward pass: blocks run twice")
+    parser.add_argument("--packages", default="", help="installed packages whose sources are text too: torch,numpy")
+    parser.add_argument("--recompute", action="store_true", help="save memory: the backward runs each block again")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
     options = parser.parse_args(arguments)
     try:
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot_losses(read_log(options.out / "log.jsonl"), options.out / "loss.png")
     if torchrun:
         dist.destroy_process_group()
-        # DDP keeps gloo's threads, which may abort the interpreter's end: the process ends here, before that.
+        # DDP keeps gloo's threads, which may abort the process while the interpreter shuts down, so exit before that.
         sys.stdout.flush()
         os._exit(0)
 

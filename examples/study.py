@@ -1,12 +1,12 @@
 """Train and evaluate the same small model with every attention, and put the results in a table.
 
-    python examples/study.py --profile gpu --minutes 9 --out build/study    # one call, a GPU; goes on when called again
+    python examples/study.py --profile gpu --minutes 9 --out build/study    # on a GPU; another call continues
     python examples/study.py --profile cpu --minutes 60 --out build/study   # by the reference, in plain torch
 
 Every run has the same data, seed and number of steps. With --minutes, the first call compiles the operators, times a
-few steps of each arm and gives all runs as many steps as fit; --steps says how many. A run that was finished is kept,
-one that was interrupted goes on from its checkpoint, one that failed is tried again. After every run, study.json and
-study.md are written; a run's log.jsonl, and its evaluation.json after each part of that, are in its folder.
+few steps of each arm and gives all runs as many steps as fit. --steps sets the number instead. Finished runs are kept,
+an interrupted run continues from its checkpoint, and a failed one is tried again. study.json and study.md are written
+after every run. A run's folder has its log.jsonl and its evaluation.json, which is written part by part.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TIMED_STEPS = 3
 
 
 def shortened(profile: Profile, tokens: int) -> Profile:
-    """The profile with sequences of `tokens` bytes, as many bytes a step, and no longer ones in the evaluation."""
+    """The profile with sequences of `tokens` bytes and as many bytes per step; the evaluation has no longer ones."""
     bytes_a_step = profile.settings["tokens"] * profile.settings["batch"]
     if not 4 * SHORTEST <= tokens <= bytes_a_step or bytes_a_step % tokens:
         wanted = f"a divisor of a step's {bytes_a_step} bytes of at least {4 * SHORTEST}"
@@ -58,14 +58,14 @@ def write_json(path: Path, found: Any) -> None:
 
 
 def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
-    """Train and evaluate: a row of the study."""
+    """Train and evaluate one run, and return its row of the study."""
     settings, folder, device = profile.run(arm, seed, steps), out / "runs" / run_name(arm, seed), device_here()
     corpus = library(settings.packages)
     if device.type == "cuda":
-        torch.cuda.init()  # where nothing has used the GPU yet, there are no statistics to reset
+        torch.cuda.init()  # before its first use the GPU has no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
     model = train(settings, folder, corpus, save_every=max(20, steps // 4))
-    memory = peak_bytes(device) if device.type == "cuda" else None  # a process remembers its earlier runs
+    memory = peak_bytes(device) if device.type == "cuda" else None  # a CPU's peak includes the process's earlier runs
     log = read_log(folder / "log.jsonl")
     speeds = sorted(line["tokens_per_second"] for line in log if line["length"] == settings.tokens)
     found = evaluated(profile, model, settings, profile.rows, folder / "evaluation.json")
@@ -82,7 +82,7 @@ def one_run(profile: Profile, arm: str, seed: int, steps: int, out: Path) -> dic
 
 
 def evaluated(profile: Profile, model: Model, settings: Settings, rows: int, path: Path) -> dict[str, Any]:
-    """The evaluation of a trained model, which `path` gets too, part by part."""
+    """Evaluate a trained model. The result is also written to `path`, part by part."""
     return evaluate(
         model.eval(),
         library(settings.packages),
@@ -96,14 +96,14 @@ def evaluated(profile: Profile, model: Model, settings: Settings, rows: int, pat
 
 
 def short_run(profile: Profile, arm: str, times: int) -> Settings:
-    """A run that has `times` steps with each length of sequences."""
+    """Settings of a run with `times` steps at each sequence length."""
     settings = profile.run(arm, 0, 1)
     lengths = settings.doublings + 1
     return replace(settings, steps=times * lengths, growth=settings.doublings / lengths)
 
 
 def seconds_a_step(profile: Profile, arm: str, log: list[dict[str, Any]]) -> float:
-    """The mean over a run's steps, by the fastest step of each length in the log of a short run."""
+    """Mean seconds per step of a whole run, from the fastest step of each length in the log of a short run."""
     run, fastest = profile.run(arm, 0, 1000), dict[int, int]()
     for line in log:
         fastest[line["length"]] = max(line["tokens_per_second"], fastest.get(line["length"], 0))
@@ -112,7 +112,7 @@ def seconds_a_step(profile: Profile, arm: str, log: list[dict[str, Any]]) -> flo
 
 
 def time_arms(profile: Profile, arms: list[str], out: Path) -> None:
-    """Write the seconds of a step of each arm, and those of an evaluation, to timing.json."""
+    """Write the seconds per step of each arm, and those of an evaluation, to timing.json."""
     found: dict[str, float] = {}
     for arm in arms:
         folder, settings = out / "timing" / arm, short_run(profile, arm, TIMED_STEPS)
@@ -129,9 +129,9 @@ def time_arms(profile: Profile, arms: list[str], out: Path) -> None:
 
 
 def compile_arm(profile: Profile, arm: str, out: Path) -> None:
-    """A step with each length and an evaluation on few sequences, which leave the kernels in Triton's cache.
+    """Run a step at each length and a small evaluation, so that the kernels are in Triton's cache.
 
-    Not on one: Triton compiles kernels for a 1 among their arguments apart.
+    The evaluation has two sequences, not one: Triton compiles separate kernels for arguments that are 1.
     """
     folder, settings = out / "compiled" / arm, short_run(profile, arm, 1)
     model = train(settings, folder, library(settings.packages), save_every=settings.steps)
@@ -139,7 +139,7 @@ def compile_arm(profile: Profile, arm: str, out: Path) -> None:
 
 
 def child(options: argparse.Namespace, phase: str, runs: list[str], number: int = 0) -> subprocess.Popen[bytes]:
-    """This script in a process of its own, on one of the GPUs."""
+    """Start this script in its own process, on one of the GPUs."""
     command = [sys.executable, __file__, "--profile", options.profile, "--out", str(options.out), "--phase", phase]
     command += ["--steps", str(options.steps), "--rows", str(options.rows), "--tokens", str(options.tokens)]
     command += ["--runs", ",".join(runs)]
@@ -151,7 +151,7 @@ def child(options: argparse.Namespace, phase: str, runs: list[str], number: int 
 
 
 def compile_all(options: argparse.Namespace, arms: list[str]) -> None:
-    """Compile every arm's kernels, a process an arm, as many at a time as there are cores."""
+    """Compile every arm's kernels, one process per arm, as many at a time as there are cores (at most 16)."""
     waiting, running = list(arms), []
     while waiting or running:
         running = [process for process in running if process.poll() is None]
@@ -162,7 +162,7 @@ def compile_all(options: argparse.Namespace, arms: list[str]) -> None:
 
 
 def choose_steps(options: argparse.Namespace, runs: list[str], started: float) -> int:
-    """As many steps as all runs have time for, of the minutes that are left; the same number for all."""
+    """The number of steps, the same for all runs, that fits into the minutes left."""
     arms = list(dict.fromkeys(run.rpartition(".")[0] for run in runs))
     if torch.cuda.is_available():
         compile_all(options, arms)
@@ -170,7 +170,7 @@ def choose_steps(options: argparse.Namespace, runs: list[str], started: float) -
         raise SystemExit("study: an arm cannot be timed; see the error above, or leave it out with --arms")
     timing = json.loads((options.out / "timing.json").read_text())
     left = 60 * options.minutes - (time.monotonic() - started)
-    # Jobs that share a GPU, or a core, are not quicker together.
+    # Jobs that share a GPU or a core do not run faster in parallel.
     crowd = max(1.0, options.jobs / (torch.cuda.device_count() or os.cpu_count() or 1))
     fitting = []
     for share in shares_of(options, runs):
@@ -183,12 +183,12 @@ def choose_steps(options: argparse.Namespace, runs: list[str], started: float) -
 
 
 def shares_of(options: argparse.Namespace, runs: list[str]) -> list[list[str]]:
-    """The runs of each job that has any."""
+    """The runs of each job, without empty jobs."""
     return [runs[i :: options.jobs] for i in range(min(options.jobs, len(runs)))]
 
 
 def train_all(options: argparse.Namespace, runs: list[str], started: float) -> None:
-    """All runs that have no result yet, in `jobs` processes; a process that dies costs its run alone."""
+    """Run everything that has no result yet, in `jobs` processes. If a process dies, only its current run is lost."""
     shares = shares_of(options, [run for run in runs if not _result(options.out, run).exists()])
     running = {i: child(options, "train", share, i) for i, share in enumerate(shares)}
     reported = 0
@@ -216,14 +216,14 @@ def _result(out: Path, run: str) -> Path:
 
 
 def profile_of(options: argparse.Namespace) -> Profile:
-    """The profile that the command line asks for; raises ValueError naming the option."""
+    """The profile that the command line asks for. Raises ValueError naming the option."""
     profile = PROFILES[options.profile]
     profile = replace(profile, rows=options.rows or profile.rows)
     return shortened(profile, options.tokens) if options.tokens else profile
 
 
 def report(options: argparse.Namespace, runs: list[str], started: float) -> list[dict[str, Any]]:
-    """Write study.json and study.md of the runs that have a result."""
+    """Write study.json and study.md for the runs that have a result, and return their rows."""
     rows = [json.loads(_result(options.out, run).read_text()) for run in runs if _result(options.out, run).exists()]
     device = device_here()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
@@ -268,7 +268,7 @@ def table(rows: list[dict[str, Any]], profile: Profile) -> str:
 
 
 def work(options: argparse.Namespace, profile: Profile) -> None:
-    """What a child process does."""
+    """Do the work of a child process."""
     runs = options.runs.split(",")
     if options.phase == "compile":
         compile_arm(profile, runs[0], options.out)
@@ -288,16 +288,16 @@ def work(options: argparse.Namespace, profile: Profile) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and run what is left to do; exit code 1 where a run failed."""
+    """Read the command line and run what is left to do. The exit code is 1 if a run failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", choices=sorted(PROFILES), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("build/study"))
-    parser.add_argument("--arms", default="", help="names with commas between; all if left out")
-    parser.add_argument("--seeds", default="0", help="whole numbers with commas between (0)")
-    parser.add_argument("--steps", type=int, default=0, help="of every run; by --minutes if left out")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole study, without --steps (9)")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at a time; as many as GPUs, or one, if left out")
-    parser.add_argument("--tokens", type=int, default=0, help="bytes of a sequence, in place of the profile's")
+    parser.add_argument("--arms", default="", help="names separated by commas (all)")
+    parser.add_argument("--seeds", default="0", help="whole numbers separated by commas (0)")
+    parser.add_argument("--steps", type=int, default=0, help="steps of every run (as many as fit into --minutes)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="minutes of the whole study, without --steps (9)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (as many as there are GPUs, or one)")
+    parser.add_argument("--tokens", type=int, default=0, help="bytes per sequence, instead of the profile's")
     parser.add_argument("--rows", type=int, default=0, help="sequences of each task in an evaluation")
     parser.add_argument("--phase", choices=("compile", "time", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)

@@ -1,9 +1,10 @@
-"""Find the quickest tiles of an operator on this machine's GPU; without one, see what would be tried.
+"""Find the fastest tiles of an operator on this machine's GPU; without a GPU, show what would be tried.
 
     python examples/tune.py [SPEC]
 
-On a GPU the result is saved where the operator finds it. Without one, candidates are compiled for an H100 and ranked by
-the cost model. The spec here is a window alone, whose single kernel compiles in seconds; `nsa-gen tune` is the command.
+On a GPU, the result is saved where the operator finds it. Without a GPU, candidates are compiled for an H100 and ranked
+by the cost model. The default spec has only a window, whose single kernel compiles in seconds. The command for this is
+`nsa-gen tune`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ passes: [forward]
 
 
 def main(spec: str | None = None) -> TuneReport:
-    """Tune, or compile and rank candidates, and print what came of each kernel."""
+    """Tune, or compile and rank candidates, and print the result for each kernel."""
     loaded = parse_spec(WINDOW) if spec is None else load_spec(spec)
     settings = {"shapes": (8192,), "effort": "quick"}
     report = tune(loaded, **settings) if torch.cuda.is_available() else dry_run(loaded, "h100", **settings)

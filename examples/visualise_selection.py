@@ -1,10 +1,10 @@
-"""See which blocks the queries of a call select.
+"""Show which blocks the queries of a call select.
 
     python examples/visualise_selection.py [FILE.png]
 
-One line a query, one character a block: `#` forced (the first block and the query's own), `o` selected by importance,
-`.` not selected. With a file's name the same is drawn by matplotlib. Keys of one block are made to stand out, so that
-queries after it select it.
+Each line is a query and each character a block: `#` forced (the first block and the query's own), `o` selected by
+importance, `.` not selected. With a file name, matplotlib draws the same. The keys of one block are made to stand out,
+so that the queries after it select it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import nsa_gen
 
 
 def selected_blocks(tokens: int = 128, striking: int = 3) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Blocks (T, blocks) that each query of the first KV head selects: bool; which of them are forced: bool; the sizes.
+    """Blocks that each query of the first KV head selects, (T, blocks) bool; the forced ones, bool; and the sizes.
 
-    Keys of block `striking` are parallel to all queries, so that its importance is high.
+    The keys of block `striking` are parallel to all queries, so its importance is high.
     """
     op = nsa_gen.load("tiny")
     sizes = op.SPEC["selection"]
@@ -36,7 +36,7 @@ def selected_blocks(tokens: int = 128, striking: int = 3) -> tuple[Tensor, Tenso
     q = 0.3 * torch.randn(1, tokens, 4, 16, device=device) + direction
     k, v = (torch.randn(1, tokens, 2, 16, device=device) for _ in range(2))
     k[:, striking * sizes["block"] : (striking + 1) * sizes["block"]] += direction
-    # The steps up to the choice, one by one; `nsa_attention(..., return_aux=True)` gives the same indices.
+    # The steps up to the selection, one by one. `nsa_attention(..., return_aux=True)` returns the same indices.
     k_cmp, v_cmp = op.compress(k, v)
     _, lse_cmp = op.compressed_attention(q, k_cmp, v_cmp)
     found, _ = op.select_blocks(q, k_cmp, lse_cmp)
@@ -52,7 +52,7 @@ def selected_blocks(tokens: int = 128, striking: int = 3) -> tuple[Tensor, Tenso
 
 
 def draw(chosen: Tensor, forced: Tensor, path: Path) -> None:
-    """A picture of the blocks: rows are queries, columns blocks. Needs matplotlib."""
+    """Draw the blocks: rows are queries, columns are blocks. Needs matplotlib."""
     from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(4, 5), layout="constrained")

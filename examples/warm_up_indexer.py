@@ -1,11 +1,11 @@
-"""Warm up a learned indexer against dense attention, then train it along with the model.
+"""Warm up a learned indexer against dense attention, then train it together with the model.
 
     python examples/warm_up_indexer.py [STEPS]
 
-A selection with room for every block is dense causal attention. So the warm-up runs the layer's parameters in the
-package of a spec whose `count` holds them all: the teacher of the alignment loss is dense attention there, and only the
-projections of the indexer learn. Afterwards blocks are chosen, and the model and its indexer learn together: the task's
-loss reaches the model alone, the alignment loss the indexer alone.
+A selection that holds every block is dense causal attention. The warm-up therefore runs the layer's parameters in the
+package of a spec whose `count` holds all blocks. There the teacher of the alignment loss is dense attention, and only
+the projections of the indexer learn. Afterwards the indexer selects blocks, and it learns together with the model. The
+task's loss reaches only the model, and the alignment loss only the indexer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ combine: {{gate: none}}
 
 
 def layers() -> tuple[Any, Any]:
-    """A layer that selects blocks, and one of the same parameters whose selection holds every block."""
+    """A layer that selects blocks, and one with the same parameters whose selection holds every block."""
     sparse = parse_spec(SPEC)
     assert sparse.selection is not None
     every = {**sparse.selection.model_dump(), "count": TOKENS // BLOCK}
@@ -52,12 +52,12 @@ def layers() -> tuple[Any, Any]:
     for name, module in layer.named_children():
         setattr(dense, name, module)
     with torch.no_grad():
-        layer.q_proj.weight.mul_(6.0)  # as in a trained model, attention prefers some tokens
+        layer.q_proj.weight.mul_(6.0)  # attention then prefers some tokens, as in a trained model
     return layer, dense
 
 
 def texts() -> Iterator[Tensor]:
-    """Hidden states (1, T, width): noise that a few states come back in."""
+    """Hidden states (1, T, width): noise in which a few states recur."""
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(8, WIDTH, generator=generator)
     while True:
@@ -71,7 +71,7 @@ def of_indexer(layer: Any) -> list[Tensor]:
 
 
 def warm_up(dense: Any, hidden: Iterator[Tensor], steps: int) -> list[float]:
-    """Train the indexer on the attention of `dense`; the loss of each step."""
+    """Train the indexer on the attention of `dense`, and return the loss of each step."""
     optimizer = torch.optim.Adam(of_indexer(dense), lr=0.02)
     losses = []
     for _ in range(steps):
@@ -84,7 +84,10 @@ def warm_up(dense: Any, hidden: Iterator[Tensor], steps: int) -> list[float]:
 
 
 def train(layer: Any, hidden: Iterator[Tensor], steps: int) -> list[tuple[float, float]]:
-    """Train model and indexer together; the task's loss, to give back the next state, and the alignment loss."""
+    """Train model and indexer together; return the task's loss and the alignment loss of each step.
+
+    The task is to predict the next state.
+    """
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.003)
     losses = []
     for _ in range(steps):
@@ -106,7 +109,7 @@ def aligned(dense: Any, hidden: Tensor) -> float:
 
 @torch.no_grad()
 def captured(layer: Any, hidden: Tensor) -> float:
-    """The share of dense attention's weight that lies in the blocks that the indexer chooses, over all queries."""
+    """The share of dense attention's weight, over all queries, that lies in the blocks that the indexer selects."""
     op = nsa_gen.load(parse_spec(SPEC))
     q_idx, k_idx = layer.q_idx_proj(hidden)[:, :, None], layer.k_idx_proj(hidden)[:, :, None]
     indices, _ = op.select_blocks(q_idx, k_idx)

@@ -1,8 +1,8 @@
-"""Write a spec in the shape of a model, from its Hugging Face config.json.
+"""Write a spec for a model's attention, from its Hugging Face config.json.
 
     python examples/write_spec.py path/to/config.json my_attention.yaml
 
-Without arguments it reads a config of a small Llama and prints the spec. `nsa-gen new NAME --from CONFIG` is the same.
+Without arguments, it reads a small Llama's config and prints the spec. `nsa-gen new NAME --from CONFIG` does the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def spec_text(config: Path, name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Read a config and write or print the spec; exit status 1 where the model is refused."""
+    """Read a config and write or print the spec. Returns exit status 1 if the model is refused."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(arguments[0]) if arguments else Path(folder) / "config.json"
         if not arguments:

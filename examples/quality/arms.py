@@ -1,4 +1,4 @@
-"""The attentions of the study, and the sizes at which it runs."""
+"""The attentions of the study, and the sizes of its models."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Profile:
     """Sizes of a study.
 
     Attributes:
-        name: of the profile.
-        mode: what sparse attention runs by.
-        settings: of every run.
+        name: the profile's name.
+        mode: what runs sparse attention: the operator or the reference.
+        settings: settings of every run.
         shape: dtype and head dim of every spec.
         heads: query heads.
         groups: numbers of query heads that share a KV head; `group` is the base's.
         sections: compression, selection and window of the base.
         counts: other numbers of selected blocks.
-        blocks: other lengths of blocks, of which as many are selected as make `selected` tokens.
+        blocks: other block lengths; the selected blocks together have `selected` tokens.
         hidden: width of the mlp phi.
         rows: sequences of each task in an evaluation.
-        lengths: of text and needles in an evaluation, beside those that follow from the trained one.
+        lengths: lengths of text and needles in an evaluation, in addition to those that follow from the trained length.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Profile:
 
     @property
     def base(self) -> str:
-        """The name of the arm from which the others differ in one part."""
+        """The name of the base: each other arm differs from it in one part."""
         return f"nsa-group-{self.group}"
 
     def spec(self, name: str, group: int = 0, **changes: dict[str, Any] | None) -> Spec:
-        """The base's spec with changed fields of sections; None leaves a section out."""
+        """The base's spec with some fields of its sections changed. None leaves a section out."""
         changed = {key: None if value is None else {**self.sections[key], **value} for key, value in changes.items()}
         present = {key: value for key, value in {**self.sections, **changed}.items() if value is not None}
         heads = {"query": self.heads, "kv": self.heads // (group or self.group)}
@@ -82,7 +82,7 @@ class Profile:
         return dense | {name: Choice(self.mode, spec) for name, spec in specs.items()}
 
     def run(self, arm: str, seed: int, steps: int) -> Settings:
-        """The settings of a run."""
+        """The settings of one run of an arm."""
         choice = self.arms()[arm]
         return Settings(choice.mode, choice.spec.resolved_yaml(), seed=seed, steps=steps, **self.settings)
 

@@ -1,7 +1,7 @@
-"""Bytes to train and evaluate on: Python's own sources, and tasks whose answers lie far behind their questions.
+"""Bytes to train and evaluate on: Python's own sources, and tasks whose questions come long after what they ask for.
 
-Everything follows from a seed, a step and a row's number, so that a run that is resumed needs no state of its data, and
-a batch does not depend on the number of processes that share it.
+Everything follows from a seed, a step and a row number. A resumed run therefore needs no saved state of the data, and a
+batch does not depend on the number of processes that share it.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ import torch
 from torch import Tensor
 
 NOISE, TEXT, ANSWER = range(3)
-"""What a byte is to the loss: drawn at random (not counted), text, or an answer: ANSWER and the task's number."""
+"""How the loss counts a byte: drawn at random (not counted), text, or an answer (ANSWER plus the task's number)."""
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 TRAINED_SHARES, HELD_OUT_SHARES = (1 / 4, 1 / 2, 1), (3 / 8, 3 / 4, 3 / 2)
-"""Lengths of tasks as shares of a sequence: those that are trained on, and those that are held out."""
+"""Lengths of tasks as shares of a sequence: the trained ones, and the held-out ones."""
 LETTERS = string.ascii_lowercase.encode()
 PAIRS = [bytes([a, b]) for a in LETTERS for b in LETTERS]
 NODES = string.ascii_letters.encode()
 QUESTION, NEEDLE = b"\x06", b"\x07"
 BETWEEN_NEEDLES = 256
-"""At most one needle in so many bytes."""
+"""There is at most one needle per this many bytes."""
 FIRST_ANSWERED = 4
-"""Regression: examples before the first answer that counts, of two unknown weights."""
+"""Regression: examples before the first answer that counts. There are two unknown weights."""
 BINS = 12
 """Regression: answers are rounded to whole numbers from -BINS to BINS."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train on, text that is held out, and a digest of both."""
+    """Text to train on, held-out text, and a digest of both."""
 
     train: bytes
     held_out: bytes
     digest: str
 
     def slice(self, held_out: bool, size: int, draw: random.Random) -> bytes:
-        """`size` bytes from a random place of the text."""
+        """`size` bytes from a random place in the text."""
         text = self.held_out if held_out else self.train
         start = draw.randrange(len(text) - size + 1)
         return text[start : start + size]
@@ -56,11 +56,11 @@ class Corpus:
 
 @cache
 def library(packages: str = "") -> Corpus:
-    """The sources of Python's standard library, as they lie on this machine; one file in twenty is held out.
+    """The sources of Python's standard library, as installed on this machine; one file in twenty is held out.
 
-    They come with every interpreter, under the PSF license, and are read, not copied. Other versions of Python have
-    other sources: runs are comparable where their digests are equal. `packages` are names of installed packages, with
-    commas between, whose sources are read too. Raises ValueError for one that is not installed.
+    They come with every interpreter, under the PSF license, and are read but not copied. Other versions of Python have
+    other sources: runs are comparable only if their digests are equal. `packages` are names of installed packages,
+    separated by commas, whose sources are read too. Raises ValueError if one is not installed.
     """
     roots = [Path(sysconfig.get_path("stdlib"))]
     for package in filter(None, packages.split(",")):
@@ -83,7 +83,7 @@ def library(packages: str = "") -> Corpus:
 
 @dataclass
 class Page:
-    """Bytes under construction, with the kind of each."""
+    """A sequence under construction: its bytes, and the kind of each byte."""
 
     text: bytearray = field(default_factory=bytearray)
     kinds: bytearray = field(default_factory=bytearray)
@@ -94,17 +94,17 @@ class Page:
 
 
 Filler = Callable[[int], bytes]
-"""Gives so many bytes of text."""
+"""Returns the given number of bytes of text."""
 
 
 def _words(count: int, draw: random.Random) -> list[bytes]:
-    """Different keys, of one letter where the alphabet has enough, of two otherwise."""
+    """Distinct keys of one letter, or of two if the alphabet has too few letters."""
     known = [bytes([a]) for a in LETTERS] if count <= len(LETTERS) else PAIRS
     return draw.sample(known, min(count, len(known)))
 
 
 def recall(length: int, draw: random.Random, filler: Filler) -> Page:
-    """Keys with a value each; then text; then every key is asked for, in another order."""
+    """Keys with one value each, then text, then a question for every key, in another order."""
     page, keys = Page(), _words(max(2, length // 16), draw)
     values = {key: bytes([draw.choice(LETTERS)]) for key in keys}
     asked = draw.sample(keys, len(keys))
@@ -120,7 +120,7 @@ def recall(length: int, draw: random.Random, filler: Filler) -> Page:
 
 
 def needle(length: int, draw: random.Random, filler: Filler, depth: float | None = None) -> Page:
-    """Keys with a value of four letters each, at any places of a text; at the end every key, in another order.
+    """Keys with values of four letters, at random places in a text; then a question for every key, in another order.
 
     With a `depth` (0: at the start, 1: at the end) there is one needle.
     """
@@ -139,7 +139,7 @@ def needle(length: int, draw: random.Random, filler: Filler, depth: float | None
 
 
 def hops(length: int, draw: random.Random, filler: Filler) -> Page:
-    """Links between letters, in random order and spread over a text; asked for is where 1, 2 or 3 links lead to."""
+    """Links between letters, in random order, spread over a text. The question is where 1, 2 or 3 links lead."""
     page, steps = Page(), draw.randint(1, 3)
     count = max(1, min(length // 24 // steps, len(NODES) // (steps + 1)))
     nodes = draw.sample(NODES, count * (steps + 1))
@@ -157,7 +157,7 @@ def hops(length: int, draw: random.Random, filler: Filler) -> Page:
 
 
 def copying(length: int, draw: random.Random, filler: Filler) -> Page:
-    """Random letters, a text, and the letters again."""
+    """Random letters, a text, and the same letters again."""
     page, letters = Page(), bytes(draw.choices(LETTERS, k=length // 4))
     page.write(letters)
     page.write(filler(length - 2 * len(letters) - 1), TEXT)
@@ -167,7 +167,7 @@ def copying(length: int, draw: random.Random, filler: Filler) -> Page:
 
 
 def regression(length: int, draw: random.Random, filler: Filler) -> Page:
-    """Points of two numbers from -4 to 4, as digits, with the letter of a linear function's rounded value."""
+    """Points of two numbers from -4 to 4, as digits, each with a letter for a linear function's rounded value."""
     page, weights = Page(), (draw.gauss(0, 1), draw.gauss(0, 1))
     for i in range(length // 4):
         x = [draw.randint(-4, 4) for _ in weights]
@@ -191,7 +191,7 @@ SHORTEST = 32
 
 
 def task_page(task: str, length: int, draw: random.Random, corpus: Corpus, held_out: bool, **more: float) -> Page:
-    """One sequence of a task, `length` bytes, the first of which names the task."""
+    """One sequence of a task with `length` bytes; the first byte names the task."""
     if length < SHORTEST:
         raise ValueError(f"tokens: expected at least {SHORTEST} bytes of a task, got {length}")
     page, number = Page(), list(TASKS).index(task)
@@ -222,8 +222,8 @@ def training_batch(
 ) -> tuple[Tensor, Tensor]:
     """Rows of a step's batch: tokens (B, T) int64 and kinds (B, T) uint8.
 
-    A row is a slice of the text or, with a probability of `task_share`, several sequences of one of `tasks`, whose
-    lengths are a quarter, a half or the whole of the row.
+    A row is a slice of the text or, with probability `task_share`, one or more sequences of one of `tasks`. They have
+    a quarter, a half or the whole of the row's length.
     """
     pages = []
     for row in rows:
@@ -244,7 +244,7 @@ def training_batch(
 def held_out_batch(
     corpus: Corpus, what: str, tokens: int, rows: range, seed: int = 0, **more: float
 ) -> tuple[Tensor, Tensor]:
-    """Held-out text (`what` is "text") or sequences of a task, as `training_batch` gives them."""
+    """Held-out text (`what` is "text") or sequences of a task, in the form that `training_batch` returns."""
     pages = []
     for row in rows:
         draw, page = random.Random(f"held out/{seed}/{what}/{tokens}/{more}/{row}"), Page()

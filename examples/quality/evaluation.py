@@ -1,4 +1,4 @@
-"""What a trained model is worth: losses, tasks, needles, memory and the speed of generation."""
+"""Evaluate a trained model: losses, tasks, needles, memory and the speed of generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from examples.quality.training import counted, loss_sums, peak_bytes
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BINS = 16
-"""Bins of positions, as many as a sequence is cut into."""
+"""The number of bins of positions in a sequence."""
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def logits_of(model: Model, tokens: Tensor) -> Tensor:
 def _batches(
     corpus: Corpus, what: str, length: int, rows: int, device: torch.device, **more: float
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    """Held-out rows, as many at a time as a few tens of thousands of bytes make."""
+    """Held-out rows, in batches of a few tens of thousands of bytes."""
     at_once = max(1, min(rows, 32768 // length))
     starts = range(0, rows, at_once)
     drawn = [held_out_batch(corpus, what, length, range(i, min(i + at_once, rows)), **more) for i in starts]
@@ -40,7 +40,7 @@ def _batches(
 
 
 def text_loss(model: Model, corpus: Corpus, length: int, rows: int, device: torch.device) -> Tensor:
-    """The loss in nats (length - 1,) on held-out text by position, the mean over rows."""
+    """The loss on held-out text by position, (length - 1,) in nats, as a mean over rows."""
     total = torch.zeros(length - 1, dtype=torch.float64, device=device)
     for tokens, _ in _batches(corpus, "text", length, rows, device):
         logits = logits_of(model, tokens)[:, :-1].flatten(0, 1).float()
@@ -50,7 +50,7 @@ def text_loss(model: Model, corpus: Corpus, length: int, rows: int, device: torc
 
 
 def by_position(loss: Tensor) -> list[dict[str, float]]:
-    """Means of a loss by position (T - 1,) over bins of equal length: each predicts the bytes from start to stop."""
+    """Means of a loss by position (T - 1,) over bins of equal length. A bin predicts the bytes from start to stop."""
     bins = min(BINS, len(loss))
     edges = [1 + len(loss) * i // bins for i in range(bins + 1)]
     return [{"start": a, "stop": b, "loss": loss[a - 1 : b - 1].mean().item()} for a, b in pairwise(edges)]
@@ -59,7 +59,7 @@ def by_position(loss: Tensor) -> list[dict[str, float]]:
 def answers(
     model: Model, corpus: Corpus, task: str, length: int, rows: int, device: torch.device, **more: float
 ) -> dict[str, float]:
-    """The loss in nats on a task's answers, and the share of their bytes that are right."""
+    """The loss on a task's answers in nats, the share of answer bytes that are right, and their number."""
     found = torch.zeros(3, dtype=torch.float64, device=device)
     for tokens, kinds in _batches(corpus, task, length, rows, device, **more):
         sums, right = loss_sums(logits_of(model, tokens), tokens, kinds)
@@ -83,12 +83,12 @@ def evaluate(
     tasks: Sequence[str] = tuple(TASKS),
     progress: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Everything but generation, of a model that was trained on sequences of `tokens` bytes.
+    """Evaluate everything but generation, for a model that was trained on sequences of `tokens` bytes.
 
-    `rows` sequences of each of `tasks` and four times as many of text: `held_out_loss` at the trained length,
-    `positions` (bins of it), `perplexity` a byte at the trained length and at `lengths`, `needles` by depth and length,
-    those of `lengths` too, `tasks` at trained and held-out lengths, and `peak_bytes`. `progress` is called with what
-    there is after each of these parts.
+    Uses `rows` sequences of each of `tasks` and four times as many of text. The result has `held_out_loss` at the
+    trained length, `positions` (the same loss in bins), `perplexity` per byte at the trained length and at `lengths`,
+    `needles` by depth and length (including `lengths`), `tasks` at trained and held-out lengths, and `peak_bytes`.
+    `progress` is called with the result so far after text, needles and tasks.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -126,21 +126,21 @@ def evaluate(
 
 
 class _Cached:
-    """A model as `examples.generate` calls one."""
+    """Adapts a model to the interface that `examples.generate` calls."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def __call__(self, tokens: Tensor, cache: Any, prompt: bool = False) -> Tensor:
-        with autocast(self.model.choice, tokens.device, cached=False):  # a graph holds what rounds the weights
+        with autocast(self.model.choice, tokens.device, cached=False):  # a graph has to round the weights itself
             return self.model(tokens, cache)[:, -1]
 
 
 @torch.no_grad()
 def generation(model: Model, prompt: Tensor, new: int, chunk: int = 8192) -> dict[str, Any]:
-    """The speed of generation behind prompts (B, T), greedily: tokens a second, and how.
+    """Generate greedily after prompts (B, T); returns tokens per second, the method and the first sequence's tokens.
 
-    An operator with a decode pass keeps a cache; whatever else runs the whole sequence for every token.
+    An operator with a decode pass uses a cache. Everything else runs the whole sequence for every token.
     """
     op = next((operator.op for operator in model.operators()), None)
     if model.choice.mode == "operator" and hasattr(op, "NSACache"):

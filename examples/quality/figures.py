@@ -1,4 +1,4 @@
-"""Figures of runs; without matplotlib, which comes with nsa-gen[bench], none is drawn."""
+"""Figures of runs. Without matplotlib, which comes with nsa-gen[bench], nothing is drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def _axes(path: Path, size: tuple[float, float] = (6, 4), columns: int = 1) -> Iterator[Any]:
-    """Axes, or a sequence of them, of a figure that is written to `path`; None without matplotlib."""
+    """Axes, or a sequence of them, of a figure that is written to `path`. None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -19,11 +19,11 @@ def _axes(path: Path, size: tuple[float, float] = (6, 4), columns: int = 1) -> I
     figure = Figure(figsize=size, layout="constrained")
     yield figure.subplots(1, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")  # square panels leave no room for titles otherwise
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # without it, square panels leave no room for titles
 
 
 def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The losses of a run by step."""
+    """Plot the losses of a run by step."""
     with _axes(path) as axes:
         if axes is not None:
             for name in ("text_loss", "answer_loss"):
@@ -33,7 +33,7 @@ def plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_positions(bins: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The loss on text by position."""
+    """Plot the loss on text by position."""
     with _axes(path) as axes:
         if axes is not None:
             axes.plot(
@@ -43,7 +43,7 @@ def plot_positions(bins: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_needles(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The share of needles' letters that are right, by depth and length."""
+    """Plot the share of needles' letters that are right, by depth and length."""
     lengths, depths = (sorted({each[name] for each in cells}) for name in ("tokens", "depth"))
     known = {(each["depth"], each["tokens"]): each["accuracy"] for each in cells}
     with _axes(path) as axes:
@@ -57,7 +57,7 @@ def plot_needles(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_selection(maps: Sequence[Sequence[Sequence[float]]], path: Path) -> None:
-    """Where each layer's selected blocks lie: shares of the slots of a part of the queries, by part of the keys."""
+    """Map each layer's selected blocks: for each range of queries, the share of its slots in each range of keys."""
     with _axes(path, (3 * len(maps) + 1, 3.4), len(maps)) as axes:
         for number, shares in enumerate(maps if axes is not None else ()):
             panel = axes if len(maps) == 1 else axes[number]

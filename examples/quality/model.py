@@ -1,4 +1,4 @@
-"""A llama-like decoder on bytes whose attention is dense, a generated operator, or its dense reference."""
+"""A llama-like decoder over bytes whose attention is dense, a generated operator, or its dense reference."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Mode = Literal["dense", "operator", "reference"]
 
 @dataclass(frozen=True)
 class Choice:
-    """An attention: dense in the heads of a spec, the spec's operator, or its formulas densely in plain torch."""
+    """An attention: dense with the heads of a spec, the spec's operator, or its formulas in plain torch."""
 
     mode: Mode
     spec: Spec
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """Of `dense`, `dense:SPEC`, `reference:SPEC` or SPEC: a shipped spec's name or a file, tiny if left out.
+        """Parse `dense`, `dense:SPEC`, `reference:SPEC` or SPEC: a shipped spec's name or a file (default: tiny).
 
-        Raises SpecError for a spec that is wrong, ValueError for one that no layer can be made of.
+        Raises SpecError if the spec is wrong, and ValueError if a layer cannot use it.
         """
         mode, _, name = text.partition(":") if text.split(":")[0] in get_args(Mode) else ("operator", "", text)
         spec = load_spec(name or "tiny")
@@ -48,7 +48,7 @@ class Choice:
 
 
 class Operator:
-    """The `nsa_attention` of a layer: its package's, or the reference; keeps the blocks it selected if asked to."""
+    """The `nsa_attention` of a layer: its package's, or the reference. Keeps the selected blocks if `keep` is set."""
 
     def __init__(self, op: Any, spec: Spec, mode: Mode) -> None:
         self.op, self.keep, self.indices = op, False, None
@@ -68,10 +68,10 @@ class Operator:
 
 
 def sparse_layer(choice: Choice, width: int) -> nn.Module:
-    """A package's `NativeSparseAttention` in float32, for autocast to the spec's dtype, that calls an `Operator`.
+    """A package's `NativeSparseAttention` that calls an `Operator`, in float32 for autocast to the spec's dtype.
 
-    Its forward is the package's own, in which the name `nsa_attention` means the Operator: projections, gates, phi and
-    caches are what a user of the package gets, and checkpoints fit the operator and the reference.
+    Its forward is the package's own, with the name `nsa_attention` bound to the Operator. Projections, gates, phi and
+    caches are therefore those of the package, and the operator and the reference share checkpoints.
     """
     op = nsa_gen.load(choice.spec)
     layer = op.NativeSparseAttention(width, rotary=rotate, dtype=torch.float32)
@@ -84,7 +84,7 @@ def sparse_layer(choice: Choice, width: int) -> nn.Module:
 
 
 class DenseAttention(nn.Module):
-    """Causal attention to all keys, in the heads of a spec."""
+    """Causal attention to all keys, with the heads of a spec."""
 
     def __init__(self, spec: Spec, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class DenseAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each behind a norm."""
+    """Attention and SwiGLU, each after a norm."""
 
     def __init__(self, choice: Choice, width: int) -> None:
         super().__init__()
@@ -119,9 +119,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks, logits.
+    """Embedding, blocks and logits.
 
-    What attentions have in common starts with equal numbers: they depend on the seed and a parameter's name alone.
+    Parameters that attentions have in common start with equal values, which depend only on the seed and their names.
     """
 
     def __init__(self, choice: Choice, width: int, layers: int, seed: int = 0, recompute: bool = False) -> None:
@@ -140,7 +140,7 @@ class Model(nn.Module):
                 nn.init.normal_(parameter, std=std, generator=draw)
 
     def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        """Logits (B, T, 256) of tokens (B, T), behind those that a package's cache holds, if one is given."""
+        """Logits (B, T, 256) of tokens (B, T). With a package's cache, they follow the tokens that it holds."""
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
             cached = {} if cache is None else {"cache": cache, "layer": layer}
@@ -151,7 +151,7 @@ class Model(nn.Module):
         return self.head(self.norm(x))
 
     def operators(self) -> list[Operator]:
-        """The operator of each layer; none where attention is dense."""
+        """The operator of each layer; empty if attention is dense."""
         return [block.attention.operator for block in self.blocks if hasattr(block.attention, "operator")]
 
 
@@ -162,9 +162,9 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def autocast(choice: Choice, device: torch.device, cached: bool = True) -> torch.autocast:
-    """Mixed precision: products in bfloat16 on a GPU if it is the spec's dtype; everything in float32 otherwise.
+    """Autocast with products in bfloat16 if that is the spec's dtype and there is a GPU; otherwise float32.
 
-    `cached` keeps the rounded weights until the end of the block, which a CUDA graph must not.
+    `cached` keeps the rounded weights until the autocast block ends. A CUDA graph must not use it.
     """
     lower = choice.spec.dtype == "bfloat16" and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=cached)

@@ -1,4 +1,4 @@
-"""Which blocks a trained model selects: maps of where they lie, and statistics for `nsa-gen bench --inputs`."""
+"""Show which blocks a trained model selects: maps, and statistics for `nsa-gen bench --inputs`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nsa_gen.bench.recorded import Selection, measure_selection
 def selected_blocks(model: Model, tokens: Tensor) -> list[Tensor]:
     """The blocks that each layer selects for tokens (B, T): (B, T, S, n) int32 with -1 in empty slots.
 
-    Empty where the model's attention selects none.
+    The list is empty if the model's attention selects no blocks.
     """
     operators = model.operators()
     for operator in operators:
@@ -31,9 +31,9 @@ def selected_blocks(model: Model, tokens: Tensor) -> list[Tensor]:
 
 
 def selection_statistics(model: Model, tokens: Tensor) -> tuple[Selection | None, list[Selection], list[Any]]:
-    """The mean over layers, each layer's statistics, and each layer's map of the first sequence.
+    """The mean over layers, each layer's statistics, and each layer's map of the first sequence, for tokens (B, T).
 
-    tokens (B, T). None and two empty lists where the attention selects no blocks, or chooses among too few.
+    Without selected blocks: None and two empty lists. With too few blocks for a choice: None, an empty list, the maps.
     """
     spec, found = model.choice.spec, selected_blocks(model, tokens)
     if not found:
@@ -48,7 +48,7 @@ def selection_statistics(model: Model, tokens: Tensor) -> tuple[Selection | None
 
 
 def write_selection(model: Model, tokens: Tensor, folder: Path) -> Selection | None:
-    """Write selection.json, for benchmarks, and selection.png; returns the mean over layers."""
+    """Write selection.json, for benchmarks, and selection.png. Returns the mean over layers."""
     mean, layers, maps = selection_statistics(model, tokens)
     if maps:
         plot_selection(maps, folder / "selection.png")

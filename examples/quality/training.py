@@ -1,4 +1,4 @@
-"""Training runs that resume exactly, on one GPU or several, or on a CPU."""
+"""Training runs that resume exactly, on one or several GPUs or on a CPU."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from examples.quality.model import Choice, Mode, Model, autocast
 from nsa_gen.spec import parse_spec
 
 KINDS = (TEXT, *(ANSWER + number for number in range(len(TASKS))))
-"""What is counted: text, and the answers of each task."""
+"""The kinds of bytes that count: text, and the answers of each task."""
 DOUBLINGS = 5
-"""How often the length of sequences that grow doubles, where they are long enough."""
+"""How often the length of growing sequences doubles, if they are long enough."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run's numbers depend on. `spec` is the text of a spec, `batch` the sequences of all processes.
+    """Everything that a run's numbers depend on. `spec` is a spec's text, `batch` counts sequences of all processes.
 
-    `growth` is the share of the steps in which sequences grow to `tokens` bytes, from a part of that and with as many
-    more of them; `packages` are those whose sources are text too.
+    `growth` is the share of the steps in which sequences grow to `tokens` bytes. While they are shorter, a step has
+    proportionally more of them. `packages` names packages whose sources are text too.
     """
 
     mode: Mode
@@ -65,16 +65,16 @@ class Settings:
 
     @property
     def doublings(self) -> int:
-        """How often sequences double: a quarter of the shortest ones still holds a task."""
+        """How often sequences double, so that a quarter of the shortest ones still holds a task."""
         return min(DOUBLINGS, max(1, self.tokens // (4 * SHORTEST)).bit_length() - 1) if self.growth else 0
 
     def length(self, step: int) -> int:
-        """Bytes of a step's sequences; each length that is to be doubled has as many steps."""
+        """Bytes of a step's sequences. Each of the shorter lengths has the same number of steps."""
         grown = self.growth * self.steps
         return self.tokens if step >= grown else self.tokens >> (self.doublings - int(step * self.doublings / grown))
 
     def rate(self, step: int) -> float:
-        """The learning rate: a rise over the first steps, then half a cosine to a tenth."""
+        """The learning rate: a linear warm-up, then half a cosine down to a tenth."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -88,9 +88,9 @@ def device_here() -> torch.device:
 
 
 def loss_sums(logits: Tensor, tokens: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (KINDS,) over text and over each task's answers of the loss in nats, and of the bytes that are right.
+    """Sums (KINDS,) of the loss in nats and of the right bytes, over text and over each task's answers.
 
-    logits (B, T, 256), tokens (B, T) int64, kinds (B, T) uint8: each token is predicted from those before.
+    logits (B, T, 256), tokens (B, T) int64, kinds (B, T) uint8. Each token is predicted from those before it.
     """
     wanted, kind = tokens[:, 1:].flatten(), kinds[:, 1:].flatten()
     flat = logits[:, :-1].flatten(0, 1).float()
@@ -101,12 +101,12 @@ def loss_sums(logits: Tensor, tokens: Tensor, kinds: Tensor) -> tuple[Tensor, Te
 
 
 def counted(kinds: Tensor) -> Tensor:
-    """How many bytes (KINDS,) of text and of each task's answers are predicted."""
+    """The number (KINDS,) of predicted bytes of text and of each task's answers."""
     return torch.stack([(kinds[:, 1:] == each).sum() for each in KINDS]).double()
 
 
 def optimiser_of(model: nn.Module, lr: float, fused: bool) -> torch.optim.AdamW:
-    """AdamW, with weight decay of matrices alone."""
+    """AdamW, with weight decay only for matrices."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -114,7 +114,7 @@ def optimiser_of(model: nn.Module, lr: float, fused: bool) -> torch.optim.AdamW:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak memory so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -122,7 +122,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, up to one that an interruption cut off."""
+    """The lines of a log, without one that an interruption cut off."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -141,12 +141,12 @@ def train(
     save_every: int = 100,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Model:
-    """Train, or go on from `out`/checkpoint.pt, up to the last step or `stop_after`; returns the model.
+    """Train, from `out`/checkpoint.pt if it exists, up to the last step or `stop_after`. Returns the model.
 
-    `out`/log.jsonl gets a line a step: step, text_loss and answer_loss in nats, answer_accuracy, loss and accuracy of
-    each of the step's tasks, lr, length of the sequences, tokens_per_second, peak_bytes. Losses are means over all
-    processes, and do not depend on how many there are but for rounding. Raises ValueError where the checkpoint is of
-    other settings or another text.
+    `out`/log.jsonl gets one line per step: step, text_loss and answer_loss in nats, answer_accuracy, loss and accuracy
+    of each of the step's tasks, lr, length of the sequences, tokens_per_second and peak_bytes. Losses are means over
+    all processes, and depend on their number only by rounding. Raises ValueError if the checkpoint has other settings
+    or another text.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.batch % ranks:
@@ -206,7 +206,7 @@ def train(
 def _step(
     model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings, step: int, batch: tuple[Tensor, Tensor]
 ) -> dict[str, Any]:
-    """One step on this process's rows of a batch; the line of the log, without its time."""
+    """Train one step on this process's rows of a batch. Returns the line of the log, without times."""
     tokens, kinds = batch
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rate = settings.rate(step)
@@ -219,9 +219,9 @@ def _step(
     if ranks > 1:
         dist.all_reduce(counts)
     scale, present = counts.clamp(min=1).to(sums), (counts[1:] > 0).to(sums)
-    # Each of a step's tasks has the same weight: copying has hundreds of times the answers of a needle.
+    # Each of a step's tasks has the same weight: copying has hundreds of times as many answers as a needle.
     share = present / present.sum().clamp(min=1)
-    # DDP takes the mean of the processes' gradients; their sum is that of the whole batch.
+    # DDP averages the processes' gradients, so multiply by `ranks` to get the whole batch's sum.
     ((sums / scale) @ torch.cat((sums.new_ones(1), settings.answer_weight * share)) * ranks).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
@@ -240,7 +240,7 @@ def _step(
 
 
 def load_model(folder: Path, device: torch.device, mode: Mode | None = None) -> tuple[Model, Settings]:
-    """The model of a checkpoint, in evaluation mode; `mode` runs an operator's by its reference, or the reverse."""
+    """The model of a checkpoint, in evaluation mode. `mode` replaces an operator by its reference, or the reverse."""
     state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
     known = {name: value for name, value in state["settings"].items() if name != "corpus"}
     if mode is not None:
