@@ -1,4 +1,4 @@
-"""What a wheel carries of generated/: tuned tables alone. `nsa_gen.load` generates the packages themselves."""
+"""Build hook: of generated/, a wheel gets only the tuned tables. `nsa_gen.load` generates the packages themselves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class TunedTables(BuildHookInterface):
-    """Puts each spec's tuned tables where `nsa_gen._resources.tuned_dir` looks for them."""
+    """Put each spec's tuned tables where `nsa_gen._resources.tuned_dir` looks for them."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add generated/<spec>/tuned to a wheel; an editable install reads the checkout."""
+        """Add generated/<spec>/tuned to a wheel. An editable install reads the checkout instead."""
         if version == "editable":
             return
         root = Path(self.root)

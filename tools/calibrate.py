@@ -1,11 +1,11 @@
-"""The factors that bring the cost model's times to the clock, from the kernels that benchmarks have profiled.
+"""Compute the factors that scale the cost model's times to measured ones, from profiled kernels of benchmarks.
 
     python tools/calibrate.py RESULTS.json... [--write]
 
-RESULTS are what `nsa-gen bench SPEC --output` or tools/compare_peers.py wrote, of one GPU; workloads are taken for the
-shipped specs of their name, and others are passed over. Prints a row a kernel, and with --write replaces
-nsa_gen/lowering/calibration.py and docs/predictions.md. Exit status 0: every prediction is within a factor of two of
-its measurement; 1: not; 2: a wrong call.
+RESULTS are files of one GPU, written by `nsa-gen bench SPEC --output` or tools/compare_peers.py. Workloads named like a
+shipped spec count; others are skipped. Prints one row per kernel. With --write, replaces docs/predictions.md and
+nsa_gen/lowering/calibration.py. Exit status 0: every prediction is within a factor of two of its measurement; 1: one is
+not; 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ fits all shapes and lengths, not how well unseen kernels are predicted. The larg
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print, and write if asked to, the factors of the results that the command line names; return the exit status."""
+    """Print the factors from the given results, and with --write also write them; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("--write", action="store_true", help=f"replace {TARGET.relative_to(PROJECT)}")
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _table(predicted: Mapping[KernelRow, float]) -> Table:
-    """A row a kernel whose time in milliseconds is predicted."""
+    """One row per kernel with a predicted time in milliseconds."""
     ordered = sorted(predicted, key=lambda row: (row.workload, row.tokens, row.direction, -row.ms))
     cells = []
     for row in ordered:

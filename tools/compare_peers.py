@@ -1,12 +1,12 @@
-"""The operator beside dense attention and the public packages of native sparse attention, in one call on one GPU.
+"""Compare the operator with dense attention and the public packages of native sparse attention, on one GPU.
 
     python tools/compare_peers.py --out DIR [--budget SECONDS] [--only A,B,C,D,groups,breakeven] [--against NAMES]
     python tools/compare_peers.py --out DIR --from FILE [FILE ...]
 
-The first measures; the second draws tables and plots from comparison.json or records.jsonl of earlier calls, and needs
-no GPU. DIR receives records.jsonl (each figure as soon as it is known), comparison.json, comparison.md, by_length.png
-and by_group.png. Packages that cannot be imported are named as missing; docs/bench.md says how to bring them along.
-Exit status 0: our operator has a time for everything; 1: it has not; 2: a wrong call, or no GPU.
+The first form measures. The second makes tables and plots from comparison.json or records.jsonl of earlier calls, and
+needs no GPU. DIR receives records.jsonl (each number as soon as it is known), comparison.json, comparison.md,
+by_length.png and by_group.png. Packages that cannot be imported are listed as missing; docs/bench.md says how to
+provide them. Exit status 0: our operator has a time for everything; 1: it does not; 2: wrong arguments, or no GPU.
 """
 
 from __future__ import annotations
@@ -100,5 +100,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the workers are ended too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the workers too
     sys.exit(main())

@@ -1,14 +1,14 @@
-"""Record what the generator emits, so that a change that should not alter it can be shown not to.
+"""Record what the generator emits, to show that a change does not alter it.
 
     python tools/freeze.py record FILE [--specs tiny] [--targets sm_90] [--resources]
     python tools/freeze.py compare FILE
 
-Of each kernel that a package launches, for each target: a digest of its TTIR (names and locations left out) and, with
---resources, registers, spilled bytes and shared memory, for which it is compiled to the end. Of a fixed set of calls on
-Triton's interpreter, with the operator's default and its other schedules: a digest of the bits of every output and
-gradient. `compare` computes again what FILE holds, prints what differs and exits with 1 if anything does; kernels whose
-TTIR is the same are not compiled again. Digests hold for one Triton; bits also for one kind of CPU, because numpy's
-functions differ between them. FILE names both, and `compare` refuses another Triton.
+For each kernel that a package launches, and for each target, FILE has a digest of its TTIR without names and locations.
+With --resources, the kernel is compiled completely, and FILE also has its registers, spilled bytes and shared memory.
+For a fixed set of calls in Triton's interpreter, with the operator's default and its other schedules, FILE has a digest
+of the bits of every output and gradient. `compare` computes everything again, prints what differs, and exits with 1 if
+anything does. Kernels with unchanged TTIR are not compiled again. Digests are valid for one version of Triton, and bits
+for one kind of CPU, because numpy's functions differ between CPUs. FILE names both; `compare` refuses another Triton.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def ttir_digest(text: str) -> str:
 
 
 def lower_to_ttir(specialization: Any) -> str:
-    """TTIR of a launch (TTGIR of a kernel in Gluon) as Triton's own first passes leave it, in some 50 ms."""
+    """TTIR of a launch (TTGIR for Gluon) after Triton's own first passes. Takes about 50 ms."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 
@@ -68,8 +68,8 @@ def lower_to_ttir(specialization: Any) -> str:
 def freeze_kernels(name: str, target: str, known: Mapping[str, list[Any]] | None, resources: bool) -> Record:
     """Kernels of one shipped spec for one target: {kernel and calls: [TTIR digest, registers, spills, shared memory]}.
 
-    Resources are taken from `known` where the digest is that of there; None where they were not asked for. Runs in a
-    process of its own, in which Triton is not the interpreter.
+    Resources are copied from `known` if the digest is the same, and None if they were not requested. Runs in its own
+    process, in which Triton compiles.
     """
     import triton
 
@@ -106,7 +106,7 @@ def freeze_kernels(name: str, target: str, known: Mapping[str, list[Any]] | None
 
 
 def interpreted(spec: Spec) -> Spec:
-    """A spec in float32 and with one or two KV heads of the same group size: what the interpreter computes rightly."""
+    """The spec in float32 with one or two KV heads of the same group size, which the interpreter computes correctly."""
     kv = min(spec.heads.kv, 2 if spec.heads.query == spec.heads.kv else 1)
     heads = {"query": kv * (spec.heads.query // spec.heads.kv), "kv": kv}
     return type(spec).model_validate({**spec.model_dump(), "dtype": "float32", "heads": heads})
@@ -123,7 +123,7 @@ def bits(tensors: Mapping[str, Any]) -> dict[str, str]:
 
 
 def operator_calls(spec: Spec) -> dict[str, dict[str, Any]]:
-    """Arguments of `make_inputs` by the call's name: lengths around the blocks' and the window's ends."""
+    """Arguments of `make_inputs` by the call's name, with lengths around the ends of blocks and of the window."""
     block = spec.selection.block if spec.selection is not None else 16
     return {
         "batched": {"tokens": 2 * block + 5, "batch": 2, "kind": "gaussian"},
@@ -133,7 +133,7 @@ def operator_calls(spec: Spec) -> dict[str, dict[str, Any]]:
 
 
 def schedules_of(module: Any) -> dict[str, dict[str, dict[str, int]]]:
-    """The default, and each schedule's choices all off and all on, with chunks of which a short call has several."""
+    """The default, then all schedule choices as 0 and as 1, with chunks so small that a short call has several."""
     import torch
 
     found: dict[str, dict[str, dict[str, int]]] = {"default": {}}
@@ -200,7 +200,7 @@ def inference(module: Any, spec: Spec, page_size: int | None) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """What digests and bits hold for."""
+    """The versions and the CPU for which digests and bits are valid."""
     import numpy
     import torch
     import triton
@@ -216,17 +216,17 @@ def environment() -> dict[str, str]:
 
 
 def interpret(wanted: bool) -> None:
-    """Settle, before Triton is imported, whether it is the interpreter in this process."""
+    """Decide, before Triton is imported, whether this process interprets kernels."""
     os.environ["TRITON_INTERPRET"] = str(int(wanted))
 
 
 def freeze(
     specs: Iterable[str], targets: Iterable[str], known: Record | None, resources: bool, parts: Iterable[str], jobs: int
 ) -> Record:
-    """The record of all of that, computed in processes of their own."""
+    """The complete record, computed in separate processes."""
     record: Record = {"environment": environment(), "kernels": {}, "bits": {}}
     before = (known or {}).get("kernels", {})
-    # Triton decides when it is imported whether it is the interpreter, so each of the two has its own processes.
+    # Triton decides on import whether it interprets kernels, so both parts have their own processes.
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         futures: dict[tuple[str, str, str], Future[Record]] = {}
@@ -251,7 +251,7 @@ def freeze(
 
 
 def differences(before: Any, after: Any, path: tuple[str, ...] = ()) -> list[str]:
-    """A line for each value that differs, is gone or is new."""
+    """One line for each value that differs, is gone or is new."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return [] if before == after else [f"{': '.join(path)}: {before} -> {after}"]
     found = []

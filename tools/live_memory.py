@@ -2,9 +2,9 @@
 
     python tools/live_memory.py nsa_64x4 [--tokens 8192 32768] [--target sm_90] [--batch 1] [--json]
 
-The package's launch functions run on tensors without storage, and launches are recorded in place of being sent. Bytes
-are those of tensors that live at the same time beside the inputs, as `nsa-gen bench` counts them; what the caching
-allocator rounds up is left out.
+The package's launch functions run on tensors without storage, and launches are recorded instead of executed. The bytes
+are those of all tensors that live at the same time, without the inputs, as `nsa-gen bench` counts them. The rounding of
+the caching allocator is not included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 def show(peak: Peak, least: int) -> None:
-    """Print a pass's peak and the allocations of at least `least` bytes that live at it."""
+    """Print a pass's peak, and the allocations of at least `least` bytes that live at that time."""
     print(f"  {peak.bytes / MIB:10.1f} MiB  {peak.name}, at {peak.at}")
     for each in peak.live:
         if each.bytes >= least:

@@ -1,6 +1,6 @@
-"""Print what context parallelism is predicted to take: `python tools/predict_ranks.py [SPEC] [--gpu h100]`.
+"""Print the predicted times of context parallelism: `python tools/predict_ranks.py [SPEC] [--gpu h100]`.
 
-The table of docs/distributed.md is this one; `--calls 262144x2,...` asks for others (tokens x ranks).
+docs/distributed.md has this table. `--calls 262144x2,...` asks for other calls (tokens x ranks).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Time what people wait for at every change of a spec, beside a budget; meant for an idle machine.
+"""Time the commands that people wait for at every change of a spec, and compare with budgets.
 
     python tools/startup_times.py
 
-Prints the best of five runs of each. Tests hold what makes these quick (what is imported), not the clock.
+Run it on an idle machine. Prints the best of five runs of each. Tests check what keeps the commands fast (which modules
+are imported), not the time.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ BUDGETS: dict[str, tuple[tuple[str, ...], float]] = {
     "generate llama3_8b": (("-c", GENERATE, "llama3_8b"), 2.0),
     "generate nsa_paper": (("-c", GENERATE, "nsa_paper"), 2.0),
 }
-"""What runs, and the wall-clock seconds it may take, start of Python included."""
+"""What runs, and the wall-clock seconds it may take, including the start of Python."""
 
 
 def best_of(arguments: tuple[str, ...]) -> float:
-    """Seconds of the quickest of `RUNS` runs; those that generate write to a fresh folder."""
+    """Seconds of the fastest of `RUNS` runs. Runs that generate write to a fresh folder."""
     times = []
     for _ in range(RUNS):
         with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +39,7 @@ def best_of(arguments: tuple[str, ...]) -> float:
 
 
 def main() -> None:
-    """Print a line for each."""
+    """Print one line for each command."""
     for name, (arguments, budget) in BUDGETS.items():
         print(f"{name:<24} {best_of(arguments):6.2f} s   budget {budget:.1f} s", flush=True)
 
