@@ -1,1 +1,1 @@
-"""How quick a generated operator is, and against what."""
+"""Measure how fast a generated operator is, and compare it with others."""

@@ -1,11 +1,11 @@
-"""What may be timed: the protocol of an adapter, nsa_gen's own operator, and dense causal attention.
+"""What can be timed: the protocol of an adapter, nsa_gen's own operator, and dense causal attention.
 
-An adapter makes a call out of a library's operator. To add one, write a class with the members of `Contender` and put
-an instance into `nsa_gen.bench.peers.CONTENDERS`; it imports its library inside its methods, so that a machine without
-the library loses nothing but that row.
+An adapter turns a library's operator into a call. To add one, write a class with the members of `Contender` and put an
+instance into `nsa_gen.bench.peers.CONTENDERS`. It imports its library inside its methods, so that a machine without the
+library loses only that row.
 
-Dense attention computes another function than sparse attention, so a ratio says what sparsity saves, not which of two
-implementations of one thing is better.
+Dense attention computes another function than sparse attention. A ratio to it therefore says what sparsity saves, not
+which of two implementations of the same function is better.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Prepared:
 
     Attributes:
         call: one forward pass, without arguments; returns the output.
-        leaves: the tensors that the backward pass gives gradients of.
+        leaves: the tensors whose gradients the backward pass computes.
         do: the gradient of the output, of the output's shape and dtype.
-        note: what a reader of the row must know, such as parts that are left out; empty if nothing.
-        within: surrounds each forward with its backward, and the capture of a graph of them.
-        share: how often a call does the work that is timed; times are divided by it.
+        note: what a reader of the row must know, such as parts that are left out; empty if there is nothing.
+        within: a context for each forward with its backward, and for the capture of a graph of them.
+        share: how often a call does the timed work; times are divided by it.
     """
 
     call: Callable[[], Tensor]
@@ -50,11 +50,11 @@ class Prepared:
 
 
 class Contender(Protocol):
-    """An adapter: an operator of some library as something to be timed on a spec's inputs.
+    """An adapter: makes some library's operator callable on a spec's inputs, to be timed.
 
     Attributes:
         name: what the command line and the tables call it.
-        dense: whether it computes dense causal attention, which speed-ups are against.
+        dense: whether it computes dense causal attention, the baseline of speed-ups.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Contender(Protocol):
         return ""
 
     def refuses(self, spec: Spec, tokens: int) -> str:
-        """Why it cannot compute this spec's shapes at this length, or "" if it can, as far as can be told untried."""
+        """Why it cannot compute this spec's shapes at this length; "" if it can, as far as is known without trying."""
         return ""
 
     def prepare(self, spec: Spec, inputs: Inputs) -> Prepared:
-        """The call for these inputs, one sequence. Whatever it raises becomes the error of its row."""
+        """The call for these inputs, one sequence. An exception becomes the error of its row."""
         ...
 
 
@@ -87,7 +87,7 @@ class Operator(Contender):
 
 
 def leaves_of(*tensors: Tensor) -> list[Tensor]:
-    """The same numbers as tensors that gradients are asked of."""
+    """The same values as new tensors that require gradients."""
     return [x.detach().requires_grad_() for x in tensors]
 
 
@@ -95,7 +95,7 @@ def keys_and_values(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """k and v of one sequence.
 
     Raises:
-        ValueError: the spec takes none (external compression alone), so that other operators have nothing to read.
+        ValueError: the spec takes none (only external compression), so other operators have nothing to read.
     """
     if inputs.k is None or inputs.v is None:
         raise ValueError("the spec takes no k and v, so there is no other attention of the same shape")
@@ -103,7 +103,7 @@ def keys_and_values(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def not_importable(modules: Sequence[str], package: str) -> str:
-    """Which of a package's modules cannot be found, as the answer of `Contender.missing`; "" if none."""
+    """Which of a package's modules cannot be found, in the form of `Contender.missing`; "" if all are there."""
     absent = [name for name in modules if not _found(name)]
     return f"{package} is not installed: no module {', '.join(absent)}" if absent else ""
 
@@ -118,8 +118,8 @@ def _found(module: str) -> bool:
 class Sdpa(Contender):
     """One backend of torch's scaled_dot_product_attention, by the name it has in torch.nn.attention.SDPBackend.
 
-    KV heads are handed over as they are where the backend takes fewer of them than query heads, and are repeated
-    beforehand, outside the timing, where it does not; the note says so.
+    If the backend supports fewer KV heads than query heads, it gets them as they are. Otherwise they are repeated
+    before the timing starts, and the note says so.
     """
 
     dense = True
@@ -140,7 +140,7 @@ class Sdpa(Contender):
         grouped = self._prepared(spec, inputs, repeat=1)
         if spec.heads.group == 1:
             return grouped
-        # A backend tells whether it takes grouped heads by running: torch has no question for it.
+        # torch cannot be asked whether a backend supports grouped heads, so try it.
         k, v = keys_and_values(inputs)
         tokens = min(256, inputs.q.shape[1])
         short = replace(inputs, q=inputs.q[:, :tokens], k=k[:, :tokens], v=v[:, :tokens], do=inputs.do[:, :tokens])

@@ -1,7 +1,8 @@
-"""Steps of decode on full caches: by context and batch, contiguous and paged, beside dense attention and the floor.
+"""Times of decode steps on full caches, by context and batch, contiguous and paged, next to dense attention.
 
-A step is timed as a captured graph of several layers, whose keys together exceed the L2 cache, over the number of
-layers. The floor is the bytes of keys and values that it must read, over the bandwidth of a plain copy in the same run.
+A step is timed as a captured graph of several layers, whose keys together exceed the L2 cache, divided by the number of
+layers. The floor is the bytes of keys and values that a step must read, divided by the bandwidth of a plain copy,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 COLD_BYTES = 200e6
-"""Bytes that the layers of a step read together, four times the L2 cache of an H100, so that each finds it cold."""
+"""Bytes that the layers of a step read together: four times the L2 cache of an H100, so each layer finds it cold."""
 MOST_LAYERS = 32
 ROOM = 64
-"""Tokens that a cache which is benchmarked is larger than what it holds."""
+"""Free tokens of a benchmarked cache beyond those it holds."""
 PAGE_SIZE = 64
-"""Tokens of a page of the paged cache that is benchmarked."""
+"""Tokens per page of the benchmarked paged cache."""
 COPIED_FLOATS = 2**28
 FREE_SHARE = 0.8
-"""Most of the free memory that the caches of a step may take."""
+"""The largest share of free memory that the caches of a step may take."""
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """A full cache of some layers, and a query a sequence; `step` decodes with every layer in turn.
+    """A full cache of several layers, and one query per sequence; `step` decodes with every layer in turn.
 
     Attributes:
         cache: the package's NSACache.
         q: queries (B, 1, Hq, Dk).
-        arguments: gates, index queries, lists of blocks and sinks, where the operator takes them.
+        arguments: gates, index queries, lists of blocks and sinks, if the operator takes them.
         out: where o is written.
         layers: how many layers a step goes through.
     """
@@ -54,7 +55,7 @@ class DecodeInputs:
     layers: int
 
     def step(self) -> None:
-        """One token a sequence, in every layer."""
+        """Decode one token per sequence in every layer."""
         for layer in range(self.layers):
             self.package.nsa_decode(self.q, self.cache, layer=layer, out=self.out, **self.arguments)
 
@@ -67,13 +68,13 @@ def step_bytes(spec: Spec, tokens: int, batch: int) -> int:
 
 
 def cache_bytes(spec: Spec, tokens: int, batch: int) -> int:
-    """Bytes of one layer of a cache, about: raw keys and values of one pair, and compressed ones."""
+    """Approximate bytes of one layer of a cache: raw keys and values of one pair, and compressed ones."""
     p = OracleParameters.from_spec(spec)
     return batch * p.kv_heads * _head_bytes(spec, p, tokens, tokens)
 
 
 def _head_bytes(spec: Spec, p: OracleParameters, raw: int, tokens: int) -> int:
-    """Bytes of one KV head's keys and values: so many raw rows, and the compressed ones of a sequence."""
+    """Bytes of one KV head's keys and values: `raw` raw rows, and the compressed ones of a sequence."""
     element = torch.empty(0, dtype=getattr(torch, spec.dtype)).element_size()
     compressed = p.compressed_blocks(tokens) * (p.head_dim_qk + p.head_dim_v * p.compression_output)
     return raw * (p.head_dim_qk + p.head_dim_v) * (1 if spec.cache else element) + compressed * element
@@ -90,7 +91,7 @@ def decode_inputs(
     room: int = 0,
     page_size: int | None = None,
 ) -> DecodeInputs:
-    """A cache of `tokens` random tokens a sequence, with room for more, in as many layers as leave nothing in L2."""
+    """A cache with `tokens` random tokens per sequence and room for more. It has too many layers to stay in L2."""
     generator = torch.Generator(device).manual_seed(seed)
     needed = step_bytes(spec, tokens, batch)
     layers = max(1, min(int(COLD_BYTES / needed) + 1, MOST_LAYERS)) if device.type == "cuda" else 1
@@ -116,10 +117,10 @@ def drawn_queries(
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """What `nsa_prefill` and `nsa_decode` take besides a cache of `tokens` tokens a sequence, for `queries` of each.
+    """The other arguments of `nsa_prefill` and `nsa_decode` for a cache of `tokens` tokens and `queries` new ones.
 
-    Random q (B, queries, Hq, Dk); by name gates, index queries, sinks and lists of blocks, which lie evenly over the
-    tokens, where the operator takes them; and a place for o.
+    Returns random q (B, queries, Hq, Dk); a dict of gates, index queries, sinks and lists of blocks, as far as the
+    operator takes them, with blocks spread evenly over the tokens; and a tensor for o.
     """
     small = make_inputs(spec, batch=1, tokens=64, dtype=getattr(torch, spec.dtype), device=device, seed=seed)
     shape = (batch, queries, *small.q.shape[2:])
@@ -139,7 +140,7 @@ def drawn_queries(
 
 
 def decode_faults(spec: Spec, package: Any, device: str = "cuda") -> list[str]:
-    """What is wrong with decode, held against the oracle: contiguous and paged, with more blocks than are selected."""
+    """What is wrong with decode compared with the oracle: contiguous and paged, with more blocks than are selected."""
     contiguous, paged, *_ = fixed_scenarios(OracleParameters.from_spec(spec))
     return [fault for each in (contiguous, paged) for fault in faults(run_scenario(spec, package, each, device))]
 
@@ -147,7 +148,7 @@ def decode_faults(spec: Spec, package: Any, device: str = "cuda") -> list[str]:
 def measure_decode(
     spec: Spec, package: Any, shapes: Iterable[tuple[int, int]], *, dense: bool = True, seed: int = 0
 ) -> Iterator[DecodeRow]:
-    """A row for each (tokens, batch); what does not fit or fails is a row that says so."""
+    """One row for each (tokens, batch). What does not fit or fails is a row that says so."""
     bandwidth = copy_bandwidth()
     for tokens, batch in shapes:
         torch.cuda.empty_cache()
@@ -179,7 +180,7 @@ def _measured(
 
 
 def graph_microseconds(graph: torch.cuda.CUDAGraph, repeats: int = 15, inner: int = 10) -> float:
-    """Median microseconds of a replay, of some rounds of replays in a row."""
+    """Median microseconds per replay, over rounds of several replays in a row."""
     found = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -193,14 +194,14 @@ def graph_microseconds(graph: torch.cuda.CUDAGraph, repeats: int = 15, inner: in
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a plain copy, read and written."""
+    """Bytes per second of a plain copy, counting reads and writes."""
     x, y = (torch.empty(COPIED_FLOATS, dtype=torch.float32, device="cuda") for _ in range(2))
     graph = captured(lambda: y.copy_(x))
     return 2 * x.nbytes / (graph_microseconds(graph, 5, 3) * 1e-6)
 
 
 def _dense_microseconds(spec: Spec, inputs: DecodeInputs, tokens: int) -> float | None:
-    """Dense attention of the same queries to the same keys, of the first layer, by cuDNN; None where it refuses."""
+    """cuDNN's dense attention of the same queries to the first layer's keys, in microseconds; None if cuDNN refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     layer = inputs.cache.layers[0]._asdict()

@@ -1,4 +1,4 @@
-"""Result files as a report takes them: of benchmarks, `verify --json`, the tuner, and of GPU tests."""
+"""Read result files for a report: of benchmarks, `verify --json`, the tuner and GPU tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What is shown of a row of `verify --json`."""
+    """The shown fields of a row of `verify --json`."""
 
     case: str
     quantity: str
@@ -31,7 +31,7 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class _Verification:
-    """What is shown of `verify --json`."""
+    """The shown fields of `verify --json`."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class _Verification:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a suite of checks: how it ended, and its comparisons as `verify --json` has them, if any."""
+    """One job of a suite of checks: how it ended, and its comparisons in the form of `verify --json`, if any."""
 
     name: str
     status: str
@@ -57,9 +57,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Document:
-    """What one file holds: a benchmark's results, one verification, tuned entries, or the jobs of a suite.
+    """The content of one file: a benchmark's results, one verification, tuned entries, or the jobs of a suite.
 
-    `tuned` says that it is a file of the tuner, which `nsa_gen.tuning.store` reads.
+    `tuned` says that the tuner wrote the file, which `nsa_gen.tuning.store` reads.
     """
 
     path: Path
@@ -71,11 +71,11 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """Read a result file, whichever of the forms it has.
+    """Read a result file of any of the forms.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is none of them, or is cut short; the message names the file.
+        ValueError: it has none of the forms, or is cut short; the message names the file.
     """
     try:
         if path.suffix == ".jsonl":
@@ -101,9 +101,9 @@ def _document(path: Path, found: Any) -> Document:
 
 
 def _gpu_report(path: Path) -> Document | None:
-    """The tests of a report of `pytest --gpu-report`, each with what it found last; None if the file is none.
+    """The tests in a report of `pytest --gpu-report`, each with its last outcome. None if the file is no such report.
 
-    A test that was cut short has no outcome. The last line may be cut short itself.
+    A test that was cut short has no outcome. The last line may itself be cut short.
     """
     lines = [parse_json(line) for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
     machines = [line["machine"] for line in lines if "machine" in line and "device" in line]

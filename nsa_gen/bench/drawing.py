@@ -1,6 +1,6 @@
-"""What matplotlib draws: charts on given axes, and a chart as SVG text that an HTML page can hold.
+"""Draw with matplotlib: charts on given axes, and charts as SVG text for an HTML page.
 
-Colours of SVG charts are the page's style variables, so that one chart serves light, dark and paper.
+Colours of SVG charts are the page's style variables, so one chart works on light, dark and printed pages.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 MARKERS = "os^DvP*X"
 SERIES = 8
-"""Colours of series; series beyond them begin again."""
+"""The number of colours. Further series reuse them from the start."""
 _WIDTH, _HEIGHT = 3.6, 2.5
-"""Inches of a chart in a page, whose text has 8 points."""
+"""Size in inches of a chart in a page whose text has 8 points."""
 
 
 class MatplotlibMissing(RuntimeError):
-    """Figures were asked for and matplotlib is not installed."""
+    """Figures were requested, but matplotlib is not installed."""
 
     def __init__(self) -> None:
         super().__init__("figures need matplotlib: pip install 'nsa-gen[bench]'")
@@ -39,7 +39,7 @@ class Look:
 
 
 def look(number: int, ours: bool = False) -> Look:
-    """The look of the series of this number."""
+    """The look of series `number`."""
     if ours:
         return Look("ink", MARKERS[0], 2.2)
     return Look(f"c{number % SERIES}", MARKERS[(number + 1) % len(MARKERS)])
@@ -58,7 +58,7 @@ def pyplot() -> Any:
     return found
 
 
-# Each of the page's style variables and the colour that stands for it while matplotlib draws (what files show).
+# Each of the page's style variables, and the colour that represents it while matplotlib draws (files show this one).
 _PALETTE = {
     "ink": "#000001", "soft": "#57606a", "rule": "#d0d7de", "page": "#fffffe", "c0": "#0064b4", "c1": "#b84a00",
     "c2": "#00734f", "c3": "#9c3a7d", "c4": "#7a6000", "c5": "#00788c", "c6": "#6a4fc4", "c7": "#6e7781",
@@ -66,7 +66,7 @@ _PALETTE = {
 
 
 def short(value: float) -> str:
-    """A length as axes show it: 8k for 8192."""
+    """A length in the short form for axes: 8k for 8192."""
     whole = int(value)
     return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else f"{whole}"
 
@@ -94,7 +94,7 @@ def draw_speed_ups(ax: Any, series: Mapping[str, tuple[Sequence[tuple[float, flo
 
 
 def ratio_text(value: float) -> str:
-    """A ratio as a tick: 4x, 1x, 1/2x; short, where 0.0625x would be cut off at the left."""
+    """A ratio as a tick label: 4x, 1x, 1/2x. 0.0625x would be too long and be cut off on the left."""
     return f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
 
 
@@ -117,7 +117,7 @@ def draw_roofline(ax: Any, points: Sequence[tuple[str, float, float, Look]], *, 
 
 
 def draw_bars(ax: Any, bars: Sequence[tuple[str, Sequence[tuple[str, float, Look]]]], unit: str = "ms") -> None:
-    """Horizontal bars of parts (name, amount, look), one under the other, with their sums in `unit`."""
+    """Horizontal stacked bars of parts (name, amount, look), one below the other, with their sums in `unit`."""
     for number, (_, parts) in enumerate(bars):
         left = 0.0
         for name, amount, style in parts:
@@ -134,10 +134,10 @@ def draw_bars(ax: Any, bars: Sequence[tuple[str, Sequence[tuple[str, float, Look
 
 
 def draw_heat_map(ax: Any, shares: Sequence[Sequence[float]], *, extent: str) -> None:
-    """A square of cells, row 0 at the top: the darker, the larger the cell's share of its row's largest."""
+    """A square of cells, row 0 at the top. A cell is darker the larger it is relative to its row's largest."""
     for i, row in enumerate(shares):
         most, left = max(row) or 1.0, 0
-        # The square root: what is chosen now and then is seen beside what is chosen always.
+        # The square root makes blocks that are selected rarely visible beside those that are selected always.
         for shade, run in groupby(row, lambda share: round(12 * math.sqrt(share / most)) / 12):  # noqa: B023
             width = len(list(run))
             if shade > 0:
@@ -149,7 +149,7 @@ def draw_heat_map(ax: Any, shares: Sequence[Sequence[float]], *, extent: str) ->
 
 
 def add_legend(figure: Any, columns: int, **look: Any) -> None:
-    """A legend below a figure of what is drawn with a label on any of its axes, each label once."""
+    """One legend below the figure for everything labelled on any of its axes, each label once."""
     handles: dict[str, Any] = {}
     for ax in figure.axes:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -159,13 +159,13 @@ def add_legend(figure: Any, columns: int, **look: Any) -> None:
 
 
 def chart(key: str, title: str, description: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str:
-    """A chart as an SVG element: an image to a screen reader, with `title` and `description` in words.
+    """A chart as an SVG element. For a screen reader it is an image described by `title` and `description`.
 
-    What `draw` gives a label to is in a legend below.
+    Everything that `draw` labels is in a legend below.
 
     Args:
-        key: begins the identifiers in the element, which are the page's own.
-        draw: draws on the axes it is given.
+        key: prefix of the identifiers in the element, unique in the page.
+        draw: draws on the axes that it gets.
         height: in inches; the width is 3.6.
     """
     with _settings():
@@ -189,7 +189,7 @@ def _settings() -> Any:
 
 
 def _svg(figure: Any, key: str) -> tuple[str, str]:
-    """View box and content of the figure for an HTML page: no addresses, and identifiers that begin with `key`."""
+    """View box and content of the figure for an HTML page, without URLs, with identifiers that begin with `key`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     pyplot().close(figure)

@@ -1,4 +1,4 @@
-"""The picture of `nsa-gen explain --plot`: predicted time and bytes by step, and the kernels under a GPU's roofline."""
+"""The plot of `nsa-gen explain --plot`: predicted time and bytes by step, and the kernels under a GPU's roofline."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nsa_gen.lowering.plan import Plan
 FORMATS = ("png", "svg", "pdf")
 DIRECTIONS = ("forward", "backward")
 OTHER = "other"
-"""Kernels of no step, such as those that pad packed batches."""
+"""Kernels that belong to no step, such as those that pad packed batches."""
 
 
 def by_step(plan: Plan, kernels: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """The rows of `explain` of one forward and backward: step -> direction -> rows, steps in the order of the forward.
+    """The rows of `explain` for one forward and backward, as step -> direction -> rows, steps in the forward's order.
 
-    Rows of decode are left out: they are no part of such a call.
+    Rows of decode are left out, because they are not part of such a call.
     """
     owner = {
         kernel: step.name.replace("_", " ")
@@ -38,11 +38,11 @@ def by_step(plan: Plan, kernels: Sequence[Mapping[str, Any]]) -> dict[str, dict[
 
 
 def plot_explanation(plan: Plan, result: Mapping[str, Any], device: Gpu, path: Path) -> None:
-    """Draw what `explain` found: time by step, bytes by step, roofline. PNG, SVG or PDF, by the path's suffix.
+    """Draw the result of `explain`: time by step, bytes by step, roofline. PNG, SVG or PDF, by the path's suffix.
 
     Args:
         plan: the lowered spec.
-        result: what `nsa-gen explain --json` prints; times in seconds.
+        result: the output of `nsa-gen explain --json`; times in seconds.
         device: the GPU of the predictions.
         path: the file to write.
 

@@ -45,7 +45,7 @@ class Figure:
 
 
 def figures(results: Results) -> list[Figure]:
-    """All figures that the results have records for, in the order of a report."""
+    """All figures for which the results have records, in the order of a report."""
     keys = (f"fig{number}" for number in count(1))
     device = gpu_for_device(str(results.machine.get("gpu")))
     found = [_speed_ups(sweep, keys) for sweep in (*_by_group(results), *_by_length(results))]
@@ -57,7 +57,7 @@ def figures(results: Results) -> list[Figure]:
 
 
 def plot_by_length(results: Results, path: Path) -> None:
-    """Draw speed-up against length: a row of axes a workload and kind of inputs, a column a pass. PNG, SVG or PDF.
+    """Draw speed-up against length: a row of axes per workload and kind of inputs, a column per pass. PNG, SVG or PDF.
 
     Raises:
         drawing.MatplotlibMissing: it is not installed.
@@ -76,10 +76,10 @@ class _Sweep:
     """Speed-ups over the best dense contender along one axis.
 
     Attributes:
-        by: what the axis is, in a title.
-        label: the same at the axis.
-        title: what is the same for all of it.
-        series: by pass and contender the points (place on the axis, speed-up); nothing where there are none.
+        by: the name of the axis in a title.
+        label: the label of the axis.
+        title: what all points have in common.
+        series: points (place on the axis, speed-up) by pass and contender, for those that have any.
     """
 
     by: str
@@ -94,7 +94,7 @@ def _sweeps(
     by: str,
     label: str,
 ) -> list[_Sweep]:
-    """A sweep for each titled panel of sequences with a dense contender's time; a contender looks alike in all."""
+    """One sweep per titled panel of sequences with a time of a dense contender. A contender looks the same in all."""
     names = dict.fromkeys(each.contender for panel in panels.values() for found in panel.values() for each in found)
     others = [name for name in names if name != OURS]
     looks = {name: look(number) for number, name in enumerate(others)} | {OURS: look(0, ours=True)}
@@ -116,7 +116,7 @@ def _sweeps(
 
 
 def _by_length(results: Results) -> list[_Sweep]:
-    """Speed-up by length, a sweep a workload and kind of inputs."""
+    """Speed-up by length, one sweep per workload and kind of inputs."""
     panels: dict[str, dict[Key, Sequence[Entry]]] = {}
     for key, found in entries(row for row in results.rows if row.part not in ("groups", "breakeven")).items():
         title = f"{key.workload}, groups of {_group(key, found)}, {key.inputs} inputs"
@@ -125,7 +125,7 @@ def _by_length(results: Results) -> list[_Sweep]:
 
 
 def _by_group(results: Results) -> list[_Sweep]:
-    """Speed-up by group size: of the sweep over groups, or of workloads of several groups at the commonest length."""
+    """Speed-up by group size: from the sweep over groups, or workloads of several groups at the most common length."""
     swept = entries(row for row in results.rows if row.part == "groups")
     found = swept or {
         key: each for key, each in entries(results.rows).items() if key.inputs == "independent" and _equal_dims(each)
@@ -150,7 +150,7 @@ def _group(key: Key, found: Sequence[Entry]) -> int:
 
 
 def _speed_ups(sweep: _Sweep, keys: Iterator[str]) -> Figure:
-    """A sweep as a report's figure: a chart a pass."""
+    """A sweep as a report's figure: one chart per pass."""
     title = f"Speed-up over the best dense attention by {sweep.by}, {sweep.title}"
     charts = []
     for direction, series in sweep.series.items():
@@ -164,7 +164,7 @@ def _speed_ups(sweep: _Sweep, keys: Iterator[str]) -> Figure:
 
 
 def _save(sweeps: Sequence[_Sweep], path: Path) -> None:
-    """Sweeps as a file: a row of axes a sweep, a column a pass."""
+    """Write sweeps to a file: one row of axes per sweep, one column per pass."""
     if not sweeps:
         raise ValueError("nothing to plot: no sequence has the times of a dense contender")
     rows, columns = len(sweeps), len(DIRECTIONS)
@@ -183,7 +183,7 @@ def _save(sweeps: Sequence[_Sweep], path: Path) -> None:
 
 
 def _branches(kernels: Sequence[KernelRow], keys: Iterator[str]) -> Figure:
-    """Where the time goes: a bar a pass, a part a branch."""
+    """Where the time goes: one bar per pass, one part per branch."""
     looks = {branch: look(number) for number, branch in enumerate(BRANCHES)}
     times = branch_times(kernels)
     bars, said = [], []
@@ -202,7 +202,7 @@ def _branches(kernels: Sequence[KernelRow], keys: Iterator[str]) -> Figure:
 
 
 def _roofline(kernels: Sequence[KernelRow], device: Gpu, keys: Iterator[str]) -> Figure:
-    """Our kernels under the roof of the GPU, by branch; those without matrix work have no place in it."""
+    """Our kernels under the GPU's roofline, by branch, without kernels that have no matrix work."""
     points, said = [], []
     looks = {branch: look(number) for number, branch in enumerate(BRANCHES)}
     working = [kernel for kernel in kernels if kernel.flops and kernel.bytes]

@@ -1,7 +1,7 @@
-"""Inputs drawn on the device they are timed on: one sequence, independent numbers or numbers that resemble a model's.
+"""Draw inputs on the device on which they are timed: one sequence, of independent or of model-like numbers.
 
-`nsa_gen.verification.reference.inputs` draws on the CPU, so that a failure is the same everywhere; half a billion
-numbers take longer there than all that is timed here.
+`nsa_gen.verification.reference.inputs` draws on the CPU, so that a failure is the same on every machine. For half a
+billion numbers this would take longer than everything that is timed here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
 RHO = 0.95
 """Correlation of neighbouring queries of correlated inputs."""
 RECORDED = ".json"
-"""How the name of a kind ends that is a file of recorded statistics."""
+"""Suffix of a kind that is a file of recorded statistics."""
 CLUSTERS, CLUSTER_SHARE, RUN_TOKENS = 64, 0.8, 128
-"""Correlated keys: directions a KV head has, the share of a key that is its direction, mean length of a run of one."""
+"""Correlated keys: directions per KV head, the weight of the direction in a key, mean length of a direction's run."""
 ROWS_AT_ONCE = 4096
 
 
@@ -41,13 +41,13 @@ def draw_inputs(
 
     independent: unit normal everywhere. correlated: q_t = rho q_(t-1) + sqrt(1 - rho^2) noise with rho = 0.95, and each
     key is 0.8 times one of 64 directions of its head plus 0.6 times noise, where a direction lasts 128 tokens on
-    average; both have unit variance. A path that ends in .json is that of statistics of a model's selection: keys are
-    correlated, and queries such that the operator's choices share as many blocks as recorded; see
-    `nsa_gen.bench.recorded`. Learned parameters of phi are those of `make_inputs`; a spec that takes indices gets
-    random distinct blocks, the query's own among them.
+    average; both have unit variance. A path that ends in .json names recorded statistics of a model's selection: keys
+    are correlated, and queries are drawn so that the operator's selections share as many blocks as recorded; see
+    `nsa_gen.bench.recorded`. Learned parameters of phi are those of `make_inputs`. A spec that takes indices gets
+    random distinct blocks, including the query's own.
 
-    Raises ValueError for an unknown kind, for a file that holds no such statistics, and for statistics with a spec that
-    does not choose blocks, or by the queries of an indexer.
+    Raises ValueError for an unknown kind, for a file without such statistics, and for statistics with a spec that does
+    not select blocks, or that selects them with an indexer.
     """
     if kind not in INPUT_KINDS and not kind.endswith(RECORDED):
         raise ValueError(f"kind: expected one of {', '.join(INPUT_KINDS)} or a file {RECORDED}, got {kind!r}")
@@ -56,7 +56,7 @@ def draw_inputs(
     if recorded is not None and (not p.computed or p.index_dim):
         raise ValueError(f"kind: expected a spec that chooses blocks by its queries with {kind}, got {spec.name}")
     dtype = getattr(torch, spec.dtype)
-    # A short sequence names the arguments that the spec takes, and brings phi's parameters, which no length changes.
+    # A short sequence gives the arguments that the spec takes, and phi's parameters, which do not depend on the length.
     small = make_inputs(spec, batch=1, tokens=p.selection_block or 64, dtype=dtype, device=device, seed=seed)
     generator = torch.Generator(device).manual_seed(seed)
     drawn: dict[str, Any] = {}
@@ -88,16 +88,16 @@ def draw_inputs(
 def _autoregressive(
     shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator, process: Process
 ) -> Tensor:
-    """Numbers of zero mean and unit variance, float32, that follow a process along dim 1; each column has its own."""
+    """Values of zero mean and unit variance, float32, that follow a process along dim 1, each column its own."""
     x = torch.randn(shape, generator=generator, device=device).flatten(2)[0]
     rho = process.decay
-    # Within a chunk the recurrence is a triangular matrix; from chunk to chunk the last row is carried.
+    # Within a chunk, the recurrence is a triangular matrix. From chunk to chunk, the last row is carried over.
     step = torch.arange(min(256, shape[1]), device=device)
     power = (step[:, None] - step).float()
     matrix = torch.where(power >= 0, rho ** power.clamp(min=0), 0.0) * math.sqrt(1 - rho**2)
     for order in range(process.order):
         carried = torch.randn(x.shape[1:], generator=generator, device=device)
-        if order > 0:  # what the second filter holds, given the first value that it gets
+        if order > 0:  # the second filter's state, given its first input
             carried = (carried + rho * x[0]) / math.sqrt(1 - rho**2)
         for start in range(0, shape[1], len(step)):
             rows = x[start : start + len(step)]
@@ -110,7 +110,7 @@ def _autoregressive(
 
 
 def _clustered(shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator) -> Tensor:
-    """Unit normal numbers, float32, that share a direction of their head in runs along dim 1."""
+    """Unit normal values, float32, that share a direction of their head in runs along dim 1."""
     _, tokens, heads, dim = shape
     directions = torch.randn(heads, CLUSTERS, dim, generator=generator, device=device)
     starts = torch.rand(tokens, heads, generator=generator, device=device) < 1 / RUN_TOKENS
@@ -142,9 +142,9 @@ def _draw_indices(p: OracleParameters, tokens: int, device: torch.device | str, 
 
 
 def selection_overlap(indices: Tensor) -> float | None:
-    """The mean share of a query's blocks that the query before it has selected too; None for fewer than two queries.
+    """The mean share of a query's blocks that the previous query also selected; None for fewer than two queries.
 
-    `indices` is (B, T, S, n) int32 with -1 for empty slots, as a package's auxiliary outputs hold it.
+    `indices` is (B, T, S, n) int32 with -1 for empty slots, as in a package's auxiliary outputs.
     """
     both = chosen = 0
     for start in range(1, indices.shape[1], ROWS_AT_ONCE):
@@ -157,14 +157,14 @@ def selection_overlap(indices: Tensor) -> float | None:
 
 
 SELECTION_BINS = 48
-"""Rows and columns of a map of what is selected."""
+"""Rows and columns of a map of selected blocks."""
 
 
 def selection_shares(indices: Tensor, block: int, bins: int = SELECTION_BINS) -> tuple[tuple[float, ...], ...]:
-    """Where the selected blocks of the first sequence lie: shares of a query part's slots by part of the keys.
+    """Where the selected blocks of the first sequence lie: for each range of queries, shares of slots by range of keys.
 
     `indices` is (B, T, S, n) int32 with -1 for empty slots, `block` the tokens of a selection block. Queries and keys
-    are cut into `bins` parts of equal length (fewer where there are fewer blocks); row i adds up to 1.
+    are cut into `bins` ranges of equal length (fewer if there are fewer blocks). Each row adds up to 1.
     """
     tokens = indices.shape[1]
     bins = max(1, min(bins, -(-tokens // block)))

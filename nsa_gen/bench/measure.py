@@ -1,4 +1,4 @@
-"""Interleaved measurement: every contender in turn, round after round, so that a warm GPU slows all of them alike."""
+"""Interleaved measurement: contenders take turns, round after round, so a warm GPU slows all of them equally."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
-"""The passes of a contender: its call, and the gradients of what the call returned."""
+"""The passes of a contender: its call, and the gradients of what the call returns."""
 Times = dict[str, float]
 """Milliseconds by pass."""
 
 WARM_UP = 2
 REPEATS = (3, 20)
-"""Fewest and most timed rounds; in between as many as the seconds allow."""
+"""Minimum and maximum of timed rounds; within these limits, as many as the seconds allow."""
 SLOW_SECONDS = 8.0
-"""A contender whose forward and backward take longer than this is not asked again: its warm-up is its one sample."""
+"""If a contender's forward and backward take longer than this, it is not run again: its warm-up is its one sample."""
 GRAPH_BELOW_MS = 0.05
-"""Passes quicker than this are timed as replays of a CUDA graph: launching them takes as long as running them."""
+"""Faster passes are timed as replays of a CUDA graph, because launching them takes as long as running them."""
 REPLAYS = 10
-"""Replays of a graph in a row, timed as one: a single one is near the resolution of CUDA events."""
+"""Replays of a graph in a row, timed together: one replay is near the resolution of CUDA events."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One pass of one contender: milliseconds, and memory beside its inputs.
+    """One pass of one contender: milliseconds, and memory in addition to its inputs.
 
-    `low_ms` and `high_ms` are the first and third quartile. `peak_bytes` is the most memory in use during the pass and
-    the passes before it, beyond what was in use before the forward: output, saved tensors and gradients are in it.
+    `low_ms` and `high_ms` are the first and third quartile. `peak_bytes` is the peak of memory in use during this pass
+    and the passes before it, minus what was in use before the forward. It includes output, saved tensors and gradients.
     `graph` says that a CUDA graph was timed.
     """
 
@@ -55,9 +55,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What became of one contender: a timing a pass, or the first line of the error that it met there instead.
+    """The result of one contender: a timing per pass, or the first line of the error instead.
 
-    `refusal` says why it was not tried at all, and is empty where it was.
+    `refusal` says why it was not tried at all. It is empty if it was tried.
     """
 
     contender: str
@@ -68,14 +68,14 @@ class Measurement:
 
     @property
     def problem(self) -> str:
-        """Why there is not a timing of every pass; empty if there is."""
+        """Why a pass has no timing; empty if all passes have one."""
         return self.refusal or "; ".join(dict.fromkeys(self.errors.values()))
 
 
 class DeviceLost(RuntimeError):
-    """A contender left the device unusable (an illegal access, say): nothing more can be measured in this process.
+    """A contender left the device unusable, for example by an illegal access. This process can measure no more.
 
-    `measurements` are what is known by then, the culprit's errors among them.
+    `measurements` are the results so far, including the culprit's errors.
     """
 
     def __init__(self, contender: str, reason: str, measurements: Sequence[Measurement]) -> None:
@@ -84,7 +84,7 @@ class DeviceLost(RuntimeError):
 
 
 class Clock:
-    """What measuring needs of the current CUDA device: events, and torch's allocator."""
+    """What measuring needs from the current CUDA device: events, and torch's allocator."""
 
     def mark(self) -> Any:
         """A point in the device's stream of work."""
@@ -93,7 +93,7 @@ class Clock:
         return event
 
     def milliseconds(self, marks: Sequence[Any]) -> list[float]:
-        """The times between successive marks; waits for the last."""
+        """The times between successive marks. Waits for the last one."""
         marks[-1].synchronize()
         return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
@@ -106,11 +106,11 @@ class Clock:
         torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
-        """Most memory in use since `reset_peak`."""
+        """Peak of memory in use since `reset_peak`."""
         return torch.cuda.max_memory_allocated()
 
     def recover(self) -> None:
-        """Wait for the device and free what nobody holds. Raises RuntimeError if the device is lost."""
+        """Wait for the device and free unused memory. Raises RuntimeError if the device is lost."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -118,7 +118,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Graphs:
-    """CUDA graphs of the forward, and of the forward and backward together where there is a backward."""
+    """CUDA graphs of the forward and, if there is a backward, of forward and backward together."""
 
     forward: torch.cuda.CUDAGraph
     both: torch.cuda.CUDAGraph | None
@@ -128,7 +128,7 @@ class Graphs:
         """Capture a contender's passes.
 
         Raises:
-            RuntimeError: it does something that cannot be captured, such as waiting for the GPU.
+            RuntimeError: the contender does something that cannot be captured, such as waiting for the GPU.
         """
 
         def forward() -> None:
@@ -141,7 +141,7 @@ class Graphs:
         return cls(captured(forward), captured(both) if backward else None)
 
     def milliseconds(self, clock: Clock) -> list[float]:
-        """Milliseconds of each pass; the backward is what the two take beyond the forward."""
+        """Milliseconds of each pass. The backward's are those of both passes minus the forward's."""
         marks = [clock.mark()]
         for graph in filter(None, (self.forward, self.both)):
             for _ in range(REPLAYS):
@@ -152,7 +152,7 @@ class Graphs:
 
 
 def captured(action: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A graph of an action, which is run once before."""
+    """A graph of an action, which is first run once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -166,7 +166,7 @@ def captured(action: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 @dataclass
 class _Runner:
-    """A contender while it is measured; `samples` are milliseconds by pass, `peaks` the most memory in any of them."""
+    """A contender during measurement; `samples` are milliseconds by pass, `peaks` the peak memory of each pass."""
 
     contender: Contender
     passes: tuple[str, ...]
@@ -184,7 +184,7 @@ class _Runner:
         return sum(self.samples[-1].values()) / 1000
 
     def warm_up(self, spec: Spec, inputs: Inputs, clock: Clock, graph_below_ms: float) -> None:
-        """Prepare and run it, and capture its graphs if it is quick; the last run is its first sample."""
+        """Prepare and run the contender, and capture its graphs if it is fast; the last run is its first sample."""
         self.prepared = self.contender.prepare(spec, inputs)
         self.notes.append(self.prepared.note)
         for _ in range(WARM_UP):
@@ -200,7 +200,7 @@ class _Runner:
         clock.recover()
 
     def sample(self, clock: Clock) -> None:
-        """One call and, where there are two passes, one backward."""
+        """Run one call and, if there are two passes, one backward."""
         assert self.prepared is not None
         if self.graphs is not None:
             found = self.graphs.milliseconds(clock)
@@ -210,7 +210,7 @@ class _Runner:
         self.samples.append({name: ms / self.prepared.share for name, ms in zip(self.passes, found, strict=True)})
 
     def _launched(self, prepared: Prepared, clock: Clock) -> list[float]:
-        """Milliseconds of each pass. An error of the backward ends the backwards alone."""
+        """Milliseconds of each pass. An error in the backward disables only the backward."""
         before = clock.allocated_bytes()
         clock.reset_peak()
         marks = [clock.mark()]
@@ -235,7 +235,7 @@ class _Runner:
         return clock.milliseconds(marks)
 
     def result(self) -> Measurement:
-        """What became of it."""
+        """The result so far."""
         timings = {
             name: _timing([sample[name] for sample in self.samples], self.peaks.get(name, 0), self.graphs is not None)
             for name in self.passes
@@ -258,25 +258,25 @@ def race(
     earlier: Sequence[Sequence[Times | None]] = (),
     hear: Callable[[list[Times | None]], None] = lambda times: None,
 ) -> list[Measurement]:
-    """Time contenders in turn on the same inputs: warm-up of each, then rounds of all.
+    """Time contenders in turn on the same inputs: first a warm-up of each, then rounds of all.
 
-    There are at most 20 and at least 3 rounds, as many as `seconds` allow. A contender that refuses the shapes is not
-    tried; one that raises is left out of the rounds and keeps its error. A backward follows the forward it belongs to,
-    as in training; with one of `passes` alone nothing is kept for it.
+    There are at least 3 and at most 20 rounds, as many as `seconds` allow. A contender that refuses the shapes is not
+    tried. One that raises is left out of further rounds and keeps its error. Each backward follows its own forward, as
+    in training. If `passes` has only one pass, nothing is kept for a backward.
 
     Args:
         contenders: what is timed.
-        spec, inputs: what they are prepared for.
-        passes: the name of the call's pass and, for gradients, that of the backward.
+        spec, inputs: what the contenders are prepared for.
+        passes: the name of the call's pass and, to time gradients, that of the backward.
         seconds: time for the rounds.
-        clock: the current CUDA device's if None.
-        announce: hears each contender's name each time before anything of it runs.
-        graph_below_ms: passes quicker than this are timed as replays of a CUDA graph.
-        earlier: rounds of the same race that was interrupted, milliseconds by pass a contender, which count.
-        hear: hears of each round's times as it ends, in the same form.
+        clock: a clock; if None, that of the current CUDA device.
+        announce: called with a contender's name each time before anything of it runs.
+        graph_below_ms: passes faster than this are timed as replays of a CUDA graph.
+        earlier: rounds of the same race before an interruption, milliseconds by pass per contender; they count.
+        hear: called with each round's times when it ends, in the same form.
 
     Raises:
-        DeviceLost: a contender's error outlived it.
+        DeviceLost: the device is unusable after a contender's error.
     """
     clock = clock or Clock()
     tokens = inputs.q.shape[1]
@@ -284,7 +284,7 @@ def race(
     runners = [_Runner(each, () if refusals[each.name] else tuple(passes), refusals[each.name]) for each in contenders]
 
     def guarded(runner: _Runner, action: Callable[[], None]) -> None:
-        """Do something with a contender; an error takes it out of the race, which goes on unless the device is lost."""
+        """Run an action of a contender. An error ends its race; the others go on unless the device is lost."""
         announce(runner.contender.name)
         try:
             action()
@@ -322,11 +322,11 @@ def _timing(ms: Sequence[float], peak_bytes: int, graph: bool) -> Timing:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """An error as one line: its type and the first line of what it says."""
+    """An error as one line: its type and the first line of its message."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {said[0]}"[:limit] if said else type(error).__name__
 
 
 def faults(rows: Iterable[Row]) -> list[str]:
-    """What is wrong with an operator, from the rows of its verification; empty if nothing."""
+    """What is wrong with an operator, from the rows of its verification; empty if nothing is."""
     return [f"{row.quantity} {row.error:.3g} of {row.bound:.3g} {row.problem}".strip() for row in rows if not row.ok]

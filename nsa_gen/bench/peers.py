@@ -1,8 +1,8 @@
-"""The public packages of native sparse attention, each as its own documentation composes it; all contenders by name.
+"""The public packages of native sparse attention, composed as in their own documentation; all contenders by name.
 
 They take one sequence as (T, H, D) with cumulative lengths, mean phi, sigmoid gates and one pair of keys and values.
-The window branch of every one of them calls flash-attn 2; here it is torch's build of the same kernels
-(`sliding_window`), so that nothing has to be compiled. Read with their public sources:
+Each of them calls flash-attn 2 for its window branch. Here, torch's build of the same kernels is used
+(`sliding_window`), so that nothing has to be compiled. Written with their public sources:
 
 - fla: github.com/fla-org/flash-linear-attention, `fla.ops.nsa.parallel_nsa`
 - sfnsa: github.com/mdy666/Scalable-Flash-Native-Sparse-Attention, the functions of `HFNSACore.forward`
@@ -38,9 +38,9 @@ WINDOW_NOTE = "window by torch's FlashAttention-2"
 
 
 def sliding_window(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> Tensor:
-    """Attention of each query to its own key and the size - 1 before it, by the FlashAttention-2 kernels in torch.
+    """Attention of each query to its own key and the size - 1 keys before it, by the FlashAttention-2 kernels in torch.
 
-    q is (B, T, Hq, D), k and v are (B, T, Hkv, D), bfloat16 or float16; the result is like q. Differentiable.
+    q is (B, T, Hq, D), k and v are (B, T, Hkv, D), bfloat16 or float16; the result has q's shape. Differentiable.
     """
     tokens = q.shape[1]
     found = torch.ops.aten._flash_attention_forward(
@@ -51,7 +51,7 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> 
 
 
 class _PublicPackage(Contender):
-    """What the adapters share: what none of the packages computes, and the leaves q, k, v and gates."""
+    """What the adapters share: the features that none of the packages has, and the leaves q, k, v and gates."""
 
     modules: tuple[str, ...] = ()
     package = ""
@@ -90,7 +90,7 @@ class _PublicPackage(Contender):
         return Prepared(call, tuple(leaves), inputs.do, note)
 
     def compose(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Callable[[], Tensor], str]:
-        """The package's operator on (1, T, H, D) tensors as a call that returns o, and its note."""
+        """The package's operator on (1, T, H, D) tensors, as a call that returns o, and its note."""
         raise NotImplementedError
 
 
@@ -121,7 +121,7 @@ class FlashLinearAttention(_PublicPackage):
 
 
 class ScalableFlashNsa(_PublicPackage):
-    """Scalable-Flash-Native-Sparse-Attention, its Hugging Face module's forward."""
+    """Scalable-Flash-Native-Sparse-Attention, composed as in its Hugging Face module's forward."""
 
     name = "sfnsa"
     modules = ("flash_nsa", "pandas", "pkg_resources")
@@ -158,13 +158,13 @@ class ScalableFlashNsa(_PublicPackage):
 
 
 class _TopkPackage(_PublicPackage):
-    """What nsa-triton and fsa, which grew out of it, have in common: three functions and gates in plain torch."""
+    """What nsa-triton and fsa (which is based on it) have in common: three functions, and gates in plain torch."""
 
     operations = ""
     options: dict[str, Any] = {}  # noqa: RUF012  constants of a class
 
     def selected(self, spec: Spec, operations: Any) -> tuple[Callable[..., Tensor], str]:
-        """The function of the selection branch, and what to say of it."""
+        """The function of the selection branch, and a note about it."""
         return operations.topk_sparse_attention, ""
 
     def compose(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Callable[[], Tensor], str]:
@@ -202,7 +202,7 @@ class NsaTriton(_TopkPackage):
 
 
 class FlashSparseAttention(_TopkPackage):
-    """Flash-Sparse-Attention: nsa-triton with a selection branch of its own for groups of at most 8 heads."""
+    """Flash-Sparse-Attention: nsa-triton with its own selection branch for groups of at most 8 heads."""
 
     name = "fsa"
     modules = ("fsa.ops", "nsa_ref.ops", "einops")
@@ -230,17 +230,17 @@ DENSE: Sequence[Contender] = (
     FlexAttention(),
 )
 CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*DENSE, *PEERS)}
-"""The contenders besides nsa_gen's own operator, by the names that the command line gives them."""
+"""The contenders other than nsa_gen's operator, by their names on the command line."""
 
 DEFAULT_NAMES = ("cudnn", "fa2", "fa4", *(peer.name for peer in PEERS))
-"""What an operator is timed against where nothing else is asked for; those that are not installed are left out."""
+"""The default contenders; those that are not installed are left out."""
 
 
 def choose(names: Sequence[str]) -> list[Contender]:
-    """The contenders of these names, in the order of the registry; "dense" and "peers" stand for several.
+    """The contenders of these names, in the order of the registry; "dense" and "peers" each name several.
 
     Raises:
-        ValueError: a name is not known.
+        ValueError: a name is unknown.
     """
     groups = {"dense": ("cudnn", "fa2", "fa4"), "peers": tuple(peer.name for peer in PEERS)}
     wanted = {one for name in names for one in groups.get(name, (name,))}

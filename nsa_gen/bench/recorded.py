@@ -1,8 +1,9 @@
-"""Which blocks neighbouring queries share: measured of a model, kept as a few numbers, and drawn again.
+"""Which blocks neighbouring queries share: measure it in a model, record it in a few numbers, and draw such inputs.
 
-A model's selection is recorded as statistics, not as data. Inputs are drawn so that the operator's own choice has the
-recorded shares: keys as in correlated inputs, and queries that are a sum of processes of several correlation times,
-whose weights follow from how much a choice changes with the correlation of two queries, which is measured.
+A model's selection is recorded as statistics, not as data. Inputs are drawn so that the operator's own selection has
+the recorded shares. Keys are drawn as in correlated inputs. Queries are a sum of processes with several correlation
+times. The processes' weights follow from how much a selection changes with the correlation of two queries, which is
+measured.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ LAGS = (1, 8, 64)
 """Distances of the queries that are compared, in tokens."""
 FORMAT = "nsa_gen selection statistics 1"
 _ANGLES = 16
-"""Correlations whose effect is measured: cosines, as the share that changes grows about as the angle of two queries."""
+"""Number of measured correlations: cosines, because the changed share grows about linearly with the queries' angle."""
 _PAIRS = 256
-"""Pairs of queries by which it is measured."""
+"""Pairs of queries per measurement."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A stationary process of unit variance: noise behind `order` filters y_t = decay * y_(t-1) + x_t.
+    """A stationary process of unit variance: noise through `order` filters y_t = decay * y_(t-1) + x_t.
 
-    One filter gives correlations that fall at once, two such that are smooth.
+    With one filter, the correlation falls at once; with two it is smooth at lag 0.
     """
 
     decay: float
     order: int = 1
 
     def correlation(self, lag: int) -> float:
-        """Of values that are `lag` tokens apart."""
+        """The correlation of two values that are `lag` tokens apart."""
         smooth = (1 - self.decay**2) / (1 + self.decay**2) if self.order == 2 else 0.0
         return self.decay**lag * (1 + smooth * lag)
 
@@ -60,20 +61,20 @@ PROCESSES = (
     *(Process(math.exp(-1 / time), order) for time in (1, 4, 16, 64, 256, 1024) for order in (1, 2)),
     Process(1.0),
 )
-"""What queries are a sum of; the last one is constant."""
+"""The processes whose sum is a query; the last one is constant."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Statistics of a selection; all are means over the queries that have a choice, and over scopes.
+    """Statistics of a selection, as means over the queries that have a choice, and over scopes.
 
     Attributes:
-        tokens: of the sequences.
-        block, count, initial, local: of the spec's selection.
-        shared: by lag, the share of a query's blocks that the query so many tokens before has too.
-        shared_choice: the same of blocks that are not forced, on both sides; what inputs are drawn by.
+        tokens: tokens of the sequences.
+        block, count, initial, local: as in the spec's selection.
+        shared: by lag, the share of a query's blocks that the query `lag` tokens earlier also selected.
+        shared_choice: the same without blocks that are forced for either query; inputs are drawn to match it.
         forced: the share of forced blocks.
-        popular: the share of chosen, not forced blocks that lie in the tenth of blocks that is chosen most.
+        popular: the share of selected blocks, without forced ones, that lie in the most popular tenth of blocks.
     """
 
     tokens: int
@@ -87,12 +88,12 @@ class Selection:
     popular: float
 
     def write(self, path: Path, **more: Any) -> None:
-        """Write to a JSON file, with `more` beside."""
+        """Write to a JSON file, together with `more`."""
         write_whole(path, json.dumps({"format": FORMAT, **asdict(self), **more}, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Selection:
-        """Of a file that `write` has made. Raises ValueError naming the file and the field, OSError."""
+        """Read a file that `write` made. Raises OSError, or ValueError naming the file and the field."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -116,7 +117,7 @@ class Selection:
 
     @classmethod
     def mean(cls, found: Sequence[Selection]) -> Selection:
-        """The mean of several, which must be of one spec and length."""
+        """The mean of several statistics of one spec and length."""
         first, n = found[0], len(found)
         by_lag = {
             name: {lag: sum(getattr(each, name)[lag] for each in found) / n for lag in LAGS}
@@ -131,11 +132,11 @@ def _is_share(value: Any) -> bool:
 
 
 def measure_selection(indices: Tensor, block: int, initial: int, local: int) -> Selection:
-    """The statistics of blocks that were selected.
+    """Statistics of selected blocks.
 
-    indices (B, T, S, n) int32, ascending, -1 in empty slots; `block` is the tokens of a block, `initial` and `local`
-    are the numbers of forced ones. A query has a choice if its candidates are more than n. Raises ValueError where none
-    of the queries compared has.
+    indices (B, T, S, n) int32, ascending, -1 in empty slots. `block` is the number of tokens in a block, and `initial`
+    and `local` are the numbers of forced blocks. A query has a choice if it has more than n candidates. Raises
+    ValueError if none of the compared queries has a choice.
     """
     batch, tokens, scopes, count = indices.shape
     first = count * block  # the first query with more than n candidates
@@ -162,13 +163,13 @@ def measure_selection(indices: Tensor, block: int, initial: int, local: int) -> 
 
 
 def _not_forced(indices: Tensor, positions: Tensor, block: int, initial: int, local: int) -> Tensor:
-    """Blocks (..., R, S, n) that queries at positions (R,) have selected, with -2 for those that are forced or none."""
+    """Blocks (..., R, S, n) that queries at positions (R,) selected, with -2 in place of forced and empty ones."""
     own = (positions // block)[:, None, None]
     return torch.where((indices >= initial) & (indices <= own - local), indices, -2)
 
 
 def _found(later: Tensor, earlier: Tensor, counted: Tensor) -> float:
-    """The share of the slots of `later` that count and whose block is in `earlier` too."""
+    """Of the counted slots of `later`, the share whose block is also in `earlier`."""
     both = counted.clone()
     for start in range(0, later.shape[1], 4096):
         part = slice(start, start + 4096)
@@ -177,9 +178,9 @@ def _found(later: Tensor, earlier: Tensor, counted: Tensor) -> float:
 
 
 def choose_blocks(p: OracleParameters, drawn: Mapping[str, Any], q: Tensor, positions: Tensor) -> Tensor:
-    """The blocks (R, S, n) that queries (R, Hq, Dk) at positions (R,) choose among the keys of one sequence.
+    """The blocks (R, S, n) that queries (R, Hq, Dk) at positions (R,) select among the keys of one sequence.
 
-    By the reference's formulas, in float32; `drawn` has the sequence's arguments (1, T, ...) by name.
+    Uses the reference's formulas in float32. `drawn` has the sequence's arguments (1, T, ...) by name.
     """
     assert p.selection_block is not None
     learned = {name: x.float() for name, x in (drawn.get("compression") or {}).items()}
@@ -199,10 +200,10 @@ def choose_blocks(p: OracleParameters, drawn: Mapping[str, Any], q: Tensor, posi
 def query_correlations(
     p: OracleParameters, drawn: Mapping[str, Any], wanted: Mapping[int, float], generator: torch.Generator
 ) -> dict[int, float]:
-    """The correlation of queries, by lag, at which their choices share as many blocks as `wanted` says.
+    """The correlation of queries, by lag, at which their selections share as many blocks as `wanted` says.
 
-    Measured on pairs of queries of rising correlation that choose so many tokens apart. A share below that of
-    independent queries gives 0. Raises ValueError where the sequence is too short for a choice.
+    Measured on pairs of queries of rising correlation, which are `lag` tokens apart. A share below that of independent
+    queries gives 0. Raises ValueError if the sequence is too short for a choice.
     """
     assert p.selection_block is not None
     tokens, device, first = drawn["q"].shape[1], drawn["q"].device, p.selection_count * p.selection_block
@@ -227,7 +228,7 @@ def query_correlations(
 
 
 def _inverse(values: Sequence[float], at: Sequence[float], wanted: float) -> float:
-    """Where a rising function that has these values at these places has the one wanted, between them linear."""
+    """The place where a rising, piecewise linear function with these values takes the wanted one."""
     if wanted <= values[0]:
         return at[0]
     for (low, a), (high, b) in itertools.pairwise(zip(values, at, strict=True)):
@@ -237,9 +238,9 @@ def _inverse(values: Sequence[float], at: Sequence[float], wanted: float) -> flo
 
 
 def process_weights(correlations: Mapping[int, float]) -> list[float]:
-    """Variances, which add up to 1, of the PROCESSES whose sum has correlations as close as can be.
+    """Variances of the PROCESSES, which add up to 1, whose sum comes closest to these correlations.
 
-    Of all choices of up to four processes, that whose least-squares fit has no negative variance and the least error.
+    Of all sets of up to four processes with a least-squares fit without negative variances, the best fit is used.
     """
     lags = [0, *correlations]
     targets = torch.tensor([1.0, *correlations.values()], dtype=torch.float64)

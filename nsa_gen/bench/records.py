@@ -1,4 +1,4 @@
-"""What a benchmark found, as plain data: rows that a worker appends one by one, and the whole as a JSON document."""
+"""A benchmark's results as plain data: rows that a worker appends one by one, and the whole as a JSON document."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OURS = "nsa_gen"
-"""The contender that is the operator of a generated package."""
+"""The contender that is a generated package's operator."""
 OTHER = "other"
-"""The branch of kernels that are not the package's: copies, fills and sorts of torch."""
+"""The branch of kernels from outside the package: copies, fills and sorts of torch."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Row:
         workload, part, inputs, tokens: the task it belongs to.
         heads: (query, KV) heads.
         head_dim: (query and key, value) head dims.
-        dtype: of the inputs.
+        dtype: the inputs' dtype.
         contender: its name.
         dense: whether it computes dense attention.
         direction: "forward" or "backward".
-        median_ms, low_ms, high_ms: median and quartiles; None where there is no time.
-        repeats: how many samples there are.
-        peak_bytes: most memory in use beside the inputs, from the start of the forward on.
+        median_ms, low_ms, high_ms: median and quartiles; None without a time.
+        repeats: the number of samples.
+        peak_bytes: peak of memory in use in addition to the inputs, from the start of the forward on.
         graph: whether a CUDA graph was timed.
         note: what a reader must know of this contender.
         refusal: why it was not tried.
-        error: the first line of what it failed with.
-        flops, bytes, floor_ms: of our own operator: what no schedule avoids, and the least time for it at the peaks of
-            the GPU; None for others, and floor_ms where the GPU is not in the hardware table.
+        error: the first line of its error.
+        flops, bytes, floor_ms: for our own operator, the work that no schedule avoids, and the least time for it at the
+            GPU's peaks. None for others; floor_ms is also None if the GPU is not in the hardware table.
     """
 
     workload: str
@@ -83,13 +83,13 @@ class KernelRow:
     Attributes:
         workload, inputs, tokens: the task it belongs to.
         kernel: the name of the package's kernel, or torch's.
-        branch: "cmp", "slc", "win", "all", or "other" for what is not the package's.
+        branch: "cmp", "slc", "win", "all", or "other" for kernels from outside the package.
         direction: "forward" or "backward".
         ms: GPU milliseconds, all launches together.
-        launches: how many there were.
-        flops, bytes: what no schedule avoids, by the cost model; 0 for kernels it does not know.
-        floor_ms: the least time for these at the peaks of the GPU; None where the GPU is not in the hardware table.
-        limited_by: "matrix units" or "memory"; "" where there is no floor.
+        launches: the number of launches.
+        flops, bytes: the work that no schedule avoids, by the cost model; 0 for kernels that it does not know.
+        floor_ms: the least time for this work at the GPU's peaks; None if the GPU is not in the hardware table.
+        limited_by: "matrix units" or "memory"; "" without a floor.
     """
 
     workload: str
@@ -108,7 +108,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """Which share of a query's selected blocks the query before it has selected too."""
+    """The share of a query's selected blocks that the previous query also selected."""
 
     workload: str
     inputs: str
@@ -120,7 +120,7 @@ class OverlapRow:
 class SelectionRow:
     """Where the selected blocks lie, over all KV heads.
 
-    `shares[i][j]` of the slots of the i-th part of the queries are of the j-th part of the keys; each row adds up to 1.
+    `shares[i][j]` is the share of the i-th query range's slots whose block is in the j-th key range. Rows add up to 1.
     """
 
     workload: str
@@ -131,10 +131,10 @@ class SelectionRow:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """What became of a check: faults of our operator against the oracle, or a contender's distance from our output.
+    """The result of a check: our operator's faults, found by the oracle, or a contender's distance from our output.
 
-    `difference` is the norm of the difference of the two outputs over the norm of ours, at `tokens` tokens. Packages
-    that choose blocks or round otherwise differ by some percent; a wrong one differs by more than half.
+    `difference` is the norm of the two outputs' difference divided by the norm of ours, at `tokens` tokens. Packages
+    that select blocks or round in other ways differ by a few percent; a wrong package differs by more than half.
     """
 
     workload: str
@@ -159,15 +159,15 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One step of decode: a query a sequence and what it takes, in microseconds, for one layer.
+    """One step of decode, one query per sequence: its time in microseconds for one layer.
 
     Attributes:
         workload: the name of the spec.
         tokens, batch: tokens that each sequence holds, and sequences.
         bytes: keys and values that a step must read.
-        floor_us: the time that a plain copy takes to read so many.
-        us, paged_us: a step on a contiguous cache, and in pages.
-        dense_us: dense attention of the same queries to the contiguous keys; None where it was not timed.
+        floor_us: the time in which a plain copy reads these bytes.
+        us, paged_us: a step on a contiguous cache, and on a paged one.
+        dense_us: dense attention of the same queries to the contiguous keys; None if not timed.
         problem: why there is no time.
     """
 
@@ -192,14 +192,14 @@ _KINDS: dict[str, type[Any]] = {
     "check": CheckRow,
     "task": TaskRow,
 }
-"""Records by what a journal's line calls them; with an s, it is the name of their list in `Results`."""
+"""Records by their name in a journal's line; with an s, it is the name of their list in `Results`."""
 _LATER = ("selection", "decode")
-"""Kinds that results of earlier versions do not have."""
+"""Kinds of records that results of earlier versions lack."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """A benchmark as a whole. `machine` holds GPU, driver, versions and commit; `settings` seeds, budget and so on."""
+    """A whole benchmark. `machine` has GPU, driver, versions and commit; `settings` has seeds, budget and so on."""
 
     machine: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -213,7 +213,7 @@ class Results:
 
     @property
     def ours_is_timed(self) -> bool:
-        """Whether our operator was right and has a time for everything that was asked for."""
+        """Whether our operator passed its check and has a time for everything that was requested."""
         mine = [row.median_ms for row in self.rows if row.contender == OURS] + [row.us for row in self.decodes]
         timed = bool(mine) and all(time is not None for time in mine)
         return timed and all(task.status == "ok" for task in self.tasks)
@@ -226,13 +226,13 @@ class Results:
         return cls(machine, settings, **lists)
 
     def to_document(self) -> dict[str, Any]:
-        """The results as JSON has them."""
+        """The results as a JSON document."""
         lists = {f"{name}s": [_without_defaults(one) for one in getattr(self, f"{name}s")] for name in _KINDS}
         return {"machine": dict(self.machine), "settings": dict(self.settings), **lists}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Results:
-        """The opposite of `to_document`. Raises ValueError for what is no such document."""
+        """The inverse of `to_document`. Raises ValueError if it is no such document."""
         try:
             lists = {
                 f"{name}s": tuple(_from_json(kind, record) for record in document[f"{name}s"])
@@ -251,13 +251,13 @@ def to_line(record: Record) -> str:
 
 
 def from_line(line: str) -> Record:
-    """A record from its line."""
+    """The record of a line that `to_line` made."""
     found = parse_json(line)
     return _from_json(_KINDS[found.pop("record")], found)
 
 
 def write_json(path: Path, results: Results) -> None:
-    """Write results whole or not at all, a record a line."""
+    """Write results atomically, one record per line."""
     parts = []
     for name, value in results.to_document().items():
         body = json.dumps(value)
@@ -268,10 +268,10 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Results from their JSON, or from the journal (.jsonl) of a session that was cut short.
+    """Read results from their JSON, or from the journal (.jsonl) of an interrupted session.
 
     Raises:
-        ValueError: the file is neither.
+        ValueError: the file is neither of them.
     """
     if path.suffix != ".jsonl":
         return Results.from_document(read_json(path))
@@ -285,10 +285,10 @@ def read_results(path: Path) -> Results:
 
 
 def merge(several: Sequence[Results]) -> Results:
-    """Several results as one, with the machine and settings of the first; of records of one thing the last counts.
+    """Several results as one, with the machine and settings of the first. Of equal subjects, the last record counts.
 
     Raises:
-        ValueError: they are of different GPUs, whose times cannot be compared.
+        ValueError: the results are from different GPUs, whose times cannot be compared.
     """
     names = {str(each.machine.get("gpu")) for each in several}
     if len(names) > 1:
@@ -303,9 +303,9 @@ def merge(several: Sequence[Results]) -> Results:
 
 
 def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
-    """The profiled kernels of a spec on independent inputs: of the workload of its name, or of one of its shape.
+    """The profiled kernels of a spec on independent inputs, from the workload of its name or of its shape.
 
-    A shape is heads, head dims and dtype, as the rows of the workload have them.
+    The shape is heads, head dims and dtype, as in the rows of the workload.
     """
     shape = ((spec.heads.query, spec.heads.kv), (spec.head_dim.qk, spec.head_dim.v), spec.dtype)
     named = [row for row in results.kernels if row.workload == spec.name]
@@ -315,13 +315,13 @@ def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:
 
 
 def _subject(record: Record) -> tuple[Any, ...]:
-    """What a record is about: two of a kind with the same subject are two answers to one question."""
+    """What a record is about. Two records of a kind with the same subject answer the same question."""
     names = ("part", "workload", "inputs", "tokens", "batch", "contender", "direction", "kernel")
     return tuple(getattr(record, name, None) for name in names)
 
 
 def _without_defaults(record: Record) -> dict[str, Any]:
-    """A record's fields, those left out that have their default."""
+    """A record's fields, without those that have their default."""
     defaults = {each.name: each.default for each in fields(record)}
     return {name: value for name, value in asdict(record).items() if value != defaults[name]}
 
@@ -334,7 +334,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def validated(kind: type[T], found: Mapping[str, Any], place: str = "") -> T:
-    """A dataclass from its fields; ValueError, naming `place` and field, where one is missing or of another type."""
+    """A dataclass from its fields. Raises ValueError naming `place` and field if one is missing or mistyped."""
     from pydantic import ValidationError
 
     try:
@@ -346,7 +346,7 @@ def validated(kind: type[T], found: Mapping[str, Any], place: str = "") -> T:
 
 
 def _from_json(kind: type[Any], found: Mapping[str, Any]) -> Any:
-    """A record from its fields, lists as tuples. Raises ValueError where one is unknown, missing or of another type."""
+    """A record from its fields, with lists as tuples. Raises ValueError for an unknown, missing or mistyped field."""
     if unknown := set(found) - {each.name for each in fields(kind)}:
         raise ValueError(f"{kind.__name__}: expected no {', '.join(sorted(unknown))}")
     return validated(kind, found, f"{kind.__name__}.")

@@ -1,4 +1,4 @@
-"""A benchmark from its tasks to its results; a contender that ends its process costs itself alone."""
+"""Run a benchmark's tasks in worker processes. If a contender ends its process, only its own results are lost."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from nsa_gen.machine import machine
 from nsa_gen.workers import Worker, WorkerDied, WorkerFailure, share, worker_environment
 
 GRACE_SECONDS = 20.0
-"""What a task that runs at the deadline gets beyond it."""
+"""Additional seconds for a task that is running at the deadline."""
 SILENCE_SECONDS = 300.0
-"""A worker that starts nothing new for so long hangs: tuning a peer's kernels takes a minute or two."""
+"""A worker that reports nothing new for this long hangs. Tuning another package's kernels takes a minute or two."""
 PEERS_ENVIRONMENT = {"FLA_CACHE_RESULTS": "0"}
-"""fla would keep what it tuned while other checks ran beside it; the timing process tunes anew, alone on the GPU."""
+"""Otherwise fla would keep what it tuned while other checks ran. The timing process tunes again, alone on the GPU."""
 SPENT = "the budget was spent"
 
 
 @dataclass
 class Session:
-    """Runs tasks in worker processes, each of which it may lose.
+    """Runs tasks in worker processes, any of which may die.
 
     Attributes:
-        folder: where the workers' packages go.
-        journal: file that every record is appended to as soon as it is there, for a session that is cut short.
-        budget: seconds after which no task is started; tasks left over are recorded as not run.
-        seed: of the inputs.
-        workers: processes that check side by side; timing is done by one.
-        command: what starts a worker.
-        progress: called with a line now and then.
+        folder: where the workers generate packages.
+        journal: file to which every record is appended at once, in case the session is interrupted.
+        budget: seconds after which no task is started; the remaining tasks are recorded as not run.
+        seed: seed of the inputs.
+        workers: processes that check in parallel; one process does the timing.
+        command: the command that starts a worker.
+        progress: called with a line of progress now and then.
     """
 
     folder: Path
@@ -53,11 +53,11 @@ class Session:
     def __post_init__(self) -> None:
         self._writing, self._deadline = threading.Lock(), 0.0
         self._records: list[Record] = []
-        # Contenders that are tried no more on a spec at a length or above it: (digest, tokens, name, reason).
+        # Contenders that are not tried again on a spec from a length on: (digest, tokens, name, reason).
         self._bans: list[tuple[str, int, str, str]] = []
 
     def run(self, tasks: Sequence[Task]) -> list[Record]:
-        """Do all tasks, checks first, and return their records. Our operator is not timed where its check failed."""
+        """Do all tasks, checks first, and return their records. Our operator is not timed if its check failed."""
         self._deadline = time.monotonic() + self.budget
         checks = [task for task in tasks if task.check]
         self._run(checks, self.workers)
@@ -66,13 +66,13 @@ class Session:
         return self._records
 
     def _run(self, tasks: Sequence[Task], workers: int) -> None:
-        """Do tasks, each by whichever worker is free."""
+        """Do tasks, each on whichever worker is free."""
         started = [Worker(self.command, self._environment(), {"seed": self.seed}) for _ in tasks[:workers]]
         labels = [f"[{number}/{len(tasks)}]" for number in range(1, len(tasks) + 1)]
         share(started, list(zip(labels, tasks, strict=True)), self._do_once)
 
     def _do_once(self, worker: Worker, item: tuple[str, Task]) -> None:
-        """Do a task in the time that is left, and record how it ended."""
+        """Do a task in the time left, and record how it ended."""
         number, task = item
         status, reason, started = "not run", SPENT, time.monotonic()
         if started < self._deadline:
@@ -84,7 +84,7 @@ class Session:
             self.progress(f"{task.label}: {status}: {reason}")
 
     def _do(self, worker: Worker, task: Task) -> tuple[str, str]:
-        """Do a task, again without each contender that ends the process: its status, and the reason."""
+        """Do a task, and again without each contender that ends the process. Returns its status and the reason."""
         digest = task.spec.digest()
         found: list[Record] = []
         while True:
@@ -127,7 +127,7 @@ class Session:
                     file.write(to_line(record) + "\n")
 
     def _environment(self) -> dict[str, str]:
-        """Never the interpreter; packages generated into the session's folder."""
+        """The workers' environment: kernels are compiled, and packages are generated into the session's folder."""
         return {
             **PEERS_ENVIRONMENT,
             **worker_environment(),
@@ -138,7 +138,7 @@ class Session:
 
 
 def _wrong(checks: Sequence[Task], records: Iterable[Record]) -> dict[str, str]:
-    """By digest the specs whose operator was not found right, and why."""
+    """The specs, by digest, whose operator was not found correct, with the reason."""
     specs = {task.workload: task.spec.digest() for task in checks}
     wrong = dict.fromkeys(specs.values(), "not timed: its check did not come to an end")
     for record in records:
@@ -151,7 +151,7 @@ def _wrong(checks: Sequence[Task], records: Iterable[Record]) -> dict[str, str]:
 
 
 def run_session(session: Session, tasks: Sequence[Task], settings: Mapping[str, Any]) -> Results:
-    """Run tasks and gather what they found, with the machine and the settings."""
+    """Run tasks and collect their records, with the machine and the settings."""
     found_on = machine()
     given = {"seed": session.seed, "budget_seconds": session.budget, **settings}
     if session.journal is not None:

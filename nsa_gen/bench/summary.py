@@ -1,4 +1,4 @@
-"""What the rows of a benchmark say together: speed-ups over the best dense attention, and where they cross 1."""
+"""What the rows of a benchmark say together: speed-ups over the fastest dense attention, and where they cross 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLES = {"forward": "forward", "backward": "backward", BOTH: "forward and backw
 
 @dataclass(frozen=True)
 class Key:
-    """One sequence that contenders were timed on."""
+    """One sequence on which contenders were timed."""
 
     workload: str
     inputs: str
@@ -26,14 +26,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender on one sequence: a row a pass."""
+    """One contender on one sequence, with one row per pass."""
 
     contender: str
     dense: bool
     rows: Mapping[str, Row]
 
     def ms(self, direction: str) -> float | None:
-        """Milliseconds of a pass, or of "both" passes; None where there is no time."""
+        """Milliseconds of a pass, or of "both" passes; None without a time."""
         if direction != BOTH:
             row = self.rows.get(direction)
             return None if row is None else row.median_ms
@@ -52,17 +52,17 @@ class Entry:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most memory beside the inputs in any pass."""
+        """Peak memory in addition to the inputs, over all passes."""
         return max((row.peak_bytes for row in self.rows.values() if row.peak_bytes is not None), default=None)
 
     @property
     def problem(self) -> str:
-        """Why there is not a time for every pass; empty if there is."""
+        """Why a pass has no time; empty if every pass has one."""
         return "; ".join(dict.fromkeys(row.refusal or row.error for row in self.rows.values() if row.median_ms is None))
 
     @property
     def row(self) -> Row:
-        """Any of the rows: all have the sequence, heads and dtype in common."""
+        """One of the rows; sequence, heads and dtype are the same in all of them."""
         return next(iter(self.rows.values()))
 
     @property
@@ -84,13 +84,13 @@ def entries(rows: Iterable[Row]) -> dict[Key, list[Entry]]:
 
 
 def best_dense(found: Sequence[Entry], direction: str) -> Entry | None:
-    """The quickest dense contender of one sequence in a pass or in both; None if none has a time."""
+    """The fastest dense contender of one sequence in a pass or in both; None if none has a time."""
     timed = [(ms, each) for each in found if each.dense and (ms := each.ms(direction)) is not None]
     return min(timed, key=lambda pair: pair[0])[1] if timed else None
 
 
 def speed_up(found: Sequence[Entry], contender: str, direction: str) -> float | None:
-    """The best dense contender's time over a contender's; above 1 the contender is quicker."""
+    """The fastest dense contender's time divided by a contender's. Above 1, the contender is faster."""
     best = best_dense(found, direction)
     mine = next((each.ms(direction) for each in found if each.contender == contender), None)
     if best is None or not mine:
@@ -102,9 +102,9 @@ def speed_up(found: Sequence[Entry], contender: str, direction: str) -> float | 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a contender begins to be quicker than the best dense attention, also in words.
+    """Where a contender becomes faster than the fastest dense attention, also in words.
 
-    `tokens` is None where it lies below the shortest of the lengths measured, or above the longest.
+    `tokens` is None if this is below the shortest measured length or above the longest.
     """
 
     tokens: float | None
@@ -112,9 +112,9 @@ class Crossing:
 
 
 def crossing(speed_ups: Mapping[int, float]) -> Crossing | None:
-    """The length from which on the speed-up stays above 1, from the speed-ups at several lengths; None without any.
+    """The length from which on the speed-up stays above 1, from speed-ups at several lengths; None without any.
 
-    Between two lengths both logarithms are taken to lie on a line.
+    Between two lengths, the interpolation is linear in both logarithms.
     """
     if not speed_ups:
         return None
@@ -137,7 +137,7 @@ def profiles(kernels: Iterable[KernelRow]) -> list[list[KernelRow]]:
 
 
 def branch_times(kernels: Iterable[KernelRow]) -> list[KernelRow]:
-    """Kernels of one profiled task added up, a row a branch and pass, which is named after the branch."""
+    """The sums of the kernels of one profiled task: one row per branch and pass, named after the branch."""
     groups: dict[tuple[str, str], list[KernelRow]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.branch, kernel.direction), []).append(kernel)

@@ -1,7 +1,7 @@
-"""The process that measures on the GPU, `python -m nsa_gen.bench.worker`: a task a request.
+"""The process that measures on the GPU, `python -m nsa_gen.bench.worker`: one task per request.
 
-It is a worker (`nsa_gen.workers`), because a contender may exhaust memory, read where it must not, or hang. It says
-{"at": contender} when it turns to one, and {"record": line} as soon as something is found.
+It is a worker (`nsa_gen.workers`), because a contender may exhaust memory, access memory illegally, or hang. It reports
+{"at": contender} when it turns to one, and {"record": line} as soon as it has a result.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from nsa_gen.verification.reference.inputs import Inputs, make_inputs
 from nsa_gen.workers import Handle, Lost, Say, note_launches, serve
 
 RAGGED = 511
-"""The length at which our operator is held against the oracle: it ends inside every kind of block."""
+"""The length at which our operator is compared with the oracle: it ends inside every kind of block."""
 
 
 class TaskRunner:
-    """Does tasks with inputs of a seed, and says what it finds."""
+    """Does tasks with inputs of one seed, and reports its results."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -56,7 +56,7 @@ class TaskRunner:
         self._say: Say = lambda said: None
 
     def handle(self, request: dict[str, Any], say: Say) -> None:
-        """Do a task: `banned` contenders are not tried, `known` ones were checked by a worker that was lost since.
+        """Do a task. `banned` contenders are not tried, and `known` ones were checked before, by a worker that died.
 
         Raises:
             Lost: a contender has left the device unusable.
@@ -81,14 +81,14 @@ class TaskRunner:
         self._say({"at": contender})
 
     def _package(self, spec: Spec) -> ModuleType:
-        """The package of a spec, rendered and imported once."""
+        """A spec's package, which is generated and imported once."""
         digest = spec.digest()
         if digest not in self._packages:
             self._packages[digest] = nsa_gen.load(spec)
         return self._packages[digest]
 
     def _contenders(self, task: Task, banned: Mapping[str, str]) -> list[Contender]:
-        """Ours and those the task names, without the banned."""
+        """Our operator and the contenders that the task names, without the banned ones."""
         everyone = [Operator(self._package(task.spec)), *(CONTENDERS[name] for name in task.contenders)]
         return [each for each in everyone if each.name not in banned]
 
@@ -115,7 +115,7 @@ class TaskRunner:
                 self._emit(one)
 
     def _check(self, task: Task, banned: Mapping[str, str], known: set[str]) -> None:
-        """Verify our operator, then run every contender once: its kernels are compiled, and its output is compared."""
+        """Verify our operator, then run every contender once: this compiles its kernels, and its output is compared."""
         contenders = self._contenders(task, banned)
         for name in banned.keys() - known:
             self._emit(CheckRow(task.workload, task.tokens, name, error=banned[name]))
@@ -144,7 +144,7 @@ class TaskRunner:
                 _synchronize(each.name, error)
 
     def _faults(self, spec: Spec) -> list[str]:
-        """What is wrong with our operator's outputs, gradients and selection at a ragged length."""
+        """What is wrong with our operator's outputs, gradients and selection at a length that ends inside blocks."""
         case, dtype = Case(RAGGED, batch=1, twice=False), getattr(torch, spec.dtype)
         inputs = make_inputs(spec, batch=1, tokens=RAGGED, dtype=dtype, device="cuda", seed=self._seed)
         p, backward = OracleParameters.from_spec(spec), "backward" in spec.passes
@@ -152,7 +152,7 @@ class TaskRunner:
 
 
 def rows_of(task: Task, found: list[Measurement], gpu_key: str | None) -> list[Row]:
-    """A row for each contender and pass, with what our operator must do beside its own."""
+    """One row for each contender and pass; our operator's rows also have its necessary work."""
     spec = task.spec
     shape = ((spec.heads.query, spec.heads.kv), (spec.head_dim.qk, spec.head_dim.v), spec.dtype)
     place = (task.workload, task.part, task.inputs, task.tokens, *shape)
@@ -181,7 +181,7 @@ def _necessary(spec: Spec, tokens: int, direction: str, gpu_key: str | None) -> 
 
 
 def _run_once(prepared: Prepared, passes: tuple[str, ...]) -> torch.Tensor:
-    """The output of a contender, its backward run too."""
+    """The output of a contender, after its backward has also run."""
     o = prepared.call()
     if PASSES[1] in passes:
         torch.autograd.grad(o, prepared.leaves, prepared.do, allow_unused=True)
@@ -190,7 +190,7 @@ def _run_once(prepared: Prepared, passes: tuple[str, ...]) -> torch.Tensor:
 
 
 def _synchronize(contender: str, reason: str) -> None:
-    """Raise DeviceLost if an error has made the device unusable."""
+    """Raise DeviceLost if an error has left the device unusable."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
@@ -198,13 +198,13 @@ def _synchronize(contender: str, reason: str) -> None:
 
 
 def _errors(lost: DeviceLost) -> list[str]:
-    """What the culprit failed with, a reason each."""
+    """The culprit's errors."""
     of_it = [each.problem for each in lost.measurements if each.contender == lost.contender and each.problem]
     return of_it or [str(lost)]
 
 
 def _selected(package: Any, inputs: Inputs) -> torch.Tensor | None:
-    """The blocks that our operator chooses, (1, T, Hkv, n) int32; None without a choice of its own."""
+    """The blocks that our operator selects, (1, T, Hkv, n) int32; None if it does not select."""
     if inputs.indices is not None:
         return None
     _, positional, arguments = arguments_of(package, inputs, False)
@@ -214,21 +214,21 @@ def _selected(package: Any, inputs: Inputs) -> torch.Tensor | None:
 
 
 def estimates(spec: Spec, tokens: int, gpu_key: str | None) -> dict[str, KernelEstimate]:
-    """The cost model's estimate of each kernel of a spec, by kernel; FLOPs and bytes are those of any GPU.
+    """The cost model's estimates of a spec's kernels, by kernel. FLOPs and bytes do not depend on the GPU.
 
-    `gpu_key` decides the floors; the H100's are taken for None, and are not to be used then.
+    `gpu_key` decides the floors. With None, they are the H100's and must not be used.
     """
     return {one.kernel: one for one in explain(_lowered(spec), tokens=tokens, gpu_key=gpu_key or "h100")}
 
 
 @functools.lru_cache(maxsize=32)
 def _lowered(spec: Spec) -> Plan:
-    """A spec's plan: lowering takes half a second, and a benchmark asks for each of a few specs many times."""
+    """A spec's plan. It is cached: lowering takes half a second, and a benchmark asks for a few specs many times."""
     return lower(spec)
 
 
 def breakdown(prepared: Prepared, task: Task, gpu_key: str | None) -> list[KernelRow]:
-    """Profile one forward and, where the spec has one, one backward of our operator; the longest kernels first."""
+    """Profile one forward and, if the spec has one, one backward of our operator; the longest kernels come first."""
     backward = "backward" in task.spec.passes
     found: dict[str, Any] = {}
 
@@ -246,7 +246,7 @@ def breakdown(prepared: Prepared, task: Task, gpu_key: str | None) -> list[Kerne
 
 
 def _profiled(action: Callable[[], Any], direction: str, task: Task, gpu_key: str | None) -> list[KernelRow]:
-    """Every kernel that runs in an action, with what the cost model knows of it."""
+    """Every kernel that runs in an action, with the cost model's data on it."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
@@ -261,7 +261,7 @@ def _profiled(action: Callable[[], Any], direction: str, task: Task, gpu_key: st
         own = event.key.removesuffix("_kernel")
         planned = ordinary_kernel(own)
         one = known.get(planned)
-        # The estimates are of one schedule; another one's kernels are the package's too.
+        # The estimates cover one schedule. Kernels of another one belong to the package too.
         branch = branches.get(planned, OTHER)
         name = event.key[:120] if branch == OTHER else own
         costs: tuple[Any, ...] = ()
@@ -279,7 +279,7 @@ def _gpu_key() -> str | None:
 
 
 def task_fields(task: Task) -> dict[str, Any]:
-    """A task as a request has it."""
+    """A task as the fields of a request."""
     return {**vars(task), "spec": task.spec.resolved_yaml()}
 
 

@@ -1,4 +1,4 @@
-"""What is measured: shapes of attention as models have them, lengths, and the tasks that these make."""
+"""What is measured: shapes of attention in models, lengths, and the tasks made of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement: contenders in turn on one sequence of one spec.
+    """One measurement: contenders take turns on one sequence of one spec.
 
     Attributes:
-        workload: the name its rows carry.
-        part: the part of a comparison that it belongs to.
+        workload: the name that its rows carry.
+        part: the part of a comparison to which it belongs.
         spec: the operator.
         tokens: length of the sequence.
         inputs: kind of inputs, see `nsa_gen.bench.inputs.draw_inputs`.
@@ -24,7 +24,8 @@ class Task:
         passes: "forward", "backward".
         seconds: time for the timed rounds.
         profile: whether our kernels are profiled one by one.
-        check: do not time; verify our operator at a ragged length, and compare the sparse contenders' outputs with its.
+        check: time nothing; verify our operator at a length that ends inside blocks, and compare the sparse contenders'
+            outputs with ours.
     """
 
     workload: str
@@ -64,9 +65,9 @@ def nsa_spec(name: str, query_heads: int, kv_heads: int, qk: int = 128, v: int =
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the comparison with other packages: specs by workload, at each length with each kind of inputs.
+    """A part of the comparison with other packages: specs by workload, at each length, with each kind of inputs.
 
-    Our kernels are profiled at the lengths of `profiled`, with independent inputs.
+    Our kernels are profiled at the lengths in `profiled`, with independent inputs.
     """
 
     name: str
@@ -83,12 +84,12 @@ BREAK_EVEN_LENGTHS = (2 * KIB, 3 * KIB, 4 * KIB, 6 * KIB, 8 * KIB, 12 * KIB, 16 
 
 
 def _shape(query_heads: int, kv_heads: int) -> Spec:
-    """The setting at head dim 128. Parts that share a shape share the spec, and so its check and its kernels."""
+    """The setting at head dim 128. Parts of the same shape share the spec, and so its check and its kernels."""
     return nsa_spec(f"bench_{query_heads}x{kv_heads}", query_heads, kv_heads)
 
 
 def parts() -> dict[str, Part]:
-    """The parts of the comparison, by name, in the order they are run."""
+    """The parts of the comparison, by name, in the order in which they run."""
     long = (32 * KIB, 64 * KIB, 8 * KIB, 128 * KIB)
     both = ("independent", "correlated")
     groups = {f"G{group}": _shape(group * kv, kv) for group, kv in GROUPS}
@@ -106,11 +107,11 @@ def parts() -> dict[str, Part]:
 
 
 CHECK_TOKENS = 2 * KIB
-"""Where the outputs of other packages are compared with ours: long enough that most blocks are left out."""
+"""The length at which other packages' outputs are compared with ours: most blocks are not selected there."""
 
 
 def comparison_tasks(chosen: Iterable[Part], contenders: Sequence[str], *, seconds: float = 4.0) -> list[Task]:
-    """The tasks of parts of the comparison: one check of each spec first, then all that is timed."""
+    """The tasks of some parts of the comparison: first one check of each spec, then everything that is timed."""
     chosen, names = list(chosen), tuple(contenders)
     checks: dict[str, Task] = {}
     for part in chosen:
@@ -137,7 +138,7 @@ def spec_tasks(
     passes: Sequence[str],
     seconds: float = 4.0,
 ) -> list[Task]:
-    """The tasks of one spec: a check, then each kind of inputs at each length; the longest one is profiled."""
+    """The tasks of one spec: a check, then each kind of inputs at each length. The longest one is profiled."""
     check = Task(
         spec.name, spec.name, spec, CHECK_TOKENS, contenders=tuple(contenders), passes=tuple(passes), check=True
     )
