@@ -1,13 +1,13 @@
-"""The tuner: it searches on the GPU at hand, survives bad candidates, never lies, and its results travel.
+"""The tuner: searches on the GPU at hand, survives bad candidates, and saves results that can be shared.
 
     space     buckets of calls, and which configurations are worth compiling, by the symbolic space and the cost model
-    stage0    compiled ahead of time in parallel: dropped, merged, ranked
-    race      candidates and their times: ratios to the default, and noise; the journal of what was found
-    backend   one measuring process a GPU, each of which may die; quarantine
-    engine    that process from inside: the oracle first, then interleaved times; timed: what is timed, on which inputs
-    search    halving, schedules against each other, and a final
-    store     what was decided, for which kernels and GPU, for ever; cache: which entry serves a call, and why
-    run       all of it, from settings to a report
+    stage0    compile candidates ahead of time in parallel: drop, merge and rank them
+    race      candidates and their times: ratios to the default, and noise; the journal of results
+    backend   one measuring process per GPU, each of which may die; quarantine
+    engine    the inside of that process: check with the oracle first, then time; timed: what is timed, on which inputs
+    search    successive halving, schedules against each other, and a final
+    store     results, with the kernels and GPU that they are for; cache: which entry serves a call, and why
+    run       everything, from settings to a report
 
 Importing this package imports neither torch nor triton: both stay in the worker processes.
 """

@@ -1,7 +1,8 @@
-"""What the search asks of a GPU: is a candidate right, and how quick is it beside others?
+"""What the search asks of a GPU: is a candidate correct, and how fast is it compared with others?
 
-A `Backend` asks a process that may die at any time. A candidate that takes it along (an illegal access, a hang) or
-fails in it (out of memory, wrong numbers) is quarantined with its reason; the process is replaced and the others go on.
+A `Backend` asks a process that may die at any time. A candidate that kills the process (an illegal access, a hang) or
+fails in it (out of memory, wrong numbers) is quarantined with its reason. The process is replaced, and the other
+candidates continue.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ if TYPE_CHECKING:
 WORKER = (sys.executable, "-m", "nsa_gen.tuning.engine")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 CANDIDATE_SECONDS = 60.0
-"""A candidate that gives no sign of life for so long hangs; its kernels have been compiled before."""
+"""A candidate that gives no sign of life for this long hangs. Its kernels were compiled before."""
 START_LIMIT_SECONDS = 180.0
-"""What a process may take to import torch, and to draw inputs."""
+"""Limit for a process to import torch and draw inputs."""
 FIRST_PATIENCE = 3
-"""Times as long may the very first answer take: kernels with one configuration are compiled, launchers built."""
+"""The first answer may take this many times as long: kernels with one configuration are compiled, launchers built."""
 MOST_STARTS = 3
-"""Deaths in a row that no candidate can be blamed for, after which there is no going on."""
+"""Maximum of consecutive deaths that no candidate can be blamed for; after it, the run ends."""
 
 
 class BackendLost(RuntimeError):
-    """Nothing can be measured any more: the worker dies before it gets to a candidate."""
+    """Nothing can be measured any more: the worker dies before it reaches a candidate."""
 
 
 class Backend:
-    """A GPU behind a worker process, which is started when first needed and after each death."""
+    """A GPU and its worker process, which is started when first needed and after each death."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Backend:
     def race(self, race: Race, earlier: Sequence[Round] = (), hear: Hear = lambda times: None) -> list[Reading]:
         """Times of the candidates, in their order.
 
-        `earlier` rounds, of the same race interrupted, count; each further one is told to `hear` as it ends.
+        `earlier` rounds, from before an interruption, count. `hear` is called with each further round as it ends.
         """
         rest = {name: value for name, value in race.to_json().items() if name != "candidates"}
         answers = self._survive("race", race.candidates, race.bucket, rest, earlier, hear)
@@ -102,7 +103,7 @@ class Backend:
         earlier: Sequence[Round] = (),
         hear: Hear = lambda times: None,
     ) -> list[dict[str, Any]]:
-        """Ask about candidates until all are answered for, each with its answer or {"error": ...}."""
+        """Ask about candidates until each has an answer or {"error": ...}."""
         places = [(bucket.name, each.key) for each in candidates]
         answers: list[dict[str, Any]] = [
             {"error": self._quarantine[place]} if place in self._quarantine else {} for place in places
@@ -138,7 +139,7 @@ class Backend:
                     if blameless >= MOST_STARTS:
                         raise BackendLost(f"the measuring process ends before it measures: {died}") from died
                 elif died.from_outside and places[culprit] not in self._second_chance:
-                    # Somebody killed it: it may not be the candidate's doing.
+                    # Killed from outside: the candidate may not be the cause.
                     self._second_chance.add(places[culprit])
                     self._tell(f"{died}; tried again: {candidates[culprit].label}")
                 else:
@@ -171,10 +172,10 @@ def gpu_backend(
     candidate_seconds: float = CANDIDATE_SECONDS,
     command: Sequence[str] = WORKER,
 ) -> Backend:
-    """What measures on one GPU of this machine, with the machine code that stage 0 has left beside the package."""
+    """The backend of one GPU of this machine. It uses the machine code that stage 0 left next to the package."""
     environment = compiler_environment((package.parent.parent / "triton").resolve())
     visible = [each for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
-    if number:  # to the first all are visible, so that it can count them; it uses the first of them
+    if number:  # the first process sees all GPUs, so that it can count them, and uses the first
         environment[VISIBLE] = visible[number] if visible else str(number)
     environment["NSA_GEN_TUNED"] = "off"
     opening = {"package": str(package.resolve()), "spec": spec.resolved_yaml(), "seed": settings.seed}
@@ -186,11 +187,11 @@ R = TypeVar("R")
 
 
 class Crew:
-    """Answers questions with whichever GPU is free; a race is run on one GPU, so that its times compare.
+    """Answers questions with whichever GPU is free. A race runs on one GPU, so that its times are comparable.
 
     Args:
-        backends: one a GPU. One that is lost is left out from then on; the last one's loss ends the run.
-        journal: answers of an earlier run, and where new ones go.
+        backends: one per GPU. A lost one is no longer used; losing the last one ends the run.
+        journal: answers of an earlier run, and the place for new ones.
     """
 
     def __init__(self, backends: Sequence[Backend], journal: Journal) -> None:
@@ -210,9 +211,9 @@ class Crew:
         return len(self._backends)
 
     def check(self, candidate: Candidate, bucket: Bucket, *, several: bool = False) -> str:
-        """What is wrong with a candidate, or ""; asked once for each kind of call, whatever its length.
+        """What is wrong with a candidate, or "". Asked once for each kind of call, whatever its length.
 
-        `several` are configurations of several kernels checked at once: what is wrong is nobody's in particular.
+        `several` means that configurations of several kernels are checked together: a fault then belongs to none.
         """
         calls = "decode" if bucket.decode else "packed" if bucket.packed else "batched"
         kind = f"check {calls} {min(bucket.batch, 2)} {candidate.key}"
@@ -225,7 +226,7 @@ class Crew:
         return known
 
     def race(self, race: Race) -> list[Reading]:
-        """Times of candidates, in their order; each is a line of the journal, and so is each round until then."""
+        """Times of candidates, in their order. Each is a line of the journal, and so is each round until then."""
         keys = [f"race {race.key} {number}" for number in range(len(race.candidates))]
         known = [self._journal.get(key) for key in keys]
         if all(answer is not None for answer in known):
@@ -246,16 +247,16 @@ class Crew:
         return readings
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """A function of each item, as many at a time as there are GPUs; results in the order of the items."""
+        """Apply a function to each item, as many at a time as there are GPUs; results are in the order of the items."""
         if self.size == 1:
             return [function(item) for item in items]
         if self._pool is None:
-            # Kept until the end: a worker ends with the thread that has started it.
+            # Kept until the end, because a worker ends with the thread that started it.
             self._pool = ThreadPoolExecutor(self.size)
         return list(self._pool.map(function, items))
 
     def close(self) -> None:
-        """End every worker, whatever it is at."""
+        """End every worker, whatever it is doing."""
         for backend in self._backends:
             backend.close()
         if self._pool is not None:
@@ -272,7 +273,7 @@ class Crew:
                     if self.size > 1:
                         self._backends.remove(backend)
                         continue
-                self._free.put(backend)  # others that wait for it learn the same
+                self._free.put(backend)  # others that wait for it find out in the same way
                 raise
             except BaseException:
                 self._free.put(backend)
@@ -289,7 +290,7 @@ class Crew:
 
 
 def handler(engine: Any) -> Handle:
-    """Answers a worker's requests with an engine, which is one of `nsa_gen.tuning.engine` or a test's."""
+    """Answer a worker's requests with an engine: `nsa_gen.tuning.engine`'s, or a test's."""
 
     def handle(request: dict[str, Any], say: Say) -> Any:
         def announce(number: int) -> None:

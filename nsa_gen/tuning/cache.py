@@ -1,4 +1,4 @@
-"""What `nsa-gen cache` answers: which entries there are, why one serves a call or does not, and how they travel."""
+"""Answers of `nsa-gen cache`: which entries exist, why one serves a call or does not, and their export and import."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from nsa_gen.tuning.space import Bucket
 
 LEVELS = ("NSA_GEN_TUNED", "user's cache", "shipped")
-"""Where entries come from, in the order in which they are looked for."""
+"""Where entries come from, in lookup order."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A field in which an entry is not what is wanted. `fatal` ones keep it from being used."""
+    """A field in which an entry differs from what is wanted. A `fatal` difference means that it cannot be used."""
 
     field: str
     wanted: str
@@ -56,14 +56,14 @@ MEANING = {
     "architecture": "another architecture, whose configurations may not even compile",
     "bucket": "too far from the call: more than two steps",
 }
-"""What it says of an entry that a field differs."""
+"""What a difference in each field means."""
 
 
 def differences(wanted: Identity, found: Identity, near: int = 2) -> list[Difference]:
-    """Field by field, what keeps an entry from serving a call, or only makes it a worse fit.
+    """The fields that keep an entry from serving a call, or make it a worse fit.
 
-    Another GPU of the same architecture serves where nothing better is known, and so does a bucket at most `near`
-    steps away: these differences are not fatal.
+    An entry of another GPU of the same architecture serves if no better one is known, and so does a bucket at most
+    `near` steps away. These differences are not fatal.
     """
     result = []
     for name in ("kernels", "space", "dtype", "measurement", "gpu", "multiprocessors", "architecture"):
@@ -76,7 +76,7 @@ def differences(wanted: Identity, found: Identity, near: int = 2) -> list[Differ
 
 
 def drifted(now: Device, made_with: Provenance) -> list[Difference]:
-    """Versions that differ from those of today, where both are known."""
+    """Versions that differ from today's, if both are known."""
     return [
         Difference(name, getattr(now, name), getattr(made_with, name), fatal=False)
         for name in ("driver", "torch", "triton")
@@ -86,15 +86,15 @@ def drifted(now: Device, made_with: Provenance) -> list[Difference]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of one entry for a call.
+    """The role of one entry for a call.
 
     Attributes:
         path: its file.
         level: index into LEVELS.
-        entry: itself; None where the file could not be understood.
-        used: it is the one that serves the call.
-        reason: why it is, or is not.
-        differences: field by field; the fatal ones are why it cannot serve.
+        entry: the entry; None if the file is unreadable.
+        used: whether it serves the call.
+        reason: why it does, or does not.
+        differences: the fields that differ; fatal ones are why it cannot serve.
         drift: versions that differ from today's.
     """
 
@@ -116,7 +116,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every entry there is for a spec of this name, and the one that serves; `note` says what no entry can."""
+    """Every entry for a spec of this name, and the one that serves; `note` is about none in particular."""
 
     wanted: Identity
     verdicts: tuple[Verdict, ...] = ()
@@ -124,7 +124,7 @@ class Explanation:
 
     @property
     def chosen(self) -> Verdict | None:
-        """The entry that serves, None for the cost model's choice."""
+        """The entry that serves; None for the cost model's choice."""
         return next((each for each in self.verdicts if each.used), None)
 
 
@@ -137,12 +137,12 @@ def why(
     shipped: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Explanation:
-    """Which entry serves a call of a spec's package on a device, and what is wrong with each of the others.
+    """Find the entry that serves a call of a spec's package on a device, and what is wrong with each of the others.
 
     Args:
-        spec: whose package.
+        spec: the package's spec.
         device: the GPU.
-        bucket: of the call.
+        bucket: the call's bucket.
         store: the user's cache.
         shipped: the package's `tuned` folder, if there is one.
         environment: where NSA_GEN_TUNED is read.
@@ -173,7 +173,7 @@ def why(
 
 
 def _judged(path: Path, level: int, wanted: Identity, check: Check, device: Device) -> list[Verdict]:
-    """An entry each; a reason stands already where it cannot serve."""
+    """A verdict for each entry of a file. It already has a reason if the entry cannot serve."""
     try:
         entries = read_each(path)
     except (Unreadable, OSError) as error:
@@ -192,12 +192,12 @@ def _judged(path: Path, level: int, wanted: Identity, check: Check, device: Devi
 
 
 def _fatal(differing: Iterable[Difference]) -> str:
-    """The differences that keep an entry from being used, with what they mean; "" if there is none."""
+    """The differences that keep an entry from being used, with their meaning; "" if there are none."""
     return "; ".join(f"{each} ({MEANING[each.field]})" for each in differing if each.fatal)
 
 
 def refusals(entries: Sequence[Entry], specs: Mapping[str, Spec]) -> list[str]:
-    """What the packages of specs refuse of entries that were tuned in their spaces; "" of all others."""
+    """What the specs' packages refuse in entries that were tuned in their spaces; "" for all other entries."""
     programs = {name: lower(specs[name]) for name in {each.identity.spec for each in entries} & specs.keys()}
     checks = {name: check_of(program) for name, program in programs.items()}
     return [
@@ -210,7 +210,7 @@ def refusals(entries: Sequence[Entry], specs: Mapping[str, Spec]) -> list[str]:
 
 
 def is_stale(entry: Entry) -> bool:
-    """Whether a shipped spec's kernels are no longer those of an entry; specs that are not shipped are not judged."""
+    """Whether a shipped spec's kernels have changed since an entry was made. False for specs that are not shipped."""
     name, decode = entry.identity.spec, entry.identity.bucket.decode
     if name not in shipped_specs():
         return False
@@ -221,7 +221,7 @@ def is_stale(entry: Entry) -> bool:
 
 
 def _rank(verdict: Verdict, wanted: Identity) -> tuple[int, int, int]:
-    """As in a package's `lookup`: explicit, this GPU, this architecture; the nearest of each; then by level."""
+    """As in a package's `lookup`: explicit file, this GPU, this architecture; the nearest of each; then by level."""
     assert verdict.entry is not None
     other = any(each.field in ("gpu", "multiprocessors") for each in verdict.differences)
     origin = 0 if verdict.level == 0 else 2 if other else 1
@@ -243,14 +243,14 @@ def _concluded(verdict: Verdict, best: Verdict | None, wanted: Identity) -> Verd
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of the entries of a file: saved in the cache, or refused with a reason (None: not even an entry)."""
+    """The result for the entries of a file: saved in the cache, or refused with a reason (None: not even an entry)."""
 
     saved: tuple[Entry, ...] = ()
     refused: tuple[tuple[Entry | None, str], ...] = ()
 
 
 def export(store: Store, path: Path, names: Sequence[str] = ()) -> int:
-    """Write the entries of the cache, or those of some specs, to one file; how many."""
+    """Write the entries of the cache, or those of some specs, to one file. Returns their number."""
     found = [entry for _, entry in store.all() if not names or entry.identity.spec in names]
     if found:
         write_entries(path, found, bundle=True)
@@ -258,16 +258,16 @@ def export(store: Store, path: Path, names: Sequence[str] = ()) -> int:
 
 
 def import_entries(store: Store, path: Path, specs: Mapping[str, Spec]) -> Imported:
-    """Save the entries of a file in the cache, except those that today's kernels were not measured for.
+    """Save the entries of a file in the cache, except those that were measured with other kernels than today's.
 
     Args:
         store: the user's cache.
-        path: what `export` wrote, or a package's tuned/<gpu>.json.
-        specs: by name, whose kernels are compared.
+        path: a file that `export` wrote, or a package's tuned/<gpu>.json.
+        specs: specs by name, whose kernels are compared.
 
     Raises:
-        Unreadable: it is not such a file.
-        OSError: it cannot be read, is no regular file, or the cache cannot be written.
+        Unreadable: it is no such file.
+        OSError: it cannot be read, is not a regular file, or the cache cannot be written.
     """
     saved: list[Entry] = []
     refused: list[tuple[Entry | None, str]] = []

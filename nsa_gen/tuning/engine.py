@@ -1,7 +1,8 @@
-"""The measuring process, `python -m nsa_gen.tuning.engine`: a package under candidates, against the oracle, then timed.
+"""The measuring process, `python -m nsa_gen.tuning.engine`: checks a package with candidates, then times them.
 
-It is a worker (`nsa_gen.workers`) that answers {"do": "device" | "check" | "race", ...}. It says {"now": number} when
-it turns to a candidate and {"round": times} after each round of a race. It ends when a candidate made the GPU unusable.
+It is a worker (`nsa_gen.workers`) that answers {"do": "device" | "check" | "race", ...}. It reports {"now": number}
+when it turns to a candidate and {"round": times} after each round of a race. It ends if a candidate made the GPU
+unusable.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ if TYPE_CHECKING:
 
 FLUSHED_OVER_L2 = 2
 USUAL_L2_BYTES = 2**26
-"""Taken for the L2 cache's size where the driver does not tell."""
+"""Assumed L2 cache size if the driver does not report it."""
 KEPT_MEMORY_SHARE = 0.4
-"""Of the GPU's memory, what torch's allocator may keep between candidates."""
+"""The share of the GPU's memory that torch's allocator may keep between candidates."""
 GRAPH_KERNELS_BELOW_MS = 1.0
-"""Kernels timed alone that are quicker are replayed as a graph: their launch would count as much as they do."""
+"""Faster kernels, if timed alone, are replayed as a graph. Otherwise the launch would take as long as the kernel."""
 
 
 class ColdClock(Clock):
-    """A clock that overwrites the L2 cache before each sample, and keeps memory that the next candidate will need."""
+    """A clock that overwrites the L2 cache before each sample, and keeps memory for the next candidate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,17 +72,17 @@ class ColdClock(Clock):
         super().reset_peak()
 
     def recover(self) -> None:
-        """Wait for the device. Memory is freed once much is kept: freeing it a candidate costs more than a race."""
+        """Wait for the device. Free memory only if much is kept: doing so per candidate costs more than a race."""
         torch.cuda.synchronize()
         if torch.cuda.memory_reserved() > self._most_kept:
             super().recover()
 
 
 class GpuEngine:
-    """Checks and times candidates on the current GPU. What is not overridden is the cost model's choice, always.
+    """Checks and times candidates on the current GPU. Everything that is not overridden is the cost model's choice.
 
-    `opening` has the folder of the `package`, the `spec` as text and a `seed`. Another device and a clock for it are
-    for tests: on the CPU the kernels are interpreted.
+    `opening` has the folder of the `package`, the `spec` as text and a `seed`. Tests may pass another device and its
+    clock: on the CPU, kernels are interpreted.
     """
 
     def __init__(self, opening: dict[str, Any], device: torch.device | None = None, clock: Clock | None = None) -> None:
@@ -91,7 +92,7 @@ class GpuEngine:
             raise RuntimeError("torch sees no GPU")
         self._package = import_package(opening["package"])
         self._device = device or torch.device("cuda", torch.cuda.current_device())
-        # Nothing tuned before may stand in for the default.
+        # No earlier tuning may replace the default.
         self._package.configs.use_target(self._package.configs.architecture(self._device)).__enter__()
         self._clock = clock or ColdClock()
         self._drawn_for: Bucket | None = None
@@ -111,7 +112,7 @@ class GpuEngine:
     def check(
         self, candidates: list[Configs], announce: Callable[[int], None], *, bucket: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Hold each candidate's outputs, gradients and selection against the oracle; of decode, a scenario's steps."""
+        """Compare each candidate's outputs, gradients and selection with the oracle; of decode, a scenario's steps."""
         kind = Bucket(**bucket)
         rows_of = self._decode_check(kind) if kind.decode else self._operator_check(kind)
         answers = []
@@ -133,7 +134,7 @@ class GpuEngine:
         return partial(run_scenario, self._spec, self._package, scenario, self._device.type)
 
     def _operator_check(self, bucket: Bucket) -> Callable[[], list[Row]]:
-        """A call to check with, the same for all buckets that are packed, or that are not."""
+        """A call to check with. It is the same for all packed buckets, and for all others."""
         kind = f"{bucket.packed} {min(bucket.batch, 2)}"
         if kind not in self._checks:
             tokens = check_tokens(self._spec)
@@ -163,7 +164,7 @@ class GpuEngine:
         hear: Callable[[list[Times | None]], None] = lambda times: None,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Time candidates in turn, round after round, as a `Race` with `more` fields asks for."""
+        """Time candidates in turn, round after round. `more` are the fields of a `Race`."""
         asked = Race.from_json({"candidates": candidates, **more})
         bucket = asked.bucket
         announce(0)
@@ -173,7 +174,7 @@ class GpuEngine:
         except NoLaunch:
             return [{"times": {}, "error": ""} for _ in candidates]
         except Exception as error:
-            # The first candidate is what the others are compared with: without it there is no race.
+            # All others are compared with the first candidate: without it there is no race.
             return [{"times": {}, "error": "" if n else self._survived(error)} for n in range(len(candidates))]
         try:
             found = race(
@@ -203,7 +204,7 @@ class GpuEngine:
         return [Solo(self._package, *each, call) for each in numbered]
 
     def _call_of(self, asked: Race, drawn: Inputs) -> Call:
-        """The call that launches a kernel, as a whole pass of the first candidate makes it; the last one is kept."""
+        """The call that launches a kernel, as in a whole pass of the first candidate. The last one is kept."""
         first = asked.candidates[0]
         key = (asked.kernel, first.key, asked.bucket, asked.inputs)
         if self._noted is not None and self._noted[0] == key:
@@ -222,7 +223,7 @@ class GpuEngine:
         return noted[0]
 
     def _decoded(self, bucket: Bucket) -> DecodeInputs:
-        """The cache of a bucket of decode; that of the last one is kept."""
+        """The cache of a decode bucket. The last one is kept."""
         if bucket != self._drawn_for or self._cache is None:
             self._forget(bucket)
             self._cache = decode_inputs(
@@ -231,12 +232,12 @@ class GpuEngine:
         return self._cache
 
     def _forget(self, bucket: Bucket) -> None:
-        """Give back what belongs to the bucket before."""
+        """Free what belongs to the previous bucket."""
         self._drawn_for, self._drawn, self._cache, self._noted = bucket, {}, None, None
         self._clock.recover()
 
     def _inputs(self, bucket: Bucket, kind: str) -> Inputs:
-        """The inputs of a bucket; those of the last one are kept."""
+        """The inputs of a bucket. The last ones are kept."""
         if bucket != self._drawn_for:
             self._forget(bucket)
         if kind not in self._drawn:
@@ -244,7 +245,7 @@ class GpuEngine:
         return self._drawn[kind]
 
     def _survived(self, error: Exception) -> str:
-        """An error in words; raises Lost if the GPU did not survive it."""
+        """An error's text. Raises Lost if the GPU did not survive the error."""
         reason = first_line(error)
         try:
             self._clock.recover()

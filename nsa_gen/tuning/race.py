@@ -1,9 +1,9 @@
-"""Candidates, races between them and who is quicker by more than noise; and the journal of what was found.
+"""Candidates, races between them, the winner by more than noise, and the journal of results.
 
-The journal is JSON lines on disk, from which an interrupted run resumes. Its first line says what is tuned on what;
-each further line answers one question that the search may ask. A search that is run again asks the same questions in
-the same order, and takes the answers from there as far as they go. Rounds of a race are lines too, so that one which
-is interrupted goes on with those that are left.
+The journal is JSON lines on disk, from which an interrupted run resumes. Its first line says what is tuned on what.
+Each further line answers one question of the search. A search that runs again asks the same questions in the same
+order, and takes answers from the journal as far as they go. Rounds of a race are lines too, so an interrupted race
+continues with the rounds that are left.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from nsa_gen.tuning.store import Configs
 JOURNAL_SCHEMA = 1
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 LEAST_NOISE = 0.003
-"""Differences below this share of a time are noise, however steady the repeats are."""
+"""Smaller differences, as a share of a time, are noise, however steady the repeats are."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Configurations in place of the cost model's, by kernel or schedule; empty for the default itself."""
+    """Configurations that replace the cost model's, by kernel or schedule; empty for the default itself."""
 
     configs: Configs = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """Equal exactly for equal configurations."""
+        """A text that is equal exactly for equal configurations."""
         return json.dumps(self.configs, sort_keys=True)
 
     @property
     def label(self) -> str:
-        """The configurations in a line."""
+        """The configurations in one line."""
         each = (f"{name} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in self.configs.items())
         return "; ".join(each) or "default"
 
     def with_configs(self, more: Mapping[str, Mapping[str, int]]) -> Candidate:
-        """The same with further values, which win over those there are."""
+        """This candidate with further values, which replace existing ones."""
         merged = {name: dict(values) for name, values in self.configs.items()}
         for name, values in more.items():
             merged[name] = {**merged.get(name, {}), **values}
@@ -65,29 +65,29 @@ class Times:
 
     @property
     def noise(self) -> float:
-        """Half-width of the interval that the true median is likely in, ms; never below what any clock jitters by."""
+        """Half-width of the interval that likely contains the true median, ms; at least the jitter of any clock."""
         return max(1.57 * (self.high - self.low) / max(self.repeats, 1) ** 0.5, LEAST_NOISE * self.median)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of a candidate in a race: times by pass, or why there are none."""
+    """The result of a candidate in a race: times by pass, or why there are none."""
 
     times: dict[str, Times] = field(default_factory=dict)
     error: str = ""
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Reading:
-        """What `asdict` makes of one."""
+        """The inverse of `asdict`."""
         return cls({name: Times(**each) for name, each in document["times"].items()}, document.get("error", ""))
 
 
 @dataclass(frozen=True)
 class Race:
-    """Candidates to be timed in turn on the same inputs: a bucket, a kind of input, passes, seconds for the rounds.
+    """Candidates to time in turn on the same inputs: a bucket, a kind of input, passes, seconds for the rounds.
 
-    With a `kernel`, what is timed is the call that launches it alone, on what the first candidate hands it within the
-    pass named, in place of whole passes.
+    With a `kernel`, only the call that launches it is timed instead of whole passes. Its arguments are those of the
+    first candidate in the named pass.
     """
 
     candidates: tuple[Candidate, ...]
@@ -103,27 +103,27 @@ class Race:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Race:
-        """What `to_json` made of one."""
+        """The inverse of `to_json`."""
         candidates = tuple(map(Candidate, document["candidates"]))
         lists = {"candidates": candidates, "bucket": Bucket(**document["bucket"]), "passes": tuple(document["passes"])}
         return cls(**{**document, **lists})
 
     @property
     def key(self) -> str:
-        """Sixteen hex digits, equal exactly for equal races."""
+        """Sixteen hex digits that are equal exactly for equal races."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 Round = list[dict[str, float] | None]
-"""Milliseconds by pass of each candidate of a race in one round; None of one that is out."""
+"""Milliseconds by pass of each candidate of a race in one round; None for a candidate that is out."""
 Hear = Callable[[Round], None]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Time over the base's in the same races, geometric mean over kinds of input; 1 is the base. Less is better.
+    """A time divided by the base's in the same races, as a geometric mean over kinds of input. Less is better.
 
-    `noise` is the half-width of the interval that the true ratio is likely in.
+    1 is the base. `noise` is the half-width of the interval that likely contains the true ratio.
     """
 
     ratio: float
@@ -134,7 +134,7 @@ WORST = Score(math.inf, 0.0)
 
 
 def total(reading: Reading, passes: Sequence[str]) -> tuple[float, float] | None:
-    """Milliseconds of some passes together, and their noise; None if one is missing."""
+    """Milliseconds of some passes together, and their noise. None if one is missing."""
     if reading.error or any(name not in reading.times for name in passes):
         return None
     times = [reading.times[name] for name in passes]
@@ -142,9 +142,9 @@ def total(reading: Reading, passes: Sequence[str]) -> tuple[float, float] | None
 
 
 def scores(readings: Sequence[Sequence[Reading]], passes: Sequence[str], base: int = 0) -> list[Score]:
-    """Scores of candidates whose readings, one list a kind of input, stand in the same order in each.
+    """Scores of candidates from readings: one list per kind of input, with the candidates in the same order.
 
-    A candidate that failed in any of them, and everyone if the base did, has the worst.
+    A candidate that failed in any of them gets the worst score; so do all if the base failed.
     """
     count = len(readings[0])
     found: list[Score] = []
@@ -167,9 +167,9 @@ def scores(readings: Sequence[Sequence[Reading]], passes: Sequence[str], base: i
 
 
 def pick(found: Sequence[Score], costs: Sequence[tuple[float, ...]], base: int = 0) -> int:
-    """The winner: the least score; inside its noise the base, then whoever takes least of the GPU.
+    """The winner: the best score. Within its noise, the base wins, then the candidate with the least cost.
 
-    `costs` orders candidates by what they take. The base wins if everyone failed.
+    `costs` orders candidates by what they take of the GPU. The base wins if everyone failed.
     """
     best = min(range(len(found)), key=lambda number: (found[number].ratio, number))
     if not math.isfinite(found[best].ratio):
@@ -182,7 +182,7 @@ def pick(found: Sequence[Score], costs: Sequence[tuple[float, ...]], base: int =
 
 
 def spread(found: Sequence[Score], most: int, base: int = 0) -> list[int]:
-    """Who goes on to the next round: the base and the best of the others, as many as `most`, in their order."""
+    """The base and the best of the others, at most `most` in all, in their order: they go on to the next round."""
     others = sorted(
         (number for number in range(len(found)) if number != base and math.isfinite(found[number].ratio)),
         key=lambda number: found[number].ratio,
@@ -191,16 +191,16 @@ def spread(found: Sequence[Score], most: int, base: int = 0) -> list[int]:
 
 
 class JournalWarning(UserWarning):
-    """The journal cannot be written, or an earlier one is not this run's."""
+    """The journal cannot be written, or an earlier one belongs to another run."""
 
 
 class Journal:
     """A file of answers by key.
 
     Args:
-        path: the file. One that exists is continued with `resume`, else kept as `<name>.old`.
-        heading: what is tuned on what; an earlier journal is only resumed if its heading is equal.
-        resume: take the answers of an earlier run.
+        path: the file. With `resume`, an existing file is continued; otherwise it is kept as `<name>.old`.
+        heading: what is tuned on what. An earlier journal is only resumed if its heading is equal.
+        resume: use the answers of an earlier run.
     """
 
     def __init__(self, path: Path, heading: Mapping[str, Any], *, resume: bool) -> None:
@@ -225,13 +225,13 @@ class Journal:
         return self._answers.get(key)
 
     def put(self, key: str, kind: str, answer: Any, **more: Any) -> None:
-        """Keep an answer, on disk before this returns. A disk that is full costs the journal, not the run."""
+        """Keep an answer, on disk before this returns. A full disk loses the journal, but does not end the run."""
         with self._lock:
             self._answers[key] = answer
             self._write({"key": key, "kind": kind, **more, "answer": answer})
 
     def rounds(self, key: str) -> list[Any]:
-        """Rounds of a race that an earlier run has come to."""
+        """Rounds of a race that an earlier run finished."""
         return list(self._rounds.get(key, ()))
 
     def add_round(self, key: str, times: Any) -> None:
@@ -247,10 +247,10 @@ class Journal:
             self._file = None
 
     def _take(self, resume: bool) -> None:
-        """Read an earlier journal, or put it out of the way."""
+        """Read an earlier journal, or move it away."""
         if not self.path.exists():
             return
-        # Of anything but a regular file this is an OSError: a pipe would be waited for.
+        # For anything but a regular file this is an OSError: reading a pipe would wait.
         lines = _whole_lines(self.path)
         heading = lines[0] if lines else {}
         same = heading.get("journal") == JOURNAL_SCHEMA and heading.get("heading") == self._heading
@@ -287,7 +287,7 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that their writer lived to finish and that are JSON objects."""
+    """The lines that were written completely and that are JSON objects."""
     found = []
     for line in read_bytes(path).split(b"\n")[:-1]:
         try:

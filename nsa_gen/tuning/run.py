@@ -1,4 +1,4 @@
-"""A tuning from its settings to its report: compiled, searched on every GPU, saved; a run that is cut short resumes."""
+"""A tuning run from its settings to its report: compile, search on every GPU, save. An interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ Show = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a tuning was asked for.
+    """What to tune, and how.
 
     Attributes:
-        shapes: key tokens of the buckets; of decode, what a cache may hold.
-        batch: sequences of a call, or several numbers of them.
-        packed: of every bucket.
-        passes: forward, forward and backward, or these with decode, or decode alone; if None, forward and, where the
+        shapes: key tokens of the buckets; for decode, the capacity of a cache.
+        batch: sequences per call, or several such numbers.
+        packed: whether the buckets are packed.
+        passes: forward, forward and backward, either of these with decode, or decode alone. None: forward and, if the
             spec has it, backward.
-        effort: a name of EFFORTS.
-        budget: seconds after which no further kernel is begun; None for no limit.
-        resume: take what an interrupted run has found.
-        out: a package's `tuned` folder or a .json file, in place of the user's cache.
-        jobs: compiling processes; as many as CPU cores if None.
-        seed: of the inputs.
+        effort: a name in EFFORTS.
+        budget: seconds after which no further kernel is started; None for no limit.
+        resume: use the results of an interrupted run.
+        out: a package's `tuned` folder or a .json file, instead of the user's cache.
+        jobs: compiling processes; None: as many as CPU cores.
+        seed: seed of the inputs.
     """
 
     shapes: tuple[int, ...] = DEFAULT_SHAPES
@@ -84,7 +84,7 @@ class Settings:
     seed: int = 0
 
     def buckets(self, passes: Sequence[str]) -> list[Bucket]:
-        """What is tuned for some passes, each bucket once; those of decode come last."""
+        """The buckets to tune for some passes, each once; those of decode come last."""
         batches = (self.batch,) if isinstance(self.batch, int) else tuple(self.batch)
         kinds = [decode for decode in (False, True) if (DECODE in passes if decode else FORWARD in passes)]
         every = itertools.product(kinds, self.shapes, batches)
@@ -93,10 +93,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class TuneReport:
-    """Everything a tuning found.
+    """Everything that a tuning run found.
 
-    `selections` is what stage 0 left, by bucket; `quarantined` maps candidates to the reason they failed. `device` is
-    None where nothing was measured (`--dry-run`), and `expected` then says how long measuring would take.
+    `selections` is what stage 0 left, by bucket. `quarantined` maps candidates to the reason they failed. `device` is
+    None if nothing was measured (`--dry-run`); then `expected` says how long measuring would take.
     """
 
     name: str
@@ -113,16 +113,16 @@ class TuneReport:
 
     @property
     def wrong(self) -> dict[str, str]:
-        """Candidates that computed something else: each is a fault of a kernel or of the compiler."""
+        """Candidates with wrong results: each is a fault of a kernel or of the compiler."""
         return {name: reason for name, reason in self.quarantined.items() if reason.startswith("wrong")}
 
     @property
     def ok(self) -> bool:
-        """Every bucket has a result that was saved, and no candidate was wrong."""
+        """Whether every bucket has a saved result, and no candidate was wrong."""
         return not self.wrong and all(not each.problem for each in self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as `json.dumps` takes it."""
+        """The report as JSON data."""
         plain = {name: getattr(self, name) for name in ("ok", "name", "target", "quarantined", "measured", "resumed")}
         return {
             **plain,
@@ -137,9 +137,9 @@ class TuneReport:
 
 @dataclass
 class Tools:
-    """What a tuning works with, for tests to replace.
+    """The parts of a tuning run that tests may replace.
 
-    `backend` makes what measures on the GPU of a number; `compiler` what compiles for a target.
+    `backend` makes the backend of the GPU with a given number; `compiler` makes the compiler for a target.
     """
 
     say: Say = lambda line: None
@@ -154,12 +154,12 @@ def tune(spec: Spec | str | os.PathLike[str], *, tools: Tools | None = None, **s
 
     Args:
         spec: a Spec, a path, or the name of a shipped spec.
-        tools: progress and errors go nowhere unless said here.
+        tools: for tests; also receives progress and errors, which otherwise go nowhere.
         **settings: fields of `Settings`: shapes, batch, packed, passes, effort, budget, resume, out, jobs, seed.
 
     Raises:
         nsa_gen.spec.SpecError: the spec is invalid.
-        BackendLost: there is no GPU, or none that measures.
+        BackendLost: there is no GPU, or none on which measuring works.
         UnknownGpuError: the hardware table has no entry for the GPU's architecture.
         ValueError: a setting is wrong.
     """
@@ -169,10 +169,10 @@ def tune(spec: Spec | str | os.PathLike[str], *, tools: Tools | None = None, **s
 def dry_run(
     spec: Spec | str | os.PathLike[str], gpu: str, *, tools: Tools | None = None, **settings: Any
 ) -> TuneReport:
-    """Stage 0 alone, which needs no GPU: what would be measured on a GPU of the hardware table ("h100", "sm_90").
+    """Run only stage 0, which needs no GPU: what would be measured on a GPU of the hardware table ("h100", "sm_90").
 
     Raises:
-        UnknownGpuError: there is no such GPU in the table.
+        UnknownGpuError: the table has no such GPU.
     """
     return _Tuning(_loaded(spec), Settings(**settings), tools or Tools()).dry_run(find_gpu(gpu))
 
@@ -277,7 +277,7 @@ class _Tuning:
         }
 
     def _backends(self, package: Path) -> tuple[list[Backend], Device]:
-        """A backend for each GPU like the first."""
+        """A backend for each GPU of the same model as the first."""
         make = self._tools.backend or gpu_backend
         first = make(package, self._spec, self._settings, 0, self._tools.say)
         found = [first]
@@ -307,7 +307,7 @@ class _Tuning:
         return {**identity, **versions, "passes": list(self._passes), "seed": self._settings.seed}
 
     def _concluded(self, found: BucketResult, device: Device, journal: Journal) -> BucketResult:
-        """Save what a search found; what cannot be saved is still in the journal and in the report."""
+        """Save the result of a search. If it cannot be saved, it is still in the journal and in the report."""
         if found.problem:
             return found
         passes, now = self._passes_of(found.bucket), datetime.now(UTC).isoformat(timespec="seconds")
@@ -342,11 +342,11 @@ class _Tuning:
 
 @contextmanager
 def work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path]]:
-    """A folder of the cache, with the package in it; a temporary one where the cache is read-only."""
+    """A folder of the cache with the package in it; a temporary folder if the cache is read-only."""
     folder = cache_dir() / "tuning" / f"{spec.name}-{spec.digest()}-{kernels}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # which a read-only folder refuses
+        with tempfile.TemporaryFile(dir=folder):  # fails if the folder is read-only
             package = generate(spec, folder / "package")
     except OSError as error:
         say(f"the cache cannot be written ({error}); working in a temporary folder, so this run cannot be resumed")
@@ -358,7 +358,7 @@ def work_folder(spec: Spec, kernels: str, say: Say) -> Iterator[tuple[Path, Path
 
 @contextmanager
 def own_file(path: Path, say: Say) -> Iterator[Path]:
-    """A file that no other tuner writes: this one, or, while another has it, one named after this process."""
+    """A file that no other tuner writes: this one or, if another tuner uses it, one named after this process."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(f"{path}.lock")
@@ -368,7 +368,7 @@ def own_file(path: Path, say: Say) -> Iterator[Path]:
         say(f"another tuner writes {path.name}; this one keeps a journal of its own")
         yield path.with_name(path.name.replace(".journal", f".{os.getpid()}.journal"))
         return
-    except OSError:  # a folder that has become read-only: the journal will say so
+    except OSError:  # the folder has become read-only; the journal will report it
         yield path
         return
     try:

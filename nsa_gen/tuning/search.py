@@ -1,8 +1,8 @@
-"""The search for one bucket: schedules sketched, each kernel by itself, schedules against each other, and a final.
+"""The search for one bucket: schedules first, each kernel by itself, schedules with their winners, and a final.
 
-Schedules, and all of decode, are timed as whole passes, because they decide what others have to do (partial sums, index
-build, merges). A kernel of the forward or backward is timed by the call that launches it, and what it gains has to show
-in the whole passes of the final. Every race has the default in it, interleaved, and what counts is the ratio to it.
+Schedules and all of decode are timed as whole passes, because they change the work of other kernels (partial sums,
+index build, merges). A kernel of the forward or backward is timed by the call that launches it; its gain must also show
+in the whole passes of the final. Every race includes the default, interleaved, and the ratio to the default counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOTHING_COMPARED = "the budget was spent before anything was compared, so nothin
 DEFAULT, EVEN = Candidate(), Score(1.0, 0.0)
 """The cost model's choice, and its score."""
 HOPELESS = 1.5
-"""A schedule this much slower than the best with the default's tiles is not looked into."""
+"""A schedule this much slower than the best one, with the default's tiles, is not pursued."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class BucketResult:
     """A tuned bucket.
 
     Attributes:
-        bucket: which.
-        configs: what differs from the cost model's choice; empty where that won.
-        gain: the default's time over the winner's, whole passes, geometric mean over kinds of input.
-        noise: half-width of the interval that the gain is likely in.
+        bucket: the bucket.
+        configs: the values that differ from the cost model's choice; empty if that won.
+        gain: the default's time divided by the winner's, for whole passes, as a geometric mean over kinds of input.
+        noise: half-width of the interval that likely contains the gain.
         times: milliseconds by kind of input and pass: {"independent": {"forward": {"default": 1.0, "tuned": 0.9}}}.
-        saved: the file it was saved in; None if it could not be, and `problem` says why.
-        problem: what went wrong with the bucket as a whole; empty if nothing.
-        cut_short: the budget ran out before every kernel was tried.
+        saved: the file with the result; None if it could not be saved, and `problem` says why.
+        problem: what went wrong with the bucket as a whole; empty if nothing did.
+        cut_short: whether the budget ran out before every kernel was tried.
     """
 
     bucket: Bucket
@@ -63,15 +63,15 @@ class Search:
     """Tunes one bucket.
 
     Attributes:
-        program: what is tuned.
+        program: the plan that is tuned.
         target: the GPU's architecture.
-        bucket: of which calls.
+        bucket: the bucket.
         selections: what stage 0 left of each kernel.
-        crew: measures.
+        crew: measures candidates.
         passes: forward, or forward and backward.
         effort: how much is tried.
-        deadline: time.monotonic() after which no further kernel is begun; the final is run in any case.
-        tell: hears of progress: candidates done and expected, the least ratio to the default so far, what it is at.
+        deadline: time.monotonic() after which no further kernel is started; the final is run in any case.
+        tell: called with progress: candidates done and expected, the least ratio to the default, the current step.
     """
 
     program: Plan
@@ -88,7 +88,7 @@ class Search:
         self._selections = {each.kernel: each for each in self.selections}
         self._defaults = {name: config.mapping() for name, config in self.program.defaults[self.target].items()}
         self._choices = {choice for decision in self.program.decisions for choice in decision.choices}
-        # Kinds of input that races before the final are held on.
+        # Kinds of input in the races before the final.
         self._kinds = self.bucket.kinds if self.effort.every_kind else self.bucket.kinds[:1]
         self._best = 1.0
         self._done = 0
@@ -98,7 +98,7 @@ class Search:
         self._fault = ""
 
     def run(self) -> BucketResult:
-        """Search, and hold the final."""
+        """Search, and run the final."""
         self._fault = self.crew.check(DEFAULT, self.bucket)
         if self._fault:
             return self._result()
@@ -115,7 +115,7 @@ class Search:
     # Schedules
 
     def _combos(self) -> list[Configs]:
-        """Every combination of the choices among kernels, the default's first; [{}] where there is no choice."""
+        """All combinations of the choices among kernels, the default's first; [{}] if there is no choice."""
         found: list[Configs] = [{}]
         for decision in self.program.decisions:
             names = [each.name for each in decision.tunables if each.name in self._choices and self._wanted(each.name)]
@@ -127,9 +127,9 @@ class Search:
         return sorted(found, key=lambda combo: combo != self._default_combo(combo))
 
     def _wanted(self, choice: str) -> bool:
-        """Whether a pass that is tuned has a kernel that runs for this choice.
+        """Whether a tuned pass has a kernel that runs for this choice.
 
-        A choice that no kernel runs for concerns every pass: it is open where all of them are tuned.
+        A choice that no kernel runs for concerns every pass. It is open only if all passes are tuned.
         """
         runs = {kernel.direction for kernel in self.program.kernels if kernel.choice and kernel.choice[0] == choice}
         if runs:
@@ -140,7 +140,7 @@ class Search:
         return {name: {key: self._defaults[name][key] for key in values} for name, values in combo.items()}
 
     def _live_combos(self) -> list[Configs]:
-        """The combinations worth tuning: with the default's tiles not hopelessly slower than the best."""
+        """The combinations worth tuning: those that, with the default's tiles, are not much slower than the best."""
         combos = [{}] if self.bucket.decode else self._combos()
         if len(combos) == 1:
             return combos
@@ -152,7 +152,7 @@ class Search:
         ]
 
     def _sized(self, base: Candidate) -> Candidate:
-        """The best sizes of schedules (tokens of a chunk) around the default's, tried on what has won so far."""
+        """The best sizes of schedules (tokens of a chunk) around the default's, tried with the winners so far."""
         reach = (-2, -1, 1, 2) if self.effort.every_kind else (-1, 1)
         for decision in () if self.bucket.decode else self.program.decisions:
             if self.target not in decision.targets or set(self.passes).isdisjoint(decision.passes):
@@ -170,7 +170,7 @@ class Search:
     # Kernels
 
     def _sweep(self, base: Candidate, combos: Sequence[Configs]) -> dict[str, list[Survivor]]:
-        """For each kernel that a live schedule runs, its candidates that beat the default, best first."""
+        """For each kernel of the remaining schedules, the candidates that beat the default, best first."""
         tasks = [
             (selection, around)
             for kernel in self.program.kernels
@@ -178,16 +178,16 @@ class Search:
             for around in [self._around(kernel.choice, base, combos)]
             if around is not None
         ]
-        # What takes longest first: if time runs out, what is left matters least.
+        # The slowest kernels first: if time runs out, the ones that are left matter least.
         tasks.sort(key=lambda task: -task[0].survivors[0].seconds)
         self._check_together(tasks)
         found = self.crew.map(lambda task: self._tune_kernel(*task), tasks)
         return {selection.kernel: best for (selection, _), best in zip(tasks, found, strict=True)}
 
     def _check_together(self, tasks: Sequence[tuple[Selection, Candidate]]) -> None:
-        """Check a candidate of each kernel at once, and then the next; who is in a wrong one is checked by itself.
+        """Check one candidate of each kernel together, then the next ones. If a check fails, each is checked alone.
 
-        Kernels that different schedules run are not checked together: only one of them would be launched.
+        Kernels of different schedules are not checked together, because only one of them would be launched.
         """
         for key in dict.fromkeys(around.key for _, around in tasks):
             group = [selection for selection, around in tasks if around.key == key]
@@ -202,7 +202,7 @@ class Search:
                     self._right |= {each.key for each in single}
 
     def _around(self, choice: tuple[str, int] | None, base: Candidate, combos: Sequence[Configs]) -> Candidate | None:
-        """What a kernel is tuned within: the base, by the first live schedule that runs it; None if none does."""
+        """The base, with the first of these schedules that runs the kernel; None if none does."""
         if choice is None:
             return base
         name, value = choice
@@ -212,7 +212,7 @@ class Search:
         return None
 
     def _tune_kernel(self, selection: Selection, around: Candidate) -> list[Survivor]:
-        """The candidates of a kernel that win their race against the default, and the next best after it."""
+        """The candidates of a kernel that win their race against the default, and the best one after it."""
         if self._late():
             return []
         survivors = selection.survivors
@@ -229,7 +229,7 @@ class Search:
         return [survivors[number] for number in (winner, *others)]
 
     def _composed(self, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> Candidate:
-        """The best schedule, each with the winners of its kernels."""
+        """The best schedule, each raced with the winners of its kernels."""
         candidates = [DEFAULT, *(self._with_winners(combo, ranked) for combo in combos)]
         distinct = list({each.key: each for each in candidates}.values())
         if len(distinct) == 1:
@@ -240,7 +240,7 @@ class Search:
     def _with_winners(
         self, combo: Configs, ranked: Mapping[str, list[Survivor]], direction: str | None = None
     ) -> Candidate:
-        """A schedule with the best of each kernel that it runs, of one direction if given."""
+        """A schedule with the best candidate of each kernel that it runs (of one direction, if given)."""
         chosen = {key: value for values in combo.values() for key, value in values.items()}
         configs: Configs = {} if combo == self._default_combo(combo) else {n: dict(v) for n, v in combo.items()}
         for kernel in self.program.kernels:
@@ -260,7 +260,7 @@ class Search:
         what: str,
         kernel: str = "",
     ) -> tuple[int, list[Score]]:
-        """Successive halving: a short race of all, then a longer one of the best on every kind of input."""
+        """Successive halving: a short race of all, then a longer race of the best on every kind of input."""
         right = [0, *(n for n in range(1, len(candidates)) if not self._check(candidates[n]))]
         if len(right) > 4:
             short = [candidates[number] for number in right]
@@ -282,7 +282,7 @@ class Search:
         *,
         checked: bool = False,
     ) -> list[Score]:
-        """Scores against the first of the candidates, over every kind of input."""
+        """Scores relative to the first candidate, over every kind of input."""
         right = [n for n in range(len(candidates)) if n == 0 or checked or not self._check(candidates[n])]
         tried, seconds = [candidates[n] for n in right], self.effort.seconds
         readings = [self._race(tried, kind, passes, seconds, kernel) for kind in self._kinds]
@@ -305,7 +305,7 @@ class Search:
         return found
 
     def _final(self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]) -> BucketResult:
-        """The best eight and the default, interleaved, on every kind of input, for longer."""
+        """Race the best eight and the default, interleaved, on every kind of input, for longer."""
         finalists = self._finalists(best, combos, ranked)
         if len(finalists) == 1:
             return self._result()
@@ -315,7 +315,7 @@ class Search:
         found = scores(list(readings.values()), self.passes)
         if self._fault:
             return self._result()
-        # A winner must not be slower in any pass: somebody may run that pass alone.
+        # The winner must not be slower in any pass, because somebody may run only that pass.
         for name in self.passes:
             for number, score in enumerate(scores(list(readings.values()), (name,))):
                 if score.ratio - score.noise > 1.0:
@@ -331,13 +331,13 @@ class Search:
         score: Score = EVEN,
         times: Mapping[str, tuple[Reading, Reading]] | None = None,
     ) -> BucketResult:
-        """What it comes to, from the winner's and the default's readings in the final by kind of input."""
+        """The result, from the winner's and the default's readings in the final by kind of input."""
         problem = f"the default itself fails: {self._fault}" if self._fault else ""
         if self._cut_short and not times and not problem:
-            # An entry would say that the default has won, and hide what somebody else has found.
+            # An entry would say that the default won, and hide what another run has found.
             problem = NOTHING_COMPARED
         table = self.program.defaults[self.target]
-        # Every value of each kernel and schedule that differs from the default in one.
+        # All values of each kernel and schedule of which one differs from the default.
         configs = {name: {**table[name].mapping(), **values} for name, values in winner.configs.items()}
         milliseconds = {
             kind: {
@@ -352,7 +352,7 @@ class Search:
     def _finalists(
         self, best: Candidate, combos: Sequence[Configs], ranked: Mapping[str, list[Survivor]]
     ) -> list[Candidate]:
-        """The default, then the best, its halves, the other schedules, and the best with runners-up; not all."""
+        """The default, the best, its halves, the other schedules, and the best with runners-up, up to a limit."""
         found = [DEFAULT, best]
         found += [self._with_winners(combos[0], ranked, direction) for direction in (FORWARD, BACKWARD)]
         found += [self._with_winners(combo, ranked) for combo in combos]
@@ -370,7 +370,7 @@ class Search:
         return late
 
     def _expected(self) -> int:
-        """Candidates that will have been timed at the end, about."""
+        """About how many candidates will have been timed at the end."""
         kernels = sum(len(each.survivors) * 2 for each in self._selections.values()) * self.effort.sweeps
         return kernels + 4 * len(self._combos()) + 10 * len(self.program.decisions) + 2 * (1 + self.effort.finalists)
 

@@ -1,6 +1,6 @@
-"""Buckets of calls that share their configurations, and which configurations of a kernel are worth compiling.
+"""Buckets of calls that share their configurations, and the configurations of a kernel that are worth compiling.
 
-A generated package has the rule of buckets too, in its `runtime/lookup.py`, which imports nothing of nsa_gen.
+A generated package also has the rule of buckets, in its `runtime/lookup.py`, which imports nothing of nsa_gen.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 FEWEST_TOKENS, MOST_TOKENS = 512, 2**21
 MOST_BATCH = 4**6
 FAR = 99
-"""Steps between decode and all else: neither ever serves the other."""
+"""Steps between buckets of decode and all others: neither ever serves the other."""
 PACKED_SHARES = (0.4, 0.3, 0.15, 0.1, 0.05)
-"""Lengths of the sequences that a packed bucket is measured with, as shares of its tokens."""
+"""Lengths of the sequences with which a packed bucket is measured, as shares of its tokens."""
 
 KINDS = ("independent", "correlated")
-"""Kinds of input that a winner must be good at: neighbouring queries select different blocks, or nearly the same."""
+"""Kinds of input on which a winner must be fast: neighbouring queries select different blocks, or nearly the same."""
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
     """Calls of up to `tokens` key tokens (the sum over packed sequences) and `batch` sequences, packed or not.
 
-    With `decode`, steps of decode on caches of up to `tokens` tokens a sequence: a captured graph serves lengths that
-    grow, so it is the capacity that counts. A bucket is measured at its upper ends.
+    With `decode`, steps of decode on caches with a capacity of up to `tokens` tokens per sequence: the capacity counts,
+    because a captured graph serves growing lengths. A bucket is measured at its upper ends.
     """
 
     tokens: int
@@ -46,12 +46,12 @@ class Bucket:
 
     @classmethod
     def of(cls, tokens: int, batch: int = 1, packed: bool = False, decode: bool = False) -> Bucket:
-        """The bucket of a call: tokens rounded up to a power of two of at least 512, the batch to a power of four.
+        """The bucket of a call: tokens are rounded up to a power of two of at least 512, the batch to a power of four.
 
-        Batches of decode are rounded up to a power of two.
+        For decode, the batch is rounded up to a power of two.
 
         Raises:
-            ValueError: tokens or batch is not positive, or a packed call has a batch or is one of decode.
+            ValueError: tokens or batch is not positive, or a packed call has a batch or is a decode call.
         """
         if tokens < 1 or batch < 1:
             raise ValueError(f"tokens and batch: expected positive numbers, got tokens={tokens}, batch={batch}")
@@ -68,22 +68,22 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """A short name that may stand in a file's name."""
+        """A short name that can be part of a file name."""
         return f"t{self.tokens}_b{self.batch}{'_packed' if self.packed else '_decode' if self.decode else ''}"
 
     @property
     def label(self) -> str:
-        """What to call it in a report."""
+        """The name in a report."""
         batch = f" x {self.batch}" if self.batch > 1 else ""
         return f"{self.tokens} tokens{batch}{', packed' if self.packed else ', decode' if self.decode else ''}"
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of input that it is measured with; what decode reads does not depend on them."""
+        """Kinds of input to measure with; decode reads the same with all of them."""
         return KINDS[:1] if self.decode else KINDS
 
     def steps(self, other: Bucket) -> int:
-        """How far apart two buckets are: doublings of the tokens, sizes of batches, and packed or not."""
+        """The distance of two buckets: doublings of the tokens, steps of the batch size, and packed or not."""
         if self.decode != other.decode:
             return FAR
         tokens = abs(self.tokens.bit_length() - other.tokens.bit_length())
@@ -92,16 +92,16 @@ class Bucket:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Lengths of the packed sequences it is measured with, which sum to `tokens`."""
+        """Lengths of the packed sequences to measure with, which sum to `tokens`."""
         rest = [int(self.tokens * share) for share in PACKED_SHARES[1:]]
         return (self.tokens - sum(rest), *rest)
 
 
 @dataclass(frozen=True)
 class KernelSpace:
-    """A kernel with its candidates for a bucket, the default first, then by rising modelled time.
+    """A kernel with its candidates for a bucket: the default first, then by rising modelled time.
 
-    `total` counts all combinations of tunables, `legal` those that keep the constraints and are expected to fit.
+    `total` counts all combinations of tunables, `legal` those that satisfy the constraints and are expected to fit.
     """
 
     kernel: Kernel
@@ -112,10 +112,10 @@ class KernelSpace:
 
 
 def kernel_space(program: Plan, kernel: Kernel, gpu: Gpu, bucket: Bucket, most: int) -> KernelSpace:
-    """At most `most` candidates of a kernel, the cost model's default among them; nothing illegal is ever in it.
+    """At most `most` candidates of a kernel, including the cost model's default. Illegal ones are never included.
 
     Half of them are the best by the model. The others are the best with some value that none of these has, such as
-    eight warps or a lower tile, so that a mistake of the model about one tunable can be found out.
+    eight warps or a lower tile, so that an error of the model about one tunable can be discovered.
     """
     sizes: dict[sympy.Symbol, int] = {**program.sizes_on(gpu.target), s.T: bucket.tokens, s.B: bucket.batch}
     default = program.defaults[gpu.target][kernel.name].mapping()
@@ -124,13 +124,13 @@ def kernel_space(program: Plan, kernel: Kernel, gpu: Gpu, bucket: Bucket, most: 
     legal = [config for config in every if test(config)]
     seconds = space.modelled_seconds(kernel, sizes, gpu)
     ranked = sorted((config for config in legal if config != default), key=lambda each: (seconds(each), _order(each)))
-    # The default is always tried, even where nothing is expected to fit and it is the least of evils.
+    # The default is always tried, even if nothing is expected to fit.
     chosen = [default, *_varied(ranked, most - 1)]
     return KernelSpace(kernel, tuple(chosen), tuple(seconds(each) for each in chosen), len(every), len(legal))
 
 
 def _varied(ranked: list[dict[str, int]], most: int) -> list[dict[str, int]]:
-    """The best half by rank, then the best with a value that none has yet, then by rank again; in order of rank."""
+    """The best half by rank, then the best with a value that none has yet, then more by rank; in order of rank."""
     chosen = list(range(min(len(ranked), (most + 1) // 2)))
     seen = {item for index in chosen for item in ranked[index].items()}
     for index in range(len(chosen), len(ranked)):
@@ -167,7 +167,7 @@ LONGEST_CHECK = 2048
 def check_tokens(spec: Spec) -> int:
     """A length that ends inside tiles of every size and has more blocks than a token selects.
 
-    It is a multiple of 16, as lengths of buckets are, so that what is checked is the very code that is timed.
+    It is a multiple of 16, like the lengths of buckets, so that the check runs the same code that is timed.
     """
     if spec.selection is None:
         return 976

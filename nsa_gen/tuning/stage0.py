@@ -1,8 +1,8 @@
-"""Stage 0, which needs no GPU: candidates are compiled ahead of time, and most of them fall here.
+"""Stage 0, which needs no GPU: candidates are compiled ahead of time, and most of them are dropped.
 
-Processes compile side by side for the target. What does not compile, does not fit the device or spills past a bound is
-dropped; configurations whose machine code is the same are one. The machine code stays in Triton's cache, where the
-measuring process finds it.
+Processes compile in parallel for the target. A configuration is dropped if it does not compile, does not fit the device
+or spills beyond a limit. Configurations with the same machine code are merged. The machine code stays in Triton's
+cache, where the measuring process finds it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from nsa_gen.tuning.space import Bucket, KernelSpace, kernel_space
 from nsa_gen.workers import Worker, WorkerFailure, share
 
 MOST_SPILL_BYTES = 256
-"""Local memory of a thread beyond which a candidate is dropped, unless the default spills more: 64 registers."""
+"""Local memory per thread (64 registers) beyond which a candidate is dropped, unless the default spills more."""
 COMPILE_SECONDS = 120.0
 KEPT_SHARE = 3
-"""One of so many candidates of a kernel goes on from the short race to the longer one, and two at least."""
+"""One in this many candidates of a kernel goes on from the short race to the longer one, and at least two do."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Effort:
     """How much is tried.
 
     Attributes:
-        name: of EFFORTS.
-        candidates: compiled of a kernel, at most.
-        seconds: of a race's rounds.
-        final_seconds: of the final's rounds.
-        finalists: besides the default.
-        sweeps: over the kernels.
-        every_kind: races before the final are held on every kind of input.
+        name: its name in EFFORTS.
+        candidates: at most this many are compiled per kernel.
+        seconds: time for the rounds of a race.
+        final_seconds: time for the rounds of the final.
+        finalists: candidates in the final, besides the default.
+        sweeps: sweeps over the kernels.
+        every_kind: whether races before the final use every kind of input.
     """
 
     name: str
@@ -72,8 +72,8 @@ Compiled = dict[str, Any]
 class Survivor:
     """A candidate worth measuring.
 
-    `seconds` is the modelled time; registers, spill and shared memory are the largest over its binaries (None where
-    they could not be read), and `digest` stands for its machine code.
+    `seconds` is the modelled time. Registers, spill and shared memory are the largest over its binaries (None if they
+    could not be read). `digest` identifies its machine code.
     """
 
     config: dict[str, int]
@@ -85,15 +85,15 @@ class Survivor:
 
     @property
     def cost(self) -> tuple[float, ...]:
-        """Orders candidates by what they take of a multiprocessor."""
+        """A sort key: what the candidate takes of a multiprocessor."""
         return (self.shared_memory, (self.registers or 0) * self.config.get("num_warps", 1))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What stage 0 left of a kernel's space for a bucket; the default comes first, and is never dropped.
+    """What stage 0 left of a kernel's space for a bucket. The default comes first and is never dropped.
 
-    `dropped` maps configurations, as text, to the reason. `compile_seconds` is what all of them took on one core.
+    `dropped` maps configurations, as text, to the reason. `compile_seconds` is the time of all of them on one core.
     """
 
     kernel: str
@@ -113,9 +113,9 @@ class Selection:
 
 
 def spaces_of(program: Plan, gpu: Gpu, bucket: Bucket, most: int, passes: Sequence[str]) -> list[KernelSpace]:
-    """The spaces of the operator's kernels for the passes to be tuned, without those that have one configuration."""
+    """The spaces of the operator's kernels for the passes to tune, without kernels that have only one configuration."""
     if bucket.decode:
-        # What decode itself launches; adding tokens to a cache is not timed.
+        # Only the launches of decode itself: adding tokens to a cache is not timed.
         kernels = [kernel for kernel in program.kernels if kernel.module.startswith("decode")]
     else:
         kernels = [kernel for kernel in program.kernels if kernel.whole and kernel.direction in passes]
@@ -127,11 +127,11 @@ class Compiler:
     """Compiles candidates of one package for one target in several processes.
 
     Args:
-        package: its folder.
+        package: the package's folder.
         target: an architecture.
-        passes: what is traced.
-        triton_cache: folder of machine code, shared with whoever launches it.
-        jobs: processes; as many as CPU cores if None.
+        passes: the traced passes.
+        triton_cache: folder of machine code, shared with the process that launches it.
+        jobs: number of processes; None: as many as CPU cores.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Compiler:
         wanted: Mapping[str, tuple[str, dict[str, int], list[dict[str, Any]]]],
         done: Callable[[str, Compiled], None] = lambda key, answer: None,
     ) -> dict[str, Compiled]:
-        """Compile (kernel, configuration, calls) by key; `done` is called with each new answer, one at a time."""
+        """Compile (kernel, configuration, calls) by key. `done` is called with each new answer, one at a time."""
         found = {key: self._known[key] for key in wanted if key in self._known}
         todo = [key for key in wanted if key not in found]
 
@@ -167,7 +167,7 @@ class Compiler:
         return found
 
     def _keep(self, key: str, answer: Compiled) -> None:
-        """Remember what was compiled for the next run, whose machine code is in the same folder; failures are not."""
+        """Keep a result for the next run; the machine code is in the same folder. Failures are not kept."""
         if "error" not in answer:
             with suppress(OSError), self._kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, answer]) + "\n")
@@ -181,7 +181,7 @@ class Compiler:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Compiled]]:
-    """What an earlier run has compiled; lines that were cut short are left out."""
+    """The results of an earlier run, without lines that were cut short."""
     text = ""
     with suppress(OSError, ValueError):
         text = read_text(path)
@@ -192,10 +192,10 @@ def _lines(path: Path) -> Iterator[tuple[str, Compiled]]:
 
 
 def calls_of(bucket: Bucket, check_tokens: int) -> list[dict[str, Any]]:
-    """The calls that a candidate will meet: the bucket's, and those it is checked with.
+    """The calls that a candidate must serve: the bucket's, and those of its check.
 
-    Packed, the lengths and the number of sequences do not matter to what is compiled as long as there are several: two
-    halves stand for them.
+    For packed calls, lengths and the number of sequences do not change what is compiled, as long as there are several.
+    Two halves represent them.
     """
     if bucket.decode:
         ours = {"tokens": bucket.tokens, "batch": bucket.batch, "new_tokens": 1}
@@ -208,7 +208,7 @@ def calls_of(bucket: Bucket, check_tokens: int) -> list[dict[str, Any]]:
 
 
 def job_key(kernel: str, config: Mapping[str, int], calls: Sequence[Mapping[str, Any]]) -> str:
-    """Equal for equal work."""
+    """A key that is equal for equal work."""
     return json.dumps([kernel, dict(config), list(calls)], sort_keys=True)
 
 
@@ -220,7 +220,7 @@ def select(
     check_tokens: int,
     done: Callable[[str, Compiled], None] = lambda key, answer: None,
 ) -> list[Selection]:
-    """Compile the candidates of all kernels and keep what is worth measuring."""
+    """Compile the candidates of all kernels, and keep those that are worth measuring."""
     spaces = list(spaces)
     calls = calls_of(bucket, check_tokens)
     wanted = {
@@ -274,21 +274,21 @@ def _survivor(config: dict[str, int], seconds: float, used: Sequence[Resources],
     return Survivor(config, seconds, most("registers"), most("spill_bytes"), shared, answer.get("digest", ""))
 
 
-# How long the rest will take
+# Estimates of the remaining time
 
 START_SECONDS = 15.0
-"""A process imports torch, opens the GPU and compiles kernels that have one configuration."""
+"""Time for a process to import torch, open the GPU and compile the kernels that have one configuration."""
 CHECK_SECONDS, DRAW_SECONDS, TURN_SECONDS = 0.5, 1.5, 0.02
-"""Of a check; of drawing the inputs of a bucket, a kind; of a candidate in a race besides its times."""
+"""Seconds of a check; to draw the inputs of one kind for a bucket; of a race per candidate, besides its samples."""
 WARM_UP, FEWEST, MOST = 2, 3, 20
-"""Rounds of a race, as `nsa_gen.bench.measure` has them."""
+"""Rounds of a race, as in `nsa_gen.bench.measure`."""
 SCHEDULES = 8
-"""Combinations of schedules that are looked into, about."""
+"""Approximate number of combinations of schedules that are pursued."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds: of compiling on one core and on all that compile, and of the GPU; `jobs` processes compile."""
+    """Seconds of compiling on one core and on all `jobs`, and of the GPU."""
 
     compile_seconds: float
     jobs: int
@@ -296,12 +296,12 @@ class Estimate:
 
     @property
     def wall_seconds(self) -> float:
-        """Of compiling side by side, then measuring."""
+        """The time of compiling in parallel, then measuring."""
         return self.compile_seconds / self.jobs + self.gpu_seconds
 
 
 def estimate(selections: Mapping[Bucket, Sequence[Selection]], effort: Effort, jobs: int) -> Estimate:
-    """What tuning the buckets will take with an effort, from what stage 0 left of each."""
+    """The expected time of tuning the buckets with an effort, given what stage 0 left of each."""
     compiling = sum(each.compile_seconds for found in selections.values() for each in found)
     # Buckets of the same kind of call share their checks.
     most = max((len(each.survivors) for found in selections.values() for each in found), default=1)
@@ -312,7 +312,7 @@ def estimate(selections: Mapping[Bucket, Sequence[Selection]], effort: Effort, j
 
 
 def _race_seconds(count: int, one: float, seconds: float) -> float:
-    """A race of `count` candidates of about `one` second each, whose rounds have `seconds`."""
+    """The time of a race of `count` candidates that take about `one` second each and have `seconds` for rounds."""
     rounds = min(MOST, max(FEWEST, int(seconds / max(count * one, 1e-6))))
     return count * (one * (WARM_UP + rounds) + TURN_SECONDS)
 

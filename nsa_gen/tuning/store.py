@@ -1,11 +1,11 @@
-"""Tuned entries: what each was made for and with, and where they are kept, one readable JSON file an entry.
+"""Tuned entries: what each was made for and with, and where they are kept, as readable JSON files.
 
-    <cache>/tuned/<spec>-<dtype>-<kernels>/<gpu>/<bucket>.json     the user's cache
+    <cache>/tuned/<spec>-<dtype>-<kernels>/<gpu>/<bucket>.json     the user's cache: one entry per file
     <package>/tuned/<gpu>.json                                     shipped: the entries of one GPU in one file
 
-Identity must match for an entry to be used; provenance is worth a warning where it differs. Files are replaced whole,
-under a lock, so that many processes may write and any number read. A file that cannot be understood (truncated, of an
-older schema, no JSON) is set aside under another name with a warning.
+An entry is used only if its identity matches. If its provenance differs, there is a warning. Files are replaced as a
+whole, under a lock, so many processes may write, and any number may read. A file that cannot be understood (truncated,
+of an older schema, not JSON) is set aside under another name with a warning.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from nsa_gen.tuning.space import Bucket
 
 Configs = dict[str, dict[str, int]]
 Merge = Callable[["Entry", "Entry"], "Entry"]
-"""Makes one entry of an earlier one and a new one of the same identity."""
+"""Merges an earlier entry and a new one of the same identity."""
 LOCK_SECONDS = 60.0
 
 
 class CacheWarning(UserWarning):
-    """A file of the cache was set aside, or could not be."""
+    """A file of the cache was set aside, or could not be set aside."""
 
 
 def slug(name: str) -> str:
-    """A device's name as it may stand in a file's name."""
+    """A device's name in a form that can be part of a file name."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "gpu"
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as its driver names it.
+    """A GPU, with the name that its driver reports.
 
-    `driver`, `torch` and `triton` are versions, "" where unknown; `count` is how many of these the machine has.
+    `driver`, `torch` and `triton` are versions, "" if unknown. `count` is the number of such GPUs in the machine.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Device:
 
     @property
     def slug(self) -> str:
-        """The name as it may stand in a file's name: nvidia_h100_80gb_hbm3."""
+        """The name in a form that can be part of a file name: nvidia_h100_80gb_hbm3."""
         return slug(self.name)
 
     @property
     def gpu(self) -> Gpu | None:
-        """Its entry in the hardware table: the board of that name, else the first of that architecture."""
+        """Its entry in the hardware table: the board of that name, otherwise the first of that architecture."""
         named = gpu_for_device(self.name)
         if named is not None and named.target == self.architecture:
             return named
@@ -77,15 +77,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that must match.
+    """Everything that must match for an entry to be used.
 
     Attributes:
-        spec: the spec's name; it only names folders.
+        spec: the spec's name; it is only part of folder names.
         kernels, space: digests of the kernels' code and of the space (`nsa_gen.rendering.identity`).
-        dtype: of the operator's tensors.
-        measurement: version of how times were taken.
-        gpu, multiprocessors, architecture: the device, as its driver names it.
-        bucket: the calls it was measured for.
+        dtype: dtype of the operator's tensors.
+        measurement: version of the timing method.
+        gpu, multiprocessors, architecture: the device, with the name that its driver reports.
+        bucket: the calls for which the entry was measured.
     """
 
     spec: str
@@ -100,7 +100,7 @@ class Identity:
 
     @property
     def device(self) -> Device:
-        """The GPU, without the versions that it was measured with."""
+        """The GPU, without the versions used for measuring."""
         return Device(self.gpu, self.multiprocessors, self.architecture)
 
     @classmethod
@@ -122,7 +122,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an entry was made with: versions, and when (ISO 8601, UTC)."""
+    """The versions with which an entry was made, and the time (ISO 8601, UTC)."""
 
     driver: str = ""
     torch: str = ""
@@ -132,10 +132,10 @@ class Provenance:
 
 
 def kernels_of(files: dict[str, str], *, decode: bool = False) -> str:
-    """The digest of its kernels, or of those of decode, that a rendered package carries.
+    """The digest of the kernels, or of those of decode, that a rendered package carries.
 
     Raises:
-        ValueError: it has none, as a package without decode has none of decode.
+        ValueError: it carries none. A package without decode has no digest of decode.
     """
     found = json.loads(files["tiles.json"])["identity"].get("decode_kernels" if decode else "kernels")
     if found is None:
@@ -148,7 +148,7 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _Sides:
-    """Milliseconds of a pass with the default's configurations and with those that were found."""
+    """Milliseconds of a pass with the default's configurations and with the tuned ones."""
 
     default: Positive
     tuned: Positive
@@ -156,7 +156,7 @@ class _Sides:
 
 @dataclass(frozen=True)
 class _Result:
-    """What is shown of an entry's result."""
+    """The shown parts of an entry's result."""
 
     gain: Positive = 1.0
     ms: dict[str, dict[str, _Sides]] = field(default_factory=dict)
@@ -164,10 +164,10 @@ class _Result:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tuned bucket: what it is for, what it was made with, the configurations, and how they did.
+    """One tuned bucket: what it is for, what it was made with, the configurations, and their result.
 
-    `result` is for readers: "gain" is the default's time over the winner's, "ms" milliseconds by kind of input and
-    pass, of the "default" and of what was "tuned".
+    `result` is for readers: "gain" is the default's time divided by the winner's, and "ms" has milliseconds by kind of
+    input and pass, for the "default" and the "tuned" configurations.
     """
 
     identity: Identity
@@ -176,16 +176,16 @@ class Entry:
     result: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as a file holds it."""
+        """The entry as it is in a file."""
         parts = asdict(self)
         return {name: parts[name] for name in ("identity", "configs", "result", "provenance")}
 
     @classmethod
     def from_json(cls, document: Any) -> Entry:
-        """What `to_json` wrote.
+        """The inverse of `to_json`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the document is something else.
         """
         if not isinstance(document, dict):
             raise ValueError(f"entry: expected an object, got {type(document).__name__}")
@@ -200,14 +200,14 @@ class Entry:
             if not good:
                 raise ValueError(f"configs.{kernel}: expected whole numbers by name, got {values!r:.200}")
         validated(_Result, parts["result"], "result.")
-        # Versions that are missing or no text are unknown.
+        # Versions that are missing or not text are unknown.
         versions = {each.name: parts["provenance"].get(each.name) for each in fields(Provenance)}
         made_with = Provenance(**{name: value for name, value in versions.items() if isinstance(value, str)})
         return cls(validated(Identity, parts["identity"], "identity."), parts["configs"], made_with, parts["result"])
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether no number of a JSON value is NaN or infinite."""
+    """Whether a JSON value contains no NaN and no infinity."""
     if isinstance(value, dict | list):
         return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
@@ -218,14 +218,14 @@ class Unreadable(ValueError):
 
 
 def read_each(path: Path) -> list[Entry | Unreadable]:
-    """The entries of a file, one or several; in place of a bad one, what is wrong with it.
+    """The entries of a file, one or several. A bad entry is replaced by what is wrong with it.
 
     Raises:
-        Unreadable: it is not a file of tuned entries of today's schema.
-        OSError: it cannot be read, or is no regular file.
+        Unreadable: the file has no tuned entries of today's schema.
+        OSError: it cannot be read, or is not a regular file.
     """
     try:
-        # NaN and Infinity are no JSON, but concern only the entry that has them.
+        # NaN and Infinity are not JSON, but only the entry that has them is affected.
         document = parse_json(read_text(path), finite=False)
     except ValueError as error:
         raise Unreadable(f"{path}: no JSON, perhaps cut short: {error}") from error
@@ -245,7 +245,7 @@ def read_each(path: Path) -> list[Entry | Unreadable]:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The entries of a file as `read_each` gives them, which also raises Unreadable where one of them is bad."""
+    """The entries of a file as from `read_each`. Also raises Unreadable if one of them is bad."""
     good = []
     for each in read_each(path):
         if isinstance(each, Unreadable):
@@ -255,7 +255,7 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def write_entries(path: Path, entries: Iterable[Entry], *, bundle: bool) -> None:
-    """Write entries as a file, whole or not at all; a bundle holds any number in the order of their buckets."""
+    """Write entries to a file, atomically. A bundle holds any number of entries in the order of their buckets."""
     listed = sorted(entries, key=lambda each: each.identity.bucket)
     document: dict[str, Any] = {"schema": TUNED_SCHEMA}
     document |= {"entries": [each.to_json() for each in listed]} if bundle else listed[0].to_json()
@@ -269,14 +269,14 @@ class Store:
         self.root = (cache_dir() if root is None else root) / "tuned"
 
     def path(self, identity: Identity) -> Path:
-        """Where an entry of this identity lies, or would."""
+        """The path of the entry of this identity, whether it exists or not."""
         package = f"{identity.spec}-{identity.dtype}-{identity.kernels}"
         return self.root / package / slug(identity.gpu) / f"{identity.bucket.name}.json"
 
     def save(self, entry: Entry, merge: Merge | None = None) -> Path:
-        """Write an entry, in place of one with the same kernels, GPU and bucket. OSError if the cache cannot be.
+        """Write an entry, replacing one with the same kernels, GPU and bucket. Raises OSError if that is impossible.
 
-        `merge`, if given, makes one of the entry of exactly this identity that is there and the new one.
+        `merge`, if given, combines an existing entry of exactly this identity with the new one.
         """
         path = self.path(entry.identity)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,13 +292,13 @@ class Store:
         return next((each for each in found if each.identity == identity), None)
 
     def all(self) -> Iterator[tuple[Path, Entry]]:
-        """Every entry with its file; files that cannot be understood are set aside first."""
+        """Every entry with its file. Files that cannot be understood are first set aside."""
         for path in sorted(self.root.glob("*/*/*.json")):
             for entry in self._read(path):
                 yield path, entry
 
     def remove(self, paths: Iterable[Path]) -> int:
-        """Delete files of the cache; how many were there."""
+        """Delete files of the cache. Returns how many existed."""
         count = 0
         with self.locked():
             for path in paths:
@@ -306,13 +306,13 @@ class Store:
                     path.unlink()
                     count += 1
                 for folder in (path.parent, path.parent.parent):
-                    with suppress(OSError):  # it holds others
+                    with suppress(OSError):  # it holds other files
                         folder.rmdir()
         return count
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the cache's lock, which is given back by the kernel if this process dies."""
+        """Hold the cache's lock. The operating system releases it if this process dies."""
         from filelock import FileLock
 
         self.root.mkdir(parents=True, exist_ok=True)
@@ -332,7 +332,7 @@ class Store:
 
 
 def set_aside(path: Path, reason: str) -> Path | None:
-    """Rename a file that is in the way to `<name>.bad`, keeping earlier ones, with a warning; None if that fails."""
+    """Rename a file to `<name>.bad`, keeping earlier ones, with a warning. Returns None if that fails."""
     for number in range(1000):
         target = path.with_name(f"{path.name}.bad{number or ''}")
         if not target.exists():
@@ -347,9 +347,9 @@ def set_aside(path: Path, reason: str) -> Path | None:
 
 
 def merge_into_bundle(path: Path, entry: Entry, merge: Merge | None = None) -> None:
-    """Add an entry to a shipped file, in place of one of the same bucket; those of other kernels are dropped.
+    """Add an entry to a shipped file, replacing one of the same bucket. Entries of other kernels are dropped.
 
-    Entries of decode and of the other passes have kernels of their own, and leave each other alone. `merge` is as in
+    Entries of decode and of the other passes have different kernels and do not affect each other. `merge` is as in
     `Store.save`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ def merge_into_bundle(path: Path, entry: Entry, merge: Merge | None = None) -> N
 
 
 def _beside(other: Identity, mine: Identity) -> bool:
-    """Whether an entry stays in a bundle that gets a new one."""
+    """Whether an entry stays in a bundle when a new one is added."""
     if other.bucket.decode != mine.bucket.decode:
         return True
     same = (other.kernels, other.space, other.measurement) == (mine.kernels, mine.space, mine.measurement)
@@ -379,9 +379,9 @@ def _beside(other: Identity, mine: Identity) -> bool:
 
 
 def merged(program: Plan, earlier: Entry, entry: Entry) -> Entry:
-    """A tuning of the forward alone leaves an earlier one of the backward its kernels, and its times.
+    """Combine entries: tuning only the forward keeps the backward's kernels and times of an earlier entry.
 
-    Values that the package refuses are left behind.
+    Values that the package refuses are not kept.
     """
     check = check_of(program)
     before = {name: values for name, values in earlier.configs.items() if not check(name, values)}
@@ -393,7 +393,7 @@ def merged(program: Plan, earlier: Entry, entry: Entry) -> Entry:
     decided = {kernel.choice[0] for kernel in program.kernels if kernel.choice and kernel.direction in passes}
     configs = {name: values for name, values in before.items() if name in kept} | entry.configs
     for decision in program.decisions:
-        # Who runs the kernels that were tuned is decided anew; the rest of a decision serves the other passes too.
+        # The new tuning chooses who runs the tuned kernels. The other values of a decision serve other passes too.
         default = program.defaults[entry.identity.architecture][decision.name].mapping()
         old = before.get(decision.name, default)
         new = entry.configs.get(decision.name, default)

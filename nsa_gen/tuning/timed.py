@@ -1,8 +1,8 @@
-"""What is timed of candidates: whole passes, steps of decode on a full cache, kernels alone; and on which inputs.
+"""What is timed for candidates, and on which inputs: whole passes, steps of decode on a full cache, single kernels.
 
-A generated package has one function a launch (or a few launches that share buffers), which reads its own configurations
-and allocates what they need. So the arguments that a whole pass hands it serve every candidate of a kernel, and a
-kernel of 0.5 ms is compared in milliseconds instead of the 100 of its pass.
+A generated package has one function per launch (or per few launches that share buffers), which reads its own
+configurations and allocates its buffers. The arguments that a whole pass gives it therefore serve every candidate of a
+kernel, and a kernel of 0.5 ms is timed alone, not within a pass of 100 ms.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bucket_inputs(
 
 
 def _joined(drawn: list[Inputs], dim: int) -> Inputs:
-    """Inputs one after the other; what phi has learned, and sinks, are those of the first."""
+    """Inputs concatenated along `dim`; learned parameters of phi and sinks are those of the first."""
     first = drawn[0]
     names = [each.name for each in fields(first) if each.name not in SINKS]
     names = [name for name in names if isinstance(getattr(first, name), torch.Tensor)]
@@ -63,7 +63,7 @@ def _joined(drawn: list[Inputs], dim: int) -> Inputs:
 
 
 def _laid_out(spec: Spec, blocks: list[torch.Tensor], bucket: Bucket) -> torch.Tensor:
-    """Compressed rows (1, T // stride, H, D), packed: block j of sequence s is row start_s // stride + j."""
+    """Packed compressed rows (1, T // stride, H, D): block j of sequence s is row start_s // stride + j."""
     assert spec.compression is not None
     stride = spec.compression.stride
     rows = blocks[0].new_zeros((1, bucket.tokens // stride, *blocks[0].shape[2:]))
@@ -75,7 +75,7 @@ def _laid_out(spec: Spec, blocks: list[torch.Tensor], bucket: Bucket) -> torch.T
 
 
 def check_scenario(tokens: int, batch: int, seed: int = 0) -> Scenario:
-    """What candidates are checked with: caches that end inside tiles of every size, then one token and two."""
+    """The scenario that checks candidates: caches that end inside tiles of every size, then one token, then two."""
     held = (tokens - 3, tokens // 2 + 5)[:batch]
     steps = (Step("fill", held), Step("decode", (1,) * batch), Step("decode", (2,) * batch))
     return Scenario(batch, tokens, None, steps, seed=seed)
@@ -83,7 +83,7 @@ def check_scenario(tokens: int, batch: int, seed: int = 0) -> Scenario:
 
 @contextmanager
 def overridden(package: Any, configs: Configs) -> Iterator[None]:
-    """Within the block a package launches with these configurations in place of its own."""
+    """Within the block, a package launches with these configurations instead of its own."""
     with ExitStack() as stack:
         for name, values in configs.items():
             stack.enter_context(package.configs.override(name, **values))
@@ -91,7 +91,7 @@ def overridden(package: Any, configs: Configs) -> Iterator[None]:
 
 
 class Tuned(Operator):
-    """The whole operator under a candidate's configurations, as a contender that is named by a number."""
+    """The whole operator with a candidate's configurations, as a contender named by a number."""
 
     def __init__(self, package: Any, number: int, configs: Configs) -> None:
         super().__init__(package, str(number))
@@ -102,14 +102,14 @@ class Tuned(Operator):
 
 
 class DecodeStep(Tuned):
-    """Steps of decode under a candidate's configurations: captured once, replayed as its call."""
+    """Steps of decode with a candidate's configurations: captured once; its call is a replay."""
 
     def __init__(self, inputs: DecodeInputs, number: int, configs: Configs) -> None:
         super().__init__(inputs.package, number, configs)
         self._inputs = inputs
 
     def prepare(self, spec: Spec, inputs: Any) -> Prepared:
-        """Capture a graph; on the CPU the step is called as it is."""
+        """Capture a graph. On the CPU, the step is called directly."""
         if not self._inputs.q.is_cuda:
             return Prepared(self._inputs.step, (), self._inputs.out, within=self._within, share=self._inputs.layers)
         with torch.no_grad(), self._within():
@@ -122,17 +122,17 @@ Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
 class NoLaunch(RuntimeError):
-    """A pass went by without a launch of the kernel."""
+    """The pass did not launch the kernel."""
 
 
 @contextmanager
 def noted_launches(package: ModuleType, kernel: Kernel) -> Iterator[list[Call]]:
-    """Within the block, the list it gives holds the latest call of the function that launches a kernel.
+    """Within the block, the yielded list holds the latest call of the function that launches a kernel.
 
-    The latest of several, as those of chunks are: keeping all would keep their buffers.
+    Only the latest of several calls (such as those of chunks) is kept, because keeping all would keep their buffers.
     """
     launched = getattr(sys.modules[f"{package.__name__}.kernels.{kernel.module}"], f"{kernel.function}_kernel")
-    # The package's wrapper of it, where it is launched past Triton's dispatcher. Triton's own have None there.
+    # The package's wrapper of the kernel, if it is launched past Triton's dispatcher. Triton's own have None.
     launched = getattr(launched, "kernel", None) or launched
     kind = type(launched)
     original = kind.run
@@ -151,7 +151,7 @@ def noted_launches(package: ModuleType, kernel: Kernel) -> Iterator[list[Call]]:
 
 
 def _call_of(frame: FrameType | None, package: str) -> Call:
-    """The package's function that asked for the launch on top of the stack, with its arguments as they are now."""
+    """The package's function that requested the launch on top of the stack, with its arguments as they are now."""
     while frame is not None and not _asks(frame.f_globals.get("__name__", ""), package):
         frame = frame.f_back
     assert frame is not None, "a launch of the package comes from the package"
@@ -168,12 +168,12 @@ def _call_of(frame: FrameType | None, package: str) -> Call:
 
 
 def _asks(module: str, package: str) -> bool:
-    """Whether a module is one of the package's, and not the one through which all launches go."""
+    """Whether a module belongs to the package and is not the one through which all launches go."""
     return module.startswith(f"{package}.") and module != f"{package}.runtime.launch"
 
 
 class Solo(Tuned):
-    """A noted call under a candidate's configurations."""
+    """A noted call with a candidate's configurations."""
 
     def __init__(self, package: Any, number: int, configs: Configs, call: Call) -> None:
         super().__init__(package, number, configs)
