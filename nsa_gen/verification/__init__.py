@@ -1,6 +1,6 @@
-"""Verification: a dense oracle, fresh inputs, tolerances with a reason, and a report.
+"""Verification: a dense oracle, fresh inputs, derived tolerances, and a report.
 
-`reference_attention` is the contract in code; `verify` holds a generated package against it.
+`reference_attention` is the specification in code. `verify` compares a generated package with it.
 """
 
 from nsa_gen.verification.reference.dense import OracleParameters

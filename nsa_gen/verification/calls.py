@@ -1,4 +1,4 @@
-"""Calling a generated package: outputs, auxiliary tensors and gradients by name, in poisoned memory."""
+"""Call a generated package: outputs, auxiliary tensors and gradients by name, in poisoned memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nsa_gen.verification.reference.inputs import Inputs
 
 @dataclass(frozen=True)
 class Call:
-    """What a package returned for one call: the output, the auxiliary tensors and the gradients, by name."""
+    """The results of one call: the output, the auxiliary tensors and the gradients, by name."""
 
     o: Tensor
     aux: dict[str, Tensor]
@@ -32,7 +32,7 @@ class Call:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, memory that is allocated and not written holds NaN, and integers their largest value."""
+    """Within the block, memory that is allocated but not written holds NaN; integers hold their largest value."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
@@ -48,10 +48,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @functools.cache
 def steady_products() -> None:
-    """Have Triton's interpreter round equal rows of a product equally, as GPUs do, for the rest of the process.
+    """Make Triton's interpreter round equal rows of a product equally, as GPUs do, for the rest of the process.
 
-    numpy's float32 matrix product gives equal rows different last bits, depending on their place in the tile: then
-    equal importances are not equal. Products are formed in float64 and rounded once.
+    numpy's float32 matrix product may round equal rows differently, depending on their place in the tile. Importances
+    that should be equal then differ. Products are therefore formed in float64 and rounded once.
     """
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -68,12 +68,13 @@ def steady_products() -> None:
 
 @functools.cache
 def quick_interpreter() -> None:
-    """Save Triton's interpreter two thirds of its time, for the rest of the process. No result changes.
+    """Save two thirds of the time of Triton's interpreter, for the rest of the process. No result changes.
 
-    Triton remaps its language in every call of a device function; here only where who launched the kernel has not.
-    It computes sums and products of integers again in 64 bits, for an assertion that is made where it debugs alone;
-    broadcasts operands that have one shape; makes for each tile the type of all tiles of that shape, and for each
-    look-up of a numpy dtype the table of all; and parses anew each function that another package has had before.
+    Triton remaps its language in every call of a device function; here, only if the launcher has not done it. Triton
+    computes sums and products of integers again in 64 bits, for an assertion that only runs when debugging. It
+    broadcasts operands that already have one shape. It makes the type of a tile for each tile, and a table of all
+    dtypes for each look-up of a numpy dtype. It parses each function again that another package has already had. All of
+    this is avoided.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -147,7 +148,7 @@ def quick_interpreter() -> None:
     read, read_before = interpreter.FunctionRewriter.rewrite_ast, {}
 
     def read_once(self: Any) -> Any:
-        """The function as the interpreter runs it. Code compares equal where all but file and globals are the same."""
+        """The function as the interpreter runs it. Code is equal if it only differs in file and globals."""
         fn = self.fn
         key = fn.__code__.replace(co_firstlineno=1)
         if key not in read_before or fn.__closure__:
@@ -169,9 +170,9 @@ def quick_interpreter() -> None:
 def arguments_of(
     module: Any, inputs: Inputs, with_gradients: bool
 ) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
-    """What a package's nsa_attention is called with: q, k and v by position, the rest that is present by name.
+    """The arguments of a package's nsa_attention: q, k and v by position, the others that are present by name.
 
-    Before both, the leaves among them that get gradients, by the names of `Inputs.differentiable()`.
+    Before both, returns the leaves among them that get gradients, by the names of `Inputs.differentiable()`.
     """
     leaves = {n: x.detach().requires_grad_(with_gradients) for n, x in inputs.differentiable().items()}
     arguments = {n: x for n, x in inputs.replace_differentiable(leaves).arguments().items() if x is not None}
@@ -183,12 +184,12 @@ def arguments_of(
 def call_package(
     module: Any, inputs: Inputs, with_gradients: bool, *, poisoned: bool = True, recompute: Sequence[str] = ()
 ) -> Call:
-    """Call a package's nsa_attention on `inputs`, with its auxiliary outputs, and its gradients for inputs.do.
+    """Call a package's nsa_attention on `inputs`, with its auxiliary outputs and with gradients for inputs.do.
 
-    Those of an indexer's alignment loss, by q_idx and k_idx, are for inputs.dloss.
+    The gradients of an indexer's alignment loss, with respect to q_idx and k_idx, are for inputs.dloss.
 
-    `recompute` are branches whose forward the backward runs again, for packages that have a backward.
-    Poisoned memory brings torch's deterministic algorithms with it; without it torch's are those of any user.
+    `recompute` are branches whose forward the backward runs again, for packages with a backward. Poisoned memory also
+    turns on torch's deterministic algorithms. Without it, torch's algorithms are those of any user.
     """
     if inputs.q.device.type == "cpu":
         steady_products()

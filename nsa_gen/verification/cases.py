@@ -1,4 +1,4 @@
-"""Which calls a spec is verified with: lengths around every boundary it has, and inputs of every kind."""
+"""The calls with which a spec is verified: lengths around every boundary it has, and inputs of every kind."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from nsa_gen.verification.schedules import Variation, most_unlike_the_defaults, 
 
 INTERPRETER_LONGEST = 130
 INTERPRETER_TOKENS = 180
-"""On the CPU a program instance costs about 10 ms, and there is one a token, KV head and kernel: with these a spec of
-two KV heads stays below two minutes."""
+"""On the CPU, a program instance takes about 10 ms, and there is one per token, KV head and kernel. With this many
+tokens, a spec with two KV heads takes less than two minutes."""
 INTERPRETER_KEYS = 2600
-"""Keys of the cases with few queries, of which the interpreter takes some 10 ms for 100."""
+"""Keys of the cases with few queries. The interpreter takes about 10 ms per 100 keys."""
 GPU_LONGEST = 2**16 + 1
-"""Tokens and keys of the longest cases on a GPU: the oracle is dense."""
+"""Tokens and keys of the longest cases on a GPU. The oracle is dense, so longer ones would be slow."""
 FEW = 6
-"""Queries of the cases that put more blocks in the past than there are slots."""
+"""Queries of the cases that have more past blocks than slots."""
 VARIED_KEYS = 600
-"""Keys of the cases that are run by other schedules, of which there are several."""
+"""Keys of the cases that run with other schedules, of which there are several."""
 FEW_VARIED = 9
-"""Queries of the cases that are run by other schedules: of their lists some are cut into two pieces of 16 slots."""
+"""Queries of the cases that run with other schedules. Some of their lists are cut into two pieces of 16 slots."""
 QUICK_NOTE = "a quick run: three small calls and one cache; without --quick far more is exercised"
 FORWARD_ONLY = ("nan", "abyss")
-"""Kinds of input whose gradients say nothing: they are NaN, or decided by which probabilities underflow."""
+"""Kinds of input whose gradients are meaningless: they are NaN, or depend on which probabilities underflow."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One call: `tokens` is Tq, or the lengths of packed sequences.
 
-    `twice` repeats it to compare bits, with nothing recomputed the second time; `gradients=False` leaves out the
-    backward pass; `variation` is how the package is run, if not by the values in force.
+    `twice` repeats the call to compare bits; the second time, nothing is recomputed. `gradients=False` leaves out the
+    backward pass. `variation` says how the package runs, if not with the values in force.
     """
 
     tokens: int | tuple[int, ...]
@@ -83,7 +83,7 @@ def inputs_of(spec: Any, case: Case, seed: int, device: str | torch.device) -> I
 
 
 def boundary_lengths(p: OracleParameters) -> list[int]:
-    """Lengths at which something begins or ends: 1, l, l', w and n * l' with their neighbours, and a few primes."""
+    """Lengths at which something begins or ends: 1, l, l', w and n * l', their neighbours, and a few primes."""
     found = {1, 2, 37, 1021}
     for size in (p.compression_block, p.selection_block, p.window):
         if size is not None:
@@ -103,9 +103,9 @@ def default_cases(
     gradients: bool = True,
     quick: bool = False,
 ) -> tuple[tuple[Case, ...], tuple[str, ...]]:
-    """The cases of a spec and notes on what was left out. `lengths` replaces the boundary lengths.
+    """The cases of a spec, and notes on what was left out. `lengths` replaces the boundary lengths.
 
-    `gradients` says whether there is a backward pass, whose branches may be recomputed. `quick` is three small calls.
+    `gradients`: there is a backward pass, whose branches may be recomputed. `quick`: only three small calls.
     """
     p = OracleParameters.from_spec(spec)
     if quick:
@@ -171,7 +171,7 @@ def default_cases(
 
 
 def _quick_cases(p: OracleParameters, packed: bool) -> tuple[Case, ...]:
-    """A sequence past one selection block, late queries behind many keys, and packed sequences."""
+    """A sequence longer than one selection block, few queries at the end of many keys, and packed sequences."""
     block = p.selection_block or p.compression_block or 16
     few = Case(FEW_VARIED, tokens_kv=_late(p, 2 * block + 3), kind="spread", batch=1, twice=False)
     sequences = [Case((block // 2 + 3, 0, 1, 5), batch=1, twice=False)] if packed else []
@@ -179,14 +179,14 @@ def _quick_cases(p: OracleParameters, packed: bool) -> tuple[Case, ...]:
 
 
 def _late(p: OracleParameters, keys: int) -> int | None:
-    """Tkv of a call with few queries; None, which is Tq, where no branch reads raw keys."""
+    """Tkv of a call with few queries. None, which means Tq, if no branch reads raw keys."""
     return keys if argument_suffixes(p) else None
 
 
 def _varied_calls(p: OracleParameters, interpreted: bool, packed: bool, middle: int, count: int) -> list[Case]:
-    """Small calls, one for each way to run a package: late queries, packed sequences, a batch.
+    """Small calls, one for each way to run a package: few queries with many keys, packed sequences, a batch.
 
-    Of eight numbers, the three of packed calls meet each choice of schedule and each branch recomputed and not.
+    Of eight numbers, the three of packed calls cover each choice of schedule, and each branch recomputed and not.
     """
     rows = FEW_VARIED if interpreted else min(middle, 200)
     keys = middle + 2
@@ -210,10 +210,10 @@ def _varied_calls(p: OracleParameters, interpreted: bool, packed: bool, middle: 
 
 
 def packed_offsets(p: OracleParameters, interpreted: bool) -> list[tuple[int, ...]]:
-    """Lengths of packed sequences with complete compressed blocks that begin at tokens of every remainder.
+    """Lengths of packed sequences whose complete compressed blocks begin at tokens of every remainder by the stride.
 
-    By the stride, that is: as many batches as the interpreter has time for, or one. The second sequence of a batch for
-    the interpreter has two complete blocks: with one, scores have no gradient.
+    Returns as many batches as the interpreter has time for, or one. In a batch for the interpreter, the second sequence
+    has two complete blocks, because with one block, scores have no gradient.
     """
     block, stride = p.compression_block or 8, p.compression_stride or 1
     if not interpreted:
@@ -231,23 +231,24 @@ def _contested_inside(p: OracleParameters) -> tuple[int, int] | None:
 
 
 def start_remainders(p: OracleParameters, tokens: tuple[int, ...]) -> set[int]:
-    """By the stride, the remainders of the tokens at which packed sequences with complete blocks begin."""
+    """The remainders, by the stride, of the tokens at which packed sequences with complete blocks begin."""
     starts = zip(itertools.accumulate((0, *tokens)), tokens, strict=False)
     return {start % (p.compression_stride or 1) for start, length in starts if p.compressed_blocks(length)}
 
 
 def _boundary_keys(p: OracleParameters) -> int:
-    """Tkv with more blocks than slots, and a last compressed block that reaches over the last block's start."""
+    """Tkv with more blocks than slots, and with a last compressed block that extends past the last block's start."""
     assert p.selection_block is not None
     return (p.selection_count + 3) * p.selection_block + (p.compression_stride or 4)
 
 
 def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list[Case], int]:
-    """Few queries behind more blocks than there are slots, so that importance decides, and how many keys are too many.
+    """Cases with few queries and more blocks than slots, so that importance decides; and the keys, if too many, or 0.
 
-    With Tkv = (n + 2) l' + 2 a NaN two thirds into the keys makes every importance NaN but that of the last queries'
-    own block, of which nothing is visible yet. Late keys stand out in a compressed block that reaches into the last
-    selection block, whose first queries share a tile with one that sees it and must not.
+    With Tkv = (n + 2) l' + 2, a NaN two thirds into the keys makes every importance NaN except that of the last
+    queries' own block, of which nothing is visible yet. In kind late, the keys that stand out are in a compressed block
+    that extends into the last selection block. The block's first queries share a tile with one that sees it, but must
+    not see it.
     """
     if p.selection_block is None:
         return [], 0
@@ -265,7 +266,7 @@ def _contested(p: OracleParameters, interpreted: bool, batch: int) -> tuple[list
 
 
 def _affordable(p: OracleParameters) -> tuple[list[int], list[int]]:
-    """The boundary lengths that the interpreter has time for, the most telling first, and those it has not."""
+    """The boundary lengths that the interpreter has time for, the most important first, and the remaining ones."""
     lengths = boundary_lengths(p)
     short, selection, window = (size or 0 for size in (p.compression_block, p.selection_block, p.window))
     telling = (1, short, selection + 1, window + 1, 37, short - 1, selection, window, selection - 1, window - 1)

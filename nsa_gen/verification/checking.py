@@ -1,4 +1,4 @@
-"""One call of a package, held against the oracle: every quantity in a row, with its bound."""
+"""Compare one call of a package with the oracle: one row per quantity, with its bound."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_case(
     with_gradients: bool,
     references: References | None = None,
 ) -> list[Row]:
-    """Every comparison of one call: one row a quantity. `references` saves work where only schedules differ."""
+    """All comparisons of one call, one row per quantity. `references` saves work if only schedules differ."""
     p, recompute = parameters, case.variation.recompute if case.variation is not None and with_gradients else ()
     with varied(module, case.variation):
         call = call_package(module, inputs, with_gradients, recompute=recompute)
@@ -47,13 +47,13 @@ def check_case(
 
 
 def check_call(p: OracleParameters, case: Case, inputs: Inputs, call: Call, references: References) -> list[Row]:
-    """What a call on `inputs` has returned, against the oracle on the blocks it chose: one row a quantity."""
+    """Compare the results of a call on `inputs` with the oracle on the blocks it selected: one row per quantity."""
     if p.computed and (problem := _misshapen_choice(p, inputs, call)):
         return [Row(case.label, "selection", "selection", math.inf, 1.0, False, problem)]
     chosen = (call.aux["indices"], call.aux["counts"]) if p.computed else (None, None)
     truth, base = references.of(p, inputs, chosen, with_gradients=bool(call.gradients))
     found = call.tensors()
-    # Logits hundreds of nats apart make another softmax of a rounding of q or k: there only the choice is compared.
+    # With logits hundreds of nats apart, rounding q or k changes the softmax. Only the selection is compared there.
     outputs = [] if case.kind == "abyss" else _outputs(call, truth)
 
     def row(name: str) -> Row:
@@ -66,7 +66,7 @@ def check_call(p: OracleParameters, case: Case, inputs: Inputs, call: Call, refe
 
 
 def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
-    """What is wrong with the form of the indices and counts that a package returns, or ""."""
+    """What is wrong with the form of the returned indices and counts, or ""."""
     lead = (*inputs.q.shape[:-2], p.scopes)
     for name, shape in (("indices", (*lead, p.selection_count)), ("counts", lead)):
         x = call.aux.get(name)
@@ -78,17 +78,16 @@ def _misshapen_choice(p: OracleParameters, inputs: Inputs, call: Call) -> str:
 
 
 def _outputs(call: Call, truth: Reference) -> list[str]:
-    """The floating-point outputs to compare: o, and what the oracle and the package's auxiliary outputs both name."""
+    """The floating-point outputs to compare: o, and those that the oracle and the auxiliary outputs both have."""
     skipped = ("indices", "counts", *BY_BLOCK, "o")
     return ["o", *(name for name in truth.outputs.tensors() if name not in skipped and name in call.aux)]
 
 
 def drift_sources(p: OracleParameters, inputs: Inputs, name: str) -> int | None:
-    """How many rows of independent errors a quantity's drift comes from, None where as many as it has rows.
+    """The number of rows with independent errors from which a quantity's drift comes; None: as many as it has rows.
 
-    What depends on K_cmp and V_cmp shares their errors, over all the queries of their group; the gradients of phi's
-    parameters are sums over the compressed blocks; and an error of a query's lse or delta is in its terms of every
-    key's gradient.
+    What depends on K_cmp and V_cmp shares their errors over all queries of the group. The gradients of phi's parameters
+    are sums over the compressed blocks. An error of a query's lse or delta is in its terms of every key's gradient.
     """
     queries = inputs.q.shape[:-1].numel() if name.startswith("d") else None
     if "cmp" not in p.branches or p.external or name.endswith(("_slc", "_win", *LEARNED, LOSS)):
@@ -112,10 +111,10 @@ def compare_result(
     expected: Tensor | None = None,
     rounded: Tensor | None = None,
 ) -> Comparison:
-    """One output or gradient against the truth; of packed K_cmp and V_cmp only the rows that are blocks.
+    """Compare one output or gradient with the truth; of packed K_cmp and V_cmp only the rows that are blocks.
 
-    With `expected`, another result of the operator, against that: both may err. `rounded` are the sizes of what one of
-    the two rounded once more than the operator does, which counts as noise.
+    With `expected`, which is another result of the operator, compare with that: both may have errors. `rounded` are the
+    sizes of quantities that one of the two rounded once more than the operator does. They count as noise.
     """
     wanted, near = truth.tensors()[name], base.tensors()[name]
     noise, drift = truth.noise.get(name), truth.drift.get(name)
@@ -129,7 +128,7 @@ def compare_result(
         kept = compressed_rows(p, inputs.cu_seqlens).to(actual.device)
         actual, wanted, near = actual[kept], wanted[kept], near[kept]
         noise, drift = (None if x is None else x[kept] for x in (noise, drift))
-    # Numbers in float32 whatever the dtype: no rows.
+    # Float32 numbers whatever the dtype, without rows.
     single = name.startswith("lse") or name == LOSS or name[1:] in SINKS
     comparison = compare(
         actual,
@@ -149,7 +148,7 @@ def compare_result(
 
 
 def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Results without the padding between packed compressed blocks, which nobody writes."""
+    """Results without the padding between packed compressed blocks, which is never written."""
     if inputs.cu_seqlens is None:
         return dict(tensors)
     rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
@@ -157,7 +156,7 @@ def written(p: OracleParameters, inputs: Inputs, tensors: Mapping[str, Tensor]) 
 
 
 def comparison_row(case: str, quantity: str, comparison: Comparison) -> Row:
-    """A comparison as a row of a report: the measure that came nearest to its bound."""
+    """A comparison as a row of a report, with the measure that came nearest to its bound."""
     name, (error, bound) = comparison.worst
     return Row(case, quantity, name, error, bound, comparison.ok, comparison.problem)
 
@@ -186,9 +185,9 @@ def _selection_row(
 
 
 def bits_row(label: str, title: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Row:
-    """One row: elements that differ between two results of the same names, NaN equal to NaN.
+    """One row with the number of elements that differ between two results of the same names. NaN equals NaN.
 
-    Every element of a tensor differs where shapes do.
+    If the shapes of a tensor differ, all of its elements count.
     """
     assert first.keys() == second.keys()
     differing = {}

@@ -1,4 +1,4 @@
-"""What the fixed cases of a run exercise of all that a package can be run by, and what they leave out."""
+"""What a run's fixed cases exercise of the ways to run a package, and what they leave out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALWAYS_LEFT_OUT = (
     "the operator's steps called one by one",
     f"{' and '.join(LAUNCH_OPTIONS)} other than those in force",
 )
-"""What no run of the fixed cases exercises; the tuner checks the launch options, and tile sizes, that it takes."""
+"""What the fixed cases never exercise. The tuner checks the launch options and tile sizes that it uses."""
 BUDGET_LEFT_OUT = "workspace_bytes, which makes chunks as CHUNK_TOKENS does"
 
 
@@ -31,7 +31,7 @@ def coverage(
     interpreted: bool,
     passes: Sequence[str],
 ) -> Coverage:
-    """What calls and scenarios exercise together: tunables by kernel, branches recomputed, offsets, page sizes."""
+    """What calls and scenarios exercise together: tunables by kernel, recomputed branches, offsets and page sizes."""
     scenarios = list(scenarios)
     ways = [case.variation for case in cases if case.variation is not None]
     exercised: dict[str, tuple[int | str, ...]] = {}
@@ -66,7 +66,7 @@ def coverage(
 
 
 def _tunables(program: Plan, passes: Sequence[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Every tunable of the schedules and of the kernels that the passes run, as kernel.NAME, with its legal values."""
+    """Every tunable of the schedules, and of the kernels that the passes run, as kernel.NAME with its legal values."""
     for decision in program.decisions:
         for tunable in decision.tunables:
             yield f"{decision.name}.{tunable.name}", tunable.values
@@ -78,7 +78,7 @@ def _tunables(program: Plan, passes: Sequence[str]) -> Iterable[tuple[str, tuple
 
 
 Found = tuple[str, tuple[int | str, ...], str]
-"""What is counted, its values that were exercised, and a line for those that were not, or ""."""
+"""What is counted, the values that were exercised, and a line for those that were not, or ""."""
 
 
 def _recomputed(program: Plan, ways: Sequence[Variation], passes: Sequence[str]) -> Found:

@@ -1,4 +1,4 @@
-"""Specs that nobody chose, out of one function that picks: a seeded `random.Random`, or a Hypothesis strategy."""
+"""Random specs, drawn with a function that picks: that of a seeded `random.Random`, or a Hypothesis strategy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PHIS = ("mean", "weighted", "linear", "mlp")
 
 
 class Pick(Protocol):
-    """Chooses one of several options: `random.Random(seed).choice`, or a strategy's draw."""
+    """Picks one of several options: `random.Random(seed).choice`, or a strategy's draw."""
 
     def __call__(self, options: Sequence[T], /) -> T: ...
 
 
 class Sizes:
-    """The sizes a spec is drawn from: small enough for Triton's interpreter, or such as GPUs are used with."""
+    """The sizes from which a spec is drawn: small enough for Triton's interpreter, or those used on GPUs."""
 
     def __init__(self, wide: bool) -> None:
         self.kv_heads = (1, 2, 3) if wide else (1, 2)
@@ -39,8 +39,8 @@ class Sizes:
 def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wide: bool = False) -> Spec:
     """A legal spec: any of the branches, phis, positions, sinks, joint branches, gates and ways of sharing K and V.
 
-    Small ones are cheap enough for the interpreter; `wide` ones have the head dims, groups, blocks and counts that
-    GPUs are used with.
+    Small specs are cheap enough for the interpreter. `wide` ones have the head dims, groups, blocks and counts that are
+    used on GPUs.
     """
     import yaml
 
@@ -112,12 +112,12 @@ def drawn_spec(pick: Pick, *, dtypes: Sequence[str] = ("float32", "float16"), wi
         document |= {"version": 2, "cache": {"dtype": "e4m3"}}
     try:
         return parse_spec(yaml.safe_dump(document, sort_keys=False))
-    except SpecError as error:  # the drawing, not the example, is wrong
+    except SpecError as error:  # the drawing is wrong, not the example
         raise AssertionError(f"a spec was drawn that is not legal: {error}") from error
 
 
 def spec_of_seed(seed: int, *, dtypes: Sequence[str], wide: bool) -> Spec:
-    """The spec of a seed, with a name that says so."""
+    """The spec of a seed. Its name contains the seed."""
     return drawn_spec(random.Random(seed).choice, dtypes=dtypes, wide=wide).replace(name=f"drawn_{seed}")
 
 

@@ -1,4 +1,4 @@
-"""Random examples of a spec: a call and a property, drawn from a seed, run, shrunk, and repeated from a text."""
+"""Random examples of a spec: a call and a property, drawn from a seed, run, shrunk, and repeated from their text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INTERPRETER_KEYS = 260
 GPU_TOKENS = 1100
 
 Build = Callable[["Spec"], Any]
-"""Makes and imports the package of a spec."""
+"""Generates and imports the package of a spec."""
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,37 @@ class Example:
 
     @property
     def text(self) -> str:
-        """Property and call in words that `parse_example` reads: `oracle: B=2 T=21 spread`."""
+        """Property and call in the form that `parse_example` reads: `oracle: B=2 T=21 spread`."""
         batch = "" if isinstance(self.case.tokens, tuple) else f"B={self.case.batch} "
         return f"{self.property}: {batch}{self.case.label}"
 
     @property
     def label(self) -> str:
-        """What a row of the report calls it."""
+        """Its name in a row of the report."""
         return self.case.label
 
     def check(self, spec: Spec, module: Any, device: torch.device, build: Build | None) -> list[Row]:
-        """Its rows, by schedules drawn from its seed."""
+        """Its rows, with schedules drawn from its seed."""
         trial = Trial(spec, module, self.case, self.seed, device.type, build)
         with drawn_schedules(module, device, self.seed):
             return PROPERTIES[self.property].check(trial)
 
     def applies(self, p: OracleParameters, device: str) -> bool:
-        """Whether a spec can have this call, and the property says something of it on a device."""
+        """Whether a spec can have this call, and the property is meaningful for it on a device."""
         possible = self.case.kind in kinds_of(p) and (self.case.tokens_kv is None or bool(argument_suffixes(p)))
         return possible and _applies(self.property, p, self.case, device)
 
 
 @dataclass(frozen=True)
 class ExampleResult:
-    """An example and the rows it gave; an exception is a row too."""
+    """An example and its rows; an exception is also a row."""
 
     example: Example
     rows: tuple[Row, ...]
 
     @property
     def ok(self) -> bool:
-        """Something was compared, and all of it is within its bound."""
+        """Whether something was compared, and everything is within its bound."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
@@ -92,7 +92,7 @@ _SHAPE = re.compile(
 
 
 def parse_example(text: str, seed: int) -> Example:
-    """The example that `Example.text` describes; ValueError where it describes none."""
+    """The example that `Example.text` describes. Raises ValueError if the text describes none."""
     found = _SHAPE.fullmatch(text.strip())
     if found is None:
         raise ValueError(
@@ -115,7 +115,7 @@ def parse_example(text: str, seed: int) -> Example:
 
 
 def require_example(spec: Spec, text: str, seed: int, device: str) -> Example:
-    """The example that `text` describes; ValueError where it describes none, or none that applies to the spec."""
+    """The example that `text` describes. Raises ValueError if it describes none, or none that applies to the spec."""
     example = parse_example(text, seed)
     if not example.applies(OracleParameters.from_spec(spec), device):
         raise ValueError(f"example: expected a property and a call that {spec.name} can have on {device}, got {text!r}")
@@ -123,7 +123,7 @@ def require_example(spec: Spec, text: str, seed: int, device: str) -> Example:
 
 
 def drawn_case(p: OracleParameters, pick: Pick, *, interpreted: bool) -> Case:
-    """A call: batched, late queries behind more keys, or packed; empty now and then; of any kind.
+    """A random call: batched, with fewer queries than keys, or packed; sometimes empty; of any kind of input.
 
     Lengths lie around the spec's boundaries or are primes, as far as the interpreter has time for them.
     """
@@ -149,7 +149,7 @@ def drawn_case(p: OracleParameters, pick: Pick, *, interpreted: bool) -> Case:
 
 
 def drawn_property(p: OracleParameters, case: Case, pick: Pick, device: str) -> str:
-    """The name of a property that applies to a case on a device, "cpu" or "cuda"."""
+    """The name of a random property that applies to a case on a device, "cpu" or "cuda"."""
     return pick([name for name in PROPERTIES if _applies(name, p, case, device)])
 
 
@@ -159,14 +159,14 @@ def _applies(name: str, p: OracleParameters, case: Case, device: str) -> bool:
 
 
 def drawn_example(spec: Spec, seed: int, device: str) -> Example:
-    """The example of a seed, which depends on nothing else."""
+    """The example of a seed. It depends on nothing else."""
     p, pick = OracleParameters.from_spec(spec), random.Random(seed).choice
     case = drawn_case(p, pick, interpreted=device == "cpu")
     return Example(drawn_property(p, case, pick, device), case, seed)
 
 
 def run_example(spec: Spec, module: Any, example: Example, device: str, build: Build | None = None) -> ExampleResult:
-    """Check an example; an exception, of the package or of a CUDA device, is a failure that tells it."""
+    """Check an example. An exception, of the package or of a CUDA device, is a failed row with its message."""
     try:
         rows = example.check(spec, module, torch.device(device), build)
     except Exception as error:
@@ -175,7 +175,7 @@ def run_example(spec: Spec, module: Any, example: Example, device: str, build: B
 
 
 def reproduction(spec: Spec, example: Example, device: str, dtype: str | None, source: str | None) -> str:
-    """The command that repeats an example; with the spec's text where it has no file."""
+    """The command that repeats an example, together with the spec's text if it has no file."""
     file = source or f"{spec.name}.yaml"
     more = f" --dtype {dtype}" if dtype else ""
     told = shlex.quote(example.text)
@@ -183,17 +183,17 @@ def reproduction(spec: Spec, example: Example, device: str, dtype: str | None, s
     return command if source else f"{command}\nwith {file}:\n{spec.resolved_yaml()}"
 
 
-# From an example that fails to a small one that fails in the same way: a smaller call, then a simpler spec. Greedy: of
-# the simpler examples next to the present one the first that still fails takes its place, until none does or time is
-# up. "Still fails" means that one of the same quantities is wrong under the same property.
+# Shrinking finds, for a failing example, a smaller one that fails in the same way: first a smaller call, then a simpler
+# spec. It is greedy: of the simpler examples next to the current one, the first that still fails replaces it, until
+# none does or time is up. "Still fails" means that one of the same quantities is wrong under the same property.
 
 SECONDS = 60.0
-"""How long to look for something smaller; the interpreter needs some seconds for each try."""
+"""Seconds to search for something smaller. The interpreter needs some seconds per try."""
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """The smallest failing example found, its spec, and how many others were tried on the way."""
+    """The smallest failing example found, its spec, and how many others were tried."""
 
     spec: Spec
     result: ExampleResult
@@ -212,8 +212,8 @@ def shrink(
 ) -> Shrunk:
     """Shrink a failed example of a package; `run` runs an example of a spec.
 
-    With `vary_spec` the spec becomes simpler too: right where the generator made the package, so that its fault will
-    be in other packages; a package of unknown making keeps its spec.
+    With `vary_spec`, the spec is simplified too. This is right if the generator made the package, because other
+    packages then have the same fault. If the package's origin is unknown, its spec is kept.
     """
     until = time.monotonic() + seconds
     best = Shrunk(spec, failed, 0)
@@ -240,7 +240,7 @@ def shrink(
         return ((simpler, example) for simpler in simpler_specs(best.spec))
 
     def descend(candidates: Callable[[], Iterator[tuple[Spec, Example]]]) -> bool:
-        """Take the first candidate that fails until none does; whether any did."""
+        """Move to the first candidate that fails until none does. Returns whether any did."""
         before = best.result
         while any(fails(other, example) for other, example in candidates()):
             pass
@@ -253,7 +253,7 @@ def shrink(
 
 
 def smaller_cases(case: Case) -> Iterator[Case]:
-    """Simpler calls next to this one: plain inputs, fewer sequences, fewer tokens; each is a step down."""
+    """Simpler calls next to this one: plain inputs, fewer sequences, fewer tokens. Each is a step down."""
     if case.kind != "gaussian":
         yield replace(case, kind="gaussian")
     if isinstance(case.tokens, tuple):
@@ -281,19 +281,19 @@ def smaller_cases(case: Case) -> Iterator[Case]:
 
 
 def _less(length: int) -> list[int]:
-    """Fewer tokens: the fewest first, then halves, quarters and one less, so that a boundary is found in few steps."""
+    """Fewer tokens: first the fewest, then halves, quarters and one less, so that a boundary is found in few steps."""
     return sorted({less for less in (1, 2, length // 4, length // 2, length * 3 // 4, length - 1) if 0 < less < length})
 
 
 def simpler_specs(spec: Spec) -> Iterator[Spec]:
-    """Simpler legal specs next to this one: a branch less, no gates, nothing learned, fewer heads, smaller sizes."""
+    """Simpler legal specs next to this one: one branch less, no gates, nothing learned, fewer heads, smaller sizes."""
     document = {**spec.model_dump(), "name": "minimal", "description": ""}
     seen = {type(spec).model_validate(document)}
     for change in _changes(document):
         try:
             simpler = type(spec).model_validate({**document, **change})
         except ValueError:
-            continue  # the change alone breaks a constraint
+            continue  # the change alone violates a constraint
         if simpler not in seen:
             seen.add(simpler)
             yield simpler

@@ -1,4 +1,4 @@
-"""What a call must not do: write beside its tensors, have the host wait for the GPU, take too much memory."""
+"""Find what a call must not do: write outside its tensors, make the host wait for the GPU, use too much memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.reference.inputs import Inputs
 
 BAND = 4096
-"""Elements before and behind a tensor: a tile of 128 rows written past the end of a small head dim lands inside."""
+"""Elements before and after a tensor. A tile of 128 rows written past the end, with a small head dim, lands inside."""
 
 _aten = torch.ops.aten
 _FACTORIES = frozenset(
@@ -41,10 +41,10 @@ def _pattern(dtype: torch.dtype) -> float | int:
 
 
 class GuardBands(TorchDispatchMode):
-    """Inside, tensors made by torch's factories lie between two bands of NaN (integers: the largest value).
+    """Within the block, tensors made by torch's factories lie between two bands of NaN (integers: the largest value).
 
-    A kernel that reads a band carries NaN into its result; one that writes there is found by `damage`. A band's NaN
-    overwritten by another NaN is not noticed. Tensors that operations return (sums, sorts) have no bands.
+    If a kernel reads a band, its result has NaN. If it writes there, `damage` finds it, unless it writes another NaN.
+    Tensors that operations return (sums, sorts) have no bands.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class GuardBands(TorchDispatchMode):
 
     @property
     def guarded(self) -> int:
-        """How many tensors were given bands."""
+        """How many tensors have bands."""
         return len(self._held)
 
     def __torch_dispatch__(
@@ -73,7 +73,7 @@ class GuardBands(TorchDispatchMode):
         return guarded
 
     def damage(self) -> list[str]:
-        """A line for each tensor beside which something was written."""
+        """A line for each tensor whose bands were written to."""
         found = []
         for flat, elements, shape in self._held:
             for side, band in (("before", flat[:BAND]), ("behind", flat[BAND + elements :])):
@@ -86,7 +86,7 @@ class GuardBands(TorchDispatchMode):
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Inside, an operation by which the host waits for a CUDA device is a RuntimeError."""
+    """Within the block, an operation that makes the host wait for a CUDA device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -96,7 +96,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 def synchronises(call: Callable[[], object]) -> str:
-    """Call once to warm up (compiling may wait), once watched: what waited, or ""."""
+    """Call once to warm up (compiling may wait), then once watched. Returns what waited, or ""."""
     call()
     torch.cuda.synchronize()
     try:
@@ -109,38 +109,38 @@ def synchronises(call: Callable[[], object]) -> str:
     return ""
 
 
-# How much memory a call may take beside its arguments, as a formula of its shapes, and what it takes on a CUDA device.
-# The forward pass keeps what the backward reads: the output of each branch, its lse, the chosen blocks, compressed keys
-# and values. The backward pass has a float32 sum beside each gradient of another dtype to which branches add. Nothing
-# grows with tokens times blocks, let alone with tokens squared.
+# The memory that a call may use in addition to its arguments, as a formula of its shapes, and what it uses on a CUDA
+# device. The forward pass keeps what the backward reads: each branch's output and lse, the selected blocks, and
+# compressed keys and values. The backward pass has a float32 sum for each gradient of another dtype to which branches
+# add. Nothing grows with tokens times blocks, let alone with tokens squared.
 
 FLOAT32 = 4
 SLOT_BYTES = 64
-"""A slot of the selection in an index by key block: key, sorted key, place (8 bytes), and as much again and the sort's
-own buffers while it sorts."""
+"""Bytes of a slot of the selection in an index by key block: key, sorted key, place (8 bytes), and as much again and
+the sort's own buffers during the sort."""
 WORKSPACE_SHARE, LEAST_WORKSPACE, MOST_WORKSPACE = 9, 5 * 2**26, 15 * 2**27
-"""The workspace of a schedule that keeps partial results of (token, slot, part of a block, query head): nine times the
-bytes of q, at least 320 MiB and at most 1,920 MiB, holds those of o or dq, their lse, and partial sums of dk and dv."""
+"""The workspace of a schedule with partial results per (token, slot, part of a block, query head) is nine times the
+bytes of q, at least 320 MiB and at most 1,920 MiB. It holds those of o or dq, their lse, and partial dk and dv."""
 CHUNK_TOKENS = 64
-"""Tokens whose partial results are held at a time at least, whatever they take."""
+"""The partial results of at least this many tokens are held at a time, whatever their size."""
 SMALLEST_PART = 16
-"""Keys of a block that leave a partial result of their own, at least."""
+"""The smallest number of a block's keys that has its own partial result."""
 SMALLEST_PIECE = 1024
-"""Query rows (slots times heads of a group) that are summed into one partial dk and dv of a block, at least."""
+"""The smallest number of query rows (slots times heads of a group) that is summed into one partial dk and dv."""
 SCORE_BYTES = 2**28
 SCORE_TOKENS = 2048
-"""Importances are held for as many tokens at a time as fit SCORE_BYTES, or for this many."""
+"""Importances are held for as many tokens at a time as fit SCORE_BYTES, but for at least this many."""
 LARGEST_TILE = 128
-"""Tokens of a tile, which every sequence may fill but for one token."""
+"""Tokens of a tile. Every sequence may leave all but one token of its last tile unused."""
 ALLOCATOR_BYTES = 64 * 2**20
-"""What the caching allocator may add: up to 1 MiB a tensor, and small buffers such as bounds of lists."""
+"""What the caching allocator may add: up to 1 MiB per tensor, and small buffers such as bounds of lists."""
 
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """Bytes that a pass may allocate at its peak, beyond what was allocated before it, without ALLOCATOR_BYTES.
+    """Bytes that a pass may allocate at its peak, in addition to those allocated before it, without ALLOCATOR_BYTES.
 
-    `saved` is what the forward pass leaves for the caller and the backward pass, `forward` and `backward` are peaks.
+    `saved` is what the forward pass keeps for the caller and the backward pass; `forward` and `backward` are peaks.
     """
 
     saved: int
@@ -149,7 +149,7 @@ class MemoryBound:
 
 
 def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None) -> MemoryBound:
-    """The bound of a call: shapes alone are read. `hidden` is the width of an mlp phi.
+    """The bound of a call, from its shapes only. `hidden` is the width of an mlp phi.
 
     With R query rows, C compressed rows, n slots of l' keys in each of L lists (Hq with scope: head, else Hkv) a query,
     e bytes an element, and s = 4 where parts of gradients are added in another dtype than their own (else 0):
@@ -180,7 +180,7 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
     work = 0
     if p.selection_block is not None:
         slots = rows * p.selection_count
-        # Where one choice serves every KV head, attention reads a copy for each.
+        # If all KV heads share one selection, attention reads a copy for each of them.
         lists = max(p.scopes, p.kv_heads)
         saved += FLOAT32 * (slots + rows) * lists
         parts = -(-p.selection_block // SMALLEST_PART)
@@ -206,7 +206,7 @@ def memory_bound(p: OracleParameters, inputs: Inputs, hidden: int | None = None)
 
 
 def _score_bytes(p: OracleParameters, inputs: Inputs) -> int:
-    """What the scores of the tokens that are ranked at the same time take, and the keys that are only scored."""
+    """Bytes of the scores of the tokens that are ranked together, and of keys that are only scored."""
     if p.selection_block is None or not p.computed:
         return 0
     packed = inputs.cu_seqlens is not None
@@ -233,7 +233,7 @@ def _compressed_rows(p: OracleParameters, inputs: Inputs) -> int:
 
 
 def measured(module: Any, inputs: Inputs, gradients: bool) -> tuple[int, int]:
-    """Peak bytes that forward and backward of a package allocate on a CUDA device beyond what was there before each."""
+    """Peak bytes that a package's forward and backward allocate on a CUDA device, in addition to those before each."""
     leaves, positional, named = arguments_of(module, inputs, gradients)
     device = inputs.q.device
 

@@ -1,8 +1,8 @@
-"""Prefill and decode with a cache, held against the dense oracle step by step.
+"""Compare prefill and decode with a cache, step by step, with the dense oracle.
 
-A `Scenario` is a cache and what happens to it: tokens come in, alone or in chunks, with attention or without, are taken
-back, and sequences begin as copies of others. The oracle knows every sequence as the plain list of its tokens, so that
-whatever the cache does in between, each output must be that of one long forward.
+A `Scenario` is a cache and what happens to it: tokens are added, alone or in chunks, with or without attention; tokens
+are removed; sequences begin as copies of others. The oracle knows each sequence as the plain list of its tokens.
+Whatever the cache does in between, each output must be that of one long forward.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 OF_QUERIES = ("q", "q_idx", "gates")
-"""Tensors of a token that a cache does not keep."""
+"""A token's tensors that a cache does not keep."""
 POOL = 512
 """Tokens drawn at a time."""
 FIXED_KEYS = 2600
-"""Most tokens of the scenarios that are not drawn: as many as the interpreter has time for."""
+"""Most tokens of the fixed scenarios: as many as the interpreter has time for."""
 SCENARIOS = {"cpu": 1, "cuda": 12}
-"""Drawn scenarios that `verify` goes through on a device."""
+"""The number of drawn scenarios that `verify` runs on each kind of device."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that happens to a cache.
+    """One step of a scenario.
 
-    `kind` is "fill" (tokens are written), "prefill" or "decode" (and attended to), "truncate" or "fork". `counts` are
-    the new tokens of each sequence, or the tokens kept; of a fork they are source, target and tokens.
+    `kind` is "fill" (tokens are written), "prefill" or "decode" (tokens are written and attended to), "truncate" or
+    "fork". `counts` are the new tokens of each sequence, or the tokens kept; for a fork: source, target and tokens.
     """
 
     kind: str
@@ -53,13 +53,13 @@ class Step:
 
     @property
     def text(self) -> str:
-        """In a word or two: `decode 1 1`."""
+        """The step in short: `decode 1 1`."""
         return " ".join((self.kind, *map(str, self.counts)))
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A cache and the steps it goes through; `page_size` None is a contiguous cache."""
+    """A cache and the steps it goes through. Without `page_size`, the cache is contiguous."""
 
     batch: int
     capacity: int
@@ -70,14 +70,14 @@ class Scenario:
 
     @property
     def text(self) -> str:
-        """What happens, in a line."""
+        """The scenario in one line."""
         layout = "contiguous" if self.page_size is None else f"pages of {self.page_size}"
         kind = "" if self.kind == "gaussian" else f" {self.kind}"
         return f"B={self.batch} {layout}{kind}: {', '.join(step.text for step in self.steps)}"
 
 
 def drawn_scenario(p: OracleParameters, pick: Pick, *, interpreted: bool, seed: int = 0) -> Scenario:
-    """A scenario: its lengths lie around the spec's boundaries, and its steps are of every kind."""
+    """A random scenario: its lengths lie around the spec's boundaries, and its steps are of every kind."""
     batch = pick((1, 2) if interpreted else (1, 2, 3))
     longest = (70 if interpreted else 700) + (p.selection_count + 3) * (p.selection_block or 16)
     capacity = min(longest, 400 if interpreted else GPU_LONGEST)
@@ -119,15 +119,15 @@ def drawn_scenario(p: OracleParameters, pick: Pick, *, interpreted: bool, seed: 
 
 
 def scenario_of_seed(spec: Spec, seed: int, device: str) -> Scenario:
-    """The scenario of a seed, which depends on nothing else."""
+    """The scenario of a seed. It depends on nothing else."""
     pick = random.Random(f"inference {seed}").choice
     return drawn_scenario(OracleParameters.from_spec(spec), pick, interpreted=device == "cpu", seed=seed)
 
 
 def fixed_scenarios(p: OracleParameters) -> tuple[Scenario, ...]:
-    """Scenarios of every kind of cache, contiguous and in pages of every size; two have more blocks than slots.
+    """Scenarios for every kind of cache, contiguous and with pages of every size. Two have more blocks than slots.
 
-    Tokens come one and several at a time, to one sequence and to several of unlike lengths, which share pages.
+    Tokens are added one and several at a time, to one sequence and to several of different lengths, which share pages.
     """
     many = min((p.selection_count + 1) * (p.selection_block or 16) + 5, FIXED_KEYS)
     few = min(many, (p.selection_block or 16) + 9)
@@ -148,27 +148,27 @@ def fixed_scenarios(p: OracleParameters) -> tuple[Scenario, ...]:
 
 
 class _Sequence:
-    """The truth about one sequence: every tensor of its tokens by name, and compressed blocks of the caller."""
+    """The truth about one sequence: its tokens' tensors by name, and compressed blocks given by the caller."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """The number of tokens."""
         return next(x.shape[0] for name, x in self.tensors.items() if not name.endswith("_cmp"))
 
     def first(self, p: OracleParameters, tokens: int) -> _Sequence:
-        """Another sequence, of the first tokens."""
+        """A new sequence of the first `tokens` tokens."""
         blocks = p.compressed_blocks(tokens)
         return _Sequence({n: x[: blocks if n.endswith("_cmp") else tokens] for n, x in self.tensors.items()})
 
 
 class _Source:
-    """An endless supply of tokens for a spec, drawn a pool at a time; tied keys are of one pool and repeat by position.
+    """An endless supply of a spec's tokens, drawn a pool at a time. Tied keys are of one pool and repeat by position.
 
-    `parameters` are phi's, `sinks` the spec's, both of the first pool; `scales` are those of a cache's codes, by the
-    name of what they are of. Numbers beyond two or five saturate.
+    `parameters` are phi's and `sinks` are the spec's, both of the first pool. `scales` are those of a cache's codes, by
+    the name of the tensor. Numbers beyond two or five saturate.
     """
 
     def __init__(self, spec: Spec, scenario: Scenario, device: str) -> None:
@@ -210,7 +210,7 @@ class _Source:
 
 
 def run_scenario(spec: Spec, module: Any, scenario: Scenario, device: str) -> list[Row]:
-    """Go through a scenario; the comparisons of every step that attends, one sequence at a time."""
+    """Run a scenario. Returns the comparisons of every step that attends, one sequence at a time."""
     if device == "cpu":
         steady_products()
     p = OracleParameters.from_spec(spec)
@@ -226,7 +226,7 @@ def run_scenario(spec: Spec, module: Any, scenario: Scenario, device: str) -> li
     rows: list[Row] = []
     for number, step in enumerate(scenario.steps):
         if step.kind == "truncate":
-            # On the device for every other one, where the host does not learn of it.
+            # Every other time on the device, so that the host does not see the lengths.
             kept = torch.tensor(step.counts, dtype=torch.int32, device=device) if number % 2 else list(step.counts)
             cache.truncate(kept)
             sequences = [each.first(p, tokens) for each, tokens in zip(sequences, step.counts, strict=True)]
@@ -249,7 +249,7 @@ def _advance(
     source: _Source,
     label: str,
 ) -> list[Row]:
-    """New tokens: into the cache, into the truth, and, where the step attends, through both."""
+    """Add new tokens to the cache and to the truth and, if the step attends, compare both."""
     taken = []
     for sequence, count in zip(sequences, step.counts, strict=True):
         before = sequence.length
@@ -292,7 +292,7 @@ def coded(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _pad(parts: list[Tensor], value: float = math.nan) -> Tensor:
-    """Rows of all sequences as (B, most rows, ...); what pads is NaN, so that reading it shows, or another value."""
+    """Rows of all sequences as (B, most rows, ...), padded with NaN, so that reading padding shows, or with `value`."""
     whole = parts[0].new_full((len(parts), max(x.shape[0] for x in parts), *parts[0].shape[1:]), value)
     for b, x in enumerate(parts):
         whole[b, : x.shape[0]] = x
@@ -300,7 +300,7 @@ def _pad(parts: list[Tensor], value: float = math.nan) -> Tensor:
 
 
 def _padding(label: str, o: Tensor) -> list[Row]:
-    """Rows that pad the batch: o is 0."""
+    """Check the rows that pad the batch: o is 0."""
     wrong = int((o != 0).sum())
     problem = "o is not 0" if wrong else ""
     return [Row(label, "padding", "elements", float(wrong), 0.0, not wrong, problem)] if o.shape[0] else []
@@ -309,7 +309,7 @@ def _padding(label: str, o: Tensor) -> list[Row]:
 def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Source) -> Inputs:
     """The same as one call: every key of the sequence, and the queries of the newest tokens.
 
-    Where no branch reads raw keys there are as many as queries, so all queries are in the call.
+    If no branch reads raw keys, there are as many keys as queries, so the call has all queries.
     """
     arguments: dict[str, Any] = {}
     rows = count if argument_suffixes(p) else sequence.length
@@ -320,7 +320,7 @@ def _inputs(p: OracleParameters, sequence: _Sequence, count: int, source: _Sourc
 
 
 def _compare(p: OracleParameters, inputs: Inputs, o: Tensor, aux: dict[str, Tensor], label: str) -> list[Row]:
-    """The rows of `verify` for a call that was made already; earlier queries than those decoded have the oracle's o."""
+    """The rows of `verify` for a call that was already made. For earlier queries, o is the oracle's."""
     if inputs.q.shape[1] > o.shape[1]:
         whole = reference_attention(p, **inputs.arguments()).tensors()
         earlier = inputs.q.shape[1] - o.shape[1]

@@ -1,7 +1,7 @@
-"""Properties that every generated operator has, whatever its numbers are: metamorphic relations and hygiene.
+"""Properties of every generated operator, whatever its numbers are: metamorphic relations and hygiene.
 
-Each is a function of a `Trial` that returns rows of a report. `PROPERTIES` names them and says to which specs and cases
-they apply.
+Each is a function of a `Trial` that returns rows of a report. `PROPERTIES` names them, and says to which specs and
+cases they apply.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 SELECTING = ("slc", "joint")
 """Branches that attend to selected blocks."""
 PADDING_ROWS = 37
-"""Rows behind the last sequence of a padded call: more than the smallest tile, and no multiple of one."""
+"""Rows after the last sequence of a padded call: more than the smallest tile, and not a multiple of one."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A package, one call of it and how to make another spec's package (None: it cannot be made here)."""
+    """A package, one call of it, and a way to make another spec's package (None: there is none)."""
 
     spec: Spec
     module: Any
@@ -49,7 +49,7 @@ class Trial:
 
     @property
     def parameters(self) -> OracleParameters:
-        """What the oracle knows of the spec."""
+        """The spec's parameters in the oracle's form."""
         return OracleParameters.from_spec(self.spec)
 
     @property
@@ -58,17 +58,17 @@ class Trial:
         return self.case.gradients and "backward" in self.spec.passes and self.case.kind not in FORWARD_ONLY
 
     def inputs(self, *, kind: str | None = None, shift: int = 0) -> Inputs:
-        """The call's inputs; others of the same shapes for another `kind` or another `shift` of the seed."""
+        """The call's inputs. Another `kind`, or another `shift` of the seed, gives others of the same shapes."""
         return inputs_of(self.spec, replace(self.case, kind=kind or self.case.kind), self.seed + shift, self.device)
 
     def call(self, inputs: Inputs, *, gradients: bool | None = None) -> Call:
-        """The package on `inputs`."""
+        """Call the package on `inputs`."""
         return call_package(self.module, inputs, self.gradients if gradients is None else gradients)
 
 
 @dataclass(frozen=True)
 class Property:
-    """A property by its check, whether it applies to a spec and a case, and whether only a CUDA device can have it."""
+    """A property: its check, whether it applies to a spec and a case, and whether it needs a CUDA device."""
 
     check: Callable[[Trial], list[Row]]
     applies: Callable[[OracleParameters, Case], bool]
@@ -76,13 +76,13 @@ class Property:
 
 
 def agrees_with_the_oracle(trial: Trial) -> list[Row]:
-    """Outputs, gradients and the choice of blocks are the oracle's, within the tolerances."""
+    """Outputs, gradients and the selection are the oracle's, within the tolerances."""
     case = replace(trial.case, twice=False)
     return check_case(trial.module, trial.parameters, case, trial.inputs(), with_gradients=trial.gradients)
 
 
 def future_has_no_influence(trial: Trial) -> list[Row]:
-    """Rows up to a token have the same bits whatever comes after it; in the forward pass, NaN too."""
+    """Rows up to a token have the same bits whatever comes after it; in the forward pass, even NaN."""
     p, inputs = trial.parameters, trial.inputs()
     keep = relations.kept(p, inputs)
     other = relations.mixed(inputs, trial.inputs(kind="gaussian", shift=1_000_003), keep)
@@ -95,7 +95,7 @@ def future_has_no_influence(trial: Trial) -> list[Row]:
 
 
 def wide_enough_is_dense(trial: Trial) -> list[Row]:
-    """Selected blocks that hold every key, and a window as wide as the keys, are torch's causal attention."""
+    """If the selected blocks or the window hold every key, a branch is torch's causal attention."""
     p, inputs = trial.parameters, trial.inputs()
     call = trial.call(inputs, gradients=False)
     suffixes = argument_suffixes(p)
@@ -129,7 +129,7 @@ def wide_enough_is_dense(trial: Trial) -> list[Row]:
 
 
 def packed_is_sequence_by_sequence(trial: Trial) -> list[Row]:
-    """A packed batch gives what its sequences give by themselves."""
+    """A packed batch gives the same results as its sequences separately."""
     p, inputs = trial.parameters, trial.inputs()
     alone = [trial.call(one) for one in relations.sequences(p, inputs)]
     call = trial.call(inputs)
@@ -137,9 +137,9 @@ def packed_is_sequence_by_sequence(trial: Trial) -> list[Row]:
 
 
 def rows_behind_the_last_sequence_are_nothing(trial: Trial) -> list[Row]:
-    """A packed batch with rows behind its last sequence gives what it gives without, and for them 0.
+    """Rows after the last sequence of a packed batch change nothing. They hold NaN here, which is not read.
 
-    Their lse is -inf, their blocks are -1. What they hold, NaN here, is not read.
+    Their output is 0, their lse -inf and their blocks -1.
     """
     p, inputs = trial.parameters, trial.inputs()
     expected = trial.call(inputs).tensors()
@@ -150,9 +150,9 @@ def rows_behind_the_last_sequence_are_nothing(trial: Trial) -> list[Row]:
 
 
 def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
-    """The first tokens by themselves, then the rest behind all keys, give what one call gives.
+    """The first tokens alone, then the rest with all keys, give what one call gives.
 
-    Gradients too: those of queries and gates lie one behind the other, those of keys and values add up.
+    Gradients too: those of queries and gates are concatenated, those of keys and values are added.
     """
     p, inputs = trial.parameters, trial.inputs()
     parts = [trial.call(part).tensors() for part in relations.chunks(p, inputs)]
@@ -163,7 +163,7 @@ def prefill_in_two_chunks_is_one(trial: Trial) -> list[Row]:
 
 
 def batch_entries_are_alone(trial: Trial) -> list[Row]:
-    """Entries of a batch in another order give the same results in that order; sums over the batch are left out."""
+    """Reordering the entries of a batch only reorders the results. Sums over the batch are left out."""
     inputs = trial.inputs()
     turned = relations.of_tokens(inputs, lambda name, x: x.flip(0))
     found = _of_entries(trial, turned, lambda x: x.flip(0))
@@ -171,7 +171,7 @@ def batch_entries_are_alone(trial: Trial) -> list[Row]:
 
 
 def neighbours_have_no_influence(trial: Trial) -> list[Row]:
-    """The first entry of a batch has the same results whatever the others hold."""
+    """The first entry of a batch has the same results whatever the other entries hold."""
     inputs, others = trial.inputs(), trial.inputs(kind="gaussian", shift=1_000_003)
     first = torch.arange(trial.case.batch, device=inputs.q.device) == 0
 
@@ -187,7 +187,7 @@ def neighbours_have_no_influence(trial: Trial) -> list[Row]:
 
 
 def _of_entries(trial: Trial, inputs: Inputs, pick: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
-    """What a call returns for each entry of the batch, as `pick` takes it."""
+    """The results of a call for each entry of the batch, or for those that `pick` selects."""
     found = trial.call(inputs).tensors()
     return {name: pick(x) for name, x in found.items() if not relations.is_gradient_of_parameters(name)}
 
@@ -197,8 +197,8 @@ def _as_in_another_batch(
 ) -> list[Row]:
     """Results of the same entries in two batches have the same bits.
 
-    Sums over the tokens that selected a block are cut where the lists of all entries together fill a piece, so the
-    gradients of raw keys and values are as near as rounding lets them be.
+    Sums over the tokens that selected a block are cut where the lists of all entries together fill a piece. The
+    gradients of raw keys and values are therefore only as close as rounding allows.
     """
     p = trial.parameters
     summed = {name for name in first if relations.is_gradient_of_raw_keys(name) and p.selection_block is not None}
@@ -212,9 +212,9 @@ def _as_in_another_batch(
 
 
 def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
-    """Each query head with a KV head of its own, a copy of its group's, gives the same outputs.
+    """Repeating each KV head for every query head of its group gives the same outputs.
 
-    Where no choice of blocks depends on the group, the same gradients too: a KV head's are the sum of its copies'.
+    If no selection depends on the group, the gradients are the same too: a KV head's are the sum of its copies'.
     """
     assert trial.build is not None
     p, inputs = trial.parameters, trial.inputs()
@@ -234,10 +234,10 @@ def group_is_repeated_kv_heads(trial: Trial) -> list[Row]:
 
 
 def doubled_values_double_the_output(trial: Trial) -> list[Row]:
-    """v twice as large gives outputs twice as large, to the last bit.
+    """Doubling v doubles the outputs exactly.
 
-    With the same gradient of the output, the gradients of v and of its compression's positions stay what they are, and
-    all others double.
+    With the same gradient of the output, the gradients of v and of its compression's positions do not change, and all
+    others double.
     """
     p, inputs = trial.parameters, trial.inputs()
     doubled = relations.changed(
@@ -245,8 +245,8 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     )
     half = inputs.q.dtype == torch.float16
     branches = [branch for branch in p.branches if branch != "cmp" or p.phi_value != "mlp"]
-    # In float16 branches and gradients below its normal numbers are rounded to another precision, and so are compressed
-    # values and the parts that the output of selected blocks may be added up from.
+    # In float16, branches and gradients below the normal range are rounded differently. So are compressed values, and
+    # the parts that add up to the output of selected blocks.
     linear = len(branches) == len(p.branches) and not half
     gradients = trial.gradients and linear
     first, second = (trial.call(each, gradients=gradients).tensors() for each in (inputs, doubled))
@@ -258,7 +258,7 @@ def doubled_values_double_the_output(trial: Trial) -> list[Row]:
     rows = [bits_row(trial.case.label, "doubled v", expected, after)]
     if gradients:
         slopes = {name: x for name, x in first.items() if relations.is_gradient(name)}
-        # The alignment loss has no values in it.
+        # The alignment loss does not depend on values.
         same = {f"d{name}" for name in LEARNED}
         wanted = {n: x if relations.is_gradient_of_values(n) or n in same else 2 * x for n, x in slopes.items()}
         found = {name: second[name] for name in slopes}
@@ -274,7 +274,7 @@ def same_inputs_same_bits(trial: Trial) -> list[Row]:
 
 
 def writes_only_its_own(trial: Trial) -> list[Row]:
-    """Nothing is written beside an allocated tensor, and what is read there (NaN) reaches no result."""
+    """Nothing is written outside allocated tensors, and what is read there (NaN) reaches no result."""
     p, inputs = trial.parameters, trial.inputs()
     free = written(p, inputs, trial.call(inputs).tensors())
     with GuardBands() as guard:
@@ -292,11 +292,11 @@ def host_never_waits(trial: Trial) -> list[Row]:
 
 
 def memory_is_bounded(trial: Trial) -> list[Row]:
-    """Forward and backward allocate no more on a CUDA device than the formula of `memory_bound`."""
+    """Forward and backward allocate no more memory on a CUDA device than `memory_bound` says."""
     inputs = trial.inputs()
     hidden = None if trial.spec.compression is None else trial.spec.compression.phi.hidden
     bound = memory_bound(trial.parameters, inputs, hidden)
-    trial.call(inputs)  # what is allocated once, by the first call, is no part of it
+    trial.call(inputs)  # what only the first call allocates does not count
     found = measured(trial.module, inputs, trial.gradients)
     rows = []
     for name, used, most in zip(("forward", "backward"), found, (bound.forward, bound.backward), strict=True):
@@ -306,10 +306,10 @@ def memory_is_bounded(trial: Trial) -> list[Row]:
 
 
 def a_choice_given_again_gives_the_same_bits(trial: Trial) -> list[Row]:
-    """The blocks that a call has chosen, given to the operator, give what it gave; given once more, the same bits.
+    """Blocks that a call selected, given to the operator, give the same results; given twice, the same bits.
 
-    The first and the second call may compute in another order: only an operator that chooses its local blocks itself
-    can leave them to the window's kernels.
+    The first two calls may add up in another order: only an operator that selects local blocks itself can leave them
+    to the window's kernels.
     """
     p, inputs = trial.parameters, trial.inputs()
     first = trial.call(inputs)
@@ -320,7 +320,7 @@ def a_choice_given_again_gives_the_same_bits(trial: Trial) -> list[Row]:
 
 
 def dense_branches(p: OracleParameters, case: Case) -> list[str]:
-    """The branches that see every past key in a case."""
+    """The branches that see every past key in this case."""
     if isinstance(case.tokens, tuple):
         return []
     keys = case.tokens if case.tokens_kv is None else case.tokens_kv
@@ -335,17 +335,17 @@ def dense_branches(p: OracleParameters, case: Case) -> list[str]:
 
 
 def comparable_without_groups(p: OracleParameters) -> bool:
-    """Whether no block is chosen by the sum over a group, which repeated KV heads do not have."""
+    """Whether no selection sums over a group, because repeated KV heads have no groups."""
     return p.selection_block is None or p.indices_given
 
 
 def _chosen(p: OracleParameters, case: Case) -> bool:
-    """Blocks are chosen by the operator."""
+    """The operator selects blocks."""
     return p.selection_block is not None and not p.indices_given and _quiet(p, case)
 
 
 def _several(p: OracleParameters, case: Case) -> bool:
-    """A batch of several entries."""
+    """The batch has several entries."""
     return not isinstance(case.tokens, tuple) and case.batch > 1
 
 
@@ -354,7 +354,7 @@ def _packed(p: OracleParameters, case: Case) -> bool:
 
 
 def _divisible(p: OracleParameters, case: Case) -> bool:
-    """As many queries as keys, of which some branch reads them raw, and more than one."""
+    """There is more than one query, as many as keys, and some branch reads raw keys."""
     square = case.tokens_kv is None or case.tokens_kv == case.tokens
     several = not isinstance(case.tokens, tuple) and case.tokens > 1
     return several and square and bool(argument_suffixes(p)) and _quiet(p, case)
@@ -366,7 +366,7 @@ def _grouped(p: OracleParameters, case: Case) -> bool:
 
 
 def _quiet(p: OracleParameters, case: Case) -> bool:
-    """Without NaN."""
+    """The inputs have no NaN."""
     return case.kind != "nan"
 
 

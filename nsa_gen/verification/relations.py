@@ -1,4 +1,4 @@
-"""Inputs and results of related calls: the past of a call, its sequences, its chunks, its batch, its groups."""
+"""Inputs and results of related calls: a call's past, its sequences, its chunks, its batch, its groups."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from nsa_gen.verification.report import Row
 
 BY_QUERY = ("q", "do", "q_idx", "gates", "indices", "counts")
 QUERY_GRADIENTS = ("dq", "dq_idx", "dgates")
-"""Gradients with a row a query token."""
+"""Gradients with one row per query token."""
 
 
 def changed(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """`inputs` with `change(name, tensor)` in the place of each tensor but sinks; phi's parameters by their names.
+    """`inputs` with every tensor but sinks replaced by `change(name, tensor)`; phi's parameters have their own names.
 
-    What keeps its shape keeps its strides, by which a matrix product on a CPU may choose how it rounds.
+    A tensor that keeps its shape keeps its strides, because a CPU's matrix product may round depending on them.
     """
     return mapped(inputs, lambda name, x: x if name in SINKS else _laid_out_as(x, change(name, x)))
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """y, with the strides of x where both have one shape and no two elements of x share memory."""
+    """y with the strides of x, if both have the same shape and no two elements of x share memory."""
     if y.shape != x.shape or y.stride() == x.stride() or 0 in x.stride():
         return y
     return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
 def of_tokens(inputs: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """As `changed`, with phi's parameters as they are."""
+    """As `changed`, without changing phi's parameters."""
     return replace(changed(replace(inputs, compression=None), change), compression=inputs.compression)
 
 
 def normal(x: Tensor) -> Tensor:
-    """x with 0 for subnormal numbers, and what may be one rounded up, which do not keep their bits when doubled."""
+    """x with 0 for subnormal numbers and for those that may be rounded subnormals: they do not double exactly."""
     return torch.where(x.abs() <= torch.finfo(x.dtype).smallest_normal, torch.zeros_like(x), x)
 
 
 def has_subnormal(x: Tensor | None) -> bool:
-    """Whether some number of x is none that `normal` keeps."""
+    """Whether `normal` would change x."""
     return x is not None and bool(((x.abs() > 0) & (normal(x) == 0)).any())
 
 
@@ -59,7 +59,7 @@ def has_subnormal(x: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Kept:
-    """Which query rows, keys and compressed blocks (their dimension's length, bool) lie in the past of a token."""
+    """Masks (bool) of the query rows, keys and compressed blocks that lie in the past of a token."""
 
     dim: int
     queries: Tensor
@@ -67,7 +67,7 @@ class Kept:
     blocks: Tensor
 
     def of(self, name: str) -> Tensor | None:
-        """The mask for an input of this name, None for what has no token dimension."""
+        """The mask for an input of this name. None if it has no token dimension."""
         if name in COMPRESSED:
             return self.blocks
         if name in BY_QUERY:
@@ -122,7 +122,7 @@ def torn(inputs: Inputs, keep: Kept) -> Inputs:
 
 
 def past(call: Call, keep: Kept) -> dict[str, Tensor]:
-    """The results of the rows kept: outputs, blocks, and the gradients of queries and gates."""
+    """The results of the kept rows: outputs, blocks, and the gradients of queries and gates."""
     found = {}
     for name, x in call.tensors().items():
         if name in COMPRESSED:
@@ -136,7 +136,7 @@ def past(call: Call, keep: Kept) -> dict[str, Tensor]:
 
 
 def sequences(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
-    """The sequences of a packed call that are not empty, each as a batch of one."""
+    """The nonempty sequences of a packed call, each as a batch of one."""
     assert inputs.cu_seqlens is not None
     found = []
     for number, (start, stop) in enumerate(pairwise(inputs.cu_seqlens.tolist())):
@@ -159,7 +159,7 @@ def sequences(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
 
 
 def joined(p: OracleParameters, inputs: Inputs, calls: Sequence[Call]) -> dict[str, Tensor]:
-    """The results of `sequences(p, inputs)` in the layout of the packed call; gradients of parameters added up."""
+    """The results of `sequences(p, inputs)` in the packed call's layout; gradients of parameters are added."""
     assert inputs.cu_seqlens is not None
     found: dict[str, Tensor] = {}
     rows = compressed_rows(p, inputs.cu_seqlens).to(inputs.q.device)
@@ -180,7 +180,7 @@ def joined(p: OracleParameters, inputs: Inputs, calls: Sequence[Call]) -> dict[s
 
 
 def padded(p: OracleParameters, inputs: Inputs, rows: int) -> Inputs:
-    """A packed call with `rows` rows behind its last sequence, which hold what must never be read."""
+    """A packed call with `rows` more rows after its last sequence, which hold what must not be read."""
 
     def behind(name: str, x: Tensor) -> Tensor:
         if name in COMPRESSED:
@@ -197,16 +197,16 @@ def padded(p: OracleParameters, inputs: Inputs, rows: int) -> Inputs:
 
 
 def cut(tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Results of a padded call, by the rows that `whole`, those of the call without padding, has, and the rest."""
+    """Split a padded call's results: the rows that `whole` (the results without padding) has, and the rest."""
     rows = {name: 0 if is_gradient_of_parameters(name) else x.shape[0] for name, x in whole.items()}
     kept = {name: x[: rows[name]] if rows[name] else x for name, x in tensors.items()}
     return kept, {name: x[rows[name] :] for name, x in tensors.items() if rows[name]}
 
 
 def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
-    """A batched call with Tq = Tkv as two: the first third of the tokens, then the rest behind all keys.
+    """A batched call with Tq = Tkv as two calls: the first third of the tokens, then the rest with all keys.
 
-    The alignment loss is a mean over the tokens, of which each chunk has its share.
+    The alignment loss is a mean over the tokens, so each chunk has its share of it.
     """
     tokens = inputs.q.shape[1]
     cut = max(1, tokens // 3)
@@ -225,7 +225,7 @@ def chunks(p: OracleParameters, inputs: Inputs) -> list[Inputs]:
 
 
 def repeated(p: OracleParameters, inputs: Inputs) -> Inputs:
-    """The same call with a KV head for each query head."""
+    """The same call with one KV head per query head."""
     by_choice = () if p.scope == "group" else ("q_idx", "indices", "counts")
     same = ("q", "do", "k_idx", "gates", "cu_seqlens", "dloss", *by_choice)
 
@@ -242,10 +242,10 @@ def repeated(p: OracleParameters, inputs: Inputs) -> Inputs:
 def rejoined(
     parts: Sequence[Mapping[str, Tensor]], names: Iterable[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results of two `chunks` in the layout of the whole call, and what was rounded once more on the way.
+    """The results of two `chunks` in the layout of the whole call, and what was rounded once more than there.
 
-    Rows of queries lie one behind the other. Gradients of keys, values and compressed blocks add up over the chunks,
-    which all begin at the first of them; those of phi's parameters do as they are.
+    Rows of queries are concatenated. Gradients of keys, values and compressed blocks are added over the chunks, which
+    all start at the first of them. Gradients of phi's parameters are added as they are.
     """
     expected: dict[str, Tensor] = {}
     rounded: dict[str, Tensor] = {}
@@ -274,9 +274,9 @@ def _lengthened(x: Tensor, tokens: int) -> Tensor:
 
 
 def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results of a `repeated` call with as many KV heads as before, and what was rounded once more on the way.
+    """The results of a `repeated` call with the original KV heads, and what was rounded once more than there.
 
-    The gradient of a KV head, and of its parameters, is the sum of its copies'.
+    The gradient of a KV head, and of its parameters, is the sum over its copies.
     """
     expected: dict[str, Tensor] = {}
     rounded: dict[str, Tensor] = {}
@@ -294,31 +294,31 @@ def regrouped(call: Call, group: int, names: Iterable[str]) -> tuple[dict[str, T
 
 
 def is_gradient(name: str) -> bool:
-    """Whether a result is a gradient, by its name."""
+    """Whether the name is that of a gradient."""
     return name.startswith("d")
 
 
 def is_gradient_of_parameters(name: str) -> bool:
-    """Whether a result is the gradient of phi's parameters or a sink, which sums over all tokens."""
+    """Whether the name is that of a gradient of phi's parameters or of a sink, which sums over all tokens."""
     return name.startswith("dcompression") or name[1:] in SINKS
 
 
 def is_gradient_of_raw_keys(name: str) -> bool:
-    """Whether a gradient is that of the raw keys or values of some branch, or of index keys."""
+    """Whether the name is that of a gradient of a branch's raw keys or values, or of index keys."""
     return name in ("dk", "dk_idx", "dv", "dk_slc", "dv_slc", "dk_win", "dv_win")
 
 
 def is_gradient_of_values(name: str) -> bool:
-    """Whether a gradient is that of v, v_cmp, v_slc, v_win or of a learned position of values."""
+    """Whether the name is that of a gradient of v, v_cmp, v_slc, v_win or a learned position of values."""
     return name.startswith("dv") or name == "dcompression.value_position"
 
 
 TINY = 2.0**-60
-"""Gradients below this are sums of which terms may lie below the smallest normal float32, where doubling rounds."""
+"""Smaller gradients may have terms below the smallest normal float32, where doubling rounds."""
 
 
 def not_tiny(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Two results with 0 for the elements that are tiny in both."""
+    """Two results, with 0 for the elements that are tiny in both."""
     both = {name: (x.abs() < TINY) & (second[name].abs() < TINY) for name, x in first.items()}
     a, b = ({name: x.masked_fill(both[name], 0.0) for name, x in each.items()} for each in (first, second))
     return a, b
@@ -333,10 +333,10 @@ def near(
     expected: Mapping[str, Tensor],
     more_rounded: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
-    """Two results of the same operator are as near to each other as each must be to the truth.
+    """Two results of the same operator are as close to each other as each must be to the truth.
 
-    `more_rounded` are sizes, by name, of what one of them rounded once more than the operator does: it counts as noise.
-    Where rounding made them choose different blocks, what depends on the choice is not compared.
+    `more_rounded` are sizes, by name, of quantities that one of them rounded once more than the operator does. They
+    count as noise. If rounding made the two select different blocks, what depends on the selection is not compared.
     """
     computed = p.selection_block is not None and not p.indices_given and "indices" in actual
     chosen = (actual["indices"], actual["counts"]) if computed else (None, None)

@@ -1,4 +1,4 @@
-"""What a verification found: plain data, as JSON and as tables."""
+"""The results of a verification: plain data, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Row:
     """One quantity of one case. `error` and `bound` are of the measure that came nearest to failing.
 
     `measure` is row, norm or bias (relative errors, see tolerance.py), selection (shortfall in units of the rounding
-    error), bits (differing elements of two equal calls), bytes (memory allocated) or raised (an exception). `problem`
+    error), bits (differing elements of two equal calls), bytes (allocated memory) or raised (an exception). `problem`
     explains a failure that has no size.
     """
 
@@ -43,12 +43,12 @@ class Row:
 
     @property
     def complaint(self) -> str:
-        """What is wrong, of a row that is not ok."""
+        """What is wrong, for a row that is not ok."""
         return self.problem or f"{self.measure} error {self.error:.3e}, at most {self.bound:.3e} allowed"
 
 
 def raised(case: str, error: Exception) -> Row:
-    """The row of a call that raised, of the package's or of the device's making."""
+    """The row of a call that raised an exception, caused by the package or by the device."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     told = " ".join(str(error).split())[:600]
     problem = f"raised {type(error).__name__}: {told} ({where.filename}:{where.lineno})"
@@ -57,7 +57,7 @@ def raised(case: str, error: Exception) -> Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a run exercised, by name (a tunable as kernel.NAME) with the values it had, and what it left out.
+    """What a run exercised, by name (a tunable as kernel.NAME) with its values, and what it left out.
 
     `ways` are the variations of the calls, in words.
     """
@@ -69,7 +69,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where the report was made."""
+    """The machine and versions with which the report was made."""
 
     device: str
     gpu: str
@@ -80,7 +80,7 @@ class Environment:
 
 
 def environment(device: torch.device) -> Environment:
-    """The machine and versions a report was made with."""
+    """The machine and versions of this process."""
     import torch
     import triton
 
@@ -98,7 +98,7 @@ def _nvidia_driver() -> str:
 
 @dataclass(frozen=True)
 class ExampleRecord:
-    """A drawn example in the words that `nsa-gen verify --example` reads, its seed, and whether all was well."""
+    """A drawn example in the form that `nsa-gen verify --example` reads, its seed, and whether it passed."""
 
     seed: int
     example: str
@@ -107,9 +107,9 @@ class ExampleRecord:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The smallest failing example that was found: the text of its spec, and the command that repeats it.
+    """The smallest failing example that was found: its spec's text, and the command that repeats it.
 
-    `tries` is how many examples were run to find it.
+    `tries` is the number of examples that were run to find it.
     """
 
     command: str
@@ -123,9 +123,9 @@ class Reproduction:
 class VerifyReport:
     """The outcome of `verify`.
 
-    `dtype` and `heads` (query, kv) are those verified, which the notes say where they are not the spec's. `cases` are
-    the labels of the calls made, `seconds` the whole time. `examples` and `reproduction` are those of drawn examples,
-    `coverage` that of fixed cases.
+    `dtype` and `heads` (query, kv) are those verified; if they are not the spec's, the notes say so. `cases` are the
+    labels of the calls, `seconds` is the total time. `examples` and `reproduction` are for drawn examples, `coverage`
+    is for fixed cases.
     """
 
     name: str
@@ -145,7 +145,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Something was compared, and every comparison is within its bound."""
+        """Whether something was compared, and every comparison is within its bound."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
@@ -154,7 +154,7 @@ class VerifyReport:
         return tuple(row for row in self.rows if not row.ok)
 
     def worst(self) -> tuple[Row, ...]:
-        """For each quantity the row that used most of its bound, in order of first appearance."""
+        """For each quantity, the row that used the largest share of its bound, in order of first appearance."""
         found: dict[str, Row] = {}
         for row in self.rows:
             if row.quantity not in found or row.usage > found[row.quantity].usage:
@@ -162,7 +162,7 @@ class VerifyReport:
         return tuple(found.values())
 
     def to_json(self) -> str:
-        """The report as a JSON object, `ok` included; a number that is not finite becomes null."""
+        """The report as a JSON object, including `ok`. Numbers that are not finite become null."""
         document = {"ok": self.ok, **asdict(self)}
         return json.dumps(_finite(document), indent=2)
 

@@ -1,4 +1,4 @@
-"""Running checks of a package here, or in a process of its own, which a faulty package may end without ending us."""
+"""Run a package's checks, in this process or in a separate one, which a faulty package may end."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 SILENCE_SECONDS = 3600.0
-"""How long a case may take; the largest ones of the interpreter take minutes."""
+"""Time limit of a case. The largest ones take minutes in the interpreter."""
 
 
 @dataclass(frozen=True)
 class CaseCheck:
-    """A call with inputs of a seed, forward and, with `gradients`, backward."""
+    """A call with inputs of a seed: the forward and, with `gradients`, the backward."""
 
     case: Case
     seed: int
@@ -39,7 +39,7 @@ class CaseCheck:
 
     @property
     def label(self) -> str:
-        """What a row of the report calls it."""
+        """Its name in a row of the report."""
         return self.case.label
 
     def check(self, spec: Spec, module: Any, device: torch.device, build: Build | None) -> list[Row]:
@@ -51,14 +51,14 @@ class CaseCheck:
 
 @dataclass(frozen=True)
 class ScenarioCheck:
-    """What happens to one cache, with the values of a variation in force."""
+    """A scenario of one cache, with the values of a variation."""
 
     scenario: Scenario
     variation: Variation | None
 
     @property
     def label(self) -> str:
-        """What a row of the report calls it."""
+        """Its name in a row of the report."""
         return f"{self.scenario.text} seed {self.scenario.seed}"
 
     def check(self, spec: Spec, module: Any, device: torch.device, build: Build | None) -> list[Row]:
@@ -68,12 +68,12 @@ class ScenarioCheck:
 
 
 Check = CaseCheck | ScenarioCheck | Example
-"""What a verification consists of."""
+"""The kinds of checks in a verification."""
 CHECKS = {kind.__name__: kind for kind in (CaseCheck, ScenarioCheck, Example)}
 
 
 class Runner(Protocol):
-    """Runs checks of a spec's package, or of another spec's; whatever goes wrong is a row too."""
+    """Runs checks of a spec's package, or of another spec's. Every failure becomes a row."""
 
     def run(self, check: Check, spec: Spec | None = None) -> list[Row]: ...
 
@@ -82,7 +82,7 @@ class Runner(Protocol):
 
 @dataclass
 class InProcess:
-    """Runs a package that is imported here. `build` makes the packages of other specs (None: it cannot be done)."""
+    """Runs a package that is imported here. `build` makes packages of other specs (None: there are none)."""
 
     spec: Spec
     module: Any
@@ -90,7 +90,7 @@ class InProcess:
     build: Build | None = None
 
     def run(self, check: Check, spec: Spec | None = None) -> list[Row]:
-        """The rows of a check; an exception is one too."""
+        """The rows of a check. An exception becomes a row."""
         try:
             module = self.module
             if spec is not None and spec is not self.spec:
@@ -101,13 +101,13 @@ class InProcess:
             return [raised(check.label, error)]
 
     def close(self) -> None:
-        """Nothing to end."""
+        """There is nothing to end."""
 
 
 class Isolated:
-    """Runs a package's checks in another process, and starts a fresh one when that has ended.
+    """Runs a package's checks in another process, and starts a new one when it has ended.
 
-    `folder` is the package's, `workplace` where packages of other specs are generated.
+    `folder` is the package's. Packages of other specs are generated in `workplace`.
     """
 
     def __init__(self, spec: Spec, folder: Path, workplace: Path, device: torch.device) -> None:
@@ -123,7 +123,7 @@ class Isolated:
         self._started = False
 
     def run(self, check: Check, spec: Spec | None = None) -> list[Row]:
-        """As `InProcess.run`; a row that says how the process ended, if it did."""
+        """As `InProcess.run`. If the process ended, a row says how."""
         other = None if spec is None or spec is self._spec else spec.resolved_yaml()
         try:
             if not self._started:
@@ -151,7 +151,7 @@ class Isolated:
 
 
 def as_request(check: Check) -> dict[str, Any]:
-    """A check as JSON takes it."""
+    """A check as JSON data."""
     return {"kind": type(check).__name__, "check": asdict(check)}
 
 
@@ -163,8 +163,8 @@ def from_request(request: Mapping[str, Any]) -> Check:
 def main() -> None:
     """Run a package's checks in a worker: `python -m nsa_gen.verification.running`.
 
-    Answers are {"rows": [...], "lost": whether the device is of no more use to this process}; a request of no kind
-    has no rows, and only tells whether the process has begun.
+    Answers are {"rows": [...], "lost": whether this process can no longer use the device}. A request without a kind has
+    no rows, and only shows that the process has started.
     """
     from nsa_gen.rendering import import_package
     from nsa_gen.spec import parse_spec
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def _lost(device: torch.device) -> bool:
-    """Whether every further call on the device would fail, as after a fault of a kernel."""
+    """Whether every further call on the device would fail, for example after a fault of a kernel."""
     if device.type != "cuda":
         return False
     try:

@@ -1,4 +1,4 @@
-"""Calling a generated package by schedules other than its defaults, which any tuned table may choose."""
+"""Call a generated package with schedules other than its defaults; a tuned table may choose any of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from nsa_gen.lowering.plan import Plan
 Values = tuple[tuple[str, str, int], ...]
 
 SMALL_CHUNKS = (7, 33, 200)
-"""Sizes of chunks, in tokens, of which even a short call has several."""
+"""Chunk sizes in tokens, so small that even a short call has several chunks."""
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
-"""How a kernel is compiled, which the interpreter knows nothing of."""
+"""Options of compilation, which do not exist in the interpreter."""
 SPLITS = ("HEAD_SPLITS", "PROGRAMS", "SHARES")
-"""Tunables that say how many programs share a sum. Unlike tile sizes any of their values fits any device."""
+"""Tunables that say how many programs share a sum. Unlike tile sizes, all of their values fit every device."""
 LARGEST_TILE = 64
-"""The interpreter computes whole tiles, however few rows of them are in use."""
+"""Largest tile on the interpreter, which computes whole tiles even if few rows are used."""
 FEWEST = 4
-"""Variations of a package that has few choices, so that tile sizes still take turns."""
+"""Fewest variations of a package, so that tile sizes vary even if it has few choices."""
 
 
 @dataclass(frozen=True)
 class Variation:
-    """One way to run a package: values of tunables (kernel, name, value) in place of those in force.
+    """One way to run a package: values of tunables (kernel, name, value) that replace those in force.
 
     `recompute` are the branches whose forward the backward runs again.
     """
@@ -57,10 +57,10 @@ class Variation:
 
 
 def variations(program: Plan, interpreted: bool, gradients: bool) -> tuple[Variation, ...]:
-    """Few ways to run a package that together have every choice of schedule and every set of branches to recompute.
+    """A few ways to run a package that together cover every schedule choice and every set of recomputed branches.
 
-    Each value of a choice meets each other choice's and each branch, recomputed and not. Tile sizes and splits take
-    turns, on a GPU splits alone. How many tokens a chunk has is for the call to say: `with_chunks`.
+    Each value of a choice meets each value of every other choice, and each branch, recomputed and not. Tile sizes and
+    splits vary as well; on a GPU, only splits. The tokens of a chunk depend on the call: `with_chunks`.
     """
     choices = [(decision.name, name) for decision in program.decisions for name in decision.choices]
     branches = program.spec.branches if gradients else ()
@@ -70,8 +70,8 @@ def variations(program: Plan, interpreted: bool, gradients: bool) -> tuple[Varia
         turn = number + number // 2 + number // 4 if bits == 3 else number
         x, y, z = number & 1, number >> 1 & 1, number >> 2 & 1
         values = [(*choice, number >> place & 1) for place, choice in enumerate(choices)]
-        # Linear in the number's bits and none of them alone: every pair of a choice and a branch takes all four values.
-        # Number 5 has the selected branch alone computed again, block by block, without the window's local blocks.
+        # Linear in the number's bits, and none of them alone: every pair of a choice and a branch takes all four
+        # values. Number 5 recomputes only the selected branch, block by block, without the window's local blocks.
         again = tuple(branch for branch, one in zip(branches, (x ^ y ^ z, y ^ z, x ^ z), strict=False) if one)
         kernels = [kernel for kernel in program.kernels if kernel.direction != "decode"]
         values += _values(program, kernels, turn, number, interpreted)
@@ -80,7 +80,7 @@ def variations(program: Plan, interpreted: bool, gradients: bool) -> tuple[Varia
 
 
 def with_chunks(program: Plan, variation: Variation, rows: int) -> Variation:
-    """The variation for a call of `rows` tokens in all: in three chunks, or in one, half of each choice's calls."""
+    """The variation for a call with `rows` tokens in all: three chunks, or one, in half of each choice's calls."""
     tokens = -(-rows // 3) if variation.number.bit_count() % 2 else rows
     sizes = [
         (decision.name, tunable.name, max(1, tokens))
@@ -88,19 +88,19 @@ def with_chunks(program: Plan, variation: Variation, rows: int) -> Variation:
         for tunable in decision.tunables
         if tunable.name not in decision.choices
     ]
-    # Values of a kernel stay together.
+    # Values of one kernel must stay adjacent.
     values = sorted((*variation.values, *sizes), key=lambda value: value[0])
     return replace(variation, values=tuple(values))
 
 
 def decode_variation(program: Plan, number: int, interpreted: bool) -> Variation:
-    """Tile sizes and splits of decode in scenario `number` of a cache, from the last of each kernel's on."""
+    """Tile sizes and splits of decode for a cache's scenario `number`, counted from the last of each kernel."""
     kernels = [kernel for kernel in program.kernels if kernel.direction == "decode"]
     return Variation(number, tuple(_values(program, kernels, -1 - number, -1 - number, interpreted)))
 
 
 def most_unlike_the_defaults(program: Plan, found: Sequence[Variation]) -> Variation | None:
-    """Of variations the one with the most choices other than the interpreter's."""
+    """The variation with the most choices that differ from the interpreter's defaults."""
     defaults = {name: config.mapping() for name, config in program.defaults["interpreter"].items()}
     schedules = {decision.name for decision in program.decisions}
 
@@ -123,9 +123,9 @@ def _values(
 
 
 def tile_sizes(program: Plan, kernel: Kernel) -> list[dict[str, int]]:
-    """Tile sizes of a kernel on the interpreter that together have each legal value up to `LARGEST_TILE`.
+    """Tile sizes of a kernel on the interpreter that together cover each legal value up to `LARGEST_TILE`.
 
-    The interpreter's own come first.
+    The interpreter's defaults come first.
     """
     from nsa_gen.lowering import space
 
@@ -144,7 +144,7 @@ def tile_sizes(program: Plan, kernel: Kernel) -> list[dict[str, int]]:
 
 @contextmanager
 def varied(module: Any, variation: Variation | None) -> Iterator[None]:
-    """Within the block, `module` runs with a variation's values, as far as it has such tunables."""
+    """Within the block, `module` runs with a variation's values, as far as it has these tunables."""
     configs = getattr(module, "configs", None)
     with ExitStack() as stack:
         if configs is not None and variation is not None:
@@ -158,7 +158,7 @@ def varied(module: Any, variation: Variation | None) -> Iterator[None]:
 
 @contextmanager
 def drawn_schedules(module: Any, device: torch.device, seed: int) -> Iterator[None]:
-    """Within the block, schedules and sizes of chunks are drawn from a seed, or for half the seeds left alone."""
+    """Within the block, schedules and chunk sizes are drawn from a seed. For half of the seeds, they do not change."""
     pick = random.Random(f"schedules {seed}").choice
     configs = getattr(module, "configs", None)
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Hypothesis strategies: whole specs within the language's constraints, calls of a spec, and properties to check.
 
-Hypothesis is no dependency of nsa_gen itself: `pip install 'nsa-gen[test]'` brings it.
+nsa_gen does not depend on Hypothesis: `pip install 'nsa-gen[test]'` installs it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def _picker(draw: st.DrawFn) -> Pick:
 def specs(draw: st.DrawFn, *, dtypes: tuple[str, ...] = ("float32", "float16"), wide: bool = False) -> Spec:
     """Specs of every branch, phi, position, gate and way of sharing K and V.
 
-    Small ones, cheap enough for the interpreter; `wide` ones have the sizes that GPUs are used with.
+    Small ones are cheap enough for the interpreter; `wide` ones have the sizes that are used on GPUs.
     """
     return drawn_spec(_picker(draw), dtypes=dtypes, wide=wide)
 
 
 @st.composite
 def cases(draw: st.DrawFn, spec: Spec, *, interpreted: bool = True) -> Case:
-    """Calls of a spec: lengths around its boundaries, late queries, packed batches; every kind of input."""
+    """Calls of a spec: lengths around its boundaries, fewer queries than keys, packed batches; every kind of input."""
     return drawn_case(OracleParameters.from_spec(spec), _picker(draw), interpreted=interpreted)
 
 

@@ -1,4 +1,4 @@
-"""`verify`: hold a generated package against the oracle, case by case; `assert_verified` for tests of a project."""
+"""`verify` compares a generated package with the oracle, case by case; `assert_verified` is for a project's tests."""
 
 from __future__ import annotations
 
@@ -58,29 +58,30 @@ def verify(
     source: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
-    """Verify the operator of a spec: outputs, branches, gradients, choice of blocks and determinism.
+    """Verify the operator of a spec: outputs, branches, gradients, selected blocks and determinism.
 
-    The package is generated into a temporary folder and imported, unless `package` is one already (a module, or the
-    folder of a generated package of exactly this spec). `lengths` replaces the sequence lengths, which otherwise lie
-    around the spec's boundaries; `packed=False` leaves out the packed batch. `passes` defaults to the spec's. `dtype`
-    replaces the spec's; on the CPU bfloat16 becomes float32 by itself, and more than two KV heads become two of the
-    same group (without `package`); the notes say so. `device` defaults to the GPU where there is one. `progress` is
-    called with a line before each case.
+    The package is generated into a temporary folder and imported, unless `package` is given (a module, or the folder of
+    a generated package of exactly this spec). `lengths` replaces the sequence lengths, which otherwise lie around the
+    spec's boundaries. `packed=False` leaves out the packed batch. `passes` defaults to the spec's. `dtype` replaces the
+    spec's. `device` defaults to the GPU if there is one. On the CPU, bfloat16 becomes float32, and without `package`,
+    more than two KV heads become two of the same group; the notes say so. `progress` is called with a line before each
+    case.
 
-    Without `lengths` the cases run the package by every schedule that it has and recompute every set of branches;
-    `coverage` of the report says with which values, and what was left out. A package that is no module yet runs in a
-    process of its own: a read or write out of bounds that ends it is a failed row of its case, and the others are run.
+    Without `lengths`, the cases run the package with every schedule that it has, and recompute every set of branches.
+    `coverage` of the report has the values used, and what was left out. A package that is not a module runs in a
+    separate process. If an access out of bounds ends this process, the case is a failed row, and the other cases still
+    run.
 
-    `quick` is three small calls, forward and backward, and one cache: a first look, within a minute on a CPU.
+    `quick` runs three small calls, forward and backward, and one cache: a first check, within a minute on a CPU.
 
-    With `examples`, that many random calls take the place of the fixed ones, each with one of the properties of
-    `properties.PROPERTIES`; example i is drawn from seed + i alone. With `example`, a line such as
-    "oracle: B=2 T=21 spread", it is that one, with inputs of `seed`. A failed report has the smallest failing example
-    that could be found and the command that repeats it (`reproduction`, and the notes), with `source`, the spec's file,
-    where it is given.
+    With `examples`, this many random calls replace the fixed ones, each with one of the properties in
+    `properties.PROPERTIES`. Example i depends only on seed + i. `example`, a line such as "oracle: B=2 T=21 spread",
+    runs that one example, with inputs of `seed`. A failed report has the smallest failing example that was found and
+    the command that repeats it (`reproduction`, and the notes). The command names `source`, the spec's file, if it is
+    given.
 
-    Memory freed before each call is poisoned, so that a result nobody wrote shows as NaN; an exception of the package
-    is a failed row. Raises ValueError for a dtype or pass that cannot be had.
+    Freed memory is poisoned before each call, so a result that was never written shows as NaN. An exception of the
+    package is a failed row. Raises ValueError for a dtype or pass that is not available.
     """
     started = time.perf_counter()
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +141,7 @@ def _run_cases(
     quick: bool,
     tell: Callable[[str], None],
 ) -> VerifyReport:
-    """The report of fixed cases, and of scenarios of a cache where decode is among its passes."""
+    """The report of the fixed cases and, if decode is among the passes, of scenarios of a cache."""
     labels = [case.label for case in cases]
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):
@@ -192,7 +193,7 @@ def _with_smallest(
     dtype: str | None,
     source: str | None,
 ) -> VerifyReport:
-    """The report with the smallest failing example, the command that repeats it, and a note that tells both."""
+    """The report with the smallest failing example, the command that repeats it, and a note with both."""
     example = found.result.example
     same = found.spec is spec
     command = reproduction(
@@ -209,7 +210,7 @@ def _with_smallest(
 
 
 def _scenarios(spec: Spec, program: Plan, seed: int, device: str) -> list[tuple[Scenario, Variation | None]]:
-    """The fixed scenarios of a cache, each with tile sizes and splits of its own, and those of seeds from `seed` on."""
+    """The fixed scenarios of a cache, each with different tile sizes and splits, and those of seeds from `seed` on."""
     fixed = fixed_scenarios(OracleParameters.from_spec(spec))
     ways = [decode_variation(program, number, device == "cpu") for number in range(len(fixed))]
     drawn = [scenario_of_seed(spec, number, device) for number in range(seed, seed + SCENARIOS[device])]
@@ -230,7 +231,7 @@ def _refuse_with_examples(
 
 
 def adapt(spec: Spec, *, interpreted: bool, dtype: str | None, fixed: bool) -> tuple[Spec, tuple[str, ...]]:
-    """The spec to verify in the place of `spec`, and notes on what differs. `fixed`: heads may not change."""
+    """The spec to verify instead of `spec`, and notes on the differences. With `fixed`, heads may not change."""
     changes: dict[str, Any] = {}
     notes: list[str] = []
     if dtype is not None and dtype not in ("bfloat16", "float16", "float32"):
@@ -271,7 +272,7 @@ def _passes(spec: Spec, passes: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _runner(spec: Spec, package: Any, folder: Path, device: torch.device) -> Runner:
-    """What runs the package: this process if it is a module, one of its own if it is generated or lies in a folder."""
+    """The package's runner: this process for a module, a separate one if it is generated or in a folder."""
     if package is not None and not isinstance(package, str | os.PathLike):
         return InProcess(spec, package, device, builder(folder))
     from nsa_gen.rendering import generate
@@ -280,7 +281,7 @@ def _runner(spec: Spec, package: Any, folder: Path, device: torch.device) -> Run
 
 
 def builder(folder: Path) -> Build:
-    """Generates and imports packages of other specs below `folder`."""
+    """A function that generates and imports packages of other specs below `folder`."""
     built: dict[str, Any] = {}
 
     def build(spec: Spec) -> Any:
@@ -295,10 +296,10 @@ def builder(folder: Path) -> Build:
 
 
 def assert_verified(package_or_spec: Any, **options: Any) -> VerifyReport:
-    """Verify a spec or a generated package; AssertionError with every failure where something is wrong.
+    """Verify a spec or a generated package. Raises AssertionError with every failure if something is wrong.
 
-    Takes a `Spec`, a spec's file or shipped name, the folder of a generated package, or the imported package itself
-    (both have their spec.yaml). `options` are those of `verify`. Returns the report.
+    Takes a `Spec`, a spec's file or shipped name, the folder of a generated package, or the imported package (both
+    contain their spec.yaml). `options` are those of `verify`. Returns the report.
     """
     spec, package = _meaning(package_or_spec)
     report = verify(spec, package=package, **options)
