@@ -1,7 +1,7 @@
 """Compile every kernel of a package for every architecture, on a machine that may have no GPU at all.
 
-What is compiled is what would be launched: see `launches`. A kernel that fails, hangs or takes the compiler down with
-it is a row of the report with its reason; the others are still compiled.
+Exactly the code that would be launched is compiled: see `launches`. A kernel that fails, hangs or crashes the compiler
+is a row of the report with its reason, and the others are still compiled.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from nsa_gen.spec import Spec
 
 HEAVY_SPILL_BYTES = 128
-"""Local memory of a thread from which a kernel is flagged: 32 registers written out and read back."""
+"""A kernel is flagged from this much local memory per thread on: 32 registers written out and read back."""
 
 COMPILER = (sys.executable, "-m", "nsa_gen.targets.worker")
 TRITON_TOOLS = {"TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_CUOBJDUMP_PATH", "TRITON_LIBDEVICE_PATH"}
-"""Variables of Triton that a compiling process keeps."""
+"""Environment variables of Triton that a compiling process keeps."""
 
 ALL_PASSES = ("forward", "backward", "decode")
 VARIANTS = ("batched", "packed")
-"""The calls whose launches are compiled: of sequences of one length, and of packed ones."""
+"""The calls whose launches are compiled: with sequences of one length, and with packed ones."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Compilation:
 
     Attributes:
         kernel: the kernel's name.
-        module: the package's module it stands in; empty, and `kernel` "(launches)", when no launch could be recorded.
+        module: the package's module with the kernel; empty, and `kernel` "(launches)", if no launch could be recorded.
         variants: the calls that launch exactly this code: "batched", "packed" or both.
         target: the architecture, e.g. "sm_90".
         shared_memory_limit: bytes of shared memory a block may have on this architecture.
-        constants: the kernel's declared constants, tile sizes among them.
-        num_warps, num_stages: launch options; 0 when the launch was not understood.
-        resources: what a block needs; None when it did not compile.
+        constants: the kernel's declared constants, including tile sizes.
+        num_warps, num_stages: launch options; 0 if the launch was not understood.
+        resources: what a block needs; None if the kernel did not compile.
         seconds: wall time of the compilation in this run.
-        cached: the machine code was there from an earlier run, so `seconds` is the time to find it.
-        reason: why `ok` is False, on one line; empty when it is True.
-        detail: the compiler's whole message, where it failed.
+        cached: whether an earlier run left the machine code; then `seconds` is the time to find it.
+        reason: why `ok` is False, on one line; empty if it is True.
+        detail: the compiler's complete message, if it failed.
     """
 
     kernel: str
@@ -72,24 +72,24 @@ class Compilation:
 
     @property
     def ok(self) -> bool:
-        """The kernel compiled and a block of it fits the device."""
+        """Whether the kernel compiled and a block of it fits the device."""
         return not self.reason
 
     @property
     def spills_heavily(self) -> bool:
-        """A thread keeps `HEAVY_SPILL_BYTES` or more in local memory: right, but the tile is too big for its warps."""
+        """Whether a thread has `HEAVY_SPILL_BYTES` or more of local memory: right, but its tile is too big."""
         return bool(self.resources and (self.resources.spill_bytes or 0) >= HEAVY_SPILL_BYTES)
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """Every kernel for every architecture asked for.
+    """Every kernel for every requested architecture.
 
     Attributes:
         name: the package's name.
-        rows: one `Compilation` a kernel and architecture; architectures as asked for, kernels in launch order.
-        seconds: wall time of the whole.
-        versions: of python, torch and triton, as the compiling process had them; empty when it could not start.
+        rows: one `Compilation` per kernel and architecture: architectures as requested, kernels in launch order.
+        seconds: total wall time.
+        versions: versions of python, torch and triton in the compiling process; empty if it could not start.
     """
 
     name: str
@@ -99,11 +99,11 @@ class CompileReport:
 
     @property
     def ok(self) -> bool:
-        """There is at least one row and all of them are ok."""
+        """Whether there is at least one row, and all rows are ok."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON takes it (`json.dumps` needs nothing more)."""
+        """The report as JSON data (`json.dumps` accepts it as it is)."""
         rows = [{**asdict(row), "ok": row.ok, "spills_heavily": row.spills_heavily} for row in self.rows]
         return json.loads(
             json.dumps(
@@ -118,7 +118,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class _Job:
-    """A launch to compile, by the worker's key and the call that it is of, and its row so far."""
+    """A launch to compile, by the worker's key and the call to which it belongs, and its row so far."""
 
     key: str
     packed: bool
@@ -143,24 +143,24 @@ def compile_spec(
 
     Args:
         spec: a `Spec` (its package is generated in a temporary folder) or the folder of a generated package.
-        targets: architectures, each of `TARGETS`; repeated ones count once. Default those that have default
-            configurations of their own.
-        jobs: worker processes; default as many as CPU cores.
+        targets: architectures, each in `TARGETS`; duplicates count once. Default: those with their own default
+            configurations.
+        jobs: worker processes. Default: as many as CPU cores.
         progress: called after every kernel.
-        passes: out of "forward", "backward" and "decode"; default what the spec says, and all for a folder.
-        variants: out of "batched" and "packed": the calls whose launches are compiled; default both.
-        tokens: sequence length of the traced call; launches do not depend on it but for its divisibility by 16.
+        passes: some of "forward", "backward" and "decode". Default: the spec's; for a folder, all.
+        variants: some of "batched" and "packed": the calls whose launches are compiled. Default: both.
+        tokens: sequence length of the traced call. Launches only depend on whether it is divisible by 16.
         batch: sequences of the traced call.
-        kernel_timeout: seconds one kernel may take before it is reported as failed and its process ended.
-        cache_dir: where machine code is kept between runs; default the user's cache folder, or, with a
-            warning, a temporary one where that cannot be written.
-        triton_path: a folder holding another Triton (`pip install --no-deps --target`), compiled with in place of the
+        kernel_timeout: seconds after which a kernel is reported as failed and its process ended.
+        cache_dir: folder that keeps machine code between runs. Default: the user's cache folder or, if it is not
+            writable, a temporary folder, with a warning.
+        triton_path: a folder with another Triton (`pip install --no-deps --target`), which compiles instead of the
             installed one.
 
     Raises:
         UnknownGpuError: an architecture is not in the table.
         ValueError: no target, no variant or an unknown one, or jobs, tokens, batch or kernel_timeout not positive.
-        FileNotFoundError: `spec` names a folder without a package.
+        FileNotFoundError: `spec` names a folder that has no package.
     """
     started = time.monotonic()
     wanted = tuple(dict.fromkeys(gpu_for_target(target).target for target in targets))
@@ -189,7 +189,7 @@ def compile_spec(
 
 
 def _user_cache(scratch: Path) -> Path:
-    """The folder of the user's cache that keeps machine code; where it cannot be written, one that goes with us."""
+    """The folder of the user's cache for machine code; if it is not writable, a temporary one."""
     folder = user_cache_dir() / "triton"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,9 +201,9 @@ def _user_cache(scratch: Path) -> Path:
 
 
 def compiler_environment(cache_dir: Path, triton_path: Path | None = None) -> dict[str, str]:
-    """The environment of a process that compiles or measures: Triton of `triton_path`, kernels cached in `cache_dir`.
+    """The environment of a process that compiles or measures: Triton of `triton_path`, kernels in `cache_dir`.
 
-    Variables that change what Triton compiles are left out: the result is about the package, not the caller's shell.
+    Variables that change what Triton compiles are removed: the result must not depend on the caller's shell.
     """
     environment = worker_environment(*([triton_path] if triton_path else []))
     for name in [each for each in environment if each.startswith("TRITON_") and each not in TRITON_TOOLS]:
@@ -212,7 +212,7 @@ def compiler_environment(cache_dir: Path, triton_path: Path | None = None) -> di
 
 
 def _package_of(spec: Spec | str | os.PathLike[str], scratch: Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder of the package and the passes it has."""
+    """The package's folder, and its passes."""
     if isinstance(spec, str | os.PathLike):
         folder = Path(os.path.realpath(spec))
         if not (folder / "__init__.py").is_file():
@@ -246,7 +246,7 @@ def _compile_all(
             if progress is not None:
                 progress(done, len(todo), f"{row.kernel} {row.target}")
 
-        # The tracer has imported the package already, so it is the first of the workers.
+        # The tracer has already imported the package, so it becomes the first worker.
         workers = [tracer, *(Worker(COMPILER, environment, opening) for _ in range(min(jobs, len(todo)) - 1))]
         rows = share(workers, todo, lambda worker, job: _compile_one(worker, job, timeout), count)
     finally:
@@ -257,7 +257,7 @@ def _compile_all(
 def _trace_all(
     tracer: Worker, targets: tuple[str, ...], variants: tuple[str, ...], timeout: float
 ) -> tuple[list[_Job], list[Compilation], dict[str, str]]:
-    """What is to be compiled, equal code once, and a failed row for each call that could not be traced."""
+    """The launches to compile, equal code only once, and a failed row for each call that could not be traced."""
     todo: list[_Job] = []
     failed: list[Compilation] = []
     versions: dict[str, str] = {}
@@ -294,7 +294,7 @@ def _compile_one(worker: Worker, job: _Job, timeout: float) -> Compilation:
     start = time.monotonic()
     call = {"target": job.row.target, "packed": job.packed}
     try:
-        # Known to the worker unless it is a fresh one: then its start and its tracing are not the kernel's time.
+        # A new worker must first start and trace. This does not count as the kernel's time.
         worker.ask({"do": "trace", **call}, timeout)
         start = time.monotonic()
         answer = worker.ask({"do": "compile", **call, "key": job.key}, timeout)

@@ -1,11 +1,11 @@
 """Record what a package launches, and turn each launch into what Triton's compiler needs.
 
-The generated launch functions are the only statement of a kernel's signature: which arguments it gets, which are
-constants, how many warps. So nothing here describes a kernel a second time. The launch functions are called on tensors
-without storage, the launches are caught instead of sent to a device, and Triton's own rules (the ones its just-in-time
-compiler applies) say how each argument specialises the kernel.
+The generated launch functions are the only statement of a kernel's signature: its arguments, its constants, its number
+of warps. Nothing here describes a kernel a second time. The launch functions are called on tensors without storage, and
+the launches are caught instead of sent to a device. Triton's own rules, those of its just-in-time compiler, say how
+each argument specialises the kernel.
 
-Imports triton, and must run in a process where it is not the interpreter: `TRITON_INTERPRET` unset.
+Imports triton, and must run in a process where Triton compiles: `TRITON_INTERPRET` unset.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Grid = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Launch:
-    """One `kernel[grid](*arguments, **keywords)` that did not happen.
+    """A caught `kernel[grid](*arguments, **keywords)` that was not executed.
 
     Attributes:
         kernel: the `@triton.jit` function.
-        arguments: what was passed by position: tensors, numbers, None, tuples.
-        keywords: what was passed by name: constants, `num_warps`, `num_stages`, further arguments.
+        arguments: the positional arguments: tensors, numbers, None, tuples.
+        keywords: the keyword arguments: constants, `num_warps`, `num_stages`, others.
         grid: programs along each axis.
     """
 
@@ -46,7 +46,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """What compilers and profilers call the kernel with these constants."""
+        """The kernel's name, with these constants, for compilers and profilers."""
         return name_with(self.kernel, self.keywords)
 
 
@@ -57,9 +57,9 @@ class Specialization:
     Attributes:
         kernel: the `@triton.jit` function.
         source: signature, constants and argument attributes, as the compiler takes them.
-        target: the compiler's name of the architecture.
-        options: every compile option, defaults written out.
-        key: 16 hexadecimal digits; equal exactly when the machine code would be.
+        target: the compiler's name for the architecture.
+        options: every compile option, including defaults.
+        key: 16 hexadecimal digits that are equal exactly when the machine code would be.
     """
 
     kernel: JITFunction
@@ -70,25 +70,25 @@ class Specialization:
 
     @property
     def name(self) -> str:
-        """What compilers and profilers call the kernel with these constants."""
+        """The kernel's name, with these constants, for compilers and profilers."""
         return name_with(self.kernel, self.constants)
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The declared `tl.constexpr` parameters by name, not the arguments that merely happened to be 1 or None."""
+        """The declared `tl.constexpr` parameters by name, without arguments that merely happened to be 1 or None."""
         declared = {parameter.num: parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
         return {declared[path[0]]: value for path, value in self.source.constants.items() if path[0] in declared}
 
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Within the block every Triton launch of this process is appended to the list it gives, and none reaches a device.
+    """Within the block, every Triton launch of this process is appended to the yielded list, and none reaches a device.
 
-    Launch functions run as they stand, so they may be called on tensors of the "meta" device. Process-wide: not for use
-    while another thread launches kernels in earnest.
+    Launch functions run unchanged, so they may be called on tensors of the "meta" device. Process-wide: do not use it
+    while another thread really launches kernels.
 
     Raises:
-        RuntimeError: Triton is the interpreter in this process, so there are no launches to record.
+        RuntimeError: Triton interprets kernels in this process, so there are no launches to record.
     """
     launches: list[Launch] = []
 
@@ -102,10 +102,10 @@ def record_launches() -> Iterator[list[Launch]]:
 
 @contextmanager
 def launching_by(run: Callable[..., None]) -> Iterator[None]:
-    """Within the block `run(kernel, *arguments, grid=..., warmup=..., **keywords)` is what launches of this process do.
+    """Within the block, launches of this process call `run(kernel, *arguments, grid=..., warmup=..., **keywords)`.
 
     Raises:
-        RuntimeError: Triton is the interpreter in this process, so there are no launches to record.
+        RuntimeError: Triton interprets kernels in this process, so there are no launches to record.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
@@ -127,9 +127,9 @@ def _resolve_grid(grid: Grid | int | Callable[[dict[str, Any]], Any], named: dic
 
 
 def name_with(kernel: Any, constants: Mapping[str, Any]) -> str:
-    """The name that a kernel, also the interpreter's, gives its specialisation by constants: its `repr`, if it has one.
+    """The name that a kernel gives its specialisation by constants: its `repr`, if it has one. Also in the interpreter.
 
-    A function that several steps share names each, so that a step is known by its name wherever kernels are listed.
+    A function that several steps share names each specialisation, so that lists of kernels show the step's name.
     """
     named = kernel.kwargs.get("repr") if hasattr(kernel, "kwargs") else kernel._repr
     return kernel.__name__ if named is None else named(SimpleNamespace(constants=constants))
@@ -144,13 +144,13 @@ def compiler_target(gpu: Gpu) -> GPUTarget:
 def specialize(launch: Launch, gpu: Gpu) -> Specialization:
     """What Triton's just-in-time compiler would compile for this launch on that device.
 
-    The rules are Triton's own, called and not restated: a pointer is `*bf16` and marked divisible by 16 when its
-    address is, an integer of 1 and a None become constants, an integer divisible by 16 is marked so, integers beyond
-    32 bits are `i64`, floats are `fp32`, tuples are specialised element by element. A tensor without storage has
-    address 0, which is as well aligned as an allocator's real ones.
+    Triton's own rules are called here, not copied. A pointer is `*bf16`, and marked divisible by 16 if its address is.
+    An integer of 1 and None become constants. An integer divisible by 16 is marked so, and integers beyond 32 bits are
+    `i64`. Floats are `fp32`. Tuples are specialised element by element. A tensor without storage has address 0, which
+    is aligned as well as a real allocation.
 
     Raises:
-        TypeError: the arguments do not fit the kernel's parameters, or one is of a type Triton does not take.
+        TypeError: the arguments do not fit the kernel's parameters, or Triton does not accept the type of one.
         KeyError: a keyword is neither a parameter nor a compile option.
     """
     kernel, keywords = launch.kernel, dict(launch.keywords)

@@ -1,7 +1,7 @@
 """Bytes that a package's forward and backward hold at the same time, counted without a GPU.
 
-The package's own launch functions and its autograd function run on tensors without storage; launches do
-nothing. So lengths are free, and what is counted is what the package allocates, and frees, on a device.
+The package's own launch functions and its autograd function run on tensors without storage, and launches do nothing.
+Any length is therefore possible. Counted is what the package allocates and frees on a device.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from nsa_gen.targets.launches import launching_by
 from nsa_gen.targets.tracing import agreed_values, empty_call
 
 SORT_BYTES = 20
-"""Scratch of torch.sort on CUDA for each 4-byte element: the numbers 0, 1, ... (8), and CUB's second buffer of keys and
-numbers (12). Its results, 4 and 8 bytes, are tensors."""
+"""Scratch bytes of torch.sort on CUDA per 4-byte element: the numbers 0, 1, ... (8), and CUB's second buffer of keys
+and numbers (12). Its results, 4 and 8 bytes, are tensors."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """One storage: what the code that made it calls it, and its first tensor's shape and dtype."""
+    """One storage: its name in the code that made it, and its first tensor's shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,9 +42,9 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that live at the same time in a pass and those before it, beside the inputs.
+    """The most bytes that live at the same time in a pass and the passes before it, without the inputs.
 
-    `at` is the allocation that reached it, `live` are all that lived then, the largest first.
+    `at` is the allocation at which the peak was reached; `live` are all storages alive then, the largest first.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Peak:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts storages that operations made inside of it, by name, for as long as anything holds them."""
+    """Counts the storages that operations make within the block, by name, for as long as anything holds them."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class LiveStorages(TorchDispatchMode):
         self.forget_peak()
 
     def forget_peak(self) -> None:
-        """Begin to look for a peak from what lives now."""
+        """Start to look for a peak, from what is alive now."""
         self.peak, self.at, self.at_peak = self.bytes, "the begin", tuple(self._live.values())
 
     def found(self, name: str) -> Peak:
@@ -103,7 +103,7 @@ class LiveStorages(TorchDispatchMode):
             self.peak, self.at, self.at_peak = total, self._name(), (*self._live.values(), *besides)
 
     def _name(self) -> str:
-        """Module, function and variable of the package's code that runs."""
+        """Module, function and variable of the package's running code."""
         frame: FrameType | None = sys._getframe()
         while frame is not None and not frame.f_code.co_filename.startswith(self._folder):
             frame = frame.f_back
@@ -121,7 +121,7 @@ def _assignments(path: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _assigned(path: str, line: int) -> str:
-    """What the statement at a line assigns to; "" if nothing."""
+    """The variable that the statement at a line assigns to; "" if none."""
     found = [each for each in _assignments(path) if each[0] <= line <= each[1]]
     return max(found)[2] if found else ""
 
@@ -132,7 +132,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def _past_the_dispatcher(library: Any) -> Iterator[None]:
-    """Within the block the package's operators launch, as they do for CUDA tensors, where others would be traced."""
+    """Within the block, the package's operators launch as for CUDA tensors, where they would otherwise be traced."""
 
     def route(name: str, arguments: Sequence[Any]) -> Callable[..., Any]:
         needed = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)
@@ -155,8 +155,8 @@ def measure_memory(
 ) -> list[Peak]:
     """Peaks of forward and backward of the whole operator, for a batch of sequences of `tokens` tokens on `target`.
 
-    The output of the forward lives on in the backward, as with a caller who keeps it; `recompute` and `workspace_bytes`
-    are those of `nsa_attention`. Not in a process in which Triton is the interpreter (RuntimeError).
+    The output of the forward stays alive in the backward, as if a caller kept it. `recompute` and `workspace_bytes` are
+    those of `nsa_attention`. Raises RuntimeError in a process in which Triton interprets kernels.
     """
     arguments, sequences = empty_call(package, tokens, batch, "meta")
     leaves = [x.requires_grad_() for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]

@@ -1,4 +1,4 @@
-"""A `CompileReport` as a person reads it: one line a kernel and architecture, then one line that sums up."""
+"""Print a `CompileReport` for people: one line per kernel and architecture, then one line of summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEFT = frozenset({0, 1, 2, 3})
 
 
 def print_report(report: CompileReport, console: Console) -> None:
-    """Print the report on `console`; no line is folded or cut, so a piped one has one line a kernel and target."""
+    """Print the report on `console`. Lines are never wrapped or cut: piped output has a line per kernel and target."""
     table = [_HEADINGS, *(_cells(row) for row in report.rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(_HEADINGS))]
     for number, line in enumerate(table):
@@ -30,7 +30,7 @@ def print_report(report: CompileReport, console: Console) -> None:
 
 
 def summary(report: CompileReport) -> str:
-    """The verdict in one line: how many fit, which fail, which spill, which were found in the cache."""
+    """The verdict in one line: how many fit, fail, spill, and were found in the cache."""
     failed = [row for row in report.rows if not row.ok]
     targets = list(dict.fromkeys(row.target for row in report.rows))
     parts = [f"{report.name}: {len(report.rows) - len(failed)} of {len(report.rows)} fit ({', '.join(targets)})"]

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes from the device: registers, local and shared memory, read from the binary itself."""
+"""The resources of a compiled kernel, read from the binary itself: registers, local memory and shared memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Resources:
     """What one block of a kernel needs.
 
     Attributes:
-        threads: threads of a block.
-        registers: 32-bit registers of a thread; None when they could not be read.
-        spill_bytes: local memory of a thread, in bytes: where values go that found no register. None when unknown.
-        shared_memory: bytes of shared memory of a block.
-        tensor_memory: columns of Blackwell's tensor memory (of 512); 0 where the kernel uses none.
+        threads: threads per block.
+        registers: 32-bit registers per thread; None if they could not be read.
+        spill_bytes: local memory per thread, in bytes, for values that found no register. None if unknown.
+        shared_memory: bytes of shared memory per block.
+        tensor_memory: columns of Blackwell's tensor memory (of 512); 0 if the kernel uses none.
         binary_bytes: size of the machine code file.
-        unread: why registers and spills are None; empty when they were read.
+        unread: why registers and spills are None; empty if they were read.
     """
 
     threads: int
@@ -39,10 +39,10 @@ _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
 
 
 def read_resources(compiled: Any, gpu: Gpu) -> Resources:
-    """The resources of a `triton.compiler.CompiledKernel` made for `gpu`; nothing is run and no driver is needed.
+    """The resources of a `triton.compiler.CompiledKernel` made for `gpu`. Runs nothing and needs no driver.
 
-    NVIDIA: `cuobjdump -res-usage` of the cubin, the tool Triton ships. AMD: the kernel descriptor in the assembly,
-    where the vector registers include the accumulation registers.
+    NVIDIA: from `cuobjdump -res-usage` of the cubin; Triton ships this tool. AMD: from the kernel descriptor in the
+    assembly, where vector registers include the accumulation registers.
     """
     metadata = compiled.metadata
     binary = compiled.kernel
@@ -81,7 +81,7 @@ def _read_cubin(cubin: bytes) -> tuple[int | None, int | None, str]:
 
 
 def parse_res_usage(text: str) -> tuple[int | None, int | None, str]:
-    """Registers and local bytes of a thread as `cuobjdump -res-usage` prints them, and why not when it does not.
+    """Registers and local bytes per thread from the output of `cuobjdump -res-usage`, or why they are missing.
 
     Triton's kernels declare no local arrays, so their stack frame is what the register allocator spilled.
     """
@@ -92,7 +92,7 @@ def parse_res_usage(text: str) -> tuple[int | None, int | None, str]:
 
 
 def parse_amdgcn(text: str) -> tuple[int | None, int | None, str]:
-    """Vector registers and scratch bytes of a thread from AMD assembly, and why not when it does not say."""
+    """Vector registers and scratch bytes per thread from AMD assembly, or why they are missing."""
     registers = re.search(r"^\s*\.vgpr_count:\s*(\d+)", text, re.MULTILINE)
     scratch = re.search(r"^\s*\.private_segment_fixed_size:\s*(\d+)", text, re.MULTILINE)
     if registers is None or scratch is None:
@@ -101,7 +101,7 @@ def parse_amdgcn(text: str) -> tuple[int | None, int | None, str]:
 
 
 def excess(used: Resources, gpu: Gpu) -> str:
-    """Which of the device's limits a block exceeds, in words with both numbers; empty when it fits."""
+    """The device limits that a block exceeds, in words with both numbers; empty if it fits."""
     if used.shared_memory > gpu.shared_memory_per_block:
         return (
             f"shared memory: {used.shared_memory:,} bytes a block, {gpu.name} has {gpu.shared_memory_per_block:,}; "

@@ -1,7 +1,7 @@
-"""Launch every kernel of a package, past the dispatcher, on tensors that are never read.
+"""Launch every kernel of a package, without the dispatcher, on tensors that are never read.
 
-For what records launches in place of running them (`launches.record_launches`). What is launched follows from the plan
-of the package's spec; the launch functions are the package's own.
+This is for code that records launches instead of running them (`launches.record_launches`). The plan of the package's
+spec decides what is launched; the launch functions are the package's own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from nsa_gen.lowering.parts import Argument
 from nsa_gen.spec import Spec
 
 ALWAYS, NEVER = 0, 2**31
-"""Numbers of tokens from which on Hopper's kernels serve calls."""
+"""Numbers of tokens from which on Hopper's kernels serve calls: always, never."""
 
 NEW_TOKENS, PAGE_SIZES = (1, 4), (0, 64)
-"""Steps of decode and caches that are traced: tokens of a sequence, tokens of a page (0: contiguous)."""
+"""The traced steps of decode and caches: tokens per sequence, tokens per page (0: contiguous)."""
 
 
 def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: bool, passes: Sequence[str]) -> None:
-    """Launch every kernel of the passes named, those of every schedule included, on uninitialised tensors.
+    """Launch every kernel of the named passes, including those of every schedule, on uninitialised tensors.
 
-    Packed, `batch` sequences of `tokens` tokens are laid end to end. A package that has a function `trace` in its `ops`
-    is not one of the generator's: it is asked instead.
+    Packed calls have `batch` sequences of `tokens` tokens end to end. A package with a function `trace` in its `ops`
+    was not made by the generator; this function is called instead.
     """
     ops = _module(package, "ops")
     if hasattr(ops, "trace"):
@@ -39,7 +39,7 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
     if plan.decodes and "decode" in passes and not packed:
         trace_inference(package, tokens, batch, device)
     arguments, sequences = empty_call(package, tokens, batch, device, packed)
-    if plan.selected:  # the kernel that sorts the slots of few tokens
+    if plan.selected:  # the kernel that sorts the slots of short calls
         index = _module(package, "kernels.inverted_index")
         layout = index.Layout.of(sequences.sizes, tokens)
         index.sort_few_slots(torch.empty(0, dtype=torch.int32, device=device), layout)
@@ -50,7 +50,7 @@ def trace(package: ModuleType, tokens: int, batch: int, device: str, packed: boo
 def empty_call(
     package: ModuleType, tokens: int, batch: int, device: str, packed: bool = False
 ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
-    """Arguments of the whole operator without values, no choice of blocks given, and their `Sequences`."""
+    """Arguments of the whole operator without values and without given blocks, and their `Sequences`."""
     plan = _plan(package)
     rows, entries = (tokens * batch, 1) if packed else (tokens, batch)
     empty = _allocator(plan, device)
@@ -70,7 +70,7 @@ def empty_call(
 def agreed_values(
     package: ModuleType, q: torch.Tensor, sequences: Any, recompute: str = "", workspace_bytes: int | None = None
 ) -> tuple[Any, ...]:
-    """What the operator takes behind its arguments: bounds of sequences, and what forward and backward agree on."""
+    """The operator's further arguments: bounds of sequences, and values on which forward and backward agree."""
     found: list[Any] = [sequences.cu_seqlens]
     for name in _plan(package).schema_constants:
         if name == "recompute":
@@ -91,7 +91,7 @@ def trace_inference(
     new_tokens: Sequence[int] = NEW_TOKENS,
     page_sizes: Sequence[int] = PAGE_SIZES,
 ) -> None:
-    """Launch every kernel of inference on uninitialised tensors: for caches of `tokens` tokens a sequence."""
+    """Launch every kernel of inference on uninitialised tensors, for caches of `tokens` tokens per sequence."""
     plan = _plan(package)
     empty = _allocator(plan, device)
     names = ("kernels.append", "storage", "decode", "workspace")
@@ -171,12 +171,12 @@ def _empty(
 
 
 def _schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
-    """Put every schedule in force in turn; False where no other passes than the forward are run by it."""
+    """Put every schedule in force in turn. Yields False if it only affects the forward."""
     override = _module(package, "configs").override
     if not plan.hopper:
         yield from _selected_schedules(package, plan)
         return
-    # With Hopper's kernel, on the architecture that has it, and with the ordinary ones.
+    # With Hopper's kernel, on architectures that have it, and with the ordinary ones.
     with override("banded_attention", HOPPER_TOKENS=ALWAYS):
         yield False
     with override("banded_attention", HOPPER_TOKENS=NEVER):
@@ -220,7 +220,7 @@ def _trace_operator(
         ("selected_backward", "HOPPER_BACKWARD_TOKENS"): plan.hopper_selected_backward,
     }
     for tokens in (ALWAYS, NEVER) if any(has.values()) else (None,):
-        # By Hopper's kernels, on the architecture that has them, and by the ordinary ones.
+        # With Hopper's kernels, on architectures that have them, and with the ordinary ones.
         with ExitStack() as stack:
             for (name, tunable), has_it in has.items():
                 if has_it:
@@ -235,5 +235,5 @@ def _trace_operator(
         loss, *found = step.alignment_forward(*aligned, sequences)
         chunk_tokens = _module(package, "kernels.selected_attention").most_chunk_tokens(q, sequences, None)
         step.alignment_backward(empty(*loss.shape, dtype=torch.float32), *aligned, *found, sequences, chunk_tokens)
-    # The steps alone launch one kernel that the whole operator does not.
+    # One kernel is only launched by the separate steps, not by the whole operator.
     _module(package, "kernels.combine").attention_delta(torch.empty_like(outputs[0]), outputs[0])

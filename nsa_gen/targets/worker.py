@@ -1,6 +1,6 @@
 """The process that imports a package, records its launches and compiles them: `python -m nsa_gen.targets.worker`.
 
-A compiler may crash or hang, and Triton decides at import whether it is the interpreter; so all of it happens here,
+A compiler may crash or hang, and Triton decides on import whether it interprets kernels. All of this therefore happens
 in a worker (`nsa_gen.workers`), which the caller may end.
 
     {"do": "trace", "target": "sm_90", "packed": false}   -> {"launches": [{"key": ...}, ...], "refused": [...], ...}
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class _State:
-    """What the process was told when it started, and what it has traced since."""
+    """What the process was told at its start, and what it has traced since."""
 
     package_dir: Path
     tokens: int
@@ -46,7 +46,7 @@ class _State:
 
     @functools.cached_property
     def package(self) -> ModuleType:
-        """The package, imported when it is first asked for, so that a request has what goes wrong with that."""
+        """The package. It is imported when first needed, so that an error in it belongs to a request."""
         return import_package(self.package_dir)
 
 
@@ -100,7 +100,7 @@ def _do_trace(state: _State, target: str, packed: bool) -> dict[str, Any]:
         {
             "key": one.key,
             **_whereabouts(state, one.kernel),
-            "kernel": one.name,  # that of the step, where several share a kernel
+            "kernel": one.name,  # the step's name, if several steps share a kernel
             "num_warps": one.options["num_warps"],
             "num_stages": one.options["num_stages"],
             "constants": {name: _plain(value) for name, value in one.constants.items()},
@@ -115,11 +115,11 @@ def _do_trace(state: _State, target: str, packed: bool) -> dict[str, Any]:
 def _do_candidate(
     state: _State, target: str, kernel: str, config: dict[str, int], calls: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Compile one kernel with other tiles than its table's, for every call that is listed, equal code once.
+    """Compile one kernel with other tiles than its table's, for every listed call; equal code is compiled once.
 
-    Calls are {"tokens": ..., "batch": ..., "packed": ...}; a trace launches the kernels of every schedule. Those of
-    decode have "new_tokens" in place of "packed". The digest is that of the machine code and of the grids, as some
-    tunables are nothing but a number of programs.
+    Calls are {"tokens": ..., "batch": ..., "packed": ...}; those of decode have "new_tokens" instead of "packed". A
+    trace launches the kernels of every schedule. The digest covers the machine code and the grids, because some
+    tunables only change the number of programs.
     """
     import triton
 
@@ -169,7 +169,7 @@ def _whereabouts(state: _State, kernel: JITFunction) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A constant as JSON has it: numbers, strings and None as they are, anything else by name."""
+    """A constant as JSON: numbers, strings and None as they are, everything else by name."""
     value = getattr(value, "value", value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
@@ -190,7 +190,7 @@ def _do_compile(state: _State, target: str, packed: bool, key: str) -> dict[str,
 
 
 def main() -> None:
-    """Answer requests; the opening gives the package and what to trace."""
+    """Answer requests. The opening message names the package and what to trace."""
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "trace": _do_trace,
         "compile": _do_compile,
