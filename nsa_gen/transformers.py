@@ -1,4 +1,4 @@
-"""Models of the transformers library with a generated operator: replaced and put back, padded batches, generation."""
+"""Use generated operators in models of the transformers library: replace and restore attention, padding, generation."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from nsa_gen.spec import Spec
 
 
 def apply_sparse_attention(model: Any, spec: Spec | ModuleType | str | os.PathLike[str]) -> Any:
-    """Replace the attention of every layer of a Llama, Qwen 2, Qwen 3 or Mistral model, or of one built alike.
+    """Replace the attention in every layer of a Llama, Qwen 2, Qwen 3 or Mistral model, or of one built like these.
 
-    What is replaced, kept and refused is in `nsa_gen.llama.use_sparse_attention`. Beyond that, batches may be padded
-    on either side, by an `attention_mask` (B, T) of the model's call: their tokens are packed for the attention, and
-    outputs of padding are 0. `new_cache` makes a cache for `model.generate`. A model that has this operator already is
-    returned as it is; `remove_sparse_attention` puts the model's own attention back.
+    `nsa_gen.llama.use_sparse_attention` says what is replaced, kept and refused. In addition, batches may be padded on
+    either side, with an `attention_mask` (B, T) in the model's call: only their tokens are packed for the attention,
+    and outputs of padding are 0. `new_cache` makes a cache for `model.generate`. A model that already has this operator
+    is returned unchanged. `remove_sparse_attention` restores the model's own attention.
 
     Args:
-        model: such as `LlamaForCausalLM`, loaded with `attn_implementation="sdpa"`.
-        spec: a Spec, a spec's path or shipped name, or a generated package, of the model's heads, head dim and scale.
+        model: a model such as `LlamaForCausalLM`, loaded with `attn_implementation="sdpa"`.
+        spec: a Spec, a spec's path or shipped name, or a generated package, with the model's heads, head dim and scale.
 
     Returns:
-        the model, which is changed.
+        the model, which is modified in place.
 
     Raises:
-        TypeError: the model is built otherwise.
+        TypeError: the model has another structure.
         ValueError: the spec does not fit the model, the operator cannot compute its attention (soft caps, sliding
-            windows, latent attention, ...), or the model has another operator; names the field.
+            windows, latent attention, ...), or the model has another operator. The message names the field.
     """
     op = spec if isinstance(spec, ModuleType) else load(spec)
     layers = getattr(getattr(model, "model", None), "layers", None) or ()
@@ -57,7 +57,7 @@ def apply_sparse_attention(model: Any, spec: Spec | ModuleType | str | os.PathLi
 
 
 def remove_sparse_attention(model: Any) -> Any:
-    """Put the model's own attention back, with the projections as they are now trained; gates and phi are dropped.
+    """Restore the model's own attention, with its projections as trained since. Gates and phi are dropped.
 
     Raises:
         ValueError: `apply_sparse_attention` has not changed this model.
@@ -72,18 +72,18 @@ def remove_sparse_attention(model: Any) -> Any:
 
 
 def new_cache(model: Any, *, batch: int, capacity: int, **more: Any) -> Any:
-    """A transformers `Cache` of the operator's own, for ``model.generate(..., cache=cache, use_cache=True)``.
+    """A transformers `Cache` for the operator, for ``model.generate(..., cache=cache, use_cache=True)``.
 
     Versions of transformers whose models take no `cache` call it past_key_values. A cache serves one `generate`.
 
     Args:
-        model: of `apply_sparse_attention`, with a spec whose passes have decode.
-        batch: sequences.
-        capacity: tokens of a sequence, prompt and answer together.
-        more: see the package's `NSACache`, such as page_size and max_new_tokens.
+        model: a model from `apply_sparse_attention` whose spec has the decode pass.
+        batch: number of sequences.
+        capacity: tokens per sequence, prompt and answer together.
+        more: arguments of the package's `NSACache`, such as page_size and max_new_tokens.
 
     Raises:
-        ValueError: the model is another, or its spec has no decode pass.
+        ValueError: the model has no such operator, or its spec has no decode pass.
     """
     layers = getattr(getattr(model, "model", None), "layers", None) or ()
     if not layers or not isinstance(layers[0].self_attn, PaddedAttention):
@@ -96,7 +96,7 @@ def new_cache(model: Any, *, batch: int, capacity: int, **more: Any) -> Any:
 
 
 class PaddedAttention(SparseAttention):
-    """A `SparseAttention` that packs padded batches and takes a cache of `new_cache`."""
+    """A `SparseAttention` that packs padded batches and accepts a cache of `new_cache`."""
 
     number: int
     padding: _Padding
@@ -105,7 +105,7 @@ class PaddedAttention(SparseAttention):
     def __init__(self, where: str, attention: Any, op: Any, rotary_embedding: Any, packing: Packing) -> None:
         super().__init__(where, attention, op, rotary_embedding, packing)
         self.op = op
-        self.replaced = (attention,)  # in a tuple, as its parts are this one's already
+        self.replaced = (attention,)  # in a tuple, because its parts already belong to this module
         self.hidden_size = attention.q_proj.weight.shape[1]
 
     def forward(
@@ -118,17 +118,17 @@ class PaddedAttention(SparseAttention):
         past_key_values: Any = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        """Attention output (B, T, hidden_size), and None where LlamaAttention returns its weights.
+        """Attention output (B, T, hidden_size), and None in place of LlamaAttention's weights.
 
         Args:
             hidden_states: (B, T, hidden_size).
             position_embeddings: cosines and sines (1 or B, T, rotary dims).
             attention_mask: None, or (1 or B, 1, T, Tkv): causal, without padded keys.
-            cache, past_key_values: one cache of `new_cache`, or None.
+            cache, past_key_values: two names for a cache of `new_cache`, or None.
             more: as in `SparseAttention`.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: the message names the argument, what was expected and what was given.
         """
         cache = past_key_values if cache is None else cache
         packed = more.get("cu_seq_lens_q") is not None
@@ -153,7 +153,7 @@ class PaddedAttention(SparseAttention):
         return whole.unflatten(0, (batch, tokens)), None
 
     def _cached(self, hidden: Tensor, positions: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor:
-        """Write the new tokens' keys and values, and attend to all; tokens of a padded prompt move to the left."""
+        """Write the new tokens' keys and values, and attend to all. Tokens of a padded prompt are moved to the left."""
         if not hasattr(cache, "step_of"):
             raise ValueError(f"cache: expected one of nsa_gen.transformers.new_cache, got {type(cache).__name__}")
         if torch.is_grad_enabled() and hidden.requires_grad:
@@ -170,7 +170,7 @@ class PaddedAttention(SparseAttention):
 
 
 class _Rows:
-    """Tokens of a padded batch: their rows in (B * T), and bounds (B + 1,) int32."""
+    """The tokens of a padded batch: their rows in (B * T), and bounds (B + 1,) int32."""
 
     def __init__(self, valid: Tensor) -> None:
         self.rows = valid.flatten().nonzero()[:, 0]
@@ -179,7 +179,7 @@ class _Rows:
 
 
 class _Padding:
-    """What the layers of a model, which get the same mask one after the other, found in it."""
+    """What the model's layers, which get the same mask one after the other, found in it."""
 
     def __init__(self) -> None:
         self._last: tuple[Any, int, _Rows] | None = None
@@ -188,7 +188,7 @@ class _Padding:
         return _Padding, ()
 
     def of(self, mask: Tensor | None, batch: int, tokens: int) -> _Rows:
-        """The tokens that a mask (1 or B, 1, T, T) leaves; the values are waited for, once in a forward."""
+        """The tokens that a mask (1 or B, 1, T, T) leaves. Waits for its values once per forward."""
         if not isinstance(mask, Tensor) or mask.shape not in {(each, 1, tokens, tokens) for each in (1, batch)}:
             shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask: expected (1 or B, 1, T, T) for B={batch}, T={tokens}, got {shown}")
@@ -210,26 +210,26 @@ class _Padding:
 
 
 def _seen(mask: Tensor) -> Tensor:
-    """Which keys a mask (B, 1, T, Tkv) shows: (B, T, Tkv) bool."""
+    """The keys that a mask (B, 1, T, Tkv) shows: (B, T, Tkv) bool."""
     return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
 
 
 def _cache_type() -> Any:
-    """The class of caches; made here, as transformers is imported by nothing else."""
+    """The class of caches. It is defined here because nothing else imports transformers."""
     try:
         from transformers.cache_utils import Cache
     except ImportError as error:
         raise ImportError("transformers: needed for its Cache; install it with nsa-gen[peers]") from error
 
     class SparseCache(Cache):
-        """Keys and values of all layers in an `NSACache`; what transformers counts includes padding."""
+        """Keys and values of all layers in an `NSACache`. Token counts of transformers include padding."""
 
         def __init__(self, kept: Any) -> None:
             super().__init__(layers=[])
             self.kept, self._columns, self._order = kept, 0, None
 
         def step_of(self, layer: int, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-            """Make room for new tokens, at the first layer; the order (B, T) that moves them left, None as they are."""
+            """Make room for new tokens, at the first layer; return the order (B, T) that moves them left, if any."""
             if layer:
                 return self._order
             if batch != len(self.kept.tokens):

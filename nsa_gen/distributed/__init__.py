@@ -1,4 +1,4 @@
-"""Generated operators on sequences that are dealt out to several processes, on torch.distributed."""
+"""Generated operators on sequences that are sharded over several processes, with torch.distributed."""
 
 from nsa_gen.distributed.attention import ContextParallel
 from nsa_gen.distributed.sharding import Shards

@@ -1,4 +1,4 @@
-"""A generated operator on a sequence that is dealt out to the ranks of a process group."""
+"""A generated operator on a sequence that is sharded over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from nsa_gen.spec import Spec, load_spec
 class ContextParallel:
     """A spec's operator for sequences of which every rank of a group holds a shard.
 
-    Each rank calls `attention` with its queries, keys and values. Sequences that lie in one chunk are computed there.
-    Of the others, each rank gathers keys and values, compresses the blocks that begin in its chunks (with the next
-    rank's tokens where they straddle a bound), gathers the compressed ones, and attends with its own queries at their
-    place. The backward sums the gradients of what was gathered and hands each rank those of its rows. Parameters
-    (phi's, sinks, and those of the layers around) get each rank's part of the gradient: sum them over the ranks, or
-    take the mean, as DistributedDataParallel and FSDP2 do.
+    Each rank calls `attention` with its queries, keys and values. A sequence that lies in one chunk is computed there.
+    For the others, each rank gathers keys and values, compresses the blocks that begin in its chunks (using the next
+    rank's tokens if a block extends into them), gathers the compressed blocks, and attends with its own queries at
+    their positions. The backward sums the gradients of what was gathered, and gives each rank those of its rows.
+    Parameters (phi's, sinks, and those of the surrounding layers) get each rank's part of the gradient. Sum these parts
+    over the ranks, or take the mean, as DistributedDataParallel and FSDP2 do.
 
-    Outputs and gradients are those of one process up to rounding. The same blocks are chosen, as long as the compressed
-    attention has the same tiles for a part of the keys as for all: tuned tiles may differ between buckets of lengths,
-    and then the choice between blocks of almost equal importance may.
+    Outputs and gradients are those of one process up to rounding. The selected blocks are the same, as long as
+    compressed attention has the same tiles for a part of the keys as for all. Tuned tiles may differ between buckets of
+    lengths. Then the choice between blocks of almost equal importance may differ too.
 
     Args:
         spec: a Spec, a spec's path or shipped name, or a generated package.
-        mesh: a DeviceMesh of one dim, such as mesh["cp"], or a process group; the default group if None.
-        order: how shards of `shards` are dealt out, see `Shards`.
-        head_groups: in how many groups of KV heads a call runs; the keys of the next group are gathered while one is
-            computed. A divisor of the KV heads.
-        reduction: how gradients of keys and values are summed over the ranks. "exchange" sends each part in the
-            inputs' dtype to the rank that it belongs to, which adds up in float32, in the order of ranks: equal bits
-            on every run. "reduce_scatter" leaves the sum to the backend, in float32, which costs fewer bytes between
-            nodes of several GPUs.
+        mesh: a DeviceMesh with one dim, such as mesh["cp"], or a process group; None is the default group.
+        order: how `shards` assigns tokens to ranks, see `Shards`.
+        head_groups: in how many groups of KV heads a call runs. While one group is computed, the keys of the next are
+            gathered. A divisor of the number of KV heads.
+        reduction: how gradients of keys and values are summed over the ranks. "exchange" sends each part to the rank
+            that owns it, in the inputs' dtype. That rank adds the parts in float32, in the order of ranks, so every
+            run gives equal bits. "reduce_scatter" leaves the sum to the backend, in float32, and sends fewer bytes
+            between nodes of several GPUs.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: the message names the argument, what was expected and what was given.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class ContextParallel:
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """The specs whose packages run, for `nsa_gen.tune`: that of a group of heads, and with given blocks."""
+        """The specs whose packages run, for `nsa_gen.tune`: one for a group of heads, and one with given blocks."""
         plans = self._operators.plan, self._operators.given_plan
         return tuple(plan.spec for plan in plans if plan is not None)
 
     def shards(self, tokens: int, cu_seqlens: Sequence[int] | Tensor | None = None) -> Shards:
-        """How sequences of `tokens` tokens, or packed ones of that many in all, are dealt out in this group.
+        """How sequences of `tokens` tokens, or packed ones with that many in all, are sharded over this group.
 
-        cu_seqlens (N + 1,) are the bounds of packed sequences in the whole batch, the same on every rank; the values of
-        a tensor on a GPU are waited for. Make it once for all layers of a step.
+        cu_seqlens (N + 1,) are the bounds of packed sequences in the whole batch, the same on every rank. If it is a
+        GPU tensor, its values are read, which waits for the GPU. Call this once for all layers of a step.
         """
         if isinstance(cu_seqlens, Tensor):
             if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1:
@@ -107,7 +107,7 @@ class ContextParallel:
         return Shards(tokens, self.ranks, self.order, None if cu_seqlens is None else tuple(cu_seqlens))
 
     def shard(self, x: Tensor, shards: Shards, dim: int | None = None) -> Tensor:
-        """This rank's rows of x, whose dim `dim` has all tokens: 1 as in (B, T, ...), packed 0, if None."""
+        """This rank's rows of x, whose dim `dim` has all tokens; None is dim 1 as in (B, T, ...), or 0 if packed."""
         dim = self._token_dim(shards, dim)
         if x.shape[dim] != shards.tokens:
             raise ValueError(f"x: expected {shards.tokens} tokens in dim {dim}, got shape {tuple(x.shape)}")
@@ -115,7 +115,7 @@ class ContextParallel:
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
     def unshard(self, x: Tensor, shards: Shards, dim: int | None = None) -> Tensor:
-        """All ranks' rows of x in the order of tokens, on every rank; without a gradient."""
+        """All ranks' rows of x in the order of tokens, on every rank. Without a gradient."""
         dim = self._token_dim(shards, dim)
         if x.shape[dim] != shards.rows(self.rank):
             raise ValueError(f"x: expected {shards.rows(self.rank)} tokens in dim {dim}, got shape {tuple(x.shape)}")
@@ -148,18 +148,18 @@ class ContextParallel:
         recompute: Sequence[str] = (),
         **more: Tensor | None,
     ) -> Any:
-        """`nsa_attention` of a package of the spec, for this rank's queries; every rank of the group has to call it.
+        """`nsa_attention` of the spec's package, for this rank's queries. Every rank of the group must call it.
 
-        Every rank also has to run its backward, if one does.
+        If one rank runs the backward, every rank must.
 
         Args:
             q: this rank's queries (B, rows, Hq, Dk), packed (rows, Hq, Dk), in the order of `shards`.
             k: its keys (B, rows, Hkv, Dk).
             v: its values (B, rows, Hkv, Dv).
-            gates: of its queries (B, rows, Hq, branches), where the spec has some.
-            shards: how the tokens are dealt out, as `ContextParallel.shards` says.
+            gates: gates of its queries (B, rows, Hq, branches), if the spec has gates.
+            shards: how the tokens are sharded, from `ContextParallel.shards`.
             compression: phi's parameters, the same on every rank.
-            return_aux: also return, of this rank's queries, the branches' outputs, lse, indices and counts.
+            return_aux: also return the branches' outputs, lse, indices and counts of this rank's queries.
             recompute: branches whose forward the backward runs again, see `nsa_attention`.
             more: the spec's other arguments: k_slc, v_slc, k_win and v_win, indices and counts of its queries, sinks.
 
@@ -167,7 +167,7 @@ class ContextParallel:
             o (B, rows, Hq, Dv), and with `return_aux` a named tuple of the others.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: the message names the argument, what was expected and what was given.
         """
         if not isinstance(shards, Shards):
             raise TypeError(f"shards: expected Shards, got {type(shards).__name__}")
@@ -192,7 +192,7 @@ class ContextParallel:
         return (outputs[0], self._operators.auxiliary(*outputs[1:])) if return_aux else outputs[0]
 
     def _checked(self, given: Mapping[str, Any], shards: Shards) -> dict[str, Tensor]:
-        """The tensors that are given, as (B, rows, ...), after checks of their tokens; sinks as they are."""
+        """The given tensors as (B, rows, ...), after checks of their tokens; sinks are not changed."""
         plan, rows = self._operators.plan, shards.rows(self.rank)
         known = {argument.name for argument in plan.arguments} | {"gates", "k", "v"}
         found = {}
@@ -219,7 +219,7 @@ class ContextParallel:
         return found
 
     def _bounds_of(self, pieces: Sequence[Piece], device: torch.device) -> dict[tuple[int, ...], Tensor]:
-        """cu_seqlens on the device of the pieces that lie in one chunk, kept from call to call."""
+        """cu_seqlens, on the device, of the pieces that lie in one chunk. Kept between calls."""
         found = {}
         for piece in pieces:
             if piece.bounds is None:
@@ -236,7 +236,7 @@ class ContextParallel:
 def _group_arguments(
     tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, number: int, count: int
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...] | None]:
-    """The arguments of one group of heads of `count`: heads are dim 2, and 0 of sinks and of phi's parameters."""
+    """The arguments of one of `count` groups of heads. Heads are dim 2, but dim 0 of sinks and of phi's parameters."""
     if count == 1:
         return dict(tensors), parameters
 

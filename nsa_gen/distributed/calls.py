@@ -19,15 +19,15 @@ from nsa_gen.spec import Spec
 from nsa_gen.spec.fields import MAX_NAME
 
 ROWS = ("q", "gates", "indices", "counts")
-"""Arguments that belong to queries: a rank has those of its own."""
+"""Arguments that belong to queries. A rank has those of its own queries."""
 
 
 @dataclass(frozen=True)
 class Operators:
     """The packages that a spec's pieces run.
 
-    `whole` is the spec's own, `given` the same operator with compressed keys and values as arguments; None where they
-    are computed within. `auxiliary` is a named tuple of the outputs besides o that belong to queries.
+    `whole` is the spec's own package, `given` is the same operator with compressed keys and values as arguments; it is
+    None if they are computed within. `auxiliary` is a named tuple of the outputs besides o that belong to queries.
     """
 
     plan: Plan
@@ -38,22 +38,22 @@ class Operators:
 
     @property
     def travelling(self) -> tuple[int, int] | None:
-        """Block and stride, where compressed blocks travel between ranks."""
+        """Block and stride, if compressed blocks travel between ranks."""
         compression = self.plan.spec.compression
         return None if self.given is None or compression is None else (compression.block, compression.stride)
 
 
 def operators_of(spec: Spec, head_groups: int, ranks: int, package: ModuleType | None) -> Operators:
-    """The packages of a spec, for a group of its heads; `package` is the spec's own, if the caller has one."""
+    """The packages of a spec for a group of its heads; `package` is the spec's own, if the caller has one."""
     some = spec
     if head_groups > 1:
         heads = {"query": spec.heads.query // head_groups, "kv": spec.heads.kv // head_groups}
         some = spec.replace(name=_named(spec, f"heads_{heads['query']}"), heads=heads)
     plan = lower(some)
-    # Compressed keys that only choose blocks do not travel: their gradient is none, and each rank makes its own.
+    # Compressed keys that only select blocks do not travel: they have no gradient, and each rank computes its own.
     given = _with_given_blocks(some) if plan.compresses and plan.compressed_output and ranks > 1 else None
     given_plan = None if given is None else lower(given)
-    if given_plan is not None and not given_plan.raw_names:  # nothing would say how many keys there are
+    if given_plan is not None and not given_plan.raw_names:  # the number of keys would be unknown
         given = given_plan = None
     whole = load(some) if package is None or head_groups > 1 else package
     of_queries = [name for name in whole.Auxiliary._fields if name not in ("k_cmp", "v_cmp")]
@@ -70,12 +70,12 @@ def _with_given_blocks(spec: Spec) -> Spec:
 
 
 def _named(spec: Spec, ending: str) -> str:
-    """A name for a spec made of another, whose own may be as long as names can be."""
+    """A name for a spec derived from another, whose own name may already have the maximum length."""
     return f"{spec.name[: MAX_NAME - len(ending) - 1]}_{ending}"
 
 
 class Started(NamedTuple):
-    """Gathers under way: the names of the tensors, the parts wanted of each, and the buffers."""
+    """Gathers in flight: the names of the tensors, the wanted parts of each, and the buffers."""
 
     names: list[str]
     parts: tuple[tuple[Part, ...], ...]
@@ -84,14 +84,14 @@ class Started(NamedTuple):
 
 @dataclass(frozen=True)
 class Routes:
-    """What a rank computes of a batch, and what it wants of other ranks for it.
+    """What a rank computes of a batch, and what it needs from other ranks for it.
 
     Attributes:
         pieces: its calls.
         tokens: the route of tokens.
-        blocks: that of compressed blocks, None where they do not travel.
-        whole: of each piece that has a span, its keys.
-        whole_blocks: of each, the compressed blocks among them.
+        blocks: the route of compressed blocks; None if they do not travel.
+        whole: for each piece that has a span, its keys.
+        whole_blocks: for each such piece, the compressed blocks among its keys.
         tokens_of_blocks: the tokens of each run of blocks that this rank compresses.
     """
 
@@ -107,7 +107,7 @@ class Routes:
 def routes_of(
     shards: Shards, rank: int, group: str, reduction: Reduction, compression: tuple[int, int] | None
 ) -> Routes:
-    """The routes of a rank; `compression` is block and stride where compressed blocks travel."""
+    """The routes of a rank; `compression` is block and stride if compressed blocks travel."""
     pieces = shards.pieces(rank)
     where = rank, shards.ranks, group, reduction
     tokens = Route.of(shards.segments, *where)
@@ -147,7 +147,7 @@ class Call:
         self._recompute = {"recompute": recompute} if recompute else {}
 
     def start(self, tensors: Mapping[str, Tensor]) -> Started:
-        """Begin to gather raw keys and values."""
+        """Start to gather raw keys and values."""
         plan, given = self._operators.plan, self._operators.given_plan
         whole, blocks = self._routes.whole, self._routes.tokens_of_blocks
         read = plan.raw_names if given is None else [name for branch in given.raw_branches for name in plan.kv(branch)]
@@ -162,7 +162,7 @@ class Call:
     def run(
         self, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None, started: Started | None
     ) -> list[Tensor]:
-        """o, and with return_aux the other outputs, of this rank's queries (B, rows, H, ...)."""
+        """o of this rank's queries (B, rows, H, ...) and, with return_aux, the other outputs."""
         anchors: list[Tensor] = []
         gathered: dict[str, list[Tensor]] = {}
         if started is not None:
@@ -180,7 +180,7 @@ class Call:
             else:
                 found.append(self._across(piece, spanning, tensors, parameters, gathered))
                 spanning += 1
-        if not found:  # a rank without a token
+        if not found:  # a rank without tokens
             found.append(self._within(Piece(0, 0), tensors, parameters))
         outputs = [each[0] if len(found) == 1 else torch.cat(each, 1) for each in zip(*found, strict=True)]
         if anchors:
@@ -188,12 +188,12 @@ class Call:
         return outputs
 
     def _compress(self, gathered: dict[str, list[Tensor]], parameters: tuple[Tensor, ...] | None) -> Tensor:
-        """Compress the blocks that are this rank's and gather all: `gathered` gets k_cmp and v_cmp of each piece."""
+        """Compress this rank's blocks and gather all. Adds k_cmp and v_cmp of each piece to `gathered`."""
         route, wanted = self._routes.blocks, self._routes.whole_blocks
         assert route is not None
         runs = len(self._routes.tokens_of_blocks)
         names = self._operators.plan.kv("cmp")
-        # The last part of each is empty: it leads the gradient on where a rank has no block.
+        # The last part of each is empty. It carries the gradient on if a rank has no block.
         keys, values = (gathered[name][len(gathered[name]) - 1 - runs :] for name in names)
         compressed = [(keys[-1], values[-1])]
         for k, v in zip(keys[:-1], values[:-1], strict=True):
@@ -207,7 +207,7 @@ class Call:
     def _within(
         self, piece: Piece, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None
     ) -> list[Tensor]:
-        """Sequences of which this rank holds every token."""
+        """Compute sequences of which this rank holds every token."""
         plan = self._operators.plan
         whole = piece.begin == 0 and piece.end == tensors["q"].shape[1]
         some = {
@@ -229,7 +229,7 @@ class Call:
         parameters: tuple[Tensor, ...] | None,
         gathered: Mapping[str, list[Tensor]],
     ) -> list[Tensor]:
-        """Queries of a sequence that other ranks hold tokens of."""
+        """Compute queries of a sequence of which other ranks hold tokens too."""
         plan, given = self._operators.plan, self._operators.given_plan
         some = {name: tensors[name][:, piece.begin : piece.end] for name in ROWS if name in tensors}
         some |= {name: tensors[name] for name in plan.sinks if name in tensors}

@@ -1,4 +1,4 @@
-"""Gathering the rows of sequences that several ranks hold, and handing gradients back, as one function of autograd."""
+"""Gather the rows of sequences that several ranks hold, and return their gradients, as one autograd function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ops = torch.ops._c10d_functional
 
 
 class Like(NamedTuple):
-    """What is kept of a tensor for its gradient."""
+    """What is kept of a tensor to make its gradient."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -37,12 +37,12 @@ class Route:
     """How rows of one kind, tokens or compressed blocks, travel between the ranks of a group.
 
     Attributes:
-        rank, ranks: this rank, and how many there are.
+        rank, ranks: this rank, and the number of ranks.
         group: name of the process group.
         reduction: how gradients are summed; see `ContextParallel`.
-        rows: rows that each rank sends: those of the rank with most, the others' padded.
+        rows: rows that each rank sends: as many as the rank with the most has; others pad.
         own: this rank's segments, in the order in which it sends them.
-        places: of each span, its segments in order with the row of the gathered buffer at which each begins.
+        places: for each span, its segments in order, with the row of the gathered buffer at which each begins.
     """
 
     rank: int
@@ -69,7 +69,7 @@ class Route:
         return Route(rank, ranks, group, reduction, rows, own, tuple(places))
 
     def pack(self, x: Tensor) -> Tensor:
-        """What this rank sends of its x (B, rows, ...): (`rows`, B, ...)."""
+        """The rows (`rows`, B, ...) of x (B, rows, ...) that this rank sends."""
         parts = [x[:, each.offset : each.offset + each.count].transpose(0, 1) for each in self.own]
         padding = self.rows - sum(part.shape[0] for part in parts)
         if padding or not parts:
@@ -77,7 +77,7 @@ class Route:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def unpack(self, rows: Tensor, local_rows: int) -> Tensor:
-        """The gradient (B, local_rows, ...) of x from that (`rows`, B, ...) of what `pack` made; 0 of what stayed."""
+        """The gradient (B, local_rows, ...) of x from that (`rows`, B, ...) of `pack`'s result; 0 for rows not sent."""
         whole = rows.new_zeros(local_rows, *rows.shape[1:])
         at = 0
         for each in self.own:
@@ -86,9 +86,9 @@ class Route:
         return whole.transpose(0, 1)
 
     def spans(self, gathered: Tensor, ends: Sequence[int]) -> list[Tensor]:
-        """The first `ends` rows of each span (B, end, ...) of what was gathered (ranks * `rows`, B, ...).
+        """The first `ends` rows of each span (B, end, ...), from the gathered buffer (ranks * `rows`, B, ...).
 
-        They are views where the rows lie in order.
+        They are views if the rows are in order.
         """
         found = []
         for placed, end in zip(self.places, ends, strict=True):
@@ -106,7 +106,7 @@ class Route:
         return found
 
     def scatter(self, gradients: Sequence[tuple[Part, Tensor]], into: Tensor) -> None:
-        """Add gradients (B, end - first, ...) of parts to `into`, that of what was gathered."""
+        """Add gradients (B, end - first, ...) of parts to `into`, the gradient of the gathered buffer."""
         for part, gradient in gradients:
             for each, at in self.places[part.span]:
                 first, last = max(each.first, part.first), min(each.first + each.count, part.end)
@@ -115,7 +115,7 @@ class Route:
                     into[at + first - each.first : at + last - each.first] += rows
 
     def reduce(self, gradients: Sequence[tuple[Part, Tensor]], like: Like) -> Tensor:
-        """The gradient of `like`, this rank's rows (B, rows, ...), from all ranks' gradients of what they gathered."""
+        """The gradient of `like`, this rank's rows (B, rows, ...), summed over all ranks' gathered copies of them."""
         exchanges = self.reduction == "exchange"
         batch, local_rows, *row = like.shape
         if not self.rows:
@@ -133,7 +133,7 @@ class Route:
 
 
 def start(route: Route, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Begin to gather each of the tensors (B, rows, ...): buffers that `Gather` waits for."""
+    """Start to gather each of the tensors (B, rows, ...). Returns the buffers that `Gather` waits for."""
     packed = [route.pack(x.detach()) for x in tensors]
     if not route.rows:  # no rank has any: nothing travels
         return packed
@@ -141,21 +141,21 @@ def start(route: Route, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Gather(torch.autograd.Function):
-    """Parts of spans, each (B, end - first, ...), of what all ranks hold of some tensors.
+    """Parts of spans, each (B, end - first, ...), of tensors whose rows are spread over the ranks.
 
-    The last output, which is empty, has a gradient only so that the backward, a collective, runs on every rank.
+    The last output is empty. Its gradient makes the backward, a collective, run on every rank.
     """
 
     @staticmethod
     def forward(
         ctx: Any, route: Route, parts: tuple[tuple[Part, ...], ...], started: list[Tensor], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Parts of each tensor in turn, of what `start` returned for them.
+        """Parts of each tensor in turn, from the buffers that `start` returned.
 
         Args:
-            ctx: of autograd.
+            ctx: autograd's context.
             route: how rows travel.
-            parts: those wanted of each tensor.
+            parts: the wanted parts of each tensor.
             started: what `start` returned.
             tensors: this rank's rows of each.
         """
@@ -172,7 +172,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        """Sums over the ranks for the rows that this one holds."""
+        """Sums over the ranks, for the rows that this rank holds."""
         at, found = 0, []
         for wanted, like in zip(ctx.parts, ctx.like, strict=True):
             given = zip(wanted, gradients[at : at + len(wanted)], strict=True)
@@ -182,7 +182,7 @@ class Gather(torch.autograd.Function):
 
 
 class Anchor(torch.autograd.Function):
-    """A tensor, whose gradient reaches the empty ones besides, so that what made them has a backward on every rank."""
+    """Returns x. Its gradient also reaches the empty tensors, so that their backward runs on every rank."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *empty: Tensor) -> Tensor:
@@ -192,5 +192,5 @@ class Anchor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        """The gradient as it is, and empty ones."""
+        """The gradient unchanged, and empty ones."""
         return (gradients[0], *(torch.empty_like(each) for each in ctx.saved_tensors))

@@ -1,14 +1,14 @@
-"""How long a call takes on several ranks: the single GPU's prediction, shared out, and the bytes that travel.
+"""Predict how long a call takes on several ranks, from the prediction for one GPU and the bytes that travel.
 
 Assumptions, all of which a measurement may prove wrong:
 
-- A rank takes of a kernel's time on one GPU the share of the work that is its own: of kernels whose work grows with the
-  visible compressed blocks (attention to them, their scores, the choice) that of its queries' visible blocks, of all
-  others that of its tokens. Small chunks fill a GPU worse, which is left out.
-- A gather or a sum takes the bytes that a rank receives over the bandwidth of its link, and a latency. Ranks of a node
-  share keys that come from other nodes, in a gather and in a reduce-scatter, so that each rank's network link carries
-  one part in as many; in an exchange each carries its own.
-- The gather of one group of heads is hidden behind the forward of the group before; sums are not hidden.
+- A rank takes its share of a kernel's time on one GPU. For kernels whose work grows with the visible compressed blocks
+  (attention to them, their scores, the selection), this is its queries' share of the visible blocks. For all others, it
+  is its share of the tokens. That small chunks fill a GPU less well is ignored.
+- A gather or a sum takes a latency, and the bytes that a rank receives divided by the bandwidth of its link. In a
+  gather and in a reduce-scatter, the ranks of a node share keys from other nodes, so each rank's network link carries
+  only its share. In an exchange, each link carries its rank's own data.
+- The gather of one group of heads is hidden behind the forward of the previous group. Sums are not hidden.
 - Every rank waits for the slowest.
 """
 
@@ -27,13 +27,13 @@ _BY_BLOCKS = ("compressed_", "block_scores", "select_blocks", "mean_scores", "in
 
 @dataclass(frozen=True)
 class Fabric:
-    """What connects the ranks. The bandwidths are assumed, 0.8 of the published peaks of an H100 board's.
+    """What connects the ranks. The bandwidths are assumptions: 0.8 of the published peaks of an H100 board.
 
     Attributes:
         ranks_per_node: GPUs that NVLink connects.
-        link: bytes a second that a GPU receives over NVLink, in one direction.
-        network: bytes a second that a GPU receives from other nodes over its adapter.
-        latency: seconds of a collective besides, and of each rank in it.
+        link: bytes per second that a GPU receives over NVLink, in one direction.
+        network: bytes per second that a GPU receives from other nodes over its adapter.
+        latency: additional seconds of a collective, and of each rank in it.
     """
 
     ranks_per_node: int = 8
@@ -48,12 +48,12 @@ class RankPrediction:
 
     Attributes:
         ranks, order, tokens: of the call.
-        forward, backward: seconds of the kernels of the rank that has most to do.
-        gathered: bytes that a rank receives of others in the forward, keys, values and compressed ones.
+        forward, backward: seconds of the kernels on the rank with the most work.
+        gathered: bytes that a rank receives from others in the forward: keys, values and compressed ones.
         summed: bytes that a rank receives in the backward.
         gathering, summing: seconds that these take.
         exposed: seconds of both that nothing hides.
-        alone: seconds of one GPU that does it all.
+        alone: seconds on a single GPU.
     """
 
     ranks: int
@@ -70,12 +70,12 @@ class RankPrediction:
 
     @property
     def seconds(self) -> float:
-        """Of the call."""
+        """Seconds of the call."""
         return self.forward + self.backward + self.exposed
 
     @property
     def speedup(self) -> float:
-        """Over one GPU."""
+        """Speed-up over one GPU."""
         return self.alone / self.seconds
 
 
@@ -83,18 +83,18 @@ def visible_blocks(first: int, end: int, block: int, stride: int) -> int:
     """The sum over queries t in [first, end) of the compressed blocks that they see, max(0, (t + 1 - l) // d + 1)."""
 
     def up_to(tokens: int) -> int:
-        """Of queries before `tokens`."""
+        """The sum over queries before `tokens`."""
         complete = blocks_in(tokens, block, stride)
-        # Block i is seen by the queries from i * d + l - 1 on.
+        # Queries from i * d + l - 1 on see block i.
         return complete * (tokens - block + 1) - stride * complete * (complete - 1) // 2
 
     return up_to(end) - up_to(first)
 
 
 def shares(plan: Plan, shards: Shards, rank: int) -> tuple[float, float]:
-    """A rank's part of one sequence's tokens and of the compressed blocks that queries see, each of 1 in all.
+    """A rank's shares of one sequence's tokens, and of the compressed blocks that queries see; all ranks' add up to 1.
 
-    Specs without compression score a mean key for each selection block: these stand in its place.
+    Specs without compression score a mean key for each selection block instead. Then these count.
     """
     block, stride = _blocks(plan)
     seen = sum(visible_blocks(chunk.start, chunk.end, block, stride) for chunk in shards.chunks_of(rank))
@@ -121,12 +121,12 @@ def predict_ranks(
     gpu_key: str = "h100",
     fabric: Fabric | None = None,
 ) -> RankPrediction:
-    """How long `ContextParallel` takes for a forward and backward of `batch` sequences of `tokens` tokens.
+    """Predict how long `ContextParallel` takes for a forward and backward of `batch` sequences of `tokens` tokens.
 
     The assumptions are in the module's docstring and in `Fabric`.
 
     Raises:
-        ValueError: tokens or ranks are no positive numbers.
+        ValueError: tokens or ranks is not positive.
         UnknownGpuError: `gpu_key` is not in the hardware table.
     """
     shards = Shards(tokens, ranks, order)
@@ -152,7 +152,7 @@ def predict_ranks(
     gathering = _travel(gathered, ranks, fabric, shared=True) + _latency(calls * head_groups, ranks, fabric)
     summing = _travel(summed, ranks, fabric, shared=reduction == "reduce_scatter")
     summing += _latency(calls * head_groups, ranks, fabric)
-    # The first group's gather is waited for; each later one as far as the forward of the group before is shorter.
+    # The first gather is waited for. Each later one is exposed as far as it takes longer than the previous forward.
     exposed = gathering / head_groups
     exposed += (head_groups - 1) * max(0.0, (gathering - forward) / head_groups) + summing
     alone = sum(sum(parts) for parts in one.values())
@@ -160,7 +160,7 @@ def predict_ranks(
 
 
 def _sent_bytes(plan: Plan, shards: Shards, batch: int) -> tuple[int, int]:
-    """What a rank sends of its keys and values in a gather, raw and compressed, with the padding of uneven shards."""
+    """The bytes of keys and values that a rank sends in a gather, raw and compressed, with padding of uneven shards."""
     spec, element = plan.spec, _BYTES[plan.dtype]
     head = {"k": spec.head_dim.qk, "v": spec.head_dim.v}
     token = sum(head[name[0]] for name in plan.raw_names) * spec.heads.kv * element * batch
@@ -173,7 +173,7 @@ def _sent_bytes(plan: Plan, shards: Shards, batch: int) -> tuple[int, int]:
 
 
 def _travel(received: int, ranks: int, fabric: Fabric, *, shared: bool) -> float:
-    """Seconds in which each rank receives these bytes, the same from each other rank."""
+    """Seconds in which each rank receives these bytes, an equal part from each other rank."""
     if ranks == 1:
         return 0.0
     node = min(ranks, fabric.ranks_per_node)
@@ -188,9 +188,9 @@ def _latency(collectives: int, ranks: int, fabric: Fabric) -> float:
 
 
 def table(plan: Plan, calls: list[tuple[int, int]], gpu_key: str = "h100") -> str:
-    """Predictions for (tokens, ranks), a line each, as a table in Markdown: the best of both ways to sum.
+    """Predictions for (tokens, ranks) as a Markdown table, one line each, with the better of both ways to sum.
 
-    Times are milliseconds and bytes megabytes (10^6), a rank.
+    Times are in milliseconds and bytes in megabytes (10^6), per rank.
     """
     lines = [
         "| tokens | ranks | contiguous: slowest kernels | head-tail: kernels | gathered MB | gather | sum | "

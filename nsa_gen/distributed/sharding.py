@@ -1,7 +1,7 @@
-"""Which rank holds which tokens, and what it computes with whose keys: whole numbers alone, no tensors.
+"""Which rank holds which tokens, and which keys it needs for which queries. Only integers, no tensors.
 
-Words used here: a *chunk* is a run of tokens that one rank holds; a *span* is a sequence that lies in chunks of several
-ranks; a *piece* is one call of the operator, and a *segment* the rows of a span that one chunk holds.
+Words used here: a *chunk* is a run of tokens that one rank holds. A *span* is a sequence that lies in chunks of several
+ranks. A *piece* is one call of the operator. A *segment* is the rows of a span that one chunk holds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [first, first + count) of a span, rows [offset, offset + count) of those of `rank`."""
+    """Rows [first, first + count) of a span, which are rows [offset, offset + count) of those of `rank`."""
 
     rank: int
     first: int
@@ -38,8 +38,9 @@ class Segment:
 class Piece:
     """One call of the operator: queries are rows [begin, end) of the shard.
 
-    With `span`, keys are the first `keys` of that span, and queries are the last of these. Without, they are the rows'
-    own, of the sequences that `bounds` part as cu_seqlens does; of one sequence a batch entry if `bounds` is None.
+    With `span`, the keys are the first `keys` of that span, and the queries are the last of these. Without `span`, the
+    keys are the rows' own. `bounds` separates their sequences like cu_seqlens; with None, each batch entry is one
+    sequence.
     """
 
     begin: int
@@ -51,23 +52,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shards:
-    """A batch's tokens dealt out to the ranks.
+    """How a batch's tokens are assigned to ranks.
 
-    `head_tail` cuts the tokens into 2 * ranks chunks and gives rank r the chunks r and 2 * ranks - 1 - r, so that each
-    has as many keys to see in causal attention; `contiguous` cuts them into one chunk a rank. Chunks differ by at most
-    a token, and any number of tokens can be dealt out.
+    `head_tail` cuts the tokens into 2 * ranks chunks and gives rank r the chunks r and 2 * ranks - 1 - r, so that all
+    ranks see equally many keys in causal attention. `contiguous` gives each rank one chunk. Chunks differ by at most
+    one token, and any number of tokens is possible.
 
     Attributes:
-        tokens: of a sequence (B, T, H, D), or T_total of packed ones (T_total, H, D).
+        tokens: tokens of a sequence (B, T, H, D), or T_total of packed ones (T_total, H, D).
         ranks: number of ranks.
         order: see above.
-        bounds: of packed sequences, as cu_seqlens: N + 1 numbers that rise from 0 to at most `tokens`.
+        bounds: bounds of packed sequences, like cu_seqlens: N + 1 numbers that rise from 0 to at most `tokens`.
         chunks: in the order of tokens; neighbours of one rank are one chunk, and none is empty.
         spans: first and end token of each sequence that lies in several chunks.
-        segments: of each span, the tokens that the chunks hold; offsets are those of the ranks' shards.
+        segments: for each span, the tokens that the chunks hold; offsets refer to the ranks' shards.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: the message names the argument, what was expected and what was given.
     """
 
     tokens: int
@@ -89,7 +90,7 @@ class Shards:
             raise ValueError(f"order: expected {' or '.join(get_args(Order))}, got {self.order!r}")
         if self.bounds is not None:
             self._check_bounds(self.bounds)
-        # Made now, as torch.compile does not follow a cached property.
+        # Computed now, because torch.compile does not follow a cached property.
         object.__setattr__(self, "chunks", self._chunks())
         object.__setattr__(self, "spans", self._spans())
         object.__setattr__(self, "segments", tuple(self._segments(start, end) for start, end in self.spans))
@@ -118,11 +119,11 @@ class Shards:
         return tuple(chunk for chunk in found if chunk.end > chunk.start)
 
     def chunks_of(self, rank: int) -> tuple[Chunk, ...]:
-        """The chunks of a rank, in the order of tokens, which is that of its shard's rows."""
+        """The chunks of a rank, in the order of tokens, which is also the order of its shard's rows."""
         return tuple(chunk for chunk in self.chunks if chunk.rank == rank)
 
     def rows(self, rank: int) -> int:
-        """Tokens that a rank holds."""
+        """The number of tokens that a rank holds."""
         return sum(chunk.end - chunk.start for chunk in self.chunks_of(rank))
 
     def _spans(self) -> tuple[tuple[int, int], ...]:
@@ -143,7 +144,7 @@ class Shards:
         return tuple(found)
 
     def positions(self, rank: int) -> list[int]:
-        """The position in its sequence of each token of a rank; behind the last sequence, counted from its end."""
+        """The position in its sequence of each token of a rank. After the last sequence, they count from its end."""
         bounds = (0,) if self.bounds is None else self.bounds
         found, number = [], 0
         for chunk in self.chunks_of(rank):
@@ -154,11 +155,11 @@ class Shards:
         return found
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
-        """The calls of a rank, in the order of its rows, each of which is a query of one of them."""
+        """The calls of a rank, in the order of its rows. Each row is a query of exactly one of them."""
         return tuple(piece for chunk in self.chunks_of(rank) for piece in self._pieces(chunk))
 
     def _pieces(self, chunk: Chunk) -> Iterator[Piece]:
-        """Those of a chunk: of the span that it begins in, of the sequences within it, of the span that it ends in."""
+        """A chunk's pieces: of the span in which it begins, of the sequences within, of the span in which it ends."""
 
         def local(token: int) -> int:
             return chunk.offset + token - chunk.start
@@ -176,17 +177,17 @@ class Shards:
             yield Piece(local(done), local(chunk.end), bounds=self._bounds_within(done, chunk.end))
 
     def _bounds_within(self, first: int, end: int) -> tuple[int, ...] | None:
-        """cu_seqlens of tokens [first, end), in which sequences lie whole; what is behind the last is padding."""
+        """cu_seqlens of tokens [first, end), in which sequences lie completely. Tokens after the last are padding."""
         if self.bounds is None:
             return None
         inside = [bound - first for bound in self.bounds if first <= bound <= end]
         return tuple(inside) if len(inside) > 1 else (0, 0)
 
     def block_segments(self, block: int, stride: int) -> tuple[tuple[Segment, ...], ...]:
-        """Of each span, the compressed blocks whose first token a chunk holds; offsets count the rank's own blocks.
+        """For each span, the compressed blocks whose first token a chunk holds; offsets count the rank's own blocks.
 
-        Block i covers tokens [i * stride, i * stride + block) of the span, and the next chunks' tokens where it
-        straddles their bounds; only complete blocks exist.
+        Block i covers tokens [i * stride, i * stride + block) of the span, and extends into the next chunks if it
+        crosses their bounds. Only complete blocks exist.
         """
         rows = [0] * self.ranks
         found = []
@@ -203,12 +204,12 @@ class Shards:
 
 
 def blocks_in(tokens: int, block: int, stride: int) -> int:
-    """Complete blocks of a sequence: max(0, (tokens - block) // stride + 1)."""
+    """The number of complete blocks of a sequence: max(0, (tokens - block) // stride + 1)."""
     return max(0, (tokens - block) // stride + 1)
 
 
 def gathered_rows(segments: Sequence[Sequence[Segment]], ranks: int) -> int:
-    """The most rows of `segments` that a rank has, which each sends in a gather."""
+    """The largest number of rows of `segments` that a rank has. In a gather, each rank sends this many."""
     rows = [0] * ranks
     for each in (segment for span in segments for segment in span):
         rows[each.rank] += each.count
