@@ -1,11 +1,11 @@
-"""Time and compare context parallelism with one GPU: forward and backward of the operator, on the GPUs of this machine.
+"""Compare context parallelism with one GPU: times and results of the operator's forward and backward on this machine.
 
     python tools/gpu/context_parallel.py --spec llama3_8b --ranks 2 --tokens 65536,262144 --out ranks.json
 
-Every rank first computes the whole sequence alone, then its part of it with the others. Printed and written for each
-length are the seconds of both (median), the most memory that a rank allocates, inputs included, the differences of
-its rows relative to the largest number, and how many rows have other blocks. Exit status 1 where a
-difference is beyond what rounding makes of it.
+Every rank first computes the whole sequence alone, then its part of it together with the others. For each length, the
+tool prints and writes the median seconds of both, the most memory that a rank allocates (including inputs), the
+differences of its rows relative to the largest number, and how many rows have other blocks. Exit status 1 if a
+difference is larger than rounding explains.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from nsa_gen.distributed import ContextParallel
 from nsa_gen.machine import machine
 
 ROUNDINGS = 8
-"""Of the inputs' dtype, that a difference may be: of each branch's and each rank's part of a gradient, and of sums."""
+"""Allowed difference in roundings of the inputs' dtype: of branches, of each rank's part of a gradient, and of sums."""
 
 
 def timed(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, float]:
-    """Median seconds and peak bytes of a call that every rank makes; the first, which compiles, is not timed."""
+    """Median seconds and peak bytes of a call that every rank makes. The first call, which compiles, is not timed."""
     call()
     seconds, gpu = [], device.type == "cuda"
     if gpu:
@@ -56,7 +56,7 @@ def timed(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[
 
 
 def compared(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Differences relative to the largest number wanted; of indices, the share of rows that differ."""
+    """Differences relative to the largest expected number; for indices, the share of rows that differ."""
     result = {}
     for name, x in found.items():
         y = wanted[name]
@@ -68,7 +68,7 @@ def compared(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, f
 
 
 def measured(options: argparse.Namespace, tokens: int, device: torch.device) -> dict[str, Any]:
-    """One length, alone and together."""
+    """Measure one length, alone and together."""
     op = nsa_gen.load(options.spec)
     parallel = ContextParallel(op, order=options.order, head_groups=options.head_groups, reduction=options.reduction)
     inputs = draw_inputs(parallel.spec, tokens, device=device)
@@ -113,7 +113,7 @@ def measured(options: argparse.Namespace, tokens: int, device: torch.device) -> 
 
 
 def _rank(rank: int, meeting: str, options: argparse.Namespace) -> None:
-    """One rank, on a GPU of its own."""
+    """Run one rank, on its own GPU."""
     gpu = options.device == "cuda"
     device = torch.device(f"cuda:{rank}" if gpu else "cpu")
     if gpu:
@@ -137,7 +137,7 @@ def _rank(rank: int, meeting: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line, start the ranks and say whether all is within its bound."""
+    """Read the command line, start the ranks, and report whether everything is within its bounds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spec", default="llama3_8b")
     parser.add_argument("--ranks", type=int, default=2)

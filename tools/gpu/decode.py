@@ -1,4 +1,4 @@
-"""Times of decode and of prefill in chunks, beside dense attention and the bytes that must be read.
+"""Time decode and prefill in chunks, next to dense attention and the bytes that must be read.
 
     python -m tools.gpu.decode nsa_64x4 llama3_8b --json decode.json [--shapes 65536:1 65536:32]
 
@@ -26,7 +26,7 @@ from tests.gpu.inference import CHUNK, new_tokens
 from tests.gpu.support import package_of, variant
 
 SHAPES = [(tokens, batch) for tokens in (65536, 4096, 16384, 262144) for batch in (1, 4, 16, 32, 64)]
-"""(Tokens, sequences), the most telling first."""
+"""(Tokens, sequences), the most informative first."""
 PROMPT = 131072
 
 
@@ -48,7 +48,7 @@ def measure(spec: str, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """See the module's text."""
+    """Run the command that the module's docstring describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="+")
     parser.add_argument("--shapes", nargs="+", metavar="TOKENS:BATCH", default=[])
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def touch_prefill(spec: Spec, module: Any) -> None:
-    """Compile what timing prefill needs, which does not depend on lengths: a prompt at once, and a chunk behind it."""
+    """Compile what timing prefill needs: a whole prompt, and a chunk after it. Lengths do not matter."""
     cache = module.NSACache(1, 4096, device="cuda")
     for tokens in (1024, 2048):
         cache.extend(tokens)
@@ -75,7 +75,7 @@ def touch_prefill(spec: Spec, module: Any) -> None:
 
 
 def prefill_times(spec: Spec, module: Any) -> dict[str, float]:
-    """Milliseconds of a prompt at once, and in chunks; the cache is written in both."""
+    """Milliseconds of a prompt as a whole and in chunks. Both write the cache."""
     new = new_tokens(spec, module, 1, PROMPT, torch.Generator("cuda").manual_seed(3))
     q, gates, _ = drawn_queries(spec, 1, PROMPT, PROMPT, device=torch.device("cuda"))
     cache = module.NSACache(1, PROMPT, device="cuda")

@@ -1,11 +1,11 @@
-"""What a call costs the host: `python tools/gpu/host_time.py [--specs llama3_8b,mha_16] [--tokens 512] [--json F]`.
+"""Measure host time per call: `python tools/gpu/host_time.py [--specs llama3_8b,mha_16] [--tokens 512] [--json F]`.
 
-Results of launches past Triton's dispatcher and by it are compared bit by bit first. Then calls are issued in bursts
-that the GPU's queue holds, and only their issuing is timed. Exit status 1 if any result differs.
+First, the results of our own launches and of Triton's dispatcher are compared bit by bit. Then calls are issued in
+bursts that fit the GPU's queue, and only issuing them is timed. Exit status 1 if any result differs.
 
-With `--device none` no GPU is needed: it times what is done in Python and by PyTorch's allocator (`no_device`), and
-takes the first decile of single calls, which other work on the machine disturbs least. Results are not compared then,
-as there are none.
+With `--device none`, no GPU is needed: the tool times the work in Python and in PyTorch's allocator (`no_device`). It
+reports the first decile of single calls, which other work on the machine disturbs least. There are no results to
+compare then.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ SPECS = ("llama3_8b", "mha_16", "tiny")
 
 @contextmanager
 def by_triton(module: ModuleType) -> Iterator[None]:
-    """Within the block, a package's kernels are launched by Triton's own dispatcher."""
+    """Within the block, Triton's own dispatcher launches a package's kernels."""
     with mock.patch.object(module.runtime.launch, "observed", lambda: True):
         yield
 
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """Within the block, the names of kernels as they are launched, all by Triton's own dispatcher."""
+    """Within the block, the yielded list gets the names of launched kernels; Triton's dispatcher launches all."""
     names: list[str] = []
     original = JITFunction.run
 
@@ -63,7 +63,7 @@ def counted() -> Iterator[list[str]]:
 
 
 def calls(module: ModuleType, spec: Spec, tokens: int, device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """A forward without gradients, one with, and a forward with its backward; each returns what it computed."""
+    """A forward without gradients, one with, and a forward with its backward. Each returns its results."""
     inputs = make_inputs(spec, tokens=tokens, batch=1, dtype=getattr(torch, spec.dtype), device=torch.device(device))
     _, positional, named = arguments_of(module, inputs, False)
     given = {name: x for name, x in zip(("q", "k", "v"), positional, strict=True) if x is not None} | named
@@ -86,7 +86,7 @@ def calls(module: ModuleType, spec: Spec, tokens: int, device: str) -> dict[str,
 
 
 def host_microseconds(call: Callable[[], Any], synchronise: Callable[[], None], bursts: int = BURSTS) -> float:
-    """Median over bursts of the microseconds that issuing one call takes."""
+    """Median over bursts of the microseconds for issuing one call."""
     found = []
     for _ in range(bursts):
         synchronise()
@@ -109,9 +109,9 @@ def undisturbed_microseconds(call: Callable[[], Any], count: int) -> float:
 
 
 def measure(module: ModuleType, spec: Spec, tokens: int, device: str, bursts: int = BURSTS) -> list[dict[str, Any]]:
-    """By call: launches, host microseconds past Triton's dispatcher and by it, and whether all bits are equal.
+    """By call: launches, host microseconds with our launches and with Triton's dispatcher, and whether bits are equal.
 
-    `device` is "cuda", or "none" within `no_device`: then nothing is compared.
+    `device` is "cuda", or "none" within `no_device`; then nothing is compared.
     """
 
     def microseconds(call: Callable[[], Any]) -> float:
@@ -151,7 +151,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for; return the exit status."""
+    """Measure what the command line asks for. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--specs", default=",".join(SPECS), help="comma-separated shipped specs")
     parser.add_argument("--tokens", type=int, default=512)

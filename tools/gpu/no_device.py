@@ -1,8 +1,8 @@
-"""A stand-in for a GPU: all that the host does for a call but what the driver does, on any machine.
+"""A stand-in for a GPU: everything that the host does for a call, except the driver's work, on any machine.
 
-Tensors are the CPU's and of no use as results: machine code is neither compiled nor launched. What PyTorch computes
-between launches, it computes on the CPU, so lengths should be short; `torch.sort`, which would take longer than all
-else, only allocates.
+Tensors are on the CPU, and their values are meaningless: machine code is neither compiled nor launched. What PyTorch
+computes between launches, it computes on the CPU, so lengths should be short. `torch.sort` would take longer than
+everything else, so it only allocates.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _NoCode(CompiledKernel):
         return None
 
     def run(self, *arguments: Any) -> None:
-        """Where the driver would be called."""
+        """Do nothing where the driver would be called."""
 
 
 class _Driver:
@@ -61,7 +61,7 @@ def _sort(x: Tensor, *, stable: bool) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def no_device(module: ModuleType) -> Iterator[None]:
-    """Within the block, a package takes tensors on the CPU for those of a GPU. Needs TRITON_INTERPRET to be unset."""
+    """Within the block, a package treats CPU tensors as a GPU's. TRITON_INTERPRET must be unset."""
     gpu = module.configs.lookup.Gpu(*STANDS_FOR)
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),

@@ -1,4 +1,4 @@
-"""Draw what `pytest -m gpu -k trains --gpu-report REPORT` found: `python tools/gpu/plot_training.py REPORT FILE`."""
+"""Plot the losses that `pytest -m gpu -k trains --gpu-report REPORT` found: `plot_training.py REPORT FILE`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def plot(document: Path, picture: Path) -> None:
-    """Draw the losses of a report, smoothed over ten steps."""
+    """Plot the losses of a report, smoothed over ten steps."""
     from nsa_gen.bench.drawing import pyplot
 
     lines = map(json.loads, document.read_text(encoding="utf-8").splitlines())
