@@ -1,1 +1,1 @@
-"""What is right: the dense oracle, its gradients, inputs and tolerances. It imports torch, and nothing of the rest."""
+"""What is correct: the dense oracle, its gradients, inputs and tolerances. Imports torch, and nothing else of ours."""

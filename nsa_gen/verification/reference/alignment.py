@@ -1,6 +1,6 @@
-"""The indexer's loss, densely and by autograd: how far its softmax is from attention to a query's selected tokens.
+"""The indexer's loss, computed densely and with autograd: the distance of its softmax from attention.
 
-With its gradients, and the noise and drift of all (docs/tolerances.md), computed by chunks of query rows.
+Also its gradients, and the noise and drift of all (docs/tolerances.md), computed by chunks of query rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from nsa_gen.verification.reference.tolerance import HARDWARE_UNITS
 
 LOSS = "alignment_loss"
 LEARNED = ("q_idx", "k_idx")
-"""What the loss differentiates."""
+"""The arguments in which the loss is differentiable."""
 
 
 def reference_alignment(p: OracleParameters, inputs: Inputs, indices: Tensor, counts: Tensor | None = None) -> Tensor:
     """The loss of each sequence (N,), on the blocks of indices (B, Tq, S, n), in the inputs' exact dtype.
 
-    Of query t and scope s, the teacher T is the mean over the scope's heads of the probabilities of attention at the
-    selected, visible tokens, over its sum, and the student S is the softmax of q_idx . k_idx over these tokens. A
-    sequence's loss is the mean over t of the sum over s of KL(T || S); it is 0 of no query, and a query that sees none
-    of its tokens adds nothing. Differentiable in q_idx and k_idx alone.
+    For query t and scope s, the teacher T is the mean over the scope's heads of the attention probabilities at the
+    selected, visible tokens, normalised to sum 1. The student S is the softmax of q_idx . k_idx over these tokens. A
+    sequence's loss is the mean over t of the sum over s of KL(T || S). Without queries it is 0, and a query that sees
+    none of its tokens adds nothing. Differentiable only in q_idx and k_idx.
     """
     tensors = {**inputs.arguments(), "indices": indices, "counts": counts}
     found = [
@@ -42,7 +42,7 @@ def reference_alignment(p: OracleParameters, inputs: Inputs, indices: Tensor, co
 
 @dataclass(frozen=True)
 class _Teacher:
-    """Attention to the tokens of some query rows, of which it selects some.
+    """Attention of some query rows to all tokens, and to the selected ones.
 
     `probabilities` (H, G, R, K), `lse` (H, G, R, 1), `selected` like the former, `seen` (S, R, K); `weights` (S, R, K)
     are the sums of the scopes' selected probabilities and `mass` (S, R, 1) theirs, 1 where that is 0 (`empty`).
@@ -58,7 +58,7 @@ class _Teacher:
 
 
 def _teacher(p: OracleParameters, s: Sequence, *, finite: bool = False) -> _Teacher:
-    """Attention of a sequence's rows; `finite` keys alone where what is not finite must not reach every row."""
+    """Attention of a sequence's rows. With `finite`, keys that are not finite become 0 and reach no row."""
     assert s.indices is not None
     rows = s.q.shape[0]
     t = torch.arange(s.tokens - rows, s.tokens, device=s.q.device)
@@ -81,7 +81,7 @@ def _token_losses(p: OracleParameters, s: Sequence) -> Tensor:
     exact, a = exact_dtype(s.q.dtype), _teacher(p, s)
     teacher = a.weights / a.mass
     scores = torch.einsum("rsd,id->sri", s.q_idx.to(exact), s.k_idx[:, 0].to(exact))
-    # Rows without a token are taken out before the softmax: the gradient of one over nothing is NaN.
+    # Rows without a token are removed before the softmax: the gradient of a softmax over nothing is NaN.
     student = scores.masked_fill(~a.seen, -math.inf).masked_fill(a.empty, 0.0).log_softmax(-1)
     used = teacher > 0
     terms = teacher * (teacher.masked_fill(~used, 1.0).log() - student.masked_fill(~used, 0.0))
@@ -90,7 +90,7 @@ def _token_losses(p: OracleParameters, s: Sequence) -> Tensor:
 
 @dataclass(frozen=True)
 class Aligned:
-    """The loss and its gradients by the names of results, with the squares of their noise and drift by the same."""
+    """The loss and its gradients by the names of results, and the squares of their noise and drift, likewise."""
 
     values: dict[str, Tensor]
     noise: dict[str, Tensor]
@@ -107,9 +107,9 @@ def aligned(
     noise_unit: float | None,
     chunk_bytes: int,
 ) -> Aligned:
-    """The loss (N,) and its gradients for inputs.dloss, with squared noise and drift where `noise_unit` is given.
+    """The loss (N,) and its gradients for inputs.dloss; with `noise_unit`, also squared noise and drift.
 
-    Noise is in units of `noise_unit`, drift in those of float32's roundoff; without gradients they are the loss's.
+    Noise is in units of `noise_unit`, drift in units of float32's roundoff. Without gradients, both are the loss's.
     """
     exact = exact_dtype(inputs.q.dtype)
     assert inputs.q_idx is not None and inputs.k_idx is not None
@@ -120,7 +120,7 @@ def aligned(
     sums, noise, drift, squares = (
         {name: torch.zeros_like(x, dtype=exact) for name, x in shapes.items()} for _ in range(4)
     )
-    # Of a key: how many products its gradient sums.
+    # For each key, the number of products that its gradient sums.
     terms = torch.zeros_like(inputs.k_idx[..., :1], dtype=exact)
     parts = (_by_sequence(inputs, each) for each in (sums, noise, drift, squares, {"dk_idx": terms}))
     for s, cotangent, *here, counted in zip(sequences, cotangents, *parts, strict=True):
@@ -144,7 +144,7 @@ def aligned(
 
 
 def _by_sequence(inputs: Inputs, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Views of results, a mapping for each sequence."""
+    """Views of results, one mapping per sequence."""
     if inputs.cu_seqlens is None:
         return [{name: x[i] for name, x in tensors.items()} for i in range(inputs.q.shape[0])]
     return [
@@ -154,7 +154,7 @@ def _by_sequence(inputs: Inputs, tensors: Mapping[str, Tensor]) -> list[dict[str
 
 
 def _cut(results: Mapping[str, Tensor], start: int, stop: int, tokens: int) -> dict[str, Tensor]:
-    """Views of a sequence's results that query rows start..stop, which see `tokens` keys, add to."""
+    """Views of the part of a sequence's results to which query rows start..stop, which see `tokens` keys, add."""
     loss, dq, dk = (results[name] for name in (LOSS, "dq_idx", "dk_idx"))
     return {LOSS: loss, "dq_idx": dq[start:stop], "dk_idx": dk[:tokens]}
 
@@ -194,8 +194,8 @@ def _add_rounding(
 ) -> None:
     """Add the squares of the noise and drift of a chunk of rows; the loss's are those of the sum over the rows.
 
-    Softmaxes and their difference dI = S - T are disturbed as P and dS are, by what disturbs their weights one by one,
-    and by what disturbs a whole row: the sum that they are divided by, and a head's lse.
+    Softmaxes and their difference dI = S - T are disturbed like P and dS: by errors of single weights, and by errors of
+    a whole row, which are the sum in the denominator and a head's lse.
     """
     assert s.q_idx is not None and s.k_idx is not None
     a = _teacher(p, s, finite=True)
@@ -207,7 +207,7 @@ def _add_rounding(
     lse = _finite(a.lse)
 
     def by_head(x: Tensor) -> Tensor:
-        """A scope's (S, R, ...) for each of its heads (H, G, R, ...)."""
+        """A scope's (S, R, ...) repeated for each of its heads (H, G, R, ...)."""
         return x.repeat_interleave(p.query_heads // p.scopes, 0).unflatten(0, (p.kv_heads, p.group))
 
     scores = q @ k.transpose(-1, -2)
@@ -231,11 +231,11 @@ def _add_rounding(
     away2 = (ratio - loss).square()  # the loss moves by (ratio - loss) dT
     quotient = (teacher * (log_weight - index)).sum(-1, keepdim=True)
 
-    # Noise. The loss is computed in float32 whatever the dtype, its gradients' terms are rounded to the dtype.
+    # Noise. The loss is computed in float32 whatever the dtype. Its gradients' terms are rounded to the dtype.
     fine = ROUNDOFF / unit
     loss_unit = min(1.0, HARDWARE_UNITS[torch.float32] * fine)
     moved = (over_scope(p, share2 * (1 + size).square()) * away2).sum(-1, keepdim=True)
-    # What a logarithm is taken of is rounded too, which is an absolute error of the logarithm.
+    # The argument of a logarithm is rounded too, which is an absolute error of the logarithm.
     moved += (t2 * ((1 + log_weight.abs()).square() + index.square()) + di2 * index.square()).sum(-1, keepdim=True)
     moved += quotient.square() + (1 + log_mass.abs()).square() + (1 + index_lse.abs()).square()
     noise[LOSS].add_(loss_unit**2 * moved.masked_fill(a.empty, 0.0).sum())

@@ -1,10 +1,10 @@
 """The pieces of the dense oracle: the semantics page, section by section, in plain PyTorch with dense masks.
 
-Slow, memory-hungry and obviously right. It needs torch and the standard library only, so a fault in lowering, in a
-template or in a kernel cannot reach it. float64 and float32 inputs are computed in their own precision. bfloat16 and
+Slow, memory-hungry and obviously correct. It needs only torch and the standard library, so a fault in lowering, in a
+template or in a kernel cannot affect it. float64 and float32 inputs are computed in their own precision. bfloat16 and
 float16 inputs give the *baseline*: the same computation in plain PyTorch at that dtype (products in the dtype; softmax,
-lse and importance in float32; probabilities rounded to the dtype before they meet the values). The error of a kernel
-is judged against the error of that baseline.
+lse and importance in float32; probabilities are rounded to the dtype before they are multiplied with the values). A
+kernel's error is compared with the error of that baseline.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Phi = Literal["mean", "weighted", "linear", "mlp", "external"]
 
 @dataclass(frozen=True)
 class OracleParameters:
-    """What the oracle must know of a spec. A branch is present when its block (or window) is not None.
+    """What the oracle needs to know of a spec. A branch is present if its block (or window) is not None.
 
-    Without `compression_output` compressed keys serve the choice of blocks alone, and there is no such branch. `sinks`
-    are the branches whose softmax has one; with `joint`, selection and window are one branch of this name. With
-    `aligned` the operator has the indexer's loss.
+    Without `compression_output`, compressed keys only select blocks, and there is no compressed branch. `sinks` are the
+    branches whose softmax has a sink. With `joint`, selection and window are one branch of this name. With `aligned`,
+    the operator has the indexer's loss.
     """
 
     query_heads: int
@@ -112,22 +112,22 @@ class OracleParameters:
 
     @property
     def scopes(self) -> int:
-        """Choices of blocks that a token has (S)."""
+        """The number of selections per token (S)."""
         return {"group": self.kv_heads, "head": self.query_heads, "all": 1}[self.scope]
 
     @property
     def computed(self) -> bool:
-        """Whether the operator chooses the blocks itself."""
+        """Whether the operator selects the blocks itself."""
         return self.selection_block is not None and not self.indices_given
 
     @property
     def external(self) -> bool:
-        """Whether the caller passes compressed keys and, where they have an output, values."""
+        """Whether the caller passes compressed keys and, if they have an output, values."""
         return self.compression_block is not None and self.phi_key == "external"
 
     @property
     def scorer_alone(self) -> bool:
-        """Whether there are compressed keys without values, for the choice of blocks."""
+        """Whether compressed keys have no values and only select blocks."""
         return self.compression_block is not None and not self.compression_output
 
     @property
@@ -159,12 +159,12 @@ class OracleParameters:
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax, lse and importance for inputs of `dtype`: float64 stays, the rest is float32."""
+    """The dtype of softmax, lse and importance for inputs of `dtype`: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """Round float32 to the 10 mantissa bits a tensor core keeps of a TF32 operand (nearest, ties away)."""
+    """Round float32 to the 10 mantissa bits that a tensor core keeps of a TF32 operand (nearest, ties away from 0)."""
     rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(torch.isfinite(x), rounded, x)
 
@@ -192,7 +192,7 @@ def _product(a: Tensor, b: Tensor, tf32: bool) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, by the error function."""
+    """The exact GELU, with the error function."""
     return functional.gelu(x, approximate="none")
 
 
@@ -251,11 +251,12 @@ def attend(
     """Softmax attention under a dense mask.
 
     q (H, G, R, Dk), k (H, K, Dk), v (H, K, Dv), visible (H or 1, G or 1, R, K) bool. Returns o (H, G, R, Dv) in q's
-    dtype, lse (H, G, R) and the probabilities (H, G, R, K), both exact and the lse detached. A row that sees nothing
-    has o = 0, lse = -inf and zero gradients. What a row does not see cannot reach it, be it NaN or inf.
+    dtype, lse (H, G, R) and the probabilities (H, G, R, K); the latter two are exact, and lse is detached. A row that
+    sees nothing has o = 0, lse = -inf and zero gradients. Keys that a row does not see cannot affect it, even if NaN or
+    inf.
 
-    `sink` (H, G) is the logit, not scaled, of one more key of every row, whose value is 0: the probabilities of a row,
-    in which it has none, sum to less than 1, and a row that sees nothing has its lse.
+    `sink` (H, G) is the unscaled logit of one more key of every row, with value 0. The probabilities of a row do not
+    include it and sum to less than 1. A row that sees nothing has the sink as its lse.
     """
     heads, group, rows, dim = q.shape
     keys = k.shape[1]
@@ -273,7 +274,7 @@ def attend(
     probabilities = torch.softmax(scores, -1)[..., :keys].masked_fill(unseen, 0.0)
     rounded = probabilities.to(q.dtype).reshape(heads, group * rows, keys)
 
-    # 0 * NaN is NaN: values that are not finite are added by hand, only where they are visible.
+    # 0 * NaN is NaN, so values that are not finite are added separately, only where they are visible.
     bad = ~torch.isfinite(v).all(-1)
     o = _product(rounded, v.masked_fill(bad[..., None], 0.0), tf32).view(heads, group, rows, v.shape[-1])
     for head, key in bad.nonzero().tolist():
@@ -300,9 +301,9 @@ def visible_window(p: OracleParameters, t: Tensor, tokens: int) -> Tensor:
 
 
 def visible_selected(p: OracleParameters, t: Tensor, tokens: int, indices: Tensor, counts: Tensor | None) -> Tensor:
-    """(H or 1, G or 1, R, tokens): keys of the chosen blocks of indices (R, S, n), causal, for the heads of each scope.
+    """(H or 1, G or 1, R, tokens): keys of the selected blocks of indices (R, S, n), causal, for each scope's heads.
 
-    Bad and surplus slots are ignored.
+    Invalid and surplus slots are ignored.
     """
     assert p.selection_block is not None
     own = (t // p.selection_block)[:, None, None]
@@ -326,15 +327,15 @@ def over_scope(p: OracleParameters, by_head: Tensor) -> Tensor:
 
 
 def block_importance(p: OracleParameters, probabilities: Tensor, blocks: int) -> Tensor:
-    """imp (R, S, blocks) of probabilities (H, G, R, Nc): the sum over a scope (Eq. 10), then over blocks that overlap.
+    """imp (R, S, blocks) of probabilities (H, G, R, Nc): the sum over a scope (Eq. 10), then over overlapping blocks.
 
-    That is Eq. 9's sum, weighted by the overlap, or with pool: max the largest of them, 0 where there is none.
+    The latter is Eq. 9's sum, weighted by the overlap. With pool: max it is the largest of them, or 0 without any.
     """
     return _pooled(p, over_scope(p, probabilities.detach()), blocks, None)
 
 
 def _pooled(p: OracleParameters, summed: Tensor, blocks: int, factors: Tensor | None) -> Tensor:
-    """(R, S, blocks) of summed probabilities (S, R, Nc); `factors` (Nc, blocks) weigh each term besides."""
+    """(R, S, blocks) of summed probabilities (S, R, Nc). `factors` (Nc, blocks) are additional weights of the terms."""
     weights = overlap_weights(p, summed.shape[-1], blocks).to(summed)
     unknown = torch.isnan(summed)
     known = summed.masked_fill(unknown, 0.0)
@@ -353,11 +354,11 @@ def _pooled(p: OracleParameters, summed: Tensor, blocks: int, factors: Tensor | 
 
 
 def block_fingerprint(p: OracleParameters, probabilities: Tensor, blocks: int) -> Tensor:
-    """(R, S, blocks) of probabilities (H, G, R, Nc): Eq. 9 and 10 with each term times a factor of its place.
+    """(R, S, blocks) of probabilities (H, G, R, Nc): Eq. 9 and 10 with each term multiplied by a factor of its place.
 
-    NaN where importance is. Blocks of equal importance have equal fingerprints where the same head gives the same
-    probability to the same place of both, and practically never otherwise. Sums of other terms that happen to be equal
-    may round differently.
+    NaN where importance is NaN. Blocks of equal importance have equal fingerprints if the same head gives the same
+    probability to the same place of both, and practically never otherwise. Equal sums of different terms may round
+    differently.
     """
     heads = torch.arange(p.query_heads, dtype=torch.float64).to(probabilities)
     factors = (1.0 + (heads * math.pi) % 1.0).view(p.kv_heads, p.group, 1, 1)
@@ -374,9 +375,9 @@ def mean_scores(p: OracleParameters, q: Tensor, k: Tensor, blocks: int) -> tuple
     """Scores by mean keys, their magnitudes and fingerprints, all (R, S, blocks), exact and detached.
 
     q (H, G, R, Dk), k (tokens, H, Dk). score = sum over the heads of a scope of scale * q . mean(k of the block's
-    tokens), the mean over the tokens that exist. The magnitude is the sum of the terms' absolute values, to which the
-    rounding of a score is relative; the fingerprint weighs each term by its place, as `block_fingerprint` does. What a
-    row must not see is in there, and not ranked: `select_blocks` takes the blocks before its own.
+    tokens), with the mean over the tokens that exist. The rounding of a score is relative to the magnitude, the sum of
+    the terms' absolute values. The fingerprint weighs each term by its place, as in `block_fingerprint`. Blocks that a
+    row must not see are included but never ranked: `select_blocks` only ranks the blocks before its own.
     """
     assert p.selection_block is not None
     exact = exact_dtype(q.dtype)
@@ -401,10 +402,10 @@ def index_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The indexer's scores, their magnitudes and fingerprints, all (R, S, blocks), exact and detached.
 
-    q_idx (R, S, Di), k_idx (tokens, 1, Di), positions t (R,). score = max over the block's visible tokens of
-    q_idx . k_idx, -inf where none is visible, NaN where one is. The magnitude is the largest sum of the absolute values
-    of such a product's terms, to which the rounding of a score is relative; the fingerprint weighs the terms of the
-    first product that is the score by their places in it.
+    q_idx (R, S, Di), k_idx (tokens, 1, Di), positions t (R,). score = max over the block's visible tokens of q_idx .
+    k_idx; -inf if none is visible, NaN if one is NaN. The rounding of a score is relative to the magnitude, the largest
+    sum of the absolute values of such a product's terms. The fingerprint weighs the terms of the first product that
+    equals the score by their places in it.
     """
     assert p.selection_block is not None
     exact = exact_dtype(q_idx.dtype)
@@ -426,10 +427,10 @@ def index_scores(
 
 
 def select_blocks(p: OracleParameters, importance: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Section 3's choice: importance (R, S, blocks), positions t (R,) -> indices (R, S, n), counts (R, S), int32.
+    """Section 3's selection: importance (R, S, blocks), positions t (R,) -> indices (R, S, n), counts (R, S), int32.
 
-    Forced blocks rank first, then importance or scores, of either sign, then NaN; ties go to the lower index; future
-    blocks never rank.
+    Forced blocks rank first, then importances or scores of either sign, then NaN. Ties go to the lower index. Future
+    blocks are never ranked.
     """
     assert p.selection_block is not None
     rows, heads, blocks = importance.shape
@@ -437,8 +438,8 @@ def select_blocks(p: OracleParameters, importance: Tensor, t: Tensor) -> tuple[T
     own = (t // p.selection_block)[:, None, None]
     forced = (block < p.initial) | (block > own - p.local)
     unknown = torch.isnan(importance)
-    # Classes first: 3 forced, 2 of a known score, 1 of an unknown one, 0 in the future. Both sorts keep the
-    # order of equals, so within a class the higher score comes first, and of equal ones the lower index.
+    # First by class: 3 forced, 2 a known score, 1 an unknown one, 0 in the future. Both sorts are stable, so within a
+    # class the higher score comes first, and of equal scores the lower index.
     order = torch.sort(importance.detach().masked_fill(unknown, 0.0), dim=-1, descending=True, stable=True).indices
     kind = (2 - unknown.int()).masked_fill(forced.expand_as(unknown), 3)
     kind = kind.masked_fill((block > own).expand_as(unknown), 0)

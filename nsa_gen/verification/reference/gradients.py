@@ -1,9 +1,9 @@
 """Reference outputs and gradients in bounded memory, with the noise scale and the drift of each.
 
-One dense score matrix of 64 heads and 8192 tokens in float64 is 34 GB; autograd would keep several. Here the oracle and
-autograd run on one (sequence, KV head, chunk of query rows) at a time and gradients are summed: queries align to the
-end of the keys, so a chunk is a call of its own on the keys up to its last row. Compression runs once per sequence and
-head; the summed gradients of K_cmp and V_cmp go back through it at the end.
+One dense float64 score matrix of 64 heads and 8192 tokens is 34 GB, and autograd would keep several. Here, the oracle
+and autograd run on one (sequence, KV head, chunk of query rows) at a time, and gradients are summed. Queries align to
+the end of the keys, so a chunk is a separate call on the keys up to its last row. Compression runs once per sequence
+and head. The summed gradients of K_cmp and V_cmp go back through it at the end.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from nsa_gen.verification.reference.oracle import (
 from nsa_gen.verification.reference.tolerance import unit_roundoff
 
 Choice = tuple[Tensor | None, Tensor | None]
-"""Indices and counts, None where the oracle chooses or nothing is chosen."""
+"""Indices and counts; None if the oracle selects or nothing is selected."""
 WITHOUT_GRADIENT = ("indices", "counts", "do", "q_idx", "k_idx")
 CHUNK_BYTES = 1 << 27
-"""Bytes of one score matrix in the backward pass; about ten such live at the peak (measured: 1.0 GB for a group of 16
-heads and 8192 keys in float64, the noise scale included)."""
+"""Bytes of one score matrix in the backward pass. About ten of them live at the peak (measured: 1.0 GB for a group of
+16 heads and 8192 keys in float64, including the noise scale)."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Outputs and gradients on given indices, by the names of `OracleResult` and of `Inputs.differentiable()`.
+    """Outputs and gradients on given indices, with the names of `OracleResult` and of `Inputs.differentiable()`.
 
-    With an alignment loss, there are gradients of `q_idx` and `k_idx` too, for `Inputs.dloss`.
-    `noise` and `drift` are those of both by name, of the gradient of x as dx; they are empty unless asked for. Noise is
-    in units of the dtype's roundoff, drift a standard deviation in units of float32's (see `rounding`).
+    With an alignment loss, there are also gradients of `q_idx` and `k_idx`, for `Inputs.dloss`. `noise` and `drift`
+    have entries for both by name, for the gradient of x as dx; they are empty unless requested. Noise is in units of
+    the dtype's roundoff; drift is a standard deviation in units of float32's roundoff (see `rounding`).
     """
 
     outputs: OracleResult
@@ -77,10 +77,10 @@ def reference_gradients(
 ) -> Reference:
     """Outputs for `inputs`, and the gradients of sum(o * inputs.do) and of sum(alignment_loss * inputs.dloss).
 
-    All are in the inputs' dtype. `indices` and `counts` replace those of `inputs` where given (computed selection: the
-    kernel's choice, so that both attend to the same blocks). Gradients are summed in float32 (float64 for float64) and
+    All are in the inputs' dtype. `indices` and `counts`, if given, replace those of `inputs` (for a computed selection,
+    the kernel's, so that both attend to the same blocks). Gradients are summed in float32 (float64 for float64) and
     rounded once. `noise_unit`, a unit roundoff, adds the noise scales in its units and the drifts, in float32 (for
-    float64 inputs). Peak memory beyond the inputs and results: about ten times `chunk_bytes`.
+    float64 inputs). Peak memory in addition to the inputs and results: about ten times `chunk_bytes`.
     """
     if noise_unit is not None and inputs.q.dtype != torch.float64:
         raise ValueError(f"noise_unit: expected None unless the inputs are float64, got inputs of {inputs.q.dtype}")
@@ -125,13 +125,13 @@ def reference_gradients(
 
 
 def _zeros(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Zeros in the place of all that has a gradient."""
+    """Zeros for all tensors that have a gradient."""
     zeros = {name: torch.zeros_like(x, dtype=dtype) for name, x in inputs.differentiable().items()}
     return inputs.replace_differentiable(zeros)
 
 
 def _finish(p: OracleParameters, sequences: list[Sequence], sums: Inputs, drifts: Inputs, squares: Inputs) -> None:
-    """Add the drift of sums over all sequences: of phi's parameters over blocks, of sinks over query rows."""
+    """Add the drift of sums over all sequences: of phi's parameters over blocks, and of sinks over query rows."""
     blocks = float(sum(p.compressed_blocks(sequence.tokens) for sequence in sequences))
     rows = float(sums.do.shape[:-2].numel())
     totals, terms = sums.differentiable(), squares.differentiable()
@@ -146,9 +146,9 @@ def _roots(squares: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Head:
-    """One sequence and KV head: values, and views of the results that its contributions are added to.
+    """One sequence and KV head: values, and views of the results to which its contributions are added.
 
-    `sums` are gradients, `noise`, `drift` and `squares` the squares of their noise, drift and terms.
+    `sums` are gradients. `noise`, `drift` and `squares` are the squares of their noise, drift and terms.
     """
 
     p: OracleParameters
@@ -204,7 +204,7 @@ class _Head:
                 self.squares.learned[name][0].add_(parameters[name][1])
 
     def _add_attention(self, chunk_bytes: int, sides: list[rounding.PhiSide] | None = None) -> None:
-        """Add the part of attention, whose K_cmp and V_cmp are known; `sides` have their noise and drift."""
+        """Add the part of attention, with known K_cmp and V_cmp; `sides` have their noise and drift."""
         p, values = self.p, self.values
         cmp_noise = _pair(side.noise[:, None] for side in sides) if sides else None
         cmp_drift = _pair(side.variance[:, None] for side in sides) if sides else None
@@ -219,7 +219,7 @@ class _Head:
                 _add_gradients(p, here, sums)
             if self.noise_unit is None:
                 continue
-            # K_cmp and V_cmp are no rows of queries.
+            # K_cmp and V_cmp have no query rows.
             outputs = (
                 {name: x[start:stop] for name, x in each.items() if name[0] in "ol"}
                 for each in (self.output_noise, self.output_drift)
@@ -279,7 +279,7 @@ def _add_gradients(p: OracleParameters, values: Sequence, sums: Sequence) -> Non
 
 def _split(p: OracleParameters, inputs: Inputs) -> list[Sequence]:
     found = split_sequences(p, {**inputs.arguments(), "do": inputs.do}, inputs.cu_seqlens, inputs.compression)
-    # Blocks have been chosen, and nothing reaches compressed keys that have no output, nor the indexer.
+    # Blocks are already selected. Nothing reaches compressed keys without output, nor the indexer.
     found = [replace(each, q_idx=None, k_idx=None) for each in found]
     return [replace(each, raw_cmp=None, cmp=None) for each in found] if p.scorer_alone else found
 
@@ -287,7 +287,7 @@ def _split(p: OracleParameters, inputs: Inputs) -> list[Sequence]:
 def _rows_of(
     p: OracleParameters, tensors: dict[str, Tensor], inputs: Inputs, sequences: list[Sequence]
 ) -> list[dict[str, Tensor]]:
-    """Views of the outputs, a mapping for each sequence; of packed K_cmp and V_cmp the rows that are its blocks."""
+    """Views of the outputs, one mapping per sequence; of packed K_cmp and V_cmp, the rows that are its blocks."""
     starts = [0] * len(sequences) if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
     found = []
     for i, (sequence, start) in enumerate(zip(sequences, starts, strict=False)):
@@ -300,7 +300,7 @@ def _rows_of(
 
 
 def _head_of(outputs: dict[str, Tensor], group: int, head: int) -> dict[str, Tensor]:
-    """The part of a sequence's outputs that belongs to one KV head: of K_cmp and V_cmp one head, else its group."""
+    """The part of a sequence's outputs that belongs to one KV head: one head of K_cmp and V_cmp, else its group."""
     widths = {name: 1 if name in ("k_cmp", "v_cmp") else group for name in outputs}
     return {name: x[:, head * widths[name] : (head + 1) * widths[name]] for name, x in outputs.items()}
 
@@ -332,7 +332,7 @@ def truth_and_baseline(
 
 
 class References:
-    """What the oracle says of one set of inputs, remembered for the last choice of blocks it was asked about."""
+    """The oracle's results for one set of inputs, cached for the last selection of blocks that was requested."""
 
     def __init__(self) -> None:
         self._chosen: Choice | None = None

@@ -1,6 +1,6 @@
-"""Fresh random inputs for a spec, of several kinds, from a seed.
+"""Random inputs for a spec, of several kinds, from a seed.
 
-The same seed, spec and shape give the same numbers on every device: they are drawn on the CPU.
+The same seed, spec and shape give the same numbers on every device, because they are drawn on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ABYSS = 300.0
 
 
 def kinds_of(p: OracleParameters) -> tuple[str, ...]:
-    """The kinds that say something of a spec: `counts` needs indices from the caller, `ties` and `abyss` a choice."""
+    """The kinds that are meaningful for a spec: `counts` needs given indices, `ties` and `abyss` a selection."""
     telling = {"counts": p.indices_given, "ties": p.computed, "abyss": p.computed and p.scores == "compression"}
     return tuple(kind for kind in KINDS if telling.get(kind, True))
 
@@ -33,8 +33,8 @@ def kinds_of(p: OracleParameters) -> tuple[str, ...]:
 class Inputs:
     """The arguments of one call and the gradient of its output. Arguments the spec does not take are None.
 
-    Shapes are those of `reference_attention`; `do` is like o. `compression` maps phi's parameters by name. `dloss`
-    (B,), packed (N,), is the gradient of each sequence's alignment loss, in the exact dtype, where there is one.
+    Shapes are those of `reference_attention`; `do` has o's shape. `compression` maps phi's parameters by name. `dloss`
+    (B,), packed (N,), is the gradient of each sequence's alignment loss, if there is one, in the exact dtype.
     """
 
     q: Tensor
@@ -60,15 +60,15 @@ class Inputs:
     dloss: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `reference_attention`, all of them."""
+        """All keyword arguments of `reference_attention`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("do", "dloss")}
 
     def raw_keys(self) -> Tensor:
-        """A tensor with a row for each raw key; q, as there are as many, where no branch reads them."""
+        """A tensor with one row per raw key. If no branch reads raw keys, this is q, which has as many rows."""
         return next((x for x in (self.k, self.k_slc, self.k_win) if x is not None), self.q)
 
     def differentiable(self) -> dict[str, Tensor]:
-        """What has a gradient, by name; phi's parameters as `compression.<name>`."""
+        """The tensors that have a gradient, by name; phi's parameters as `compression.<name>`."""
         skipped = {"do", "dloss", "compression", "q_idx", "k_idx", "indices", "counts", "cu_seqlens"}
         found = {
             f.name: value
@@ -78,13 +78,13 @@ class Inputs:
         return found | {f"compression.{name}": value for name, value in (self.compression or {}).items()}
 
     def replace_differentiable(self, tensors: dict[str, Tensor]) -> Inputs:
-        """A copy with the tensors of `differentiable()` replaced by those given, by the same names."""
+        """A copy in which the tensors of `differentiable()` are replaced by `tensors`, with the same names."""
         learned = {name.removeprefix("compression."): x for name, x in tensors.items() if "." in name}
         plain: dict[str, Any] = {name: x for name, x in tensors.items() if "." not in name}
         return replace(self, **plain, compression={**(self.compression or {}), **learned} or None)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
-        """A copy with every floating-point tensor in `dtype`, sinks and `dloss` in its exact one, all on `device`."""
+        """A copy on `device` with floating-point tensors in `dtype`; sinks and `dloss` are in its exact dtype."""
 
         def move(name: str, x: Tensor) -> Tensor:
             wanted = exact_dtype(dtype) if name in (*SINKS, "dloss") else dtype
@@ -118,7 +118,7 @@ def parameter_shapes(p: OracleParameters, hidden: int | None) -> dict[str, tuple
 def make_indices(p: OracleParameters, position: Tensor, generator: torch.Generator, hot: bool) -> Tensor:
     """Random valid indices (R, S, n) int32 for queries at `position` (R,): ascending, -1 on the right.
 
-    Between 0 and n blocks a row; one row in eight holds -1 only. With `hot` every row takes the first n blocks.
+    Between 0 and n blocks per row; one row in eight holds only -1. With `hot`, every row takes the first n blocks.
     """
     assert p.selection_block is not None
     rows, n = position.shape[0], p.selection_count
@@ -151,20 +151,20 @@ def make_inputs(
 ) -> Inputs:
     """Random inputs for a spec.
 
-    `tokens` is Tq, or the lengths of packed sequences (then `batch` is not used); `tokens_kv` is Tkv >= Tq, Tq if left
-    out. Kinds:
+    `tokens` is Tq, or the lengths of packed sequences (`batch` is then not used). `tokens_kv` is Tkv >= Tq (default:
+    Tq). Kinds:
 
     - gaussian: unit normal everywhere; phi's parameters are scaled so that K_cmp and V_cmp stay of order 1;
-    - strided: the same numbers, with q, k, v slices of wider rows, as a fused projection gives them;
+    - strided: the same numbers, but q, k and v are slices of wider rows, as a fused projection returns them;
     - spread: keys of different tokens give logits up to 40 nats apart;
-    - hot: queries and the first block's keys share a direction, so that all queries choose the same blocks
+    - hot: queries and the first block's keys share a direction, so that all queries select the same blocks
       (caller-supplied indices: all rows take the first n blocks);
-    - rising, falling: logits grow, fall steadily with the key's position, by 20 nats in all;
-    - late: the logits of the last keys, a stride of them, are 24 nats above all others, so that a query which sees one
-      too early shows;
+    - rising, falling: logits steadily grow or fall with the key's position, by 20 nats in all;
+    - late: the logits of the last keys (one stride) are 24 nats above all others, so that it shows if a query sees one
+      too early;
     - abyss: compressed logits hundreds of nats apart, so that most probabilities underflow to 0 in float32;
-    - ties: every selection block holds the same keys, so that blocks have equal importances to the last bit;
-    - counts: caller-supplied indices come with counts, many below the slots in use;
+    - ties: every selection block holds the same keys, so that blocks have bitwise equal importances;
+    - counts: caller-supplied indices come with counts, many of them below the number of used slots;
     - nan: two thirds into the keys, one key of the first head and one value of the last hold a NaN (for the forward
       pass: it must reach the outputs that see it, and only those).
 
@@ -235,7 +235,7 @@ def make_inputs(
     if kind in ("spread", "hot", "rising", "falling", "late"):
         _shape_logits(p, found, kind, generator)
     if kind == "abyss" and p.compression_block is not None:
-        averaged = p.compression_block**0.5 if p.phi_key == "mean" else 1.0  # a mean of l keys is that much smaller
+        averaged = p.compression_block**0.5 if p.phi_key == "mean" else 1.0  # a mean of l keys is smaller by this
         found["q"] = found["q"] * (ABYSS * averaged / (p.scale * p.head_dim_qk**0.5))
     if kind == "ties" and p.selection_block is not None:
         _repeat_keys(p, found)
@@ -250,9 +250,9 @@ def make_inputs(
 
 
 def _shape_logits(p: OracleParameters, found: dict[str, Any], kind: str, generator: torch.Generator) -> None:
-    """Give all queries a common direction and keys a chosen amount of it: `nats` is the logit it adds."""
+    """Give all queries a common direction, and each key a component of it that adds `nats` to the logit."""
     direction = torch.nn.functional.normalize(torch.randn(p.head_dim_qk, generator=generator), dim=0)
-    strength = 4.0 / p.scale**0.5  # on both sides, so that neither q nor k is out of proportion
+    strength = 4.0 / p.scale**0.5  # on both sides, so that q and k stay in proportion
     found["q"] = found["q"] * 0.25 + direction * strength
     for name in [name for name in found if name.startswith("k") and name != "k_idx"]:
         k = found[name]
@@ -273,7 +273,7 @@ def _shape_logits(p: OracleParameters, found: dict[str, Any], kind: str, generat
 
 
 def _repeat_keys(p: OracleParameters, found: dict[str, Any]) -> None:
-    """Let the keys repeat with the period of a selection block, compressed keys with theirs."""
+    """Repeat the keys with the period of a selection block, and compressed keys with theirs."""
     assert p.selection_block is not None
     for name in [name for name in found if name.startswith("k")]:
         x = found[name]
@@ -284,7 +284,7 @@ def _repeat_keys(p: OracleParameters, found: dict[str, Any]) -> None:
 
 
 def _strided(inputs: Inputs) -> Inputs:
-    """The same numbers in tensors whose rows are wider than they need be, as slices of a fused projection are."""
+    """The same numbers in tensors with wider rows than needed, like slices of a fused projection."""
     changed: dict[str, Tensor] = {}
     groups = (
         ("q", "k", "v"),

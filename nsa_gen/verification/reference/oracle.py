@@ -1,7 +1,8 @@
 """The dense oracle: what an operator must compute, for whole batches and packed sequences.
 
-`reference_attention` takes the arguments of a generated package's `nsa_attention` and follows the semantics page to the
-letter. Built of `dense`, it needs torch and the standard library only and shares no code with the kernels it judges.
+`reference_attention` takes the arguments of a generated package's `nsa_attention` and follows the semantics page
+exactly. It is built of `dense`, needs only torch and the standard library, and shares no code with the kernels that it
+checks.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ from nsa_gen.verification.reference.dense import (
 
 SCORE_BYTES = 1 << 28
 SINKS = ("sink_slc", "sink_win", "sink")
-"""Arguments of shape (Hq,) in float32, whatever the dtype of the others, which have no tokens and no batch."""
+"""Arguments of shape (Hq,) without tokens or batch. They are float32, whatever the dtype of the others."""
 RAW_BRANCHES = ("slc", "win", "joint")
 """Branches that attend to raw keys and values."""
 BY_TOKEN = ("q", "q_idx", "gates", "indices", "counts", "do")
-"""Tensors with a row a query token."""
+"""Tensors with one row per query token."""
 BY_KEY = ("k_idx",)
-"""Tensors, beside keys and values, with a row a key token."""
+"""Tensors, besides keys and values, with one row per key token."""
 BY_BLOCK = ("importance", "fingerprint", "magnitude")
-"""Pieces of a result whose last dim is selection blocks, as many as the longest sequence has."""
+"""Parts of a result whose last dim is selection blocks, as many as the longest sequence has."""
 
 
 @dataclass(frozen=True)
 class OracleResult:
-    """What the operator returns, and everything on the way. Absent pieces are None.
+    """What the operator returns, and all intermediate results. Absent parts are None.
 
     Shapes are those of the generated package, batched (B, Tq, ...) or packed (T_total, ...): `o` and `o_x`
     (B, Tq, Hq, Dv), `lse_x` (B, Tq, Hq) natural logarithm, `indices` (B, Tq, S, n) int32, `counts` (B, Tq, S)
     int32, `importance` and `fingerprint` (B, Tq, S, selection blocks), `k_cmp` (B, Nc, Hkv, Dk), `v_cmp`
-    (B, Nc, Hkv, Dv). With scores by means or an indexer, `importance` is the score, and `magnitude` what its rounding
-    is relative to. `alignment_loss` (B,), packed (N,), is the indexer's of each sequence (`alignment.aligned`).
+    (B, Nc, Hkv, Dv). With scores by means or an indexer, `importance` is the score, and its rounding is relative to
+    `magnitude`. `alignment_loss` (B,), packed (N,), is the indexer's loss of each sequence (`alignment.aligned`).
     Only `o`, `o_x`, `k_cmp` and `v_cmp` carry gradients.
     """
 
@@ -75,7 +76,7 @@ class OracleResult:
     alignment_loss: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The pieces that are present, by name."""
+        """The parts that are present, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
@@ -84,13 +85,13 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence, its tensors without a batch dimension; a branch that is absent has None.
+    """One sequence, its tensors without a batch dimension. An absent branch is None.
 
-    `q_idx` (Tq, S, Di) and `k_idx` (Tkv, 1, Di) are the indexer's; without them, blocks that are given are not scored.
-    `raw_cmp`, `slc`, `win` and `joint` are (K, V) of (Tkv, Hkv, D); `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), set when
-    the caller passes them, else by `compress`; where compressed keys have no output, the values of both have no
-    columns. `sinks`, each (Hq,), and phi's parameters, `learned`, go by the names of their arguments and are the same
-    for every sequence of a call. `do` (Tq, Hq, Dv) is the gradient of o, where there is one.
+    `q_idx` (Tq, S, Di) and `k_idx` (Tkv, 1, Di) are the indexer's. Without them, given blocks are not scored.
+    `raw_cmp`, `slc`, `win` and `joint` are (K, V) of (Tkv, Hkv, D). `cmp` is (K_cmp, V_cmp) of (Nc, Hkv, D), from the
+    caller or from `compress`. If compressed keys have no output, the values of both have no columns. `sinks`, each
+    (Hq,), and phi's parameters, `learned`, have the names of their arguments and are the same for every sequence of a
+    call. `do` (Tq, Hq, Dv) is the gradient of o, if there is one.
     """
 
     tokens: int
@@ -110,20 +111,20 @@ class Sequence:
     sinks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sink(self, branch: str, kv_heads: int) -> Tensor | None:
-        """The sink (Hkv, G) of a branch's softmax, None where it has none."""
+        """The sink (Hkv, G) of a branch's softmax; None without a sink."""
         sink = self.sinks.get(sink_name(branch))
         return None if sink is None else sink.unflatten(0, (kv_heads, -1))
 
 
 def sink_name(branch: str) -> str:
-    """The argument that is the sink of a branch's softmax."""
+    """The name of the argument that is the sink of a branch's softmax."""
     return "sink" if branch == "joint" else f"sink_{branch}"
 
 
 def mapped(record: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
-    """A dataclass with `change(name, tensor)` in the place of each tensor, those in its tuples and mappings too.
+    """A dataclass with each tensor replaced by `change(name, tensor)`, including those in its tuples and mappings.
 
-    The name is that of the field, or the key in a mapping.
+    The name is the field's, or the key in a mapping.
     """
     changed: dict[str, Any] = {}
     for each in fields(record):
@@ -141,7 +142,7 @@ def mapped(record: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
 
 
 def gate_values(p: OracleParameters, gates: Tensor | None, like: Tensor) -> list[Tensor]:
-    """One exact gate (R, Hq, 1) a branch, of gates (R, Hq, branches)."""
+    """One exact gate (R, Hq, 1) per branch, from gates (R, Hq, branches)."""
     exact = exact_dtype(like.dtype)
     if p.gate == "none" or gates is None:
         return [torch.ones(1, device=like.device, dtype=exact)] * len(p.branches)
@@ -176,7 +177,7 @@ def take_rows(p: OracleParameters, s: Sequence, start: int, stop: int) -> Sequen
 
 
 def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
-    """All branches and their combination for one sequence whose K_cmp, V_cmp are known. Shapes lack the batch."""
+    """All branches and their combination for one sequence with known K_cmp and V_cmp. Shapes lack the batch."""
     rows = s.q.shape[0]
     t = torch.arange(s.tokens - rows, s.tokens, device=s.q.device)
     q = s.q.reshape(rows, p.kv_heads, p.group, p.head_dim_qk).permute(1, 2, 0, 3)
@@ -217,7 +218,7 @@ def attend_rows(p: OracleParameters, s: Sequence) -> OracleResult:
 
 
 def _chosen(p: OracleParameters, s: Sequence, t: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
-    """What compressed probabilities (H, G, R, Nc) say of the blocks, and which are chosen if the caller chose none."""
+    """Block scores from compressed probabilities (H, G, R, Nc), and the selected blocks if the caller gave none."""
     blocks = p.selection_blocks(s.tokens)
     importance = block_importance(p, probabilities, blocks)
     found = {"importance": importance, "fingerprint": block_fingerprint(p, probabilities, blocks)}
@@ -227,7 +228,7 @@ def _chosen(p: OracleParameters, s: Sequence, t: Tensor, probabilities: Tensor) 
 
 
 def row_chunks(p: OracleParameters, s: Sequence, score_bytes: int) -> Iterator[tuple[int, int]]:
-    """Bounds of chunks of query rows whose scores need at most `score_bytes`; one chunk of none without rows."""
+    """Bounds of chunks of query rows whose scores need at most `score_bytes`. Without rows, one empty chunk."""
     rows, itemsize = s.q.shape[0], torch.finfo(exact_dtype(s.q.dtype)).bits // 8
     chunk = max(1, score_bytes // max(1, p.query_heads * s.tokens * itemsize))
     for start in range(0, max(rows, 1), chunk):
@@ -262,15 +263,15 @@ def _required(name: str, value: Tensor | None) -> Tensor:
 
 
 def argument_suffixes(p: OracleParameters) -> dict[str, str]:
-    """For each branch that reads raw K and V, the suffix of its arguments: "" for k and v, "_win" for k_win, v_win."""
+    """The suffix of the arguments of each branch that reads raw K and V: "" for k and v, "_win" for k_win and v_win."""
     readers = [name for name in p.branches if not (name == "cmp" and p.external)]
     return {name: "" if p.shared_kv or i == 0 else f"_{name}" for i, name in enumerate(readers)}
 
 
 def branch_pairs(p: OracleParameters, tensors: Mapping[str, Tensor | None]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The raw (K, V) of each branch that reads them, of the operator's arguments by name.
+    """The raw (K, V) of each branch that reads them, from the operator's arguments by name.
 
-    Compressed keys that only choose blocks are those of the selection; their values have no columns.
+    Compressed keys that only select blocks are those of the selection. Their values have no columns.
     """
     pairs = {
         name: (
@@ -291,7 +292,7 @@ def split_sequences(
     cu_seqlens: Tensor | None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> list[Sequence]:
-    """The sequences of a call, as views of its arguments (so that writing to a view writes to the argument)."""
+    """The sequences of a call, as views of its arguments: writing to a view writes to the argument."""
     q = _required("q", tensors.get("q"))
     pairs = branch_pairs(p, tensors)
     names = ("k_cmp", "v_cmp") if p.compression_output else ("k_cmp",)
@@ -330,7 +331,7 @@ def split_sequences(
 
 
 def compressed_rows(p: OracleParameters, cu_seqlens: Tensor) -> Tensor:
-    """Where the compressed blocks of a packed call lie: one row number a block, sequence after sequence (int64)."""
+    """The row numbers (int64) of a packed call's compressed blocks, sequence after sequence."""
     bounds = cu_seqlens.tolist()
     stride = p.compression_stride or 1
     rows = [
@@ -340,7 +341,7 @@ def compressed_rows(p: OracleParameters, cu_seqlens: Tensor) -> Tensor:
 
 
 def _gather(p: OracleParameters, results: list[OracleResult], cu_seqlens: Tensor | None, total: int) -> OracleResult:
-    """Put sequences' results together: stacked, or one after the other (compressed blocks in their packed rows)."""
+    """Combine sequences' results: stacked, or concatenated (compressed blocks in their packed rows)."""
     parts = [result.tensors() for result in results]
     joined: dict[str, Tensor] = {}
     for name in parts[0]:
@@ -362,7 +363,7 @@ def _gather(p: OracleParameters, results: list[OracleResult], cu_seqlens: Tensor
 
 
 def padding_value(name: str) -> float:
-    """What rows behind the last packed sequence hold of an output or gradient: that of a query that sees nothing."""
+    """The value of an output or gradient in rows after the last packed sequence: that of a query that sees nothing."""
     return {"lse": -math.inf, "indices": -1}.get(name.partition("_")[0], 0)
 
 
@@ -390,18 +391,18 @@ def reference_attention(
     cu_seqlens: Tensor | None = None,
     score_bytes: int = SCORE_BYTES,
 ) -> OracleResult:
-    """The operator of a spec, densely, with the arguments of a generated package's `nsa_attention`.
+    """The operator of a spec, computed densely. Takes the arguments of a generated package's `nsa_attention`.
 
-    Shapes: q (B, Tq, Hq, Dk), k (B, Tkv, Hkv, Dk), v (B, Tkv, Hkv, Dv), gates (B, Tq, Hq, branches) with Tq <= Tkv
-    and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
-    the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
-    computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. `q_idx` (B, Tq, S, Di) and `k_idx` (B, Tkv, 1, Di) are an
-    indexer's, and may both be left out then. `sink_slc`, `sink_win` and `sink` (Hq,), of joint branches, are branches'
-    sinks. Query rows are taken in chunks whose scores need at most `score_bytes`.
+    Shapes: q (B, Tq, Hq, Dk), k (B, Tkv, Hkv, Dk), v (B, Tkv, Hkv, Dv), gates (B, Tq, Hq, branches) with Tq <= Tkv and
+    queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), where rows after the
+    last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. If the operator selects
+    blocks, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's selection, for
+    comparisons on equal indices; importance is still computed. `q_idx` (B, Tq, S, Di) and `k_idx` (B, Tkv, 1, Di) are
+    an indexer's, and may then both be left out. `sink_slc`, `sink_win` and, for joint branches, `sink` (Hq,) are the
+    branches' sinks. Query rows are computed in chunks whose scores need at most `score_bytes`.
 
     Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
-    Raises ValueError where the spec needs an argument that is None.
+    Raises ValueError if an argument that the spec needs is None.
     """
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,
@@ -420,7 +421,7 @@ def reference_attention(
         _required(sink_name(branch), tensors[sink_name(branch)])
     sequences = split_sequences(parameters, tensors, cu_seqlens, learned)
     nothing = not sequences
-    if nothing:  # shapes are those of one sequence of zeros, of which no row is kept
+    if nothing:  # shapes come from one sequence of zeros, of which no row is kept
         zeros = {n: x if x is None or n in SINKS else x.new_zeros(1, *x.shape[1:]) for n, x in tensors.items()}
         sequences = split_sequences(parameters, zeros, None if cu_seqlens is None else torch.tensor([0, 0]), learned)
     results = []

@@ -1,17 +1,17 @@
 """How far rounding moves each element of a result: the noise of its terms, and the drift of float32 sums.
 
-Noise: every result is a sum of products. Where each product is disturbed by an independent relative error u, the sum
-has a standard deviation of u times the root of the sum of squared products. It is large exactly where terms cancel (dS
-of a row with one visible key is 0 as p * (dP - delta), yet dP and delta are each rounded), so it is the right yardstick
-where the result itself is near or at 0. It is in units of the roundoff of the inputs' dtype.
+Noise: every result is a sum of products. If each product has an independent relative error u, the sum has a standard
+deviation of u times the root of the sum of squared products. It is large exactly where terms cancel (dS of a row with
+one visible key is 0 as p * (dP - delta), yet dP and delta are each rounded), so it is the right scale where the result
+itself is near or at 0. It is in units of the roundoff of the inputs' dtype.
 
-Drift: a kernel adds N products to an accumulator one by one, and rounds after each. `chain` has the variance of that
-random walk; the rest sends it on, to first order: from K_cmp and V_cmp to the logits, from logits to probabilities,
-outputs, dS and the gradients, and through phi both ways. It is in units of float32's roundoff, since every kernel
-accumulates in float32 whatever the dtype of its inputs.
+Drift: a kernel adds N products to an accumulator one by one, and rounds after each. `chain` has the variance of this
+random walk. The other functions propagate it, to first order: from K_cmp and V_cmp to the logits, from logits to
+probabilities, outputs, dS and the gradients, and through phi in both directions. It is in units of float32's roundoff,
+since every kernel accumulates in float32 whatever the dtype of its inputs.
 
-Both are squares, and go through the formulas of the forward and the backward pass as the values do. In float64: squares
-of small probabilities leave float32's range. docs/tolerances.md has the derivation.
+Both are kept as squares, which go through the formulas of the forward and the backward pass like the values, in
+float64: squares of small probabilities leave float32's range. docs/tolerances.md has the derivation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nsa_gen.verification.reference.dense import OracleParameters, attend, compr
 from nsa_gen.verification.reference.oracle import Pair, Sequence, branch_mask, gate_values
 
 ROUNDOFF = 2.0**-24
-"""Float32's."""
+"""float32's roundoff."""
 LEAST = 2.0**-126
-"""The least of float32's normal numbers."""
+"""The smallest normal float32."""
 
 
 def chain(length: Tensor | float, total_squared: Tensor, squares: Tensor) -> Tensor:

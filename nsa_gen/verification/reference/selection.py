@@ -1,8 +1,8 @@
-"""Is a choice of blocks legal, and is it as good as the best?
+"""Is a selection of blocks legal, and is it as good as the best?
 
-Two right implementations may choose different blocks where importances differ by less than rounding error. A choice is
-therefore not compared with the oracle's: it is checked for the rules of section 3, and the importance of what was
-chosen against the importance of the best that was not.
+Two correct implementations may select different blocks if importances differ by less than the rounding error. A
+selection is therefore not compared with the oracle's. Instead, the rules of section 3 are checked, and the importance
+of selected blocks is compared with that of the best block left out.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import Tensor
 from nsa_gen.verification.reference.dense import OracleParameters
 
 NEGLIGIBLE = 1e-6
-"""Importance (a probability summed over the group) below which a relative error says nothing."""
+"""Importance (a probability summed over the group) below which a relative error is meaningless."""
 EQUAL = 1e-12
-"""Relative difference of two float64 importances that are equal: their rounding, far below that of float32."""
+"""Two float64 importances that differ relatively by at most this are equal: it is far below float32's rounding."""
 
 
 def magnitude_of(importance: Tensor, magnitude: Tensor | None) -> Tensor:
-    """What the rounding of each block's importance or score is relative to.
+    """The size to which the rounding of each block's importance or score is relative.
 
-    A score by mean keys is a sum of terms of either sign: its rounding is relative to the sum of their sizes,
-    `magnitude`. An importance is a sum of probabilities: it is relative to itself (`magnitude` is None).
+    A score by mean keys is a sum of terms of either sign, so its rounding is relative to the sum of their sizes,
+    `magnitude`. An importance is a sum of probabilities, so it is relative to itself (`magnitude` is None).
     """
     return importance.abs().clamp(min=NEGLIGIBLE) if magnitude is None else magnitude
 
 
 @dataclass(frozen=True)
 class SelectionCheck:
-    """What was found: broken rules (empty: legal), and the choice's worst shortfall against its bound.
+    """The result: broken rules (empty: legal), and the selection's worst shortfall relative to its bound.
 
-    `shortfall` is the largest amount, in units of the tolerance of its row, by which a block left out surpasses a
-    chosen, not forced one; at most 1 is within rounding error.
+    `shortfall` is the largest amount, in units of its row's tolerance, by which a block left out exceeds a selected
+    block that is not forced. Up to 1 is within rounding error.
     """
 
     problems: tuple[str, ...]
@@ -43,7 +43,7 @@ class SelectionCheck:
 
     @property
     def ok(self) -> bool:
-        """Legal, and as good as the oracle's choice."""
+        """Whether the selection is legal and as good as the oracle's."""
         return not self.problems and self.shortfall <= 1.0
 
 
@@ -67,7 +67,7 @@ def _first(name: str, broken: Tensor, shown: Tensor, rule: str) -> list[str]:
 
 
 def _flat(x: Tensor, trailing: int) -> Tensor:
-    """Batched or packed to (rows, heads, ...)."""
+    """Reshape batched or packed tensors to (rows, heads, ...)."""
     return x.detach().cpu().flatten(0, x.dim() - 2 - trailing)
 
 
@@ -79,12 +79,13 @@ def check_indices(
     tokens: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[str, ...]:
-    """Rules for block indices that a caller supplies; a message for each rule broken, () where all hold.
+    """Check block indices that a caller supplies: one message for each broken rule, () if all rules hold.
 
-    indices (B, Tq, Hkv, n) or packed (T_total, Hkv, n) int32, counts the same without n; `tokens` is Tkv (Tq if left
-    out). A legal row has blocks of the past or its own, no block twice, any number of -1; counts, where given, are in
-    0..n. The operator ignores future blocks and reads no count beyond n, but a block given twice is counted twice: it
-    is the caller's error and only found here. Raises ValueError for wrong shapes or dtypes.
+    indices (B, Tq, Hkv, n) or packed (T_total, Hkv, n) int32, counts the same without n. `tokens` is Tkv (default: Tq).
+    A legal row has blocks of the past or its own block, no block twice, and any number of -1. Counts, if given, are in
+    0..n. The operator ignores future blocks and reads at most n slots. But it counts a block twice if it is
+    given twice: this is the caller's error, and only this function finds it. Raises ValueError for wrong shapes or
+    dtypes.
     """
     if indices.dtype != torch.int32:
         raise ValueError(f"indices: expected int32, got {indices.dtype}; convert with .to(torch.int32)")
@@ -101,7 +102,7 @@ def check_indices(
         position = position.repeat(indices.shape[0])
     flat = _flat(indices, 1).long()
     own = (position // selection_block)[:, None, None]
-    used = (flat != -1) & (own >= 0)  # what padding holds is not read
+    used = (flat != -1) & (own >= 0)  # values in padding are not read
     problems: list[str] = []
     if counts is not None:
         number = _flat(counts, 0).long()
@@ -127,15 +128,15 @@ def check_selection(
     tokens: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> SelectionCheck:
-    """Check a computed choice against section 3, ties allowed.
+    """Check a computed selection against section 3. Ties may go either way within rounding.
 
-    indices (B, Tq, Hkv, n), counts (B, Tq, Hkv) int32 (packed: no B) are the choice; importance (..., blocks) is the
-    oracle's on the same inputs. Legal: ascending, -1 on the right, min(n, t // l' + 1) blocks, none from the future,
-    none twice, forced ones present. As good: no block left out surpasses a chosen, not forced one by more than
-    `tolerance` times the larger of the two (their sums of up to G * l / d probabilities carry that relative error;
-    blocks below NEGLIGIBLE count as that), or of the two blocks' `magnitude` where scores are by mean keys; see
-    `magnitude_of`. Where importances are equal, or NaN on both sides, the order is by index;
-    given the oracle's `fingerprint` (like importance), only where they are equal term by term.
+    indices (B, Tq, Hkv, n) and counts (B, Tq, Hkv) int32 (packed: no B) are the selection; importance (..., blocks) is
+    the oracle's on the same inputs. Legal means: ascending, -1 on the right, min(n, t // l' + 1) blocks, none from the
+    future, none twice, forced ones present. As good means: no block left out exceeds a selected, not forced one by more
+    than `tolerance` times the larger of the two. (Their sums of up to G * l / d probabilities have this relative error;
+    blocks below NEGLIGIBLE count as NEGLIGIBLE.) For scores by mean keys, the two blocks' `magnitude` replaces their
+    importance; see `magnitude_of`. If importances are equal, or NaN on both sides, the order is by index. With the
+    oracle's `fingerprint` (same shape as importance), this holds only if they are equal term by term.
     """
     p = parameters
     assert p.selection_block is not None
@@ -170,7 +171,7 @@ def check_selection(
 
     unknown = torch.isnan(value)
     size = magnitude_of(value, None if magnitude is None else _flat(magnitude, 1).double()).nan_to_num(0.0)
-    # Unknown ones are last among the candidates, as in the oracle, and by far.
+    # Unknown ones come last among the candidates, as in the oracle, far behind the others.
     known = value.masked_fill(unknown | ~candidate, 0.0)
     last = known.amin(-1, keepdim=True) - size.masked_fill(~candidate, 0.0).amax(-1, keepdim=True) - 1.0
     rank = torch.where(unknown, last, value)
@@ -194,9 +195,9 @@ def _ties(
     strongest: Tensor,
     terms: Tensor | None,
 ) -> list[str]:
-    """Where the weakest block taken and the strongest one left are equal, the lower must be taken; NaN equals NaN.
+    """Where the weakest selected block and the strongest one left out are equal, the lower must be selected.
 
-    Equal means to within the rounding of float64: blocks of the same keys, or of none that is visible yet.
+    NaN equals NaN. Equal means within the rounding of float64: blocks of the same keys, or without visible keys.
     """
     blocks = rank.shape[-1]
     block = torch.arange(blocks)

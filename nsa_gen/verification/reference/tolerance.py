@@ -1,8 +1,8 @@
-"""How near is near enough: the error of a kernel against the error of plain PyTorch at the same dtype.
+"""Tolerances: a kernel's error is compared with the error of plain PyTorch at the same dtype.
 
-No tolerance is a number somebody liked. The truth is the float64 oracle; the baseline is the same oracle at the dtype
-of the inputs; the bound is twice the baseline's error, plus what one rounding of the result and of its terms may add.
-docs/tolerances.md has the reasons and what each of the three measures catches.
+All tolerances are derived. The truth is the float64 oracle. The baseline is the same oracle at the dtype of the inputs.
+The bound is twice the baseline's error, plus what one rounding of the result and of its terms may add.
+docs/tolerances.md has the reasons, and what each of the three measures detects.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0
-"""A kernel rounds at other places than plain PyTorch, but it has no reason to round more than twice as much."""
+"""A kernel rounds in other places than plain PyTorch, but should not round more than twice as much."""
 
 HARDWARE_UNITS = {torch.float32: 8.0}
-"""Extra units of rounding error by dtype, 1 where absent. In float32 the operations are no longer free of error beside
-the rounding of the result: exp2 of the hardware has 2 units, the logit's factor log2(e) one, and the sums over tiles of
-keys, rescaled once a tile, the rest. Lower precisions hide all of these."""
+"""Extra units of rounding error by dtype, 1 if absent. In float32, operations have errors besides the rounding of the
+result: the hardware's exp2 has 2 units, the logit's factor log2(e) one, and the sums over tiles of keys, which are
+rescaled once per tile, the rest. Lower precisions hide all of these."""
 
 
 class Measure(NamedTuple):
@@ -37,11 +37,11 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against the truth, by three measures, and where the worst row is.
+    """One tensor compared with the truth by three measures, and the location of the worst row.
 
-    `row` is the error of the row nearest its bound (which differs from row to row), `norm` the whole tensor's
-    (Frobenius), `bias` the part of the error that is a multiple of the truth. `problem` says what is wrong beyond
-    measure (shape, dtype, a NaN, an infinity), or "".
+    `row` is the error of the row nearest to its bound (which differs by row), `norm` is the whole tensor's (Frobenius),
+    and `bias` is the part of the error that is a multiple of the truth. `problem` says what else is wrong (shape,
+    dtype, a NaN, an infinity), or is "".
     """
 
     row: Measure
@@ -58,16 +58,16 @@ class Comparison:
 
     @property
     def usage(self) -> float:
-        """The largest error as a share of its bound; inf where there is a problem."""
+        """The largest error as a share of its bound; inf if there is a problem."""
         return math.inf if self.problem else self.worst[1].usage
 
     @property
     def ok(self) -> bool:
-        """Every measure is within its bound and nothing else is wrong."""
+        """Whether every measure is within its bound and nothing else is wrong."""
         return self.usage <= 1.0
 
     def describe(self) -> str:
-        """What is wrong or how near the bounds are, in a line."""
+        """What is wrong, or how near the bounds are, in one line."""
         shown = [f"{error:.2e} of {bound:.2e}" for error, bound in (self.row, self.norm, self.bias)]
         return self.problem or f"worst row {self.worst_row}: {shown[0]}; norm {shown[1]}; bias {shown[2]}"
 
@@ -78,9 +78,10 @@ def unit_roundoff(dtype: torch.dtype, tf32: bool = False) -> float:
 
 
 def likely_largest(rows: int) -> float:
-    """How many standard deviations the root mean square of so many independent, normal errors may come to.
+    """How large the root mean square of `rows` independent normal errors may become, in standard deviations.
 
-    The root mean square of n has itself a standard deviation of 1 / sqrt(2 n): this is 1 and 2.8 of those, 3 for one.
+    The root mean square of n errors has itself a standard deviation of 1 / sqrt(2 n). The result is 1 plus 2.8 of
+    these, which is 3 for one error.
     """
     return 1.0 + 2.0 / math.sqrt(rows)
 
@@ -111,14 +112,14 @@ def compare(
     tf32: bool = False,
     rows: bool = True,
 ) -> Comparison:
-    """Hold `actual` against `truth` (float64 oracle) with the error of `baseline` (the oracle at `dtype`) as the scale.
+    """Compare `actual` with `truth` (float64 oracle). The error of `baseline` (the oracle at `dtype`) is the scale.
 
-    All three of one shape (..., D); a row is what the last dimension holds. `rows=False` (lse): an element.
-    `dtype` is that of the operator's inputs. `noise` is the noise scale of each element (`Reference`); left out it is
-    0, and 1 for lse (a logarithm's absolute error is the relative one of its argument). `drift` is the standard
-    deviation of each element that sums in float32 have, in units of its roundoff; left out it is 0. `sources` is
-    how many independent rows of errors it comes from where that may be fewer than rows. Infinities and NaN must be
-    where the truth has them.
+    All three have the same shape (..., D). A row is the last dimension; with `rows=False` (lse), an element. `dtype` is
+    that of the operator's inputs. `noise` is the noise scale of each element (`Reference`). Its default is 0, and 1 for
+    lse (a logarithm's absolute error is the relative error of its argument). `drift` is the standard deviation of each
+    element due to float32 sums, in units of float32's roundoff (default: 0). `sources` is the number of independent
+    rows of errors that it comes from, if that may be less than the number of rows. Infinities and NaN must be where the
+    truth has them.
     """
     unit = unit_roundoff(dtype, tf32)
     slack = unit * (1.0 if tf32 else HARDWARE_UNITS.get(dtype, 1.0))
@@ -151,12 +152,12 @@ def compare(
     number = row_scale.numel()
     independent = number if sources is None else max(1, min(number, sources))
     wandered = likely_largest(independent) * (moved.norm() / row_scale.norm()).item()
-    # A bias shows far below the norm: independent errors average out over the elements, a wrong factor does not.
+    # A bias shows far below the norm: independent errors average out over the elements, but a wrong factor does not.
     weight = (truth / scale.sqrt()).square().sum().clamp(min=0.01 * truth.numel())  # where the truth is noise: no bias
     bias = [((e * truth / scale).sum() / weight).abs().item() for e in errors]
-    # Every row counts alike for it, small ones too, whose relative errors the norm does not show.
+    # Every row has equal weight, including small ones, whose relative errors the norm does not show.
     drifted = moved.norm(dim=-1) / row_scale
-    # A rounding's deviation is its largest / sqrt 3; the norm of a few elements may come to their largest.
+    # A rounding error's deviation is its maximum / sqrt 3. The norm of a few elements may reach their maximum.
     rounded = slack * min(1.0, likely_largest(truth.numel()) / math.sqrt(3.0))
     typical = [x.square().mean().sqrt().item() for x in (row[1], drifted)]
     chance = 4.0 * (FACTOR * typical[0] + slack + likely_largest(independent) * typical[1]) / math.sqrt(independent)
