@@ -69,7 +69,7 @@ class BranchRows(NamedTuple):
     """Query rows of one KV head and their attention in one branch; `p` has one KV head.
 
     q (G, R, Dk), do (G, R, Dv), k (K, Dk), v (K, Dv), mask (G or 1, R, K), gate, sink and lse (G, R, 1), o (G, R, Dv),
-    weights, the probabilities, and their squares `chances` (G, R, K), scores q . k without the scale.
+    weights (the probabilities) and their squares `chances` (G, R, K), and scores q . k without the scale.
     """
 
     p: OracleParameters
@@ -89,7 +89,7 @@ class BranchRows(NamedTuple):
     scores: Tensor
 
     def through_scores(self, variance: Tensor) -> Tensor:
-        """The variance of o for that of the logits (G, R, K): the sum of p^2 (v - o)^2 variance."""
+        """The variance of o due to the variance of the logits (G, R, K): the sum of p^2 (v - o)^2 variance."""
         moved = self.chances * variance
         return moved @ self.v.square() - 2 * self.o * (moved @ self.v) + self.o.square() * moved.sum(-1, keepdim=True)
 
@@ -121,8 +121,8 @@ def branch_rows(p: OracleParameters, s: Sequence) -> Iterator[BranchRows]:
 class Squares:
     """Squared noise or drift of rows of one KV head: views of the results, to which contributions are added.
 
-    `outputs` are o, o_x, and for drift lse_x; `gradients` is None without a backward pass. `compressed` are those of
-    K_cmp and V_cmp (Nc, 1, D), None where the caller gave them.
+    `outputs` are o, o_x and, for drift, lse_x; `gradients` is None without a backward pass. `compressed` is for K_cmp
+    and V_cmp (Nc, 1, D); None if the caller gave them.
     """
 
     outputs: Mapping[str, Tensor]
@@ -130,18 +130,18 @@ class Squares:
     compressed: Pair | None
 
     def of_keys(self, r: BranchRows) -> Pair | None:
-        """Those of a branch's keys and values (K, D), None where they are exact."""
+        """The squares for a branch's keys and values (K, D); None if these are exact."""
         if self.compressed is None or r.branch != "cmp":
             return None
         return self.compressed[0][: r.k.shape[0], 0], self.compressed[1][: r.k.shape[0], 0]
 
     def add_outputs(self, r: BranchRows, own: Tensor, whole: Tensor) -> None:
-        """Add those of a branch's output and of its part of o, both (G, R, Dv)."""
+        """Add the squares for a branch's output and for its part of o, both (G, R, Dv)."""
         self.outputs[f"o_{r.branch}"].add_(own.permute(1, 0, 2))
         self.outputs["o"].add_(whole.permute(1, 0, 2))
 
     def add_gradients(self, r: BranchRows, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor, dsink: Tensor) -> None:
-        """Add those of dq (G, R, Dk), dk (K, Dk), dv (K, Dv), the gate's value and the terms of dsink (G, R, 1)."""
+        """Add squares for dq (G, R, Dk), dk (K, Dk), dv (K, Dv), the gate's value and the terms of dsink (G, R, 1)."""
         assert self.gradients is not None
         self.gradients.q.add_(dq.permute(1, 0, 2))
         for target, found in zip(getattr(self.gradients, r.branch), (dk, dv), strict=True):
@@ -153,24 +153,24 @@ class Squares:
 
 
 def add_sink(gradients: Sequence, r: BranchRows, terms: Tensor) -> None:
-    """Add the sum of `terms` (G, R, 1) over the rows to the view of a sink's gradient, where the branch has a sink."""
+    """Add the sum of `terms` (G, R, 1) over the rows to the view of a sink's gradient, if the branch has a sink."""
     if (target := gradients.sink(r.branch, 1)) is not None:
         target[0].add_(terms.sum((1, 2)))
 
 
 def add_noise(r: BranchRows, noise: Squares, unit: float) -> None:
-    """Add the squared noise of rows; `unit` is the roundoff that it is in units of."""
+    """Add the squared noise of rows, in units of the roundoff `unit`."""
     off, from_keys, scale = noise.of_keys(r), None, r.p.scale**2
     o_squared, k_squared, v_squared = r.o.square(), r.k.square(), r.v.square()
     own = r.chances @ v_squared
-    if off is not None:  # the keys and values are themselves off
+    if off is not None:  # the keys and values themselves have errors
         from_keys = scale * (r.q.square() @ off[0].T)
         own += r.chances @ off[1] + r.through_scores(from_keys)
         k_squared, v_squared = k_squared + off[0], v_squared + off[1]
     noise.add_outputs(r, own, r.gate.square() * (own + o_squared))
     if noise.gradients is None:
         return
-    # The backward pass computes P again as exp(s - lse): both are rounded in float32, in proportion to their size.
+    # The backward pass computes P again as exp(s - lse). Both are rounded in float32, in proportion to their size.
     magnitude = (r.scores.abs() * r.p.scale + r.lse.abs()).masked_fill_(~r.mask, 0.0)
     spread = magnitude.mul_(ROUNDOFF / unit).square_()
     if from_keys is not None:
@@ -190,8 +190,8 @@ def add_noise(r: BranchRows, noise: Squares, unit: float) -> None:
 
 
 def add_drift(r: BranchRows, drift: Squares, sums: Mapping[str, Sums], terms: Sequence) -> None:
-    """Add the variances of rows. What a key's gradient sums over query rows goes to `sums`, to be finished when all
-    rows are in, and the squared terms of a sink's gradient to the sink of `terms`."""
+    """Add the variances of rows. Sums of a key's gradient over query rows go to `sums`, which are finished when all
+    rows have been added. The squared terms of a sink's gradient go to the sink of `terms`."""
     p, off = r.p, drift.of_keys(r)
     q_squared, do_squared, k_squared, v_squared = r.q.square(), r.do.square(), r.k.square(), r.v.square()
     keys = r.mask.sum(-1, keepdim=True).to(r.q.dtype)  # (G or 1, R, 1)
@@ -211,7 +211,7 @@ def add_drift(r: BranchRows, drift: Squares, sums: Mapping[str, Sums], terms: Se
     dp = r.do @ r.v.T
     delta = (r.do * r.o).sum(-1, keepdim=True)
     ds = r.weights * (dp - delta)  # dS by the gate and the scale
-    # exp2 gives 0 for what lies below float32's normal numbers: all of such a probability may be lost.
+    # exp2 gives 0 below float32's normal range, so such a probability may be lost completely.
     lost = torch.where(r.weights < LEAST, r.chances / ROUNDOFF**2, 0.0)
     through_scores = ds.square() * score + lost * (dp - delta).square()
     dgate = chain(p.head_dim_v, delta.square(), (do_squared * r.o.square()).sum(-1, keepdim=True))
@@ -258,10 +258,10 @@ def add_compression(
     raw_squares: tuple[Tensor, Tensor],
     learned_squares: Mapping[str, Tensor],
 ) -> None:
-    """Take squared noise of dK_cmp, dV_cmp back through phi, to the raw keys and values and phi's parameters.
+    """Propagate the squared noise of dK_cmp and dV_cmp through phi to the raw keys and values and phi's parameters.
 
-    phi of squared inputs and squared parameters is linear in each, so autograd takes the squares back. The mlp's GELU
-    is left out: its slope is at most 1.13.
+    phi of squared inputs and squared parameters is linear in each, so autograd propagates the squares. The mlp's GELU
+    is left out, because its slope is at most 1.13.
     """
     block = p.compression_block
     assert block is not None
@@ -296,10 +296,10 @@ def gelu_slopes(x: Tensor) -> Pair:
 
 @dataclass(frozen=True)
 class PhiSide:
-    """phi of one KV head's keys or values, on the way forward: values, noise scale and drift.
+    """phi of one KV head's keys or values, in the forward: values, noise scale and drift.
 
     `blocks` (Nc, l, D) with the position added, `out`, `noise` (squared, in units of the dtype's roundoff) and
-    `variance` (drift) (Nc, D); an mlp's `hidden` (Nc, hidden) before GELU and its drift, else None.
+    `variance` (drift) (Nc, D); an mlp's `hidden` (Nc, hidden) before GELU and its drift, otherwise None.
     """
 
     kind: str
@@ -313,8 +313,8 @@ class PhiSide:
     hidden_variance: Tensor | None = None
 
     def gradients(self, g: Tensor, g_variance: Tensor) -> tuple[Tensor, dict[str, Pair]]:
-        """Drift of the gradients for d(out) = g (Nc, D): of the blocks (Nc, l, D), and by parameter its variance before
-        the sum over blocks is rounded, and that sum's squared products."""
+        """Drift of the gradients for d(out) = g (Nc, D): for the blocks (Nc, l, D), and for each parameter its variance
+        before the sum over blocks is rounded, and the squared products of that sum."""
         shape, flat = self.blocks.shape, self.blocks.flatten(1)
         g_squared, flat_squared = g.square(), flat.square()
         found: dict[str, Pair] = {}
@@ -355,8 +355,8 @@ class PhiSide:
 def phi_side(p: OracleParameters, side: str, x: Tensor, learned: Mapping[str, Tensor], unit: float) -> PhiSide:
     """phi of one KV head: x (T, 1, D), `learned` with a first dimension of 1; `unit` is the dtype's roundoff.
 
-    Products of stored numbers are exact in float32 and disturbed only by its roundoff; by `unit` where an operand is
-    rounded on the way: the hidden units, a sum with the position, and tf32 operands.
+    Products of stored numbers are exact in float32 and only have its roundoff. If an operand is rounded before (hidden
+    units, a sum with the position, tf32 operands), they have `unit`.
     """
     block, stride = p.compression_block, p.compression_stride
     assert block is not None and stride is not None
@@ -395,7 +395,7 @@ def phi_side(p: OracleParameters, side: str, x: Tensor, learned: Mapping[str, Te
 
 
 def add_blocks(p: OracleParameters, blocks: Tensor, raw: Tensor) -> None:
-    """Add what belongs to the rows of blocks (Nc, l, D) to the view `raw` (T, 1, D); blocks may overlap."""
+    """Add the rows of blocks (Nc, l, D) to their rows of `raw` (T, 1, D), which is a view; blocks may overlap."""
     stride = p.compression_stride
     assert stride is not None
     place = torch.arange(blocks.shape[0], device=raw.device)[:, None] * stride
