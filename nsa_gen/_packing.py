@@ -1,4 +1,4 @@
-"""Rows of a model that hold several documents: checks of what a call says of them, read once for all layers."""
+"""Rows of a model that hold several documents: checks of a call's arguments, done once for all layers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Packing:
-    """What the layers of a model, which get the same tensors one after the other, found in them.
+    """What the model's layers, which get the same tensors one after the other, found in them.
 
-    Values on a GPU are waited for, once in a forward of the model: the first layer's checks hold for the others while
-    the tensors are the same and were not written to. Compiled code and CUDA graphs check on the GPU instead.
+    Reading values from a GPU waits, once per forward of the model. The first layer's checks are valid for the others,
+    as long as the tensors are the same and were not written to. Compiled code and CUDA graphs check on the GPU instead.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Packing:
         """Bounds of documents as `nsa_attention` takes them, int32 (N + 1,); None for rows of one document.
 
         Raises:
-            TypeError, ValueError: naming the argument.
+            TypeError, ValueError: the message names the argument.
         """
         given = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         for name, value in given.items():
@@ -77,13 +77,13 @@ class Packing:
 
     @staticmethod
     def counted(tokens: int, bounds: Tensor | None, device: torch.device) -> Tensor:
-        """Positions (1, T) of tokens in their documents."""
+        """Positions (1, T) of tokens within their documents."""
         rows = torch.arange(tokens, device=device)
         return (rows if bounds is None else rows - bounds.long()[_documents(rows, bounds)])[None]
 
 
 def _same(last: tuple[int, list[Any], Tensor | None], tokens: int, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether these are the tensors that were checked last, as they were then."""
+    """Whether these tensors were checked last, and have not changed since."""
     if last[0] != tokens:
         return False
     for x, seen in zip(tensors, last[1], strict=True):
@@ -149,5 +149,5 @@ def _require(holds: Tensor, message: str) -> None:
 
 
 def _without_host(x: Tensor) -> bool:
-    """Whether values cannot be waited for now."""
+    """Whether waiting for values is impossible now."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

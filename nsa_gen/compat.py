@@ -1,4 +1,4 @@
-"""Calling generated operators as other packages' are called: their lists of blocks, and one of their signatures."""
+"""Call generated operators like other packages: with their lists of blocks, or with one of their signatures."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 def sorted_lists(
     block_indices: Tensor, block_counts: Tensor | int | None = None, *, blocks: int, count: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Lists of blocks as generated operators take them, of lists in any order, padded in any way.
+    """Convert lists of blocks in any order, with any padding, to the form that generated operators take.
 
-    Blocks that are negative or not below ``blocks`` are padding; a block named twice is kept once. Nothing is read on
-    the host. Blocks of the future are kept: the operators ignore them.
+    Blocks that are negative or not below ``blocks`` are padding. A block that is given twice is kept once. Nothing is
+    read on the host. Future blocks are kept, because the operators ignore them.
 
     Args:
         block_indices: block numbers (..., S), of any integer dtype.
-        block_counts: how many leading slots are in use: one number, or (...) integers; all of them if None.
+        block_counts: the number of leading slots in use: one number, or (...) integers; None: all of them.
         blocks: number of selection blocks of the sequence, ceil(Tkv / l').
-        count: slots of the result, the spec's ``selection.count``; S if None.
+        count: slots of the result, the spec's ``selection.count``; None: S.
 
     Returns:
         indices (..., count) int32, ascending and padded with -1, and counts (...) int32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: the message names the argument, what was expected and what was given.
     """
     _check_tensor("block_indices", block_indices, "a tensor of integers (..., S)", integers=True)
     if block_indices.dim() < 1:
@@ -65,13 +65,13 @@ def sorted_lists(
 def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     """A function with the signature of flash-linear-attention's ``parallel_nsa`` that runs a generated package.
 
-    Its spec must have ``combine: {gate: given}``, keys shared by the branches, none of them joint, no sink, and either
-    compression by means over the selection's own blocks (block = stride = the selection's block), which then choose the
-    blocks, or no compression and ``indices: input``. What the call says of sizes must be what the spec says; which
-    blocks are chosen whatever their importance is the spec's ``initial`` and ``local``.
+    The spec must have ``combine: {gate: given}``, keys shared by the branches, no joint branches and no sink. Blocks
+    come from one of two sources: compression by means over the selection's own blocks (block = stride = the selection's
+    block), which then selects them, or no compression and ``indices: input``. Sizes in the call must be those of the
+    spec. The spec's ``initial`` and ``local`` say which blocks are always selected.
 
     Raises:
-        ValueError: the spec cannot be called so; names the field.
+        ValueError: the spec cannot be called in this way; the message names the field.
     """
     spec = op.SPEC
     compression, selection, window = spec["compression"], spec["selection"], spec["window"]
@@ -114,11 +114,11 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
     ) -> Tensor:
         """Native sparse attention of q (B, T, Hq, Dk), k (B, T, Hkv, Dk), v (B, T, Hkv, Dv): o (B, T, Hq, Dv).
 
-        Gates are values (B, T, Hq), one for each branch of the spec. block_indices (B, T, Hkv, S) is for a spec without
-        compression. With cu_seqlens, int32 or int64 (N + 1,) on q's device, B is 1.
+        Gates are values (B, T, Hq), one tensor for each branch of the spec. block_indices (B, T, Hkv, S) is for a spec
+        without compression. With cu_seqlens, int32 or int64 (N + 1,) on q's device, B is 1.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: the message names the argument, what was expected and what was given.
         """
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_tensor(name, x, "a tensor (B, T, H, D)", dims=4)
@@ -163,7 +163,7 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
         if q.shape[0] != 1:
             raise ValueError(f"q: expected a batch of 1 with cu_seqlens, got {q.shape[0]}")
         lists = {name: x[0] for name, x in lists.items()}
-        bounds = cu_seqlens.clamp(-1, 2**31 - 1).int()  # so that none wraps round to one that fits
+        bounds = cu_seqlens.clamp(-1, 2**31 - 1).int()  # so that none overflows to a valid bound
         return op.nsa_attention(q[0], k[0], v[0], gates[0], cu_seqlens=bounds, **lists)[None]
 
     return parallel_nsa
@@ -177,7 +177,7 @@ def _expect(name: str, found: object, expected: object) -> None:
 
 
 def _check_tensor(name: str, found: Any, expected: str, dims: int | None = None, *, integers: bool = False) -> None:
-    """Raise unless `found` is a dense tensor of integers, or else of floating numbers, with so many dims."""
+    """Raise unless `found` is a dense tensor with `dims` dims, of integers or otherwise of floating-point numbers."""
     if not isinstance(found, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(found).__name__}")
     if found.is_nested or found.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""Running a model of the Llama architecture, as the transformers library builds it, with a generated operator."""
+"""Run a Llama-like model, as the transformers library builds it, with a generated operator."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ UNDERSTOOD = frozenset(
         "max_position_embeddings", "attention_bias", "sliding_window_pattern",
     )
 )  # fmt: skip
-"""Attributes of an attention module that are read here, or that say what its parts and other attributes say."""
+"""Attributes of an attention module that are read here, or that repeat what its parts and other attributes say."""
 
 SIZE = re.compile(r"(^|_)(num|n|heads?|dims?|hidden|groups?)(_|$)")
-"""Names of attributes that are sizes, which the shapes of the parts say as well."""
+"""Names of attributes that are sizes. The shapes of the parts give the same sizes."""
 
 MEANINGS = {
     "sliding_window": "the model's attention ends there",
@@ -37,7 +37,7 @@ MEANINGS = {
     "clip_qkv": "the operator does not clip queries, keys and values",
     "attention_chunk_size": "the model's attention ends at chunks",
 }
-"""Settings of a module, or of the config where the module has none, that change what it computes."""
+"""Settings of a module (or of the config, if the module lacks them) that change what it computes."""
 
 IGNORED = frozenset(
     (
@@ -45,39 +45,39 @@ IGNORED = frozenset(
         "return_dict", "logits_to_keep",
     )
 )  # fmt: skip
-"""Keyword arguments that layers get and that attention without a cache has no use for."""
+"""Keyword arguments that layers receive, and that attention without a cache does not need."""
 
 
 LATENT = ("q_a_", "q_b_", "kv_a_", "kv_b_")
-"""How the names of parts of latent attention begin."""
+"""Prefixes of the names of latent attention's parts."""
 
 
 def use_sparse_attention(model: Any, op: Any, kind: type[SparseAttention] | None = None) -> Any:
-    """Replace the attention of every layer of a Llama-like model by a generated package's; the model is changed.
+    """Replace the attention of every layer of a Llama-like model by a generated package's. The model is modified.
 
-    The model's projections, their biases, q_norm and k_norm, and the rotary embedding are kept; gates, and phi's
-    parameters if the spec has any, are new and start as in `NativeSparseAttention`, so that a model must be trained on
-    to be of use with a spec that has them. Layers with use_rope false stay without rotary embedding.
+    The model's projections and their biases, q_norm, k_norm and the rotary embedding are kept. Gates are new, and so
+    are phi's parameters if the spec has any; both start as in `NativeSparseAttention`. With such a spec, the model must
+    therefore be trained further to be useful. Layers with use_rope false stay without rotary embedding.
 
-    Every layer is checked before any is replaced: its parts and settings by name, and what its attention computes for
-    a few tokens and drawn weights against dense attention of the parts named above. What the operator cannot compute
-    (sinks, soft caps, sliding windows, clipping, dropout, norms elsewhere, interleaved rotary dims) is refused, and the
-    model is left as it was. So is a model that was patched already.
+    Every layer is checked before any is replaced: its parts and settings by name, and its attention's output for a few
+    tokens and drawn weights, compared with dense attention of these parts. What the operator cannot compute (sinks,
+    soft caps, sliding windows, clipping, dropout, norms in other places, interleaved rotary dims) is refused, and the
+    model is not changed. A model that was already patched is also refused.
 
-    A patched layer uses `position_embeddings`, and `cu_seq_lens_q` and `cu_seq_lens_k` of rows that hold several
-    documents. Key-value caches and padding are refused, and `use_cache` is switched off.
+    A patched layer uses `position_embeddings` and, for rows that hold several documents, `cu_seq_lens_q` and
+    `cu_seq_lens_k`. Key-value caches and padding are refused, and `use_cache` is switched off.
 
     Args:
-        model: with `model.layers[...].self_attn` (q_proj, k_proj, v_proj, o_proj) and `model.rotary_emb`, such as
+        model: has `model.layers[...].self_attn` (q_proj, k_proj, v_proj, o_proj) and `model.rotary_emb`, such as
             LlamaForCausalLM with `attn_implementation="sdpa"`.
-        op: a generated package of the model's heads, head dim, scale and dtype, whose branches share keys.
-        kind: what layers get; `SparseAttention` if None.
+        op: a generated package with the model's heads, head dim, scale and dtype, whose branches share keys.
+        kind: the class of the new layers; None is `SparseAttention`.
 
     Returns:
         the model.
 
     Raises:
-        TypeError: the model is built otherwise.
+        TypeError: the model has another structure.
         ValueError: the spec does not fit the model, or the operator cannot compute its attention; names the field.
     """
     inner = getattr(model, "model", None)
@@ -105,7 +105,7 @@ def use_sparse_attention(model: Any, op: Any, kind: type[SparseAttention] | None
 
 
 def _check_settings(where: str, attention: Any, config: Any) -> None:
-    """Raise where an attention module is not made of known parts, or has a setting that the operator cannot follow."""
+    """Raise if an attention module has unknown parts, or a setting that the operator cannot follow."""
     if isinstance(attention, SparseAttention):
         raise ValueError(f"{where}: expected the model's own attention; it was replaced already")
     if not isinstance(attention, nn.Module):
@@ -151,10 +151,10 @@ def _does_nothing(module: nn.Module) -> bool:
 
 
 class SparseAttention(nn.Module):
-    """A `NativeSparseAttention` that is called as LlamaAttention is."""
+    """A `NativeSparseAttention` with the interface of LlamaAttention."""
 
     def __init__(self, where: str, attention: Any, op: Any, rotary_embedding: Any, packing: Packing) -> None:
-        """Take the parts of `attention`, named `where` in errors; its layers share `packing`."""
+        """Take over the parts of `attention`, which errors call `where`. All layers share `packing`."""
         super().__init__()
         heads, dims, weight = op.SPEC["heads"], op.SPEC["head_dim"], attention.q_proj.weight
         wanted = {
@@ -176,7 +176,7 @@ class SparseAttention(nn.Module):
         self.head_dim = dims["qk"]
         self.packing = packing
         self.layer_type = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
-        self._rotary_embedding = (rotary_embedding,)  # in a tuple, as it is the model's part and no part of this one
+        self._rotary_embedding = (rotary_embedding,)  # in a tuple, because it is no part of this module
         if self.encodes:
             self._stacked(self._embed(weight.new_zeros(1, 1, weight.shape[1]), torch.zeros(1, 1).long()), 1, 1)
         self.sparse = op.NativeSparseAttention(
@@ -198,19 +198,19 @@ class SparseAttention(nn.Module):
         max_length_k: Any = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        """Attention output (B, T, hidden_size), and None where LlamaAttention returns its weights.
+        """Attention output (B, T, hidden_size), and None in place of LlamaAttention's weights.
 
         Args:
             hidden_states: (B, T, hidden_size).
-            position_embeddings: cosines and sines (1 or B, T, rotary dims); if None, of `position_ids`.
-            attention_mask: None, or the mask (1, 1, T, T) that says what `cu_seq_lens_q` says.
-            position_ids: (1 or B, T), rising by one but at the bounds of documents; if None, counted in each document.
+            position_embeddings: cosines and sines (1 or B, T, rotary dims); None: those of `position_ids`.
+            attention_mask: None, or the mask (1, 1, T, T) that corresponds to `cu_seq_lens_q`.
+            position_ids: (1 or B, T), rising by one except at the bounds of documents; None: counted in each document.
             cu_seq_lens_q, cu_seq_lens_k: equal bounds (N + 1,) of the documents of a single row.
-            max_length_q, max_length_k: come with them; not needed.
-            more: has to be neutral.
+            max_length_q, max_length_k: passed with these bounds; not needed.
+            more: must have no effect.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: the message names the argument, what was expected and what was given.
         """
         if not isinstance(hidden_states, Tensor) or hidden_states.is_nested or hidden_states.dim() != 3:
             raise TypeError(f"hidden_states: expected a tensor (B, T, hidden_size), got {_shown(hidden_states)}")
@@ -233,7 +233,7 @@ class SparseAttention(nn.Module):
         return self.sparse(hidden_states[0], cu_seqlens=bounds, positions=positions)[None], None
 
     def _embed(self, x: Tensor, positions: Tensor) -> Any:
-        """The model's cosines and sines of positions (B, T), for the layer's type where it tells them apart."""
+        """The model's cosines and sines of positions (B, T); for the layer's type, if the model distinguishes types."""
         (embedding,) = self._rotary_embedding
         told = inspect.signature(getattr(embedding, "forward", embedding)).parameters
         more = {"layer_type": self.layer_type} if self.layer_type is not None and "layer_type" in told else {}
@@ -263,7 +263,7 @@ def scale_of(op: Any) -> float:
 
 
 def _rotate(x: Tensor, embeddings: Tensor) -> Tensor:
-    """Turn the first dims of heads (..., H, D) by cosines and sines (2, ..., R), the pairs R / 2 apart."""
+    """Rotate the first dims of heads (..., H, D) by cosines and sines (2, ..., R); a pair's dims are R / 2 apart."""
     cos, sin = embeddings.unsqueeze(-2)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
@@ -272,14 +272,14 @@ def _rotate(x: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def _part(attention: Any, name: str, head_dim: int) -> nn.Module:
-    """A projection, and behind it the norm of its heads where there is one."""
+    """A projection, followed by the norm of its heads if there is one."""
     norm = getattr(attention, name.replace("_proj", "_norm"), None) if name in ("q_proj", "k_proj") else None
     projection = getattr(attention, name)
     return projection if norm is None or _does_nothing(norm) else NormedProjection(projection, norm, head_dim)
 
 
 class NormedProjection(nn.Module):
-    """A projection and a norm: of each head if its weight is a head's, else of all heads together."""
+    """A projection and a norm: of each head if its weight has a head's size, otherwise of all heads together."""
 
     def __init__(self, projection: nn.Module, norm: nn.Module, head_dim: int) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class NormedProjection(nn.Module):
 
 
 class _Compared(nn.Module):
-    """An attention module's output beside dense attention of the parts that `SparseAttention` takes."""
+    """An attention module's output, compared with dense attention of the parts that `SparseAttention` takes over."""
 
     def __init__(self, attention: Any, sparse: SparseAttention, op: Any) -> None:
         super().__init__()
@@ -318,10 +318,10 @@ class _Compared(nn.Module):
 
 
 def _check_result(where: str, attention: Any, sparse: SparseAttention, op: Any, drawn: dict[Any, Any]) -> None:
-    """Raise unless the module computes what dense attention of its known parts does, for drawn weights on the CPU.
+    """Raise unless the module's output is that of dense attention of its known parts, for drawn weights on the CPU.
 
     `drawn` keeps the weights for layers of the same shapes. The module is copied, so that its config can ask for the
-    plain implementation; its parts are shared and in evaluation mode meanwhile.
+    plain implementation. Its parts are shared, and are in evaluation mode meanwhile.
     """
     module = copy.copy(attention)
     if hasattr(getattr(module, "config", None), "_attn_implementation"):
@@ -362,7 +362,7 @@ def _check_result(where: str, attention: Any, sparse: SparseAttention, op: Any, 
 
 
 def _refuse(more: Mapping[str, Any]) -> None:
-    """Raise for a keyword argument that says something, as none of them is used."""
+    """Raise for a keyword argument that has an effect, because none of them is used."""
     for name, value in more.items():
         if name in ("past_key_values", "past_key_value") and value is not None:
             raise ValueError(f"{name}: expected None; call the model with use_cache=False")

@@ -1,8 +1,8 @@
 """Packages imported from a folder or from the cache are the modules `nsa_gen.loaded.<name>_<digest>`.
 
-They are imported as any other module is, by Python's import: other threads wait until a module has run, and what is
-pickled finds its module in another process, because the name begins with that of nsa_gen. There, a package of
-`nsa_gen.load` is found in the cache, and one of `import_package` once that was called in that process too.
+Python's import imports them like any other module. Other threads therefore wait until a module has run. Pickled objects
+find their module in another process, because its name begins with nsa_gen. There, a package of `nsa_gen.load` is found
+in the cache, and a package of `import_package` if that was called in this process too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nsa_gen._resources import cache_dir
 
 PREFIX = f"{__name__}."
 __path__: list[str] = []
-"""Python imports modules below a module that has a path; none of these lies in a folder of it."""
+"""A module needs a path to have submodules. None of the packages lies in a folder of this path."""
 
 
 class Origin(NamedTuple):
@@ -30,16 +30,16 @@ class Origin(NamedTuple):
 
 
 origins: dict[str, Origin] = {}
-"""Packages that `import_package` was asked for, by module name."""
+"""Packages that were given to `import_package`, by module name."""
 
 
 def cached_folder(key: str) -> Path:
-    """Where the cache has the package of a key, `<name>_<digest>`, if it has it."""
+    """The folder in the cache of the package with a key, `<name>_<digest>`, if it is there."""
     return cache_dir() / "packages" / key / key.rpartition("_")[0]
 
 
 class _Finder:
-    """Finds packages by the names above, and those that `import_package` was given a name for."""
+    """Finds packages by the names above, and packages that `import_package` was given a name for."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""From a spec to an imported package in one call: generated into the user's cache once, imported from there."""
+"""From a spec to an imported package in one call: generated once into the user's cache, and imported from there."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
     """Generate a spec's package into the user's cache unless it is there, import it, and return it.
 
-    The package's place in the cache and its module name carry a digest of the generated text, so that a changed spec
-    or a newer nsa_gen gets a package of its own. The same text gives the same module object within a process. Several
-    processes and threads may call this at once: one generates, the others wait. What is pickled of the package, such as
-    a layer, is loaded by any process that has the same cache. Tuned tables that are shipped for a spec of this name
-    come along; the package uses those that were measured with its kernels.
+    The package's place in the cache and its module name contain a digest of the generated text, so a changed spec or a
+    newer nsa_gen gets its own package. Within a process, the same text gives the same module object. Several processes
+    and threads may call this at once: one generates, the others wait. Pickled objects of the package, such as a layer,
+    can be loaded by any process with the same cache. Tuned tables that are shipped for a spec of this name are copied
+    along. The package uses those that were measured with its kernels.
 
     Args:
         spec: a Spec, the path of a spec's file, or the name of a shipped spec.
@@ -39,7 +39,7 @@ def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
 
     Raises:
         nsa_gen.spec.SpecError: the spec is invalid or its file does not exist.
-        OSError: the cache cannot be written; set NSA_GEN_CACHE_DIR to a folder that can.
+        OSError: the cache is not writable; set NSA_GEN_CACHE_DIR to a writable folder.
     """
     from nsa_gen.rendering import render
     from nsa_gen.spec import Spec, load_spec
@@ -67,7 +67,7 @@ def _errors_that_name_the_cache() -> Iterator[None]:
 
 
 def _is_whole(package: Path, files: Iterable[str]) -> bool:
-    """Whether nothing is missing, as where somebody clears old files from the cache."""
+    """Whether no file is missing. Old files may have been deleted from the cache."""
     return all((package / name).is_file() for name in files)
 
 
@@ -82,7 +82,7 @@ def _digest(files: dict[str, str]) -> str:
 
 
 def _bring_tuned(package: Path) -> None:
-    """Lay the shipped tuned tables of the spec beside the package, as they are today."""
+    """Copy the spec's shipped tuned tables, as they are today, next to the package."""
     shipped = tuned_dir(package.name)
     if shipped is None:
         return
@@ -91,12 +91,12 @@ def _bring_tuned(package: Path) -> None:
         text = table.read_bytes()
         if target.is_file() and target.read_bytes() == text:
             continue
-        with replacing(target) as scratch:  # in one step, as another process may be reading it
+        with replacing(target) as scratch:  # atomically, because another process may be reading it
             scratch.write_bytes(text)
 
 
 def _generate_into(package: Path, spec: Spec, files: Iterable[str]) -> None:
-    """Generate `package` beside its final place and move it there whole, one process at a time."""
+    """Generate `package` next to its final place and move it there as a whole, one process at a time."""
     from filelock import FileLock
 
     from nsa_gen.rendering import generate
