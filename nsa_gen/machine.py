@@ -1,4 +1,4 @@
-"""The machine and the versions that times were taken with; for this torch is not imported."""
+"""The machine and the versions with which times were taken. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import nsa_gen
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
-"""Packages whose versions a time depends on: our own ground, and peers'."""
+"""Packages whose versions a time depends on: those that we need, and other packages that are timed."""
 
 
 def machine() -> dict[str, Any]:
-    """GPU, driver, versions, date and the commit of the checkout (None where unknown)."""
+    """GPU, driver, versions, date and the commit of the checkout (None if unknown)."""
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
     name, driver, memory = gpu.splitlines()[0].split(", ") if gpu else (None, None, None)
     project = str(Path(nsa_gen.__file__).resolve().parents[1])

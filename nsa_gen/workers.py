@@ -1,15 +1,15 @@
 """Processes that may die, hang or be killed: compilers, measurements, verifications and GPU tests run in them.
 
-A worker is a subprocess that answers requests, JSON lines in and out, and may report progress before an answer. One
-that says nothing for too long is killed, after it was asked for its Python stacks and the kernel it launched last. The
-caller gets an answer or a `WorkerFailure`; the next request starts a fresh process. The two sides:
+A worker is a subprocess that answers requests, as JSON lines on stdin and stdout, and may report progress before an
+answer. If it is silent for too long, it is asked for its Python stacks and the kernel that it launched last, and then
+killed. The caller gets an answer or a `WorkerFailure`. The next request starts a fresh process. The two sides:
 
     worker = Worker([sys.executable, "-m", "some.module"], worker_environment(), opening)
     worker.ask({"do": ...}, seconds)                        # in the parent
     serve(lambda opening: handle)                           # in some.module: handle(request, say) -> answer
 
-The stacks are written by faulthandler in a signal handler, which needs no cooperation of the thread that hangs. The
-last kernel's name is in memory that both processes map, so nothing is sent or asked for until the worker hangs.
+faulthandler writes the stacks in a signal handler, so the hanging thread need not cooperate. The last kernel's name is
+in memory that both processes map, so nothing is sent or asked for until the worker hangs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Answer = dict[str, Any]
 
 
 class WorkerFailure(RuntimeError):
-    """A request without a good answer; the message is one line, `detail` the traceback or the end of stderr."""
+    """A request failed. The message is one line; `detail` is the traceback or the end of stderr."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -62,17 +62,17 @@ class WorkerDied(WorkerFailure):
 
     @property
     def hung(self) -> bool:
-        """It was killed after its silence."""
+        """Whether it was killed after its silence."""
         return self.status is None
 
     @property
     def from_outside(self) -> bool:
-        """A signal ended it that the process does not bring upon itself."""
+        """Whether a signal from outside ended it."""
         return self.status in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 
 class WorkerClosed(RuntimeError):
-    """A request to a worker that was closed, before it or meanwhile: the work was given up, nothing has failed."""
+    """A request to a worker that was closed before or during it: the work was cancelled, nothing has failed."""
 
 
 def worker_environment(*paths: Path, interpreted: bool = False, **more: str) -> dict[str, str]:
@@ -87,12 +87,12 @@ def worker_environment(*paths: Path, interpreted: bool = False, **more: str) -> 
 
 
 class Worker:
-    """A subprocess that `serve`s, started when first asked and again after it died. Its stderr is kept until it ends.
+    """A subprocess that runs `serve`. It starts at the first request, and again after it died. Its stderr is kept.
 
     Args:
-        command: starts it.
-        environment: all of its variables.
-        opening: what it is told first.
+        command: the command that starts it.
+        environment: all of its environment variables.
+        opening: the first message that it gets.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The process's number while there is one."""
+        """The process's id, while there is a process."""
         return None if self._process is None else self._process.pid
 
     def ask(
@@ -117,12 +117,12 @@ class Worker:
         """Send a request and return its answer.
 
         Args:
-            request: anything that JSON takes.
+            request: JSON data.
             seconds: silence after which the process is killed.
-            hear: is called with what the process says before it answers; may return how long to wait from then on.
+            hear: called with progress that the process reports; may return a new limit for its silence.
 
         Raises:
-            WorkerDied: the process died, or was silent for too long and was killed with all it had started.
+            WorkerDied: the process died, or was killed after too long a silence, with everything it had started.
             WorkerFailure: the request raised an exception in the process.
             WorkerClosed: the worker was closed.
         """
@@ -145,7 +145,7 @@ class Worker:
         except TimeoutError:
             reason = f"hung: no sign of life for {seconds:.4g} s{process.whereabouts()}"
             raise WorkerDied(reason, self._buried(process)) from None
-        except (EOFError, BrokenPipeError, ValueError):  # of a line that is no JSON, or a pipe that `close` closed
+        except (EOFError, BrokenPipeError, ValueError):  # the line is not JSON, or `close` closed the pipe
             if self._closed:
                 raise WorkerClosed from None
             status = process.wait(10) or 0
@@ -156,19 +156,19 @@ class Worker:
             raise WorkerDied(reason, detail, status) from None
 
     def end(self) -> None:
-        """Kill the process and everything it started; a later `ask` starts a fresh one."""
+        """Kill the process and everything it started. A later `ask` starts a fresh one."""
         with self._lock:
             process, self._process = self._process, None
         if process is not None:
             process.close()
 
     def close(self) -> None:
-        """As `end`, for good: an `ask` in another thread does not start a fresh one."""
+        """Like `end`, but permanently: an `ask` in another thread does not start a fresh process."""
         self._closed = True
         self.end()
 
     def _buried(self, process: _Process) -> str:
-        """End a process that is of no more use; the end of what it wrote to stderr."""
+        """End a process that is no longer usable. Returns the end of its stderr."""
         detail = process.errors()
         self.end()
         return detail
@@ -180,10 +180,10 @@ def share(
     do: Callable[[Worker, T], R],
     done: Callable[[T, R], None] = lambda item, result: None,
 ) -> list[R]:
-    """The results of `do(worker, item)`, each item given to whichever worker is free, in the order of the items.
+    """The results of `do(worker, item)` in the order of the items. Each item goes to whichever worker is free.
 
     `done` is called as each ends, one call at a time. The workers are closed when this returns or raises. After the
-    first exception, of `do` or in this thread, no further item is begun and what is under way raises `WorkerClosed`.
+    first exception, of `do` or in this thread, no further item is started, and those in progress raise `WorkerClosed`.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(items)):
@@ -205,10 +205,10 @@ def share(
             troubles.append(error)
             stop.set()
         finally:
-            worker.close()  # by the thread that started it, at whose end the kernel would kill it
+            worker.close()  # by the thread that started it: at that thread's end the kernel would kill it
             ended.set()
 
-    # An event tells a thread's end: until Python 3.13 `join` takes a thread for ended once a signal interrupted it.
+    # An event marks a thread's end: before Python 3.13, `join` takes a thread for ended once a signal interrupted it.
     ends = [threading.Event() for _ in workers[: len(items)]]
     threads = [
         threading.Thread(target=run, args=pair, daemon=True) for pair in zip(workers[: len(items)], ends, strict=True)
@@ -231,7 +231,7 @@ def share(
 
 
 class _Process:
-    """A subprocess from its start to its end, in a session of its own."""
+    """A subprocess from its start to its end, in its own session."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], opening: Mapping[str, Any]) -> None:
         self._log = tempfile.TemporaryFile(prefix="nsa_gen_worker_")  # noqa: SIM115 (closed with the process)
@@ -254,16 +254,16 @@ class _Process:
         self._input, self._output = self._process.stdin, self._process.stdout
         self.pid = self._process.pid
         self._unread = b""
-        with contextlib.suppress(BrokenPipeError):  # reading an answer will tell
+        with contextlib.suppress(BrokenPipeError):  # reading the answer will show it
             self.tell(opening)
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a line. BrokenPipeError if the process has ended."""
+        """Send a line. Raises BrokenPipeError if the process has ended."""
         self._input.write(json.dumps(dict(message)).encode() + b"\n")
         self._input.flush()
 
     def read_line(self, seconds: float) -> bytes:
-        """The next line. TimeoutError after so many seconds without a whole one, EOFError if the process ended."""
+        """The next line. Raises TimeoutError if none is complete after `seconds`, EOFError if the process ended."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._unread:
             ready, _, _ = select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))
@@ -285,23 +285,23 @@ class _Process:
         return self._log.read().decode(errors="replace")
 
     def whereabouts(self) -> str:
-        """Where the process hangs, in brackets after a blank; "" where it leaves no trace."""
+        """Where the process hangs, in brackets after a space; "" if it left no trace."""
         return self._trace.remark(self.pid)
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status, negative for a signal; None if the process runs on after so many seconds."""
+        """The exit status, negative for a signal; None if the process still runs after `seconds`."""
         try:
             return self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def close(self) -> None:
-        """Kill the process and everything that it has started, such as an assembler."""
-        with contextlib.suppress(ProcessLookupError):  # all of its session had ended
+        """Kill the process and everything it started, such as an assembler."""
+        with contextlib.suppress(ProcessLookupError):  # its whole session has already ended
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._input, self._output, self._log):
-            with contextlib.suppress(BrokenPipeError):  # it holds a line that nobody will read
+            with contextlib.suppress(BrokenPipeError):  # it holds a line that is never read
                 pipe.close()
         self._trace.close()
 
@@ -323,16 +323,16 @@ LOST_STATUS = 3
 DETAIL_LIMIT = 6000
 
 Say = Callable[[dict[str, Any]], None]
-"""Reports progress to the parent, as a sign of life."""
+"""Reports progress to the parent, which is also a sign of life."""
 Handle = Callable[[dict[str, Any], Say], Any]
 
 
 class Lost(RuntimeError):
-    """Raised by a request that left the GPU of no more use to its process, which then ends."""
+    """Raised by a request after which its process can no longer use the GPU. The process then ends."""
 
 
 def serve(build: Callable[[dict[str, Any]], Handle]) -> NoReturn:
-    """Build what handles requests from the first line of standard input, and answer the others until it ends."""
+    """Build the handler of requests from the first line of standard input, then answer requests until it closes."""
     end_with_parent()
     watched()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -348,20 +348,20 @@ def serve(build: Callable[[dict[str, Any]], Handle]) -> NoReturn:
             send({"answer": handle(json.loads(line), lambda says: send({"says": says}))})
         except Lost as lost:
             send({"lost": str(lost)})
-            os._exit(LOST_STATUS)  # an orderly end would wait for the GPU
+            os._exit(LOST_STATUS)  # an orderly exit would wait for the GPU
         except Exception as error:
             send(describe(error))
     os._exit(0)
 
 
 def describe(error: BaseException) -> dict[str, str]:
-    """An exception as an answer: the innermost message on one line, and its traceback cut to a page."""
+    """An exception as an answer: the innermost message on one line, and its shortened traceback."""
     innermost = error
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__
     lines = [line.strip() for line in str(innermost).splitlines() if line.strip().strip("^")]
     where = next((line.strip(" :") for line in str(error).splitlines() if line.startswith("at ")), "")
-    # A compiler's first line says only that it failed; the line with the word says why.
+    # A compiler's first line only says that it failed. The line with this word says why.
     said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
     text = f"{type(innermost).__name__}: {said}" + (f" ({where})" if where and where not in said else "")
     detail = "".join(traceback.format_exception(error))
@@ -369,7 +369,7 @@ def describe(error: BaseException) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however that happens; Linux only, elsewhere a no-op."""
+    """Let the kernel end this process when its parent ends, for any reason. On Linux only; elsewhere a no-op."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -378,21 +378,21 @@ def end_with_parent() -> None:
 # Stacks and the last kernel of a process that hangs
 
 VARIABLE = "NSA_GEN_TRACE"
-"""Names the file that a process shares with its parent, by its descriptor and inode."""
+"""Names the file that a process shares with its parent, by descriptor and inode."""
 _SIGNAL = signal.SIGURG
-"""Not SIGUSR1 or SIGUSR2, whose handlers LLVM replaces when it compiles. A process without a handler outlives it."""
+"""Not SIGUSR1 or SIGUSR2: LLVM replaces their handlers when it compiles. Without a handler, this signal is ignored."""
 _NAME, _HEADER = 112, 128
-"""The file begins with the last kernel's name, padded, and the process's number; the stacks follow."""
+"""The file begins with the last kernel's name, padded, and the process id. The stacks follow."""
 _ANSWER_SECONDS, _SETTLED_SECONDS = 5.0, 0.3
-"""How long stacks are waited for, and after which pause they are complete."""
+"""How long to wait for stacks, and the pause after which they are complete."""
 _FRAMES, _THREADS, _LIMIT = 6, 3, 600
-"""Most innermost frames of a thread, threads, and letters that are reported."""
+"""Maximum of reported innermost frames per thread, of threads, and of characters."""
 
 _shared: mmap.mmap | None = None
 
 
 class Trace:
-    """The parent's side of the file in which a process leaves what it is at."""
+    """The parent's side of the file in which a process records what it is doing."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="nsa_gen_trace_")  # noqa: SIM115 (closed by `close`)
@@ -402,7 +402,7 @@ class Trace:
         self.environment = {VARIABLE: f"{number}:{os.fstat(number).st_ino}"}
 
     def story(self, group: int) -> str:
-        """What the process, of a process group, is at: a line of at most some 600 letters; "" where it says nothing."""
+        """What the process of a process group is doing, in a line of some 600 characters; "" if it reports nothing."""
         header = os.pread(self._file.fileno(), _HEADER, 0)
         kernel = header[:_NAME].rstrip(b"\0").decode(errors="replace")
         said = [f"launched {kernel} last"] if kernel else []
@@ -412,15 +412,15 @@ class Trace:
         return _cut("; ".join(said))
 
     def remark(self, group: int) -> str:
-        """The story in brackets after a blank, as the end of a sentence; "" where there is none."""
+        """The story in brackets after a space, as the end of a sentence; "" without a story."""
         story = self.story(group)
         return f" ({story})" if story else ""
 
     def _stacks(self, pid: int, group: int) -> str:
-        """The stacks of all threads as faulthandler writes them; as far as they come in time."""
+        """The stacks of all threads as faulthandler writes them, as far as they arrive in time."""
         start = size = self._size()
         try:
-            if os.getpgid(pid) != group:  # the number is another process's by now
+            if os.getpgid(pid) != group:  # another process has the number by now
                 return ""
             os.kill(pid, _SIGNAL)
         except ProcessLookupError:
@@ -442,12 +442,12 @@ class Trace:
 
 
 def told(stacks: str) -> str:
-    """What faulthandler has written, as a line: the innermost frames of threads, the main one first."""
+    """The output of faulthandler as one line: the innermost frames of threads, the main one first."""
     threads = [
         re.findall(r'^  File "(.*)", line (\d+) in (.*)$', thread, re.MULTILINE)
         for thread in re.split(r"^(?:Current thread|Thread) ", stacks, flags=re.MULTILINE)
     ]
-    # Threads are listed from the newest to the oldest. The one that only serves to be told of signals is left out.
+    # Threads are listed from the newest to the oldest. The one that only waits for signals is left out.
     seen = [frames for frames in reversed(threads) if frames and not any(_stand_by.__name__ == f[2] for f in frames)]
     lines = []
     for frames in seen[:_THREADS]:
@@ -462,9 +462,9 @@ def _cut(text: str) -> str:
 
 
 def watched() -> None:
-    """Leave for the parent what this process is at when it asks. Nothing where the parent has not made ready for it."""
+    """Record for the parent what this process is doing, when it asks. Does nothing if the parent is not prepared."""
     global _shared
-    # Children of this process do not have the file; nor has this one if what is between it and its parent closed it.
+    # Children of this process do not have the file. Nor has this process, if one between it and its parent closed it.
     file, _, inode = os.environ.pop(VARIABLE, "-1:").partition(":")
     file = int(file)
     try:
@@ -475,7 +475,7 @@ def watched() -> None:
         return
     os.lseek(file, 0, os.SEEK_END)
     faulthandler.register(_SIGNAL, file=file, all_threads=True)
-    # A signal that the main thread blocks goes to a thread that does not.
+    # A signal that the main thread blocks is delivered to a thread that does not block it.
     threading.Thread(target=_stand_by, daemon=True, name="nsa_gen_trace").start()
     _shared[_NAME:] = str(os.getpid()).encode().ljust(_HEADER - _NAME, b"\0")
 
@@ -486,11 +486,11 @@ def _stand_by() -> None:
 
 
 def note_launches() -> None:
-    """Have every launch of a Triton kernel note the kernel's name from now on, by whichever way it is launched.
+    """From now on, have every launch of a Triton kernel record the kernel's name, whichever way it is launched.
 
-    Triton's dispatcher, and packages, which launch past it, both call what `CompiledKernel.run` gives. Triton's own
-    hooks are not for this: while there are any, packages launch by the dispatcher, which takes some 30 us longer. This
-    takes 0.3 us.
+    Triton's dispatcher, and packages, which launch without it, both call the function that `CompiledKernel.run`
+    returns. Triton's own hooks are not suitable: with hooks, packages launch by the dispatcher, which takes about 30 us
+    longer. This takes 0.3 us.
     """
     shared = _shared
     if shared is None:
