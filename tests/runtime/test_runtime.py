@@ -10,6 +10,7 @@ import torch
 
 from nsa_gen._resources import runtime_dir
 from nsa_gen.rendering import render
+from nsa_gen.rendering.package import HEADER
 from nsa_gen.runtime import sizes
 from nsa_gen.runtime.launch import strides
 from nsa_gen.runtime.pages import Pages
@@ -22,9 +23,7 @@ MODULES = sorted(path.name for path in runtime_dir().glob("*.py") if path.name !
 @pytest.mark.parametrize("name", MODULES)
 def test_a_package_carries_a_runtime_module_to_the_letter(name: str) -> None:
     files = render(load_spec("llama3_8b"))
-    header, source = files["spec.yaml"].splitlines()[:4], (runtime_dir() / name).read_text(encoding="utf-8")
-    assert files[f"runtime/{name}"].splitlines()[:4] == header
-    assert files[f"runtime/{name}"].endswith(f"\n{source}")
+    assert files[f"runtime/{name}"] == f"{HEADER}\n{(runtime_dir() / name).read_text(encoding='utf-8')}"
 
 
 @pytest.mark.parametrize("name", MODULES)
