@@ -215,6 +215,8 @@ def _modules(program: Plan) -> list[str]:
     if program.hopper or "hopper_tiles" in kernels:
         kernels.add("hopper_device")
         runtime.add("hopper_names")
+    if "banded_backward" in kernels:
+        runtime.add("shares")
     if program.compresses:
         kernels.add("compression")
     if program.joint:
