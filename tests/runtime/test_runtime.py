@@ -50,8 +50,9 @@ def test_sizes_round_up() -> None:
 def test_a_page_that_two_sequences_use_is_copied_by_the_one_that_writes_and_freed_by_the_last() -> None:
     pages = Pages(batch=2, page_size=16, pages=4, width=4)
     assert pages.needed([(0, 0, 40)]) == 3 and pages.grow(0, 0, 40) is None
-    assert (pages.free, pages.sharing, pages.entries(0)[3]) == (1, False, -1)
+    assert (pages.free, pages.sharing, pages.changes()) == (1, False, [(0, [*pages.owned[0], -1])])
     pages.share(0, 1, 20)
+    assert pages.changes() == [(1, [*pages.owned[1], -1, -1])] and pages.changes() == []
     assert pages.sharing and pages.owned[1] == pages.owned[0][:2] and pages.free == 1
     # The next token of sequence 1 goes to the second page, which sequence 0 uses too.
     assert pages.needed([(1, 20, 21)]) == 1
