@@ -225,6 +225,7 @@ def _modules(program: Plan) -> list[str]:
         kernels |= {"selected_attention", "selected_key_major_lists"}
     if program.decodes:
         modules |= {"cache", "decode", "inference", "inference_ops", "storage", "workspace"}
+        kernels.add("cached_rows")
         runtime |= {"cache", "inference", "pages", "storage"}
     if program.quantized:
         kernels.add("e4m3")
