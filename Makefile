@@ -35,11 +35,11 @@ lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP) ## Format the code, and mend what ruff can mend
+format: $(STAMP) ## Format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: $(STAMP) ## Write generated/ and the JSON Schema anew
+generate: $(STAMP) ## Write generated/ and the JSON Schema again
 	$(BIN)/python -m nsa_gen.spec.schema
 	$(BIN)/nsa-gen generate $(SPECS)
 

@@ -29,13 +29,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.quality.arms import PROFILES, Profile
-from examples.quality.data import library
+from examples.quality.data import SHORTEST, library
 from examples.quality.evaluation import evaluate
 from examples.quality.model import Model
 from examples.quality.training import Settings, device_here, peak_bytes, read_log, train
 from nsa_gen._files import write_whole
 
 TIMED_STEPS = 3
+
+
+def shortened(profile: Profile, tokens: int) -> Profile:
+    """The profile with sequences of `tokens` bytes, as many bytes a step, and no longer ones in the evaluation."""
+    bytes_a_step = profile.settings["tokens"] * profile.settings["batch"]
+    if not 4 * SHORTEST <= tokens <= bytes_a_step or bytes_a_step % tokens:
+        wanted = f"a divisor of a step's {bytes_a_step} bytes of at least {4 * SHORTEST}"
+        raise ValueError(f"--tokens: expected {wanted}, got {tokens}")
+    return replace(
+        profile, settings={**profile.settings, "tokens": tokens, "batch": bytes_a_step // tokens}, lengths=()
+    )
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -130,7 +141,8 @@ def compile_arm(profile: Profile, arm: str, out: Path) -> None:
 def child(options: argparse.Namespace, phase: str, runs: list[str], number: int = 0) -> subprocess.Popen[bytes]:
     """This script in a process of its own, on one of the GPUs."""
     command = [sys.executable, __file__, "--profile", options.profile, "--out", str(options.out), "--phase", phase]
-    command += ["--steps", str(options.steps), "--rows", str(options.rows), "--runs", ",".join(runs)]
+    command += ["--steps", str(options.steps), "--rows", str(options.rows), "--tokens", str(options.tokens)]
+    command += ["--runs", ",".join(runs)]
     environment = dict(os.environ)
     if torch.cuda.device_count() > 1:
         visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -203,12 +215,19 @@ def _result(out: Path, run: str) -> Path:
     return out / "runs" / f"{run}.json"
 
 
+def profile_of(options: argparse.Namespace) -> Profile:
+    """The profile that the command line asks for; raises ValueError naming the option."""
+    profile = PROFILES[options.profile]
+    profile = replace(profile, rows=options.rows or profile.rows)
+    return shortened(profile, options.tokens) if options.tokens else profile
+
+
 def report(options: argparse.Namespace, runs: list[str], started: float) -> list[dict[str, Any]]:
     """Write study.json and study.md of the runs that have a result."""
     rows = [json.loads(_result(options.out, run).read_text()) for run in runs if _result(options.out, run).exists()]
     device = device_here()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    profile = PROFILES[options.profile]
+    profile = profile_of(options)
     about = {
         "profile": options.profile,
         "settings": profile.settings,
@@ -278,12 +297,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="of every run; by --minutes if left out")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole study, without --steps (9)")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time; as many as GPUs, or one, if left out")
+    parser.add_argument("--tokens", type=int, default=0, help="bytes of a sequence, in place of the profile's")
     parser.add_argument("--rows", type=int, default=0, help="sequences of each task in an evaluation")
     parser.add_argument("--phase", choices=("compile", "time", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
     options, started = parser.parse_args(arguments), time.monotonic()
-    profile = PROFILES[options.profile]
-    profile = replace(profile, rows=options.rows or profile.rows)
+    try:
+        profile = profile_of(options)
+    except ValueError as error:
+        parser.error(str(error))
     if options.phase is not None:
         work(options, profile)
         return
@@ -300,10 +322,13 @@ def main(arguments: list[str] | None = None) -> None:
     kept = json.loads(plan.read_text()) if plan.exists() else None
     if kept is not None and kept["profile"] != options.profile:
         parser.error(f"--out: {options.out} holds a study of profile {kept['profile']}, got {options.profile}")
+    tokens = profile.settings["tokens"]
+    if kept is not None and kept["tokens"] != tokens:
+        parser.error(f"--tokens: the study in {options.out} has sequences of {kept['tokens']} bytes, got {tokens}")
     if kept is not None and options.steps not in (0, kept["steps"]):
         parser.error(f"--steps: the study in {options.out} has {kept['steps']} steps, got {options.steps}")
     options.steps = options.steps or (kept["steps"] if kept else choose_steps(options, runs, started))
-    write_json(plan, {"profile": options.profile, "steps": options.steps})
+    write_json(plan, {"profile": options.profile, "tokens": tokens, "steps": options.steps})
     for result in (_result(options.out, run) for run in runs):
         if result.exists() and "problem" in json.loads(result.read_text()):
             result.unlink()

@@ -249,9 +249,9 @@ def test_the_rows_of_the_comparison_are_shown_by_what_they_name():
     asked = {
         "Any group size": nsa_spec("four", 32, 8),
         "Different head dims of keys and values": nsa_spec("unequal", 64, 4, 192, 128),
-        "Branches left out, or alone": base.replace(window=None),
+        "Branches left out, or one alone": base.replace(window=None),
         "float32": base.replace(dtype="float32"),
-        "Keys and values of each branch its own": base.replace(kv="per_branch"),
+        "Separate keys and values for each branch": base.replace(kv="per_branch"),
     }
     for what, spec in asked.items():
         _, fla, others = answers[what]

@@ -45,11 +45,11 @@ PAGE_HEAD = """# Predictions beside measurements
 
 <!-- Written by `{command}`; do not edit. -->
 
-What `nsa-gen explain` predicts, and what torch's profiler measured on one {gpu} (torch {torch},
-triton {triton}, commit {commit}): GPU time of all launches of a kernel in one forward or backward of one sequence of
-independent inputs. The predictions are the cost model's times, scaled by a factor a kernel that these very measurements
-gave (`nsa_gen/lowering/calibration.py`), so the table says how well one factor serves all shapes and lengths, not how
-well unseen kernels are foretold. The worst is {worst:.2f}x off.
+The table compares what `nsa-gen explain` predicts with what torch's profiler measured on one {gpu} (torch {torch},
+triton {triton}, commit {commit}). A time is the GPU time of all launches of a kernel in one forward or backward,
+for one sequence of independent inputs. The predictions are the cost model's times, scaled by one factor per kernel that
+these same measurements determined (`nsa_gen/lowering/calibration.py`). The table therefore shows how well one factor
+fits all shapes and lengths, not how well unseen kernels are predicted. The largest error is {worst:.2f}x.
 
 """
 

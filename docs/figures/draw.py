@@ -9,8 +9,8 @@ a small example; the figures of speed-ups and of quality draw results of docs/re
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def draw_speed_up() -> plt.Figure:
 
 def draw_quality() -> plt.Figure:
     """Held-out loss by position, and the needles that models found, by depth and length."""
-    study = json.loads((RESULTS / "h200_2026-11-30_quality" / "study_dense_nsa.json").read_text())
+    study = json.loads((RESULTS / "h200_2026-11-30_rates" / "dense_nsa.json").read_text())
     figure, (left, *maps) = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained", width_ratios=(3, 4, 4))
     names = {"dense-group-4": ("dense", ORANGE), "nsa-group-4": ("NSA", BLUE)}
     for ax, row in zip(maps, study["rows"], strict=True):
@@ -160,7 +160,7 @@ def draw_quality() -> plt.Figure:
         ax.set(xlabel="bytes", title=f"letters of a needle found, {name} (%)")
         ax.title.set_fontsize(9)
     maps[0].set_ylabel("depth")
-    left.set(xlabel="position", ylabel="held-out loss (nats a byte)", ylim=(0.6, None))
+    left.set(xlabel="position", ylabel="held-out loss (nats a byte)", ylim=(0.55, None))
     left.set_xticks([0, 4096, 8192], ["0", "4k", "8k"])
     left.grid(axis="y", color=LIGHT)
     left.legend(frameon=False, fontsize=8)
@@ -335,4 +335,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="where to write them (docs/figures)")
+    main(parser.parse_args().folder)

@@ -63,7 +63,7 @@ class Profile:
         """The attentions by name, in the order of the table."""
         by_group = {group: self.spec("nsa", group) for group in self.groups}
         moba = {"initial": 0, "local": 1, "scores": "mean", "scope": "head"}
-        mlp = {"phi": {"key": "mlp", "value": "mlp", "hidden": self.hidden}}
+        mlp = {"phi": {"key": "mlp", "value": "mlp", "hidden": self.hidden}, "position": {"key": "learned"}}
         specs = {f"nsa-group-{group}": spec for group, spec in by_group.items()}
         specs |= {
             "no-compression": self.spec("no_compression", compression=None, selection={"scores": "mean"}),

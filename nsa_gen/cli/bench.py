@@ -69,7 +69,7 @@ def _require_choices(spec: Spec, inputs: Sequence[str], lengths: Sequence[int]) 
     from nsa_gen.bench.recorded import LAGS
 
     if spec.selection is None or spec.selection.indices == "input":
-        raise typer.BadParameter(f"--inputs: {recorded[0]} needs a spec that chooses blocks itself, got {spec.name}")
+        raise typer.BadParameter(f"--inputs: {recorded[0]} needs a spec that selects blocks itself, got {spec.name}")
     least = spec.selection.count * spec.selection.block + max(LAGS)
     for length in lengths:
         if length <= least:
@@ -79,11 +79,11 @@ def _require_choices(spec: Spec, inputs: Sequence[str], lengths: Sequence[int]) 
 def bench(
     spec: SpecArgument,
     against: Annotated[list[str], names_option(CONTENDERS, split_list, "dense and peers that are installed")] = [],
-    tokens: Annotated[list[str], lengths_option("Lengths.", "8192,32768,65536")] = [],
+    tokens: Annotated[list[str], lengths_option("Sequence lengths.", "8192,32768,65536")] = [],
     passes: Annotated[
-        list[str], names_option("Passes to time; decode alone.", require_passes, "the spec's but decode")
+        list[str], names_option("Passes to time; decode is timed alone.", require_passes, "the spec's without decode")
     ] = [],
-    batch: Annotated[list[str], lengths_option("Sequences of a step of decode.", "1,4,16,32,64")] = [],
+    batch: Annotated[list[str], lengths_option("Numbers of sequences in a decode step.", "1,4,16,32,64")] = [],
     inputs: Annotated[
         list[str],
         names_option(
@@ -97,21 +97,22 @@ def bench(
         typer.Option(metavar="FILE", callback=require_output, help="Draw speed-ups by length: .png, .svg or .pdf."),
     ] = None,
     output: Annotated[
-        Path | None, output_option("Keep the results: JSON for report and explain.", _require_json)
+        Path | None, output_option("Write the results as JSON, for report and explain.", _require_json)
     ] = None,
     budget: BudgetOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Time an operator beside dense attention and other packages.
+    """Time an operator, dense attention and other packages.
 
-    Every contender takes its turn in every round. The operator is verified first. A contender that fails is a line of
-    the report. Needs a GPU; without one, see what the operator must cost: nsa-gen explain.
+    The operator is verified first. Then all contenders take turns in every round. If a contender fails, its line of the
+    report says why. This needs a GPU; without one, nsa-gen explain shows what the operator must cost.
 
-    With --passes decode, steps of decode on caches of --tokens tokens and --batch sequences are timed, contiguous and
-    paged, beside cuDNN's dense attention (--against none: without it).
+    With --passes decode, decode steps on caches of --tokens tokens and --batch sequences are timed, contiguous and
+    paged, and compared with cuDNN's dense attention (--against none leaves it out).
 
-    With --output FILE.json, what is known at any time is in FILE.jsonl, which stays if the benchmark is interrupted.
+    With --output FILE.json, results are written to FILE.jsonl as they are measured. That file stays if the benchmark is
+    interrupted.
 
     \b
     Example:
@@ -127,13 +128,13 @@ def bench(
         if wanted != ("decode",):
             raise typer.BadParameter("--passes: decode is timed alone")
         if plot is not None:
-            raise typer.BadParameter("--plot: decode has a table alone")
+            raise typer.BadParameter("--plot: decode has no plot, only a table")
         _require_gpu(str(spec))
         shapes = [(n, b) for n in tuple(tokens) or DECODE_LENGTHS for b in tuple(batch) or DECODE_BATCHES]
         _report(_decode_results(loaded, shapes, against != ["none"], budget, seed), output, as_json)
         return
     if batch:
-        raise typer.BadParameter("--batch: other passes than decode are timed on one sequence")
+        raise typer.BadParameter("--batch: passes other than decode are timed on one sequence")
     from nsa_gen.bench.peers import DEFAULT_NAMES, choose
 
     names = [] if against == ["none"] else against or list(DEFAULT_NAMES)
@@ -214,7 +215,7 @@ def _require_gpu(spec: str) -> None:
     if not torch.cuda.is_available():
         note(
             "nsa-gen: bench times kernels on a GPU, and torch sees none here (see nsa-gen env). "
-            f"What the operator must cost on one: nsa-gen explain {spec} --tokens 65536 --gpu h100"
+            f"To see what the operator must cost on one: nsa-gen explain {spec} --tokens 65536 --gpu h100"
         )
         raise typer.Exit(2)
 

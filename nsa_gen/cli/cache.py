@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 cache = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Show and move tuned configurations.\n\nEntries lie in the user's cache, a file for each kernels' hash, GPU "
-    "and bucket of calls.\n\n\b\nExample:\n  nsa-gen cache list\n  nsa-gen cache why llama3_8b --tokens 8192",
+    help="Show and move tuned configurations.\n\nEntries are in the user's cache, one file for each hash of kernels, "
+    "GPU and bucket of calls.\n\n\b\nExample:\n  nsa-gen cache list\n  nsa-gen cache why llama3_8b --tokens 8192",
 )
 NamesArgument = Annotated[
     list[str], typer.Argument(metavar="NAME", help="Names of specs; all when left out.", show_default=False)
@@ -51,7 +51,7 @@ def _named(store: Store, names: Sequence[str]) -> list[tuple[Path, Entry]]:
 def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:
     """Show what is tuned.
 
-    Of specs that are shipped it also says which entries a package refuses, because their values are not legal.
+    For shipped specs it also shows which entries a package refuses because their values are not legal.
 
     \b
     Example:
@@ -74,7 +74,7 @@ def list_(names: NamesArgument = [], as_json: JsonOption = False) -> None:
         print_json({"ok": True, "entries": listed})
         return
     if not found:
-        what = f"Nothing of {', '.join(names)}" if names else "Nothing"
+        what = f"Nothing for {', '.join(names)}" if names else "Nothing"
         show(Text(f"{what} is tuned in {store.root}. To tune: nsa-gen tune SPEC"))
         return
     show(entries_table(entries), Text(f"In {store.root}."))
@@ -88,7 +88,7 @@ def why(
     spec: SpecArgument,
     tokens: Annotated[int, number_option("Key tokens of the call.")] = 8192,
     batch: Annotated[int, number_option("Sequences of the call.")] = 1,
-    packed: Annotated[bool, typer.Option("--packed", help="The call is of packed sequences.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="The call has packed sequences.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="The call decodes; N is the cache's capacity.")] = False,
     gpu: Annotated[
         str | None,
@@ -99,9 +99,10 @@ def why(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which entry serves a call, and why others do not.
+    """Show which entry serves a call, and why others do not.
 
-    Each other entry is compared field by field. Exits 1 when the cost model's choice is used.
+    All other entries are compared field by field. Exits 1 if no entry serves the call, and the cost model's choice is
+    used.
 
     \b
     Example:
@@ -172,9 +173,9 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", callback=require_output, help="The file to write.")],
     names: NamesArgument = [],
 ) -> None:
-    """Write entries to one file, for another machine like this.
+    """Write entries to one file, for another machine.
 
-    They serve there on the same GPUs.
+    That machine must have the same GPUs.
 
     \b
     Example:
@@ -194,16 +195,18 @@ def export(
 
 @cache.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="What export wrote.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A file that export wrote.")
+    ],
     specs: Annotated[
         list[str], typer.Argument(metavar="SPEC", help="Specs that are not shipped.", show_default=False)
     ] = [],
     as_json: JsonOption = False,
 ) -> None:
-    """Take entries of a file into the cache.
+    """Add the entries of a file to the cache.
 
-    Entries that were measured for other kernels than today's are refused, and so are illegal configurations. Exits 1
-    when one is refused.
+    Entries that were measured for other kernels than the current ones are refused, and so are illegal configurations.
+    Exits 1 if one is refused.
 
     \b
     Example:
@@ -243,7 +246,7 @@ def clear(
     names: NamesArgument = [],
     stale: Annotated[bool, typer.Option("--stale", help="Only entries that no package uses any more.")] = False,
 ) -> None:
-    """Delete entries. Those set aside as .bad stay.
+    """Delete entries. Files set aside as .bad are kept.
 
     \b
     Example:

@@ -8,7 +8,7 @@ from nsa_gen.cli.common import JsonOption, SpecsArgument, print_json, problem_as
 def check(specs: SpecsArgument, as_json: JsonOption = False) -> None:
     """Validate specs.
 
-    Prints every mistake with its file, line and column, all of them at once.
+    Prints all errors at once, each with its file, line and column.
 
     \b
     Example:

@@ -237,9 +237,9 @@ def require_folder(path: Path | None) -> Path | None:
         path.stat()
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise typer.BadParameter(f"{shortened(str(path))} can be no folder: {error.strerror}") from None
+            raise typer.BadParameter(f"{shortened(str(path))} cannot be a folder: {error.strerror}") from None
         if broken:
-            raise typer.BadParameter(f"{broken[-1]} is a link to nothing; expected a folder") from None
+            raise typer.BadParameter(f"{broken[-1]} is a broken link; expected a folder") from None
         return path
     raise typer.BadParameter(f"{path}: expected a folder or a new one, got a file, a pipe or a device")
 
@@ -291,13 +291,13 @@ def _require_specs(arguments: list[str]) -> list[str]:
 SpecArgument = Annotated[
     str,
     typer.Argument(
-        metavar="SPEC", callback=require_spec, help="A spec's path, or a shipped spec's name.", show_default=False
+        metavar="SPEC", callback=require_spec, help="Path of a spec, or name of a shipped spec.", show_default=False
     ),
 ]
 SpecsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="SPEC", callback=_require_specs, help="Specs: paths, or names of shipped ones.", show_default=False
+        metavar="SPEC", callback=_require_specs, help="Paths of specs, or names of shipped specs.", show_default=False
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -308,5 +308,7 @@ JobsOption = Annotated[
 CORES = os.cpu_count() or 1
 BudgetOption = Annotated[
     float | None,
-    typer.Option(metavar="TIME", parser=seconds, help="Begin nothing new after 90s, 5m, 1h.", show_default="no limit"),
+    typer.Option(
+        metavar="TIME", parser=seconds, help="Start nothing new after this time: 90s, 5m, 1h.", show_default="no limit"
+    ),
 ]

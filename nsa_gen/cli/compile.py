@@ -26,7 +26,7 @@ from nsa_gen.hardware import TABLES, TARGETS
 CALLS = ("batched", "packed")
 """Calls that launch kernels of their own, as `nsa_gen.targets.VARIANTS` names them."""
 ARCHITECTURES = (
-    f"Architectures: {', '.join(TARGETS)}; when left out, those with configurations of their own: {', '.join(TABLES)}."
+    f"Architectures: {', '.join(TARGETS)}; when left out, those with their own configurations: {', '.join(TABLES)}."
 )
 
 
@@ -60,15 +60,15 @@ def compile_(
         typer.Option(
             metavar="DIR",
             callback=_require_triton,
-            help="Another Triton, as pip install --no-deps --target DIR leaves it.",
+            help="Use another Triton, installed with pip install --no-deps --target DIR.",
             show_default="the one installed",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compile kernels for GPUs that are not here.
+    """Compile kernels ahead of time; needs no GPU.
 
-    Shows registers, spills, shared memory and time of every kernel on every target. Exits 1 when one does not
+    Shows registers, spills, shared memory and compile time of every kernel on every target. Exits 1 if one does not
     compile or does not fit.
 
     \b

@@ -58,21 +58,24 @@ class Step:
 
 def demo(
     spec: SpecArgument = "llama3_8b",
-    out_dir: Annotated[Path, output_option("Folder of package and report.", require_folder)] = Path("build/demo"),
+    out_dir: Annotated[Path, output_option("Folder for the package and the report.", require_folder)] = Path(
+        "build/demo"
+    ),
     target: Annotated[
         list[str], names_option("Architectures to compile for.", require_targets, ", ".join(TARGETS))
     ] = [],
     full: Annotated[
-        bool, typer.Option("--full", help="Every architecture, every call and the whole verification: many minutes.")
+        bool,
+        typer.Option("--full", help="Compile for all architectures and calls, and verify completely: many minutes."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check, generate, explain, compile and verify one spec.
 
-    With a GPU it is timed too.
+    With a GPU, the operator is timed too.
 
-    Writes DIR/<name> (the package) and DIR/report.md. Without a GPU the kernels run under Triton's interpreter, in a
-    few small calls: some three minutes in all on two cores.
+    Writes DIR/<name> (the package) and DIR/report.md. Without a GPU, a few small calls run under Triton's interpreter;
+    the demo then takes some three minutes on two cores.
 
     \b
     Example:

@@ -49,10 +49,10 @@ class Check:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what works on this machine, and how to mend what does not.
+    """Show what works on this machine, and how to fix the rest.
 
-    Python, torch, triton, GPU and driver, the interpreter, compilers, caches and optional packages. Exits 1 when
-    something is wrong that nsa-gen or a generated package needs; what only some commands need is a note.
+    Checks Python, torch, triton, GPU and driver, the interpreter, compilers, caches and optional packages. Exits 1 if
+    something is wrong that nsa-gen or a generated package needs. Problems that affect only some commands are notes.
 
     \b
     Example:
@@ -92,8 +92,8 @@ def examine() -> list[Check]:
 def _summary(checks: Iterable[Check]) -> str:
     faults = [check.name for check in checks if check.status == "fault"]
     if faults:
-        return f"{len(faults)} to mend: {', '.join(faults)}"
-    return "nothing to mend; next: nsa-gen verify tiny --quick"
+        return f"{len(faults)} to fix: {', '.join(faults)}"
+    return "nothing to fix; next: nsa-gen verify tiny --quick"
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ def _system() -> Check:
     found = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if platform.system() == "Linux":
         return Check("system", "ok", found)
-    return Check("system", "fault", found, "triton has packages for Linux alone: use Linux, a container, or WSL 2")
+    return Check("system", "fault", found, "triton has packages only for Linux: use Linux, a container, or WSL 2")
 
 
 def _import_torch() -> tuple[Any, str]:
@@ -156,13 +156,13 @@ def _gpu(torch: Any) -> list[Check]:
     """GPUs as torch sees them, and the driver as the machine has it."""
     driver = nvidia_driver()
     if torch is None:
-        return [Check("gpu", "note", "unknown: torch cannot be asked", "mend torch first")]
+        return [Check("gpu", "note", "unknown without a working torch", "fix torch first")]
     if not torch.cuda.is_available():
         if driver is None:
             return [
                 Check(
                     "gpu", "note", "none: kernels run under Triton's interpreter, slowly, in float32 and float16",
-                    "nothing, unless there is one: tune and bench need a GPU, and install its driver first",
+                    "nothing to do without a GPU; if there is one, install its driver (tune and bench need it)",
                 )
             ]  # fmt: skip
         if torch.version.cuda is None and torch.version.hip is None:
@@ -189,7 +189,7 @@ def _device(torch: Any, index: int) -> Check:
         return Check(f"gpu {index}", "ok", found)
     return Check(
         f"gpu {index}", "note", f"{found}: not in the hardware table ({', '.join(TARGETS)})",
-        "kernels take the tiles of one with as much shared memory; check: nsa-gen verify SPEC --device cuda",
+        "kernels use the tiles of a GPU with as much shared memory; check with: nsa-gen verify SPEC --device cuda",
     )  # fmt: skip
 
 
@@ -198,7 +198,8 @@ def _answer(torch: Any) -> Check:
     try:
         two = (torch.ones(1, device="cuda") + 1).item()
     except RuntimeError as error:
-        return Check("gpu computes", "fault", str(error).splitlines()[0], "end what occupies it: nvidia-smi lists it")
+        mend = "stop the processes that use the GPU: nvidia-smi lists them"
+        return Check("gpu computes", "fault", str(error).splitlines()[0], mend)
     return Check("gpu computes", "ok" if two == 2 else "fault", f"1 + 1 = {two:g}")
 
 
@@ -216,7 +217,7 @@ def _interpreter(torch: Any) -> list[Check]:
             )
         ]
     elif not on and not has_gpu:
-        mend = "for scripts of your own, export TRITON_INTERPRET=1; nsa-gen verify sets it itself"
+        mend = "for your own scripts, export TRITON_INTERPRET=1; nsa-gen verify sets it itself"
         found = [Check("interpreter", "note", "off, and there is no GPU", mend)]
     if importlib.util.find_spec("numpy") is None:
         found.append(Check("numpy", "fault", "not installed; Triton's interpreter needs it", "pip install numpy"))
@@ -239,7 +240,7 @@ def _compilers(torch: Any) -> list[Check]:
             found.append(Check("ptxas", "ok", f"{version[0]} ({path})"))
         else:
             found.append(
-                Check("ptxas", "fault", f"{path} does not run", f"check that it may be executed: {path} --version")
+                Check("ptxas", "fault", f"{path} does not run", f"check that it is executable: {path} --version")
             )
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler:
@@ -248,7 +249,7 @@ def _compilers(torch: Any) -> list[Check]:
         mend = "apt-get install gcc, or set CC: Triton compiles a launcher for each kernel"
         found.append(Check("C compiler", "fault", "none", mend))
     else:
-        found.append(Check("C compiler", "note", "none", "nothing: Triton needs one on a GPU alone"))
+        found.append(Check("C compiler", "note", "none", "nothing to do: Triton needs one only on a GPU"))
     return found
 
 

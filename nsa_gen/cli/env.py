@@ -18,7 +18,7 @@ from nsa_gen.cli.common import JsonOption, print_json
 def env(as_json: JsonOption = False) -> None:
     """Show versions, devices and folders.
 
-    Python, torch, triton, GPUs, their driver, the interpreter's state and the caches.
+    Shows Python, torch, triton, GPUs, their driver, the state of the interpreter and the caches.
 
     \b
     Example:

@@ -32,13 +32,20 @@ DEFAULT_TOKENS = 65536
 
 def explain(
     spec: SpecArgument,
-    tokens: Annotated[int | None, number_option("Length of the one sequence.", default=f"{DEFAULT_TOKENS}")] = None,
-    batch: Annotated[int | None, number_option("Sequences of the call, or of a step of decode.", default="1")] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", callback=require_gpu_name, help="The GPU it is for.")] = "h100",
+    tokens: Annotated[int | None, number_option("Length of each sequence.", default=f"{DEFAULT_TOKENS}")] = None,
+    batch: Annotated[
+        int | None, number_option("Number of sequences in the call, or in a decode step.", default="1")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", callback=require_gpu_name, help="The GPU to predict for.")
+    ] = "h100",
     measured: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", exists=True, dir_okay=False, help="Results of nsa-gen bench, to set beside the predictions."
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Results of nsa-gen bench, to show next to the predictions.",
         ),
     ] = None,
     formulas: Annotated[bool, typer.Option("--formulas", help="Show the formulas of FLOPs and bytes as well.")] = False,
@@ -52,11 +59,11 @@ def explain(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a spec's kernels: why these, and what they cost.
+    """Show a spec's kernels, why they were chosen, and what they cost.
 
-    The floor is the time that necessary arithmetic or traffic takes at the GPU's peak: a lower bound. The prediction is
-    the cost model's time of the chosen schedule and tiles, scaled by what was measured on an H100. With --measured, the
-    times of a benchmark stand beside it.
+    The floor is a lower bound: the time that the necessary arithmetic or traffic takes at the GPU's peak. The
+    prediction is the cost model's time for the chosen schedule and tiles, scaled by measurements on an H100. With
+    --measured, the times of a benchmark are shown next to it.
 
     \b
     Example:

@@ -36,17 +36,19 @@ def hub(
     spec: SpecArgument,
     out_dir: Annotated[Path, output_option("Folder of the repositories.", require_folder)] = Path("hub"),
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What verify SPEC --json printed, for the card.")
+        Path | None, typer.Option(metavar="FILE", help="Output of verify SPEC --json, for the card.")
     ] = None,
     tuned: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Tuned tables to carry; the shipped ones when left out.")
+        Path | None, typer.Option(metavar="DIR", help="Tuned tables to include; the shipped ones when left out.")
     ] = None,
-    version: Annotated[int, number_option("Its version on the hub.", most=10**6, names=("--kernel-version",))] = 1,
+    version: Annotated[
+        int, number_option("Version of the kernel on the hub.", most=10**6, names=("--kernel-version",))
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Write a repository for the Hugging Face kernels library.
 
-    It goes into DIR/<name of the spec>: a build for every GPU, tuned tables in it, and a card.
+    The repository goes into DIR/<name of the spec>. It has one build for every GPU, with tuned tables, and a card.
 
     \b
     Example:

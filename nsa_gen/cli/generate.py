@@ -33,13 +33,13 @@ def generate(
         bool, typer.Option("--check", help="Write nothing; exit 1 and list the files that are out of date.")
     ] = False,
     diff: Annotated[
-        bool, typer.Option("--diff", help="Write nothing; exit 1 and show what would change in which file.")
+        bool, typer.Option("--diff", help="Write nothing; exit 1 and show what would change in each file.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the packages of specs.
 
-    Each goes into DIR/<name of the spec>. Files that nsa-gen did not write are left alone.
+    Each package goes into DIR/<name of the spec>. Files that nsa-gen did not write are left unchanged.
 
     \b
     Example:
@@ -95,7 +95,7 @@ def _compare(specs: Sequence[Spec], out_dir: Path, *, show: bool, as_json: bool)
     elif not current:
         names = [str(package["name"]) for package in packages if not package["ok"]]
         target = "" if out_dir == Path("generated") else f" -o {out_dir}"
-        note(f"out of date: {', '.join(names)}; write anew with: nsa-gen generate SPEC{target}")
+        note(f"out of date: {', '.join(names)}; to update them: nsa-gen generate SPEC{target}")
     stop(current)
 
 

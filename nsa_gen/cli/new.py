@@ -46,7 +46,9 @@ def new(
     ],
     like: Annotated[
         str,
-        typer.Option(metavar="SPEC", callback=require_spec, help="A spec's path, or a shipped one's name, to copy."),
+        typer.Option(
+            metavar="SPEC", callback=require_spec, help="The spec to copy: a path, or the name of a shipped spec."
+        ),
     ] = "llama3_8b",
     config: Annotated[
         Path | None,
@@ -60,9 +62,10 @@ def new(
 ) -> None:
     """Write a commented spec to start from.
 
-    It is a copy of another one, each field with what it means and may be. With --from, heads, head dims, dtype and
-    scale are those of a model of a type that is known; what a spec cannot say of it is noted. The JSON Schema that
-    editors complete it by is put beside it, unless it is there.
+    The spec is a copy of another one. A comment on each field says what it means and which values it may have. With
+    --from, heads, head dims, dtype and scale come from a model of a known type, and properties of the model that a spec
+    cannot express are noted. The JSON Schema that editors use for completion is written next to the spec, unless it
+    exists.
 
     \b
     Example:
@@ -74,7 +77,7 @@ def new(
         raise typer.BadParameter(f"--output: {path} is a folder; expected a file such as {path / name}.yaml")
     base = read_spec(like, as_json=as_json)
     if path.exists() and not force:
-        reason = f"{path} exists, so it is not replaced; choose another --output, or say --force"
+        reason = f"{path} exists and is not replaced; choose another --output, or pass --force"
         refuse(reason, {"problem": reason} if as_json else None)
     from nsa_gen.spec import SpecError
     from nsa_gen.spec.huggingface import read_config

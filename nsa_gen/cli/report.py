@@ -36,9 +36,9 @@ def report(
 ) -> None:
     """Write tables and figures of results as one HTML file.
 
-    Speed-ups by length and group size, kernels under the roofline, time by branch, what a run selects, what was
-    verified and what was tuned. The page needs no network and no script, on a phone, on paper, light or dark. Of
-    benchmarks of the same thing the last file counts.
+    The page shows speed-ups by length and group size, kernels under the roofline, time by branch, the blocks that a run
+    selects, what was verified and what was tuned. It needs no network and no scripts, prints well, and has a light and
+    a dark style. If several files have the same benchmark, the last one counts.
 
     \b
     Example:

@@ -56,28 +56,30 @@ def _require_passes(values: list[str]) -> list[str]:
     return sorted(some_of(PASSES)(values), key=PASSES.index)
 
 
-PASSES_HELP = "Passes to tune; decode is tuned where it is named."
+PASSES_HELP = "Passes to tune; decode is tuned only if it is named."
 
 
 def tune(
     spec: SpecArgument,
     shapes: Annotated[
-        list[str], lengths_option("Key tokens of the calls, rounded up to powers of two.", "8192,65536")
+        list[str], lengths_option("Numbers of key tokens, rounded up to powers of two.", "8192,65536")
     ] = [],
-    batch: Annotated[list[str], lengths_option("Sequences of a call.", "1")] = [],
-    packed: Annotated[bool, typer.Option("--packed", help="Calls of packed sequences, N tokens in all.")] = False,
+    batch: Annotated[list[str], lengths_option("Numbers of sequences in a call.", "1")] = [],
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Tune calls of packed sequences, N tokens in total.")
+    ] = False,
     passes: Annotated[list[str], names_option(PASSES_HELP, _require_passes, "the spec's without decode")] = [],
-    effort: Annotated[EffortName, typer.Option(help="How many candidates, and how long they are timed.")] = (
+    effort: Annotated[EffortName, typer.Option(help="How many candidates to try, and how long to time them.")] = (
         EffortName.default
     ),
     budget: BudgetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
             callback=_require_out,
-            help="A package's tuned folder, or a file.",
+            help="Where to save: a package's tuned folder, or a file.",
             show_default="the user's cache",
         ),
     ] = None,
@@ -89,12 +91,12 @@ def tune(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the quickest configurations on this machine's GPUs.
+    """Find the fastest configurations on this machine's GPUs.
 
-    Tile sizes, warps, stages and schedules: candidates are compiled ahead of time, checked against the dense reference,
-    then timed in turn with the default, in processes that may die. The result is saved for the operator to find. Every
-    step is in a journal at once: an interrupted run goes on with --resume. Exits 1 when a bucket could not be tuned or
-    saved, or a candidate was wrong.
+    Candidates for tile sizes, warps, stages and schedules are compiled ahead of time, compared with the dense
+    reference, and then timed in alternation with the default, in separate processes. The result is saved where the
+    operator finds it. Every step is written to a journal at once, so --resume can continue an interrupted run. Exits 1
+    if a bucket could not be tuned or saved, or if a candidate was wrong.
 
     \b
     Example:

@@ -47,25 +47,26 @@ def verify(
     ] = None,
     length: Annotated[list[str], lengths_option("Sequence lengths.", "a set around the blocks")] = [],
     examples: Annotated[
-        int | None, number_option("Random calls and properties instead.", 1, MOST_EXAMPLES, "fixed cases")
+        int | None,
+        number_option("Check this many random calls and properties instead.", 1, MOST_EXAMPLES, "fixed cases"),
     ] = None,
     example: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="One property and call, such as 'oracle: B=2 T=21 spread'."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Three small calls and one cache: a first look.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only three small calls and one cache.")] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an operator with a dense reference.
 
-    Random inputs; outputs, every gradient and the selection, against a reference in float64.
+    Compares outputs, every gradient and the selection with a reference in float64, on random inputs.
 
-    With --examples the calls and the properties to check are drawn, and a failing one is made as small as it can be;
-    the report ends with the command that repeats it.
+    With --examples, the calls and the properties to check are drawn at random. A failing example is shrunk as far as
+    possible, and the report ends with the command that repeats it.
 
-    On the CPU the kernels run under Triton's interpreter, which is slow and whose bfloat16 is wrong: bfloat16 specs are
-    verified in float32 there, and the report says so.
+    On the CPU the kernels run under Triton's interpreter, which is slow and computes bfloat16 wrongly. Specs in
+    bfloat16 are therefore verified in float32 there, and the report says so.
 
     \b
     Example:

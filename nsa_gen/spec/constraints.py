@@ -34,9 +34,9 @@ ALWAYS = Condition("always", lambda v: True)
 VERSION_1 = Condition("version is 1", lambda v: v["version"] == 1)
 TF32 = Condition("fp32_precision is tf32", lambda v: v["fp32_precision"] == "tf32")
 COMPRESSED = Condition("there is compression", lambda v: v["compression"])
-EXTERNAL = Condition("phi of keys or values is external", lambda v: _some_phi(v, "external"))
-MLP = Condition("phi of keys or values is an mlp", lambda v: _some_phi(v, "mlp"))
-NO_MLP = Condition("there is compression without an mlp", lambda v: v["compression"] and not MLP(v))
+EXTERNAL = Condition("phi of keys or of values is external", lambda v: _some_phi(v, "external"))
+MLP = Condition("phi of keys or of values is mlp", lambda v: _some_phi(v, "mlp"))
+NO_MLP = Condition("there is compression, and no phi is mlp", lambda v: v["compression"] and not MLP(v))
 GIVEN = Condition("the caller selects blocks", lambda v: v["selection"] and v["selection.indices"] == "input")
 SELECTED = Condition("there is selection", lambda v: v["selection"])
 COMPUTED = Condition(
@@ -50,7 +50,7 @@ BY_MEAN = Condition(
     "the operator selects blocks itself, by scores: mean", lambda v: COMPUTED(v) and v["selection.scores"] == "mean"
 )
 BY_INDEXER = Condition(
-    "the operator selects blocks itself, by scores of an indexer",
+    "the operator selects blocks itself, by an indexer",
     lambda v: COMPUTED(v) and v["selection.scores"] == "indexer",
 )
 JOINT = Condition("branches are joint", lambda v: v["combine.joint"])
@@ -151,7 +151,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=lambda v: "decode" in v["passes"],
         at="cache",
         also=("passes",),
-        message="a cache is kept for decode, but passes are without it",
+        message="cache is for decode, but passes do not include decode",
         hint="add decode to passes, or remove cache",
     ),
     Constraint(
@@ -159,7 +159,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=CACHED,
         holds=lambda v: v["selection"] or v["window"] or not EXTERNAL(v),
         at="cache",
-        message="compression with phi: external alone keeps no raw keys and values, which cache is about",
+        message="cache sets how raw keys and values are stored, but compression with phi: external alone stores none",
         hint="remove cache",
     ),
     Constraint(
@@ -181,7 +181,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=TF32,
         holds=lambda v: v["dtype"] == "float32",
         at="fp32_precision",
-        message="tf32 products exist for float32 inputs only, but dtype is {dtype}",
+        message="tf32 needs float32 inputs, but dtype is {dtype}",
         hint="remove fp32_precision, or set dtype: float32",
     ),
     Constraint(
@@ -237,7 +237,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=lambda v: v["selection.initial"] == 0 and v["selection.local"] == 0,
         at="selection.initial",
         also=("selection.local",),
-        message="with indices: input the caller chooses every block; initial and local would have no effect",
+        message="with indices: input the caller selects every block; initial and local would have no effect",
         hint="remove initial and local",
     ),
     Constraint(
@@ -253,16 +253,16 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=SELECTED,
         holds=lambda v: v["selection.pool"] == "sum" or BY_COMPRESSION(v),
         at="selection.pool",
-        message="selection.pool ({selection.pool}) is of compressed probabilities, but blocks are chosen by "
-        "indices: {selection.indices}, scores: {selection.scores}",
-        hint="remove pool, or choose by scores: compression",
+        message="selection.pool ({selection.pool}) applies to compressed probabilities only, but blocks are selected "
+        "by indices: {selection.indices}, scores: {selection.scores}",
+        hint="remove pool, or set scores: compression",
     ),
     Constraint(
         id="mean_scores_need_the_own_block",
         when=BY_MEAN,
         holds=lambda v: v["selection.local"] >= 1,
         at="selection.local",
-        message="selection.local ({selection.local}) must be at least 1 with scores: mean, which rank only the blocks "
+        message="selection.local ({selection.local}) must be at least 1 with scores: mean, which ranks only the blocks "
         "before the query's own",
         hint="local: 1 is the query's own block",
     ),
@@ -271,8 +271,8 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=BY_INDEXER,
         holds=lambda v: v["selection.local"] >= 1,
         at="selection.local",
-        message="selection.local ({selection.local}) must be at least 1 with scores of an indexer, which rank only "
-        "the blocks before the query's own",
+        message="selection.local ({selection.local}) must be at least 1 with an indexer, which ranks only the blocks "
+        "before the query's own",
         hint="local: 1 is the query's own block",
     ),
     Constraint(
@@ -280,7 +280,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=BY_INDEXER,
         holds=lambda v: v["selection.initial"] + v["selection.local"] < v["selection.count"],
         at="selection.count",
-        message="scores of an indexer rank nothing, as all of selection.count ({selection.count}) are forced: "
+        message="the indexer has nothing to rank, because all selection.count ({selection.count}) blocks are forced: "
         "initial ({selection.initial}) + local ({selection.local})",
         hint="raise selection.count",
     ),
@@ -289,16 +289,16 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=SCORER_ALONE,
         holds=BY_COMPRESSION,
         at="compression.output",
-        message="compression.output is false, which leaves compressed keys to the choice of blocks alone, but no "
-        "selection chooses by them",
-        hint="remove compression, or choose by selection.scores: compression",
+        message="with compression.output: false, compressed keys are used only to select blocks, but no selection "
+        "ranks by them",
+        hint="remove compression, or set selection.scores: compression",
     ),
     Constraint(
         id="compression_without_output_ranks",
         when=SCORER_ALONE,
         holds=lambda v: not BY_COMPRESSION(v) or v["selection.count"] > v["selection.initial"] + v["selection.local"],
         at="compression.output",
-        message="compression.output is false, which leaves compressed keys to the choice of blocks alone, but all of "
+        message="with compression.output: false, compressed keys are used only to select blocks, but all of "
         "selection.count ({selection.count}) are forced: initial ({selection.initial}) + local ({selection.local})",
         hint="raise selection.count",
     ),
@@ -314,7 +314,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         message="with compression.output: false no gradient reaches phi and there are no values to compress: expected "
         "phi: mean or phi: external, without position, got key: {compression.phi.key}, value: {compression.phi.value}, "
         "position of keys: {compression.position.key}, of values: {compression.position.value}",
-        hint="compress by a phi that was trained elsewhere yourself, with phi: external",
+        hint="to use a phi that was trained elsewhere, compress the keys yourself and set phi: external",
     ),
     Constraint(
         id="joint_needs_its_branches",
@@ -329,8 +329,8 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=JOINT,
         holds=lambda v: v["kv"] == "shared",
         at="kv",
-        message="kv ({kv}) gives a token in both branches two keys, of which one softmax over their union "
-        "(combine.joint) could not tell the right one",
+        message="kv ({kv}) gives a token that is in both branches two keys, but one softmax over their union "
+        "(combine.joint) needs one key per token",
         hint="set kv: shared, or remove joint",
     ),
     Constraint(
@@ -339,7 +339,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=lambda v: not any(v[branch] and v[f"{branch}.sink"] == "learned" for branch in ("selection", "window")),
         at="selection.sink",
         also=("window.sink",),
-        message="branches under one softmax (combine.joint) have no sinks of their own",
+        message="branches that share one softmax (combine.joint) cannot have their own sinks",
         hint="write combine: {joint: [selection, window], sink: learned}",
     ),
     Constraint(
@@ -347,7 +347,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=APART,
         holds=lambda v: v["combine.sink"] == "none",
         at="combine.sink",
-        message="combine.sink ({combine.sink}) is of the softmax of joint branches, but combine.joint is empty",
+        message="combine.sink ({combine.sink}) belongs to the softmax of joint branches, but combine.joint is empty",
         hint="write joint: [selection, window], or sink: learned in selection or window",
     ),
     Constraint(
@@ -364,7 +364,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         when=EXTERNAL,
         holds=lambda v: v["compression.position.key"] == "none" and v["compression.position.value"] == "none",
         at="compression.position",
-        message="an external phi is computed by the caller, so there is nothing to add a learned position to",
+        message="the caller computes an external phi, so the operator cannot add a learned position before it",
         hint="remove position",
     ),
     Constraint(
@@ -381,7 +381,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=lambda v: v["compression.phi.hidden"] is None,
         at="compression.phi.hidden",
         message="hidden is the width of an mlp, but phi is key: {compression.phi.key}, value: {compression.phi.value}",
-        hint="remove hidden, or choose mlp",
+        hint="remove hidden, or set phi to mlp",
     ),
 )
 

@@ -72,7 +72,7 @@ def read_config(path: Path) -> ModelShape:
     try:
         document = parse_json(read_text(path), finite=False)
     except json.JSONDecodeError as error:
-        raise SpecError([Problem(str(path), error.lineno, error.colno, "", f"no JSON: {error.msg}")]) from error
+        raise SpecError([Problem(str(path), error.lineno, error.colno, "", f"not valid JSON: {error.msg}")]) from error
     except (OSError, ValueError) as error:
         raise SpecError([Problem(str(path), 0, 0, "", f"cannot be read: {error}")]) from error
     if not isinstance(document, dict):
@@ -146,15 +146,13 @@ class _Config:
         fields = [name for name, value in self.named.items() if ATTENTION.search(name) and not _neutral(value)]
         fields = [name for name in fields if not isinstance(self.named[name], Mapping) or "rope" in name]
         hint = did_you_mean(model, MODEL_TYPES) if isinstance(model, str) else ""
-        told = f"not understood without it: {', '.join(fields)}" if fields else ""
-        way = "write heads, head_dim and scale by hand into a spec that nsa-gen new NAME --like SPEC makes"
+        told = f"without it these fields are not understood: {', '.join(fields)}" if fields else ""
+        way = "make a spec with nsa-gen new NAME --like SPEC, and write heads, head_dim and scale yourself"
         hints = [part for part in (hint, told, way) if part]
         if model is None:
-            self.report("model_type", "this field is required, as it says what the others mean", "; ".join(hints))
+            self.report("model_type", "this field is required, because it says what the others mean", "; ".join(hints))
         else:
-            self.report(
-                "model_type", f"expected a type of model that is known, got {describe(model)}", "; ".join(hints)
-            )
+            self.report("model_type", f"expected a known model type, got {describe(model)}", "; ".join(hints))
 
     def report(self, name: str, message: str, hint: str = "") -> None:
         self.problems.append(Problem(self.file, 0, 0, self.prefix + name, message, hint))
@@ -170,13 +168,13 @@ class _Config:
 
     def tell_default(self, name: str) -> None:
         if name not in self.named:
-            self.notes.append(f"{name}: not there; {self.values[name]} is taken, as the model's class does")
+            self.notes.append(f"{name}: missing; {self.values[name]} is used, the default of the model's class")
 
     def number(self, names: tuple[str, ...], check: Any) -> int | None:
         """A required number, by any of its names; None after reporting why there is none."""
         name = self.present(names)
         if name is None:
-            others = f"nor is it there as {join(names[1:])}" if names[1:] else ""
+            others = f"{join(names[1:])} would do, but is missing too" if names[1:] else ""
             self.report(names[0], "this field is required", others)
             return None
         self.tell_default(name)
@@ -213,9 +211,7 @@ class _Config:
                 if kind in ("multihead_attention", "multiquery_attention"):
                     self.seen.update(self.type.kv)
                     return query if kind == "multihead_attention" else 1
-                self.report(
-                    "attn_config.attn_type", f"expected a kind of attention that is known, got {describe(kind)}"
-                )
+                self.report("attn_config.attn_type", f"expected a known kind of attention, got {describe(kind)}")
                 return None
             case "nas" if self.values.get("block_configs") is not None:
                 self.seen.update(self.type.kv)
@@ -224,14 +220,14 @@ class _Config:
         if name is not None:
             found = self.checked(name, self.values[name], RANGES["heads.kv"].check)
             if flag and flag in self.named and found not in (None, 1):
-                self.report(flag, f"expected false beside {name}: {found}, got {describe(True)}")
+                self.report(flag, f"expected false together with {name}: {found}, got {describe(True)}")
             self.tell_default(name)
             return found
         if flag:
             self.tell_default(flag)
             return 1
         if query and self.type.kv:
-            self.notes.append(f"{self.type.kv[0]}: not there, so every query head has a key head of its own")
+            self.notes.append(f"{self.type.kv[0]}: missing, so every query head has its own KV head")
         return query
 
     def grouped_by_layers(self, query: int | None) -> int | None:
@@ -265,7 +261,9 @@ class _Config:
         """As many as query heads, whatever is told."""
         told = self.get("num_key_value_heads")
         if query and told not in (None, query):
-            self.notes.append(f"num_key_value_heads: {told}, but with latent attention each query head has its own")
+            self.notes.append(
+                f"num_key_value_heads: {told}, but with latent attention each query head has its own KV head"
+            )
         return query
 
     def latent_head_dims(self) -> tuple[int | None, int | None]:
@@ -274,7 +272,7 @@ class _Config:
         if None in whole:
             return None, None
         qk = self.checked("qk_nope_head_dim + qk_rope_head_dim", whole[0] + whole[1], RANGES["head_dim.qk"].check)  # type: ignore[operator]
-        self.notes.append("latent attention: heads are taken as they see keys and values, after the projections")
+        self.notes.append("latent attention: heads and head dims are those after the projections")
         return qk, self.checked("v_head_dim", whole[2], RANGES["head_dim.v"].check)
 
     def head_dims(self, query: int | None) -> tuple[int | None, int | None]:
@@ -291,20 +289,20 @@ class _Config:
         hidden = self.present(self.type.hidden)
         if hidden is None:
             which = self.type.head_dim[0]
-            self.report(which, "this field is required where there is no hidden size either", join(self.type.hidden))
+            self.report(which, "this field is required, because the hidden size is missing too", join(self.type.hidden))
             return None
         size = self.checked(hidden, self.values[hidden], _positive)
         if not size or not query:
             return None
         if size % query:
-            self.report("head_dim", f"not there, and {hidden} ({size}) is no multiple of the {query} query heads")
+            self.report("head_dim", f"missing, and {hidden} ({size}) is not a multiple of the {query} query heads")
             return None
         return self.checked(f"{hidden} / {self.present(self.type.query)}", size // query, RANGES["head_dim.qk"].check)
 
     def dtype(self) -> DType | None:
         name = self.present(DTYPES)
         if name is None:
-            self.notes.append("torch_dtype: not there; bfloat16 is taken")
+            self.notes.append("torch_dtype: missing; bfloat16 is used")
             return "bfloat16"
         value = self.values[name]
         word = value.removeprefix("torch.") if isinstance(value, str) else value
@@ -316,9 +314,9 @@ class _Config:
     def scale(self, qk: int | None, *, latent: bool) -> float | str:
         """The factor of the logits, where a model has one of its own."""
         if self.get("scale_attn_by_inverse_layer_idx"):
-            self.report("scale_attn_by_inverse_layer_idx", "expected false, as a spec has one scale, got true")
+            self.report("scale_attn_by_inverse_layer_idx", "expected false, because a spec has one scale, got true")
         if self.type.scale is not None:
-            self.notes.append(f"scale: {self.type.scale}, as the model's class does")
+            self.notes.append(f"scale: {self.type.scale}, the value of the model's class")
             return self.type.scale
         if self.get("scale_attn_weights") is False:
             return 1.0
@@ -354,7 +352,7 @@ class _Config:
         told, factor = rope.get("mscale_all_dim"), rope.get("factor")
         if kind == "default" or not latent or not told:
             if kind in ("yarn", "longrope", "su"):
-                self.notes.append(f"{name}: {kind}'s factor of queries and keys stays with the rotary embedding")
+                self.notes.append(f"{name}: {kind}'s factor on queries and keys stays in the rotary embedding")
             return "auto"
         for each, value in (("mscale_all_dim", told), ("factor", factor)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
@@ -363,7 +361,7 @@ class _Config:
         if factor <= 1 or not qk:
             return "auto"
         scale = qk**-0.5 * (0.1 * told * math.log(factor) + 1) ** 2
-        self.notes.append(f"{name}: scale has YaRN's factor of the logits, {scale * qk**0.5:.4g}")
+        self.notes.append(f"{name}: scale includes YaRN's factor on the logits, {scale * qk**0.5:.4g}")
         return scale
 
     def note_the_rest(self) -> None:
@@ -375,7 +373,7 @@ class _Config:
         without_window = several == {"full_attention"} or self.get("use_sliding_window") is False
         if len(several) > 1:
             self.notes.append(
-                f"layer_types: {join(sorted(several), 'and')}; the spec has one shape, of attention layers"
+                f"layer_types: {join(sorted(several), 'and')}; the spec describes one shape, that of attention layers"
             )
         if self.get("position_embedding_type") == "alibi":
             self.notes.append(f"position_embedding_type: {NOTES['alibi']}")

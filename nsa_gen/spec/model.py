@@ -37,7 +37,7 @@ PhiKind = Literal["mean", "weighted", "linear", "mlp", "external"]
 PositionKind = Literal["none", "learned"]
 BranchName = Literal["cmp", "slc", "win", "joint"]
 
-SINK = "none, or learned: a logit per query head, an argument, that joins the softmax's denominator and has no value"
+SINK = "none, or learned: one logit per query head in the softmax's denominator, without a value, passed as an argument"
 """What a sink is, for the reference."""
 
 BROKEN_CONSTRAINTS = "spec_constraints"
@@ -80,7 +80,7 @@ class Heads(Record):
 
 
 class HeadDim(Record):
-    """Sizes of a head. `head_dim: 128` is short for both."""
+    """Sizes of a head. `head_dim: 128` sets both."""
 
     shorthand = ("qk", "v")
 
@@ -89,7 +89,7 @@ class HeadDim(Record):
 
 
 class Phi(Record):
-    """How a block becomes one key and one value. `phi: mean` is short for both."""
+    """How a block becomes one key and one value. `phi: mean` sets both."""
 
     shorthand = ("key", "value")
 
@@ -99,17 +99,17 @@ class Phi(Record):
         "matrix); mlp (two layers with a GELU between); external (the caller passes compressed keys).",
     )
     value: Annotated[PhiKind, one_of(*get_args(PhiKind))] = Field(
-        default="mean", description="For values: the same choices. external is chosen for both or for neither."
+        default="mean", description="For values: the same choices. external must be set for both or for neither."
     )
     hidden: Annotated[int, RANGES["compression.phi.hidden"]] | None = Field(
         default=None,
-        description="Width of the mlp's hidden layer; required with an mlp, refused without.",
+        description="Width of the mlp's hidden layer; required with an mlp, refused otherwise.",
         examples=[256],
     )
 
 
 class Position(Record):
-    """Learned embedding of the position inside a block, added before phi. `position: learned` is short for both."""
+    """Learned embedding of the position inside a block, added before phi. `position: learned` sets both."""
 
     shorthand = ("key", "value")
 
@@ -118,7 +118,7 @@ class Position(Record):
 
 
 class Compression(Record):
-    """Compressed keys, one per block, and unless output is false the branch that attends to them and their values."""
+    """Compressed keys, one per block, and the branch that attends to them unless output is false."""
 
     block: Annotated[int, RANGES["compression.block"]] = Field(description="Tokens in a block.", examples=[32])
     stride: Annotated[int, RANGES["compression.stride"]] = Field(
@@ -128,13 +128,13 @@ class Compression(Record):
     position: Position = Field(default=Position(), description="Learned positions inside a block.")
     output: Annotated[bool, FLAG] = Field(
         default=True,
-        description="true or, in version 2, false: compressed keys serve the choice of blocks alone. They are made of "
-        "the selection's keys, and have no branch, gate, value or gradient.",
+        description="true or, in version 2, false: compressed keys are used only to select blocks. They are computed "
+        "from the selection's keys, and have no branch, gate, value or gradient.",
     )
 
 
 class Indexer(Record):
-    """A learned scorer with queries and keys of its own, q_idx and k_idx, which are arguments of the operator."""
+    """A learned scorer with its own queries and keys, q_idx and k_idx, which are arguments of the operator."""
 
     dim: Annotated[int, RANGES["selection.scores.indexer.dim"]] = Field(
         description="Elements of an index query or key.", examples=[128]
@@ -142,7 +142,7 @@ class Indexer(Record):
 
 
 class IndexScores(Record):
-    """Scores of a learned indexer, as a mapping in the place of a word."""
+    """Scores of a learned indexer: a mapping in place of a word."""
 
     word = "indexer"
 
@@ -152,21 +152,23 @@ class IndexScores(Record):
 
 
 class Selection(Record):
-    """The selection branch: attention over the raw tokens of the chosen blocks."""
+    """The selection branch: attention over the raw tokens of the selected blocks."""
 
     block: Annotated[int, RANGES["selection.block"]] = Field(description="Tokens in a block.", examples=[64])
     count: Annotated[int, RANGES["selection.count"]] = Field(
-        description="Blocks chosen for each query, forced ones included.", examples=[16]
+        description="Blocks selected for each query, forced ones included.", examples=[16]
     )
     indices: Annotated[Literal["computed", "input"], one_of("computed", "input")] = Field(
         default="computed",
-        description="computed ranks blocks by their scores; input makes the indices an argument.",
+        description="computed: the operator ranks blocks by their scores; input: the caller passes the indices.",
     )
     initial: Annotated[int, RANGES["selection.initial"]] = Field(
-        default=1, description="First blocks of the sequence that are always chosen; 0 with indices: input."
+        default=1, description="Number of first blocks that are always selected; 0 with indices: input."
     )
     local: Annotated[int, RANGES["selection.local"]] = Field(
-        default=2, description="Most recent blocks, the query's own included, always chosen; 0 with indices: input."
+        default=2,
+        description="Number of most recent blocks, the query's own included, that are always selected; 0 with "
+        "indices: input.",
     )
     scores: Annotated[
         Literal["compression", "mean"] | IndexScores,
@@ -176,17 +178,17 @@ class Selection(Record):
     ] = Field(
         default="compression",
         description="What blocks are ranked by: compression (attention to the compressed keys) or, in version 2, mean "
-        "(the products of queries with the mean key of the block) or {indexer: {dim: ...}} (the products of index "
-        "queries with index keys, both arguments).",
+        "(products of the queries with the block's mean key) or {indexer: {dim: ...}} (products of index queries "
+        "and index keys, both passed as arguments).",
     )
     pool: Annotated[Literal["sum", "max"], one_of("sum", "max")] = Field(
         default="sum",
-        description="How the probabilities of the compressed blocks that overlap a block become its importance: sum "
-        "(weighted by the overlap) or, in version 2, max; max needs scores: compression.",
+        description="How a block's importance is computed from the probabilities of the compressed blocks that overlap "
+        "it: sum (weighted by the overlap) or, in version 2, max; max needs scores: compression.",
     )
     scope: Annotated[Literal["group", "head", "all"], one_of("group", "head", "all")] = Field(
         default="group",
-        description="Which query heads share a choice, and add up their scores for it: group (those of a KV head) or, "
+        description="Which query heads sum their scores and share one selection: group (those of a KV head) or, "
         "in version 2, head (each alone) or all (those of the layer).",
     )
     sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
@@ -209,7 +211,7 @@ class Window(Record):
     """The window branch: attention over the most recent tokens."""
 
     size: Annotated[int, RANGES["window.size"]] = Field(
-        description="Keys a query sees, its own included.", examples=[512]
+        description="Number of keys a query sees, its own included.", examples=[512]
     )
     sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
         default="none", description=f"{SINK}; learned needs version: 2."
@@ -217,66 +219,68 @@ class Window(Record):
 
 
 class Combine(Record):
-    """How the outputs of the branches become one."""
+    """How the outputs of the branches are combined."""
 
     gate: Annotated[Literal["sigmoid", "given", "none"], one_of("sigmoid", "given", "none")] = Field(
         default="sigmoid",
-        description="sigmoid takes logits per token, query head and branch; given takes gates; none is a plain sum.",
+        description="sigmoid: gates are passed as logits per token, query head and branch; given: gates are passed as "
+        "values; none: a plain sum without gates.",
     )
     joint: Annotated[tuple[Literal["selection", "window"], ...], JOINT] = Field(
         default=(),
-        description="Branches under one softmax over the union of their keys, with one output and one gate; "
+        description="Branches that share one softmax over the union of their keys, one output and one gate; "
         "[selection, window] needs version: 2 and kv: shared.",
     )
     sink: Annotated[Literal["none", "learned"], one_of("none", "learned")] = Field(
-        default="none", description=f"Of the joint branches' softmax: {SINK}; learned needs version: 2."
+        default="none", description=f"Sink of the joint branches' softmax: {SINK}; learned needs version: 2."
     )
 
 
 class Cache(Record):
-    """What the cache of decode keeps."""
+    """How the cache for decode stores keys and values."""
 
     dtype: Annotated[Literal["e4m3"], one_of("e4m3")] = Field(
-        description="e4m3: raw keys and values are kept as floating point numbers of 8 bits, with a scale for each KV "
-        "head; compressed ones stay in the spec's dtype."
+        description="e4m3: raw keys and values are stored as 8-bit floating-point numbers with one scale per KV head; "
+        "compressed ones stay in the spec's dtype."
     )
 
 
 class Spec(Record):
-    """A natively sparse attention operator. At least one branch must be present."""
+    """A native sparse attention operator. At least one branch must be present."""
 
     version: Annotated[Literal[1, 2], VERSION] = Field(
-        description="Version of the spec language: 2 has all of 1, in the same meaning, and more."
+        description="Version of the spec language: 2 extends 1; everything in 1 keeps its meaning."
     )
     name: Annotated[str, PACKAGE_NAME] = Field(
         description="Name of the generated package: a Python identifier.", examples=["llama3_8b"]
     )
-    description: Annotated[str, PARAGRAPH] = Field(default="", description="What the operator is for, in a sentence.")
+    description: Annotated[str, PARAGRAPH] = Field(default="", description="What the operator is for, in one sentence.")
     heads: Heads = Field(description="Numbers of heads.")
-    head_dim: HeadDim = Field(description="Sizes of a head: one number for both, or qk and v.")
+    head_dim: HeadDim = Field(description="Sizes of a head: one number for both, or qk and v separately.")
     dtype: Annotated[DType, one_of(*get_args(DType))] = Field(
-        description="Type of inputs, parameters and outputs; sums, softmax and importance are always float32."
+        description="Type of inputs, parameters and outputs; sums, softmax and importance are always in float32."
     )
     fp32_precision: Annotated[Literal["ieee", "tf32"], one_of("ieee", "tf32")] = Field(
         default="ieee",
-        description="Products of float32 inputs: exact (ieee) or rounded to tf32; tf32 only with dtype float32.",
+        description="Precision of float32 matrix products: full (ieee) or tf32; tf32 needs dtype: float32.",
     )
     scale: Annotated[float | Literal["auto"], SOFTMAX_SCALE] = Field(
-        default="auto", description="Factor of the logits: auto is 1/sqrt(head_dim.qk)."
+        default="auto", description="Factor on the logits: auto is 1/sqrt(head_dim.qk)."
     )
     kv: Annotated[Literal["shared", "per_branch"], one_of("shared", "per_branch")] = Field(
-        default="shared", description="Whether one K and V feed all branches, or each branch has its own."
+        default="shared", description="shared: one K and V for all branches; per_branch: each branch has its own."
     )
-    compression: Compression | None = Field(default=None, description="The compression branch; left out: none.")
-    selection: Selection | None = Field(default=None, description="The selection branch; left out: none.")
-    window: Window | None = Field(default=None, description="The window branch; left out: none.")
-    combine: Combine = Field(default=Combine(), description="How the outputs of the branches become one.")
+    compression: Compression | None = Field(default=None, description="The compression branch; absent if left out.")
+    selection: Selection | None = Field(default=None, description="The selection branch; absent if left out.")
+    window: Window | None = Field(default=None, description="The window branch; absent if left out.")
+    combine: Combine = Field(default=Combine(), description="How the outputs of the branches are combined.")
     passes: Annotated[tuple[Literal["forward", "backward", "decode"], ...], PASSES] = Field(
         default=("forward", "backward"),
-        description="Passes to generate: forward, its gradients, and inference with a cache.",
+        description="Passes to generate: forward, backward (its gradients) and decode (inference with a cache).",
     )
     cache: Cache | None = Field(
-        default=None, description="What the cache keeps; left out: numbers of the spec's dtype. Needs version: 2."
+        default=None,
+        description="How the cache stores keys and values; in the spec's dtype if left out. Needs version: 2.",
     )
 
     @model_validator(mode="after")

@@ -72,14 +72,14 @@ def reference() -> str:
     parts = [
         "# Spec reference",
         "<!-- Written by `python -m nsa_gen.spec.schema`; do not edit. -->",
-        "A spec is one YAML file that says which operator to generate. A branch that is left out is left out of the "
-        "operator. Unknown fields, duplicate fields, empty fields, tags, anchors and aliases are errors; words such as "
-        "`no` and `on` are words, and numbers are plain decimal.",
-        "For completion and checks in an editor, start the file with",
+        "A spec is one YAML file that says which operator to generate. If the spec leaves out a branch, the operator "
+        "does not have it. Unknown fields, duplicate fields, empty fields, tags, anchors and aliases are errors. Words "
+        "such as `no` and `on` are read as strings, not as booleans. Numbers are written in plain decimal.",
+        "To get completion and checks in an editor, start the file with",
         "```yaml\n# yaml-language-server: $schema=./nsa-spec.schema.json\n```",
         "## Example",
         f"```yaml\n{shipped['nsa_paper'].read_text(encoding='utf-8')}```",
-        "With every default written out, `tiny` is",
+        "This is `tiny` with every default written out:",
         f"```yaml\n{load_spec('tiny').resolved_yaml()}```",
         "## Shipped specs",
         _table(("name", "what it is"), [(f"`{name}`", load_spec(name).description) for name in shipped]),
@@ -118,7 +118,7 @@ def _constraint_table() -> str:
     for constraint in CONSTRAINTS:
         hint = f" ({constraint.hint})" if constraint.hint else ""
         rows.append((f"`{constraint.id}`", constraint.summary + hint, constraint.when.text))
-    return _table(("rule", "error where it is broken", "applies where"), rows)
+    return _table(("rule", "error when it is violated", "applies when"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -105,7 +105,7 @@ def test_inputs_may_be_a_file_of_statistics_for_a_spec_and_lengths_with_a_choice
     answer = call("bench", "tiny", "--against", "none", "--tokens", "100", "--inputs", str(file))
     assert answer.returncode == 2 and "more than 128 tokens, got 100" in answer.stderr
     answer = call("bench", "gptoss_window", "--against", "none", "--inputs", str(file))
-    assert answer.returncode == 2 and "chooses blocks itself, got gptoss_window" in answer.stderr
+    assert answer.returncode == 2 and "selects blocks itself, got gptoss_window" in answer.stderr
     file.write_text("{}")
     answer = call("bench", "tiny", "--inputs", str(file))
     assert answer.returncode == 2 and "format" in answer.stderr

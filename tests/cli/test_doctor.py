@@ -64,7 +64,7 @@ def test_the_versions_it_asks_for_are_those_of_the_project():
 @pytest.mark.parametrize(
     ("torch", "driver", "status", "words"),
     [
-        (None, "580.1", "note", "cannot be asked"),
+        (None, "580.1", "note", "without a working torch"),
         (fake_torch(), None, "note", "interpreter"),
         (fake_torch(built_for=None), "580.1", "fault", "built for the CPU"),
         (fake_torch(), "580.1", "fault", "sees no device"),
@@ -158,10 +158,10 @@ def test_the_text_has_a_mend_under_each_note_and_ends_with_what_to_do_next(call,
     monkeypatch.setenv("NSA_GEN_CACHE_DIR", str(tmp_path / "cache"))
     answer = call("doctor")
     lines = answer.stdout.splitlines()
-    assert answer.returncode == 0 and lines[-1] == "nothing to mend; next: nsa-gen verify tiny --quick"
+    assert answer.returncode == 0 and lines[-1] == "nothing to fix; next: nsa-gen verify tiny --quick"
     for number, line in enumerate(lines):
         if line.startswith("note"):
             assert lines[number + 1].lstrip().startswith("-> ")
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "none"))
     answer = call("doctor")
-    assert answer.returncode == 1 and answer.stdout.splitlines()[-1] == "1 to mend: ptxas"
+    assert answer.returncode == 1 and answer.stdout.splitlines()[-1] == "1 to fix: ptxas"

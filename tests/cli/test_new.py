@@ -101,9 +101,9 @@ def test_a_folder_that_cannot_be_written_ends_with_1(call, tmp_path):
     [
         ({}, (32, 8), (128, 128), "bfloat16", ""),
         ({"head_dim": 64, "torch_dtype": "float16"}, (32, 8), (64, 64), "float16", ""),
-        ({"num_key_value_heads": None}, (32, 32), (128, 128), "bfloat16", "a key head of its own"),
+        ({"num_key_value_heads": None}, (32, 32), (128, 128), "bfloat16", "its own KV head"),
         ({"num_key_value_heads": None, "multi_query": True}, (32, 1), (128, 128), "bfloat16", ""),
-        ({"torch_dtype": None}, (32, 8), (128, 128), "bfloat16", "bfloat16 is taken"),
+        ({"torch_dtype": None}, (32, 8), (128, 128), "bfloat16", "bfloat16 is used"),
         ({"torch_dtype": None, "dtype": "float32"}, (32, 8), (128, 128), "float32", ""),
         (
             dict.fromkeys(LLAMA) | {"model_type": "gpt2", "n_head": 12, "n_embd": 768},
@@ -151,7 +151,7 @@ def test_a_model_s_own_scale_is_taken(call, tmp_path, config, changes, scale):
         ({"head_dim": 100}, "head_dim", "a multiple of 8"),
         ({"head_dim": 512}, "head_dim", "16..256"),
         ({"hidden_size": None}, "head_dim", "required"),
-        ({"hidden_size": 4097}, "head_dim", "no multiple"),
+        ({"hidden_size": 4097}, "head_dim", "not a multiple"),
         ({"hidden_size": 384}, "hidden_size / num_attention_heads", "16..256"),
         ({"torch_dtype": "float64"}, "torch_dtype", "one of bfloat16"),
         ({"qk_nope_head_dim": 128}, "qk_rope_head_dim", "required"),
@@ -188,7 +188,9 @@ def test_every_mistake_of_a_config_is_named_at_once(call, config):
     assert len(answer.stderr.splitlines()) == 3
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "no JSON"), ("[]", "expected an object"), ("\xff", "no JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "not valid JSON"), ("[]", "expected an object"), ("\xff", "not valid JSON")]
+)
 def test_a_file_that_is_no_config_is_refused(call, tmp_path, text, said):
     Path("config.json").write_text(text)
     answer = call("new", "model", "--from", "config.json")
@@ -198,7 +200,7 @@ def test_a_file_that_is_no_config_is_refused(call, tmp_path, text, said):
 @pytest.mark.parametrize(
     ("name", "heads", "dims", "scale", "said"),
     [
-        ("deepseek_v3", (128, 128), (192, 128), 0.13523377886088, ["YaRN's factor of the logits, 1.874"]),
+        ("deepseek_v3", (128, 128), (192, 128), 0.13523377886088, ["YaRN's factor on the logits, 1.874"]),
         ("phi3small", (32, 8), (128, 128), 1 / 128, ["blocksparse_block_size: 64"]),
         ("btlm", (32, 32), (80, 80), 1 / 80, ["ALiBi"]),
         ("gemma4", (8, 4), (256, 256), 1.0, ["qk_norm", "sliding_window: 512", "global_head_dim: 512"]),
@@ -212,13 +214,13 @@ def test_a_file_that_is_no_config_is_refused(call, tmp_path, text, said):
         ("refined_web_7b", (71, 1), (64, 64), "auto", []),
         ("falcon_7b", (71, 1), (64, 64), "auto", []),
         ("falcon_40b", (128, 8), (64, 64), "auto", []),
-        ("gpt_bigcode", (48, 1), (128, 128), "auto", ["multi_query: not there; True is taken", "no dropout"]),
+        ("gpt_bigcode", (48, 1), (128, 128), "auto", ["multi_query: missing; True is used", "no dropout"]),
         ("chatglm", (32, 2), (128, 128), "auto", []),
         ("nemotron_nas_uniform", (64, 8), (128, 128), "auto", ["block_configs: some layers"]),
         ("mimo_v2", (64, 4), (192, 128), "auto", ["attention_sink_bias", "swa_num_key_value_heads: 8"]),
         ("gpt_oss", (64, 8), (64, 64), "auto", ["sinks", "sliding_window: 128", "rope_scaling: yarn"]),
-        ("mistral_defaults", (32, 8), (128, 128), "auto", ["num_key_value_heads: not there; 8 is taken"]),
-        ("gemma2_defaults", (8, 4), (256, 256), 1 / 16, ["head_dim: not there; 256", "softcapping: 50.0", "window"]),
+        ("mistral_defaults", (32, 8), (128, 128), "auto", ["num_key_value_heads: missing; 8 is used"]),
+        ("gemma2_defaults", (8, 4), (256, 256), 1 / 16, ["head_dim: missing; 256", "softcapping: 50.0", "window"]),
         ("qwen2_window_off", (28, 4), (128, 128), "auto", []),
         ("thinker", (28, 4), (128, 128), "auto", []),
         ("language_config", (10, 10), (128, 128), "auto", []),
@@ -247,7 +249,7 @@ def test_a_config_of_a_known_type_is_read_as_its_class_reads_it(call, tmp_path, 
         ("gpt2_scale_by_layer", "scale_attn_by_inverse_layer_idx", "one scale"),
         ("llama_with_own_scale", "softmax_scale", "not understood for models of type llama"),
         ("llama_with_sinks", "attention_sink_size", "not understood for models of type llama"),
-        ("two_counts", "multi_query_attention", "beside n_kv_heads: 8"),
+        ("two_counts", "multi_query_attention", "together with n_kv_heads: 8"),
         ("yarn_of_no_factor", "rope_scaling.factor", "the string '40'"),
         ("unknown_type", "model_type", "the string 'novel'"),
     ],
@@ -285,7 +287,7 @@ def test_a_text_part_is_named_in_errors_and_its_dtype_may_be_the_whole_model_s(c
     for odd in ([], {}, 3):
         inner["model_type"] = odd
         Path("config.json").write_text(json.dumps(whole))
-        assert "model_type: expected a type of model" in call("new", "odd", "--from", "config.json").stderr
+        assert "model_type: expected a known model type" in call("new", "odd", "--from", "config.json").stderr
     inner |= {"model_type": "llama", "num_attention_heads": "32"}
     Path("config.json").write_text(json.dumps(whole))
     assert f"config.json: {part}.num_attention_heads: " in call("new", "other", "--from", "config.json").stderr

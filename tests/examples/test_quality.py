@@ -460,7 +460,8 @@ def small_profile(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         """A process of the study that has run."""
 
         def __init__(self, options, phase, runs, number=0) -> None:
-            arguments = ["--out", str(options.out), "--steps", str(options.steps), "--phase", phase]
+            arguments = ["--out", str(options.out), "--steps", str(options.steps), "--tokens", str(options.tokens)]
+            arguments += ["--phase", phase]
             study.main([*arguments, "--runs", ",".join(runs)])
             self.returncode = 0
 
@@ -493,6 +494,25 @@ def test_a_study_gives_all_runs_the_same_steps_and_data_and_keeps_finished_runs(
     with pytest.raises(SystemExit):
         small_profile.main([*call[:-1], "3"])
     assert "--steps: the study in" in capsys.readouterr().err
+
+
+def test_a_study_of_other_lengths_has_as_many_bytes_a_step_and_is_not_mixed_with_the_first(
+    small_profile, tmp_path, monkeypatch, capsys
+):
+    from dataclasses import replace
+
+    profile = small_profile.PROFILES["cpu"]
+    longer = replace(profile, settings={**profile.settings, "tokens": 512}, lengths=(1024,))
+    monkeypatch.setitem(small_profile.PROFILES, "cpu", longer)
+    call = ["--out", str(tmp_path), "--arms", "window-sink", "--steps", "1"]
+    small_profile.main([*call, "--tokens", "256"])
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert (found["settings"]["tokens"], found["settings"]["batch"]) == (256, 2)
+    assert [each["tokens"] for each in found["rows"][0]["perplexity"]] == [256]
+    for tokens, message in (("512", "has sequences of 256 bytes, got 512"), ("96", "got 96"), ("300", "got 300")):
+        with pytest.raises(SystemExit):
+            small_profile.main([*call, "--tokens", tokens])
+        assert "--tokens: " in (said := capsys.readouterr().err) and message in said
 
 
 @pytest.mark.parametrize(("jobs", "seconds"), [("1", (60 - 2 * 5) / 1.5), ("2", (60 - 5) / 1.0)])
