@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from nsa_gen.workers import note_launches, watched
+from nsa_gen.hangs import note_launches, watched
 
 watched()
 note_launches()

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from nsa_gen.workers import LOST_STATUS, Trace, Worker, WorkerClosed, WorkerDied, WorkerFailure, _Process, share, told
+from nsa_gen.hangs import Trace, told
+from nsa_gen.workers import LOST_STATUS, Worker, WorkerClosed, WorkerDied, WorkerFailure, _Process, share
 
 LAUNCHING = Path(__file__).with_name("launching_worker.py")
 BEGIN = """
 import ctypes, signal, sys, time
-from nsa_gen.workers import watched
+from nsa_gen.hangs import watched
 watched()
 def hang_somewhere():
     say()
@@ -69,7 +70,7 @@ def test_a_process_that_does_not_take_part_is_left_alone() -> None:
 
 def test_a_process_whose_file_was_closed_on_its_way_runs_all_the_same() -> None:
     trace = Trace()
-    code = "import os; from nsa_gen.workers import VARIABLE, watched; watched(); assert VARIABLE not in os.environ"
+    code = "import os; from nsa_gen.hangs import VARIABLE, watched; watched(); assert VARIABLE not in os.environ"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **trace.environment}, check=False)
     assert done.returncode == 0 and trace.story(os.getpgrp()) == ""
 

@@ -32,6 +32,7 @@ from nsa_gen.bench.records import (
     to_line,
 )
 from nsa_gen.bench.workloads import Task
+from nsa_gen.hangs import note_launches
 from nsa_gen.hardware import gpu_for_device
 from nsa_gen.lowering import KernelEstimate, Plan, explain, lower
 from nsa_gen.lowering.hopper import ordinary_kernel
@@ -41,7 +42,7 @@ from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
 from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.reference.inputs import Inputs, make_inputs
-from nsa_gen.workers import Handle, Lost, Say, note_launches, serve
+from nsa_gen.workers import Handle, Lost, Say, serve
 
 RAGGED = 511
 """The length at which our operator is compared with the oracle: it ends inside every kind of block."""

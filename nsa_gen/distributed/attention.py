@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from nsa_gen.distributed.calls import Call, operators_of, routes_of
+from nsa_gen.distributed.calls import INDEX_KEYS, LOSS, Call, operators_of, routes_of
 from nsa_gen.distributed.collectives import Reduction
 from nsa_gen.distributed.sharding import Order, Piece, Shards
 from nsa_gen.spec import Spec, load_spec
@@ -74,11 +74,6 @@ class ContextParallel:
             raise ValueError(
                 "compression.phi: expected a phi that the operator computes, got external; blocks that straddle ranks "
                 "are compressed from gathered keys"
-            )
-        if self.spec.index_dim:
-            raise ValueError(
-                "selection.scores: expected compression or mean, got an indexer, whose keys no rank gathers; choose "
-                "the blocks yourself, with indices: input"
             )
         self.order: Order = order
         self.head_groups, self.reduction = head_groups, reduction
@@ -159,9 +154,12 @@ class ContextParallel:
             gates: gates of its queries (B, rows, Hq, branches), if the spec has gates.
             shards: how the tokens are sharded, from `ContextParallel.shards`.
             compression: phi's parameters, the same on every rank.
-            return_aux: also return the branches' outputs, lse, indices and counts of this rank's queries.
+            return_aux: also return the branches' outputs, lse, indices and counts of this rank's queries and, with an
+                indexer, their part of each sequence's `alignment_loss`, (B,) or packed (N,). The parts of all ranks
+                add up to the loss.
             recompute: branches whose forward the backward runs again, see `nsa_attention`.
-            more: the spec's other arguments: k_slc, v_slc, k_win and v_win, indices and counts of its queries, sinks.
+            more: the spec's other arguments: k_slc, v_slc, k_win and v_win, indices and counts of its queries, q_idx of
+                its queries and k_idx of its keys, sinks.
 
         Returns:
             o (B, rows, Hq, Dv), and with `return_aux` a named tuple of the others.
@@ -187,9 +185,16 @@ class ContextParallel:
             if shards.spans and number + 1 < count:
                 waiting.append(call.start(several[number + 1][0]))
             found.append(call.run(some, parameters, waiting[number]))
-        outputs = [torch.cat(each, 2) if count > 1 else each[0] for each in zip(*found, strict=True)]
-        outputs = [each if shards.bounds is None else each[0] for each in outputs]
-        return (outputs[0], self._operators.auxiliary(*outputs[1:])) if return_aux else outputs[0]
+        fields = ("o", *self._operators.auxiliary._fields)
+        outputs = {}
+        for name, each in zip(fields, zip(*found, strict=True), strict=False):
+            if name == LOSS:  # the sum over choices
+                outputs[name] = sum(each[1:], each[0])
+                continue
+            whole = torch.cat(each, 2) if count > 1 else each[0]
+            outputs[name] = whole if shards.bounds is None else whole[0]
+        o = outputs.pop("o")
+        return (o, self._operators.auxiliary(**outputs)) if return_aux else o
 
     def _checked(self, given: Mapping[str, Any], shards: Shards) -> dict[str, Tensor]:
         """The given tensors as (B, rows, ...), after checks of their tokens; sinks are not changed."""
@@ -244,7 +249,8 @@ def _group_arguments(
         size = x.shape[dim] // count
         return x.narrow(dim, number * size, size)
 
-    found = {name: share(x, 0 if x.dim() == 1 else 2) for name, x in tensors.items()}
+    # All heads have the same index keys.
+    found = {name: x if name in INDEX_KEYS else share(x, 0 if x.dim() == 1 else 2) for name, x in tensors.items()}
     return found, None if parameters is None else tuple(share(x, 0) for x in parameters)
 
 

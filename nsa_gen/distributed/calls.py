@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa_gen.distributed.collectives import Anchor, Gather, Part, Reduction, Route, start
 from nsa_gen.distributed.sharding import Piece, Shards, blocks_in
@@ -18,8 +21,12 @@ from nsa_gen.lowering import Plan, lower
 from nsa_gen.spec import Spec
 from nsa_gen.spec.fields import MAX_NAME
 
-ROWS = ("q", "gates", "indices", "counts")
+ROWS = ("q", "gates", "indices", "counts", "q_idx")
 """Arguments that belong to queries. A rank has those of its own queries."""
+INDEX_KEYS = ("k_idx",)
+"""Arguments that belong to keys, besides those of the branches. They are gathered like those."""
+LOSS = "alignment_loss"
+"""The auxiliary output that belongs to sequences and not to queries."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def operators_of(spec: Spec, head_groups: int, ranks: int, package: ModuleType |
         given = given_plan = None
     whole = load(some) if package is None or head_groups > 1 else package
     of_queries = [name for name in whole.Auxiliary._fields if name not in ("k_cmp", "v_cmp")]
-    auxiliary = NamedTuple("Auxiliary", [(name, Tensor) for name in of_queries])
+    auxiliary = namedtuple("Auxiliary", of_queries, defaults=(None,) if of_queries[-1:] == [LOSS] else ())
     return Operators(plan, whole, given_plan, None if given is None else load(given), auxiliary)
 
 
@@ -82,6 +89,14 @@ class Started(NamedTuple):
     buffers: list[Tensor]
 
 
+class Queries(NamedTuple):
+    """A piece's `share` of the queries of each of `count` packed sequences, from number `first` on."""
+
+    first: int
+    count: int
+    share: float
+
+
 @dataclass(frozen=True)
 class Routes:
     """What a rank computes of a batch, and what it needs from other ranks for it.
@@ -93,6 +108,8 @@ class Routes:
         whole: for each piece that has a span, its keys.
         whole_blocks: for each such piece, the compressed blocks among its keys.
         tokens_of_blocks: the tokens of each run of blocks that this rank compresses.
+        sequences: the number of packed sequences; None for a batch.
+        queries: for each piece, its share of which sequences' queries.
     """
 
     pieces: tuple[Piece, ...]
@@ -101,6 +118,8 @@ class Routes:
     whole: tuple[Part, ...]
     whole_blocks: tuple[Part, ...]
     tokens_of_blocks: tuple[Part, ...]
+    sequences: int | None
+    queries: tuple[Queries, ...]
 
 
 @functools.lru_cache(maxsize=64)
@@ -109,11 +128,13 @@ def routes_of(
 ) -> Routes:
     """The routes of a rank; `compression` is block and stride if compressed blocks travel."""
     pieces = shards.pieces(rank)
+    sequences = None if shards.bounds is None else len(shards.bounds) - 1
+    queries = tuple(_queries_of(shards, rank, piece) for piece in pieces)
     where = rank, shards.ranks, group, reduction
     tokens = Route.of(shards.segments, *where)
     whole = tuple(Part(piece.span, 0, piece.keys) for piece in pieces if piece.span is not None)
     if compression is None:
-        return Routes(pieces, tokens, None, whole, (), ())
+        return Routes(pieces, tokens, None, whole, (), (), sequences, queries)
     block, stride = compression
     segments = shards.block_segments(block, stride)
     return Routes(
@@ -128,7 +149,22 @@ def routes_of(
             for each in some
             if each.rank == rank
         ),
+        sequences,
+        queries,
     )
+
+
+def _queries_of(shards: Shards, rank: int, piece: Piece) -> Queries:
+    bounds = (0, shards.tokens) if shards.bounds is None else shards.bounds
+    if piece.span is not None:
+        start, end = shards.spans[piece.span]
+        return Queries(list(pairwise(bounds)).index((start, end)), 1, (piece.end - piece.begin) / (end - start))
+    if piece.bounds is None:
+        return Queries(0, 1, 1.0)
+    chunk = next(x for x in shards.chunks_of(rank) if x.offset <= piece.begin < x.offset + x.end - x.start)
+    begin = chunk.start + piece.begin - chunk.offset
+    inside = [number for number, bound in enumerate(bounds) if begin <= bound <= begin + piece.end - piece.begin]
+    return Queries(inside[0] if inside else 0, max(0, len(inside) - 1), 1.0)
 
 
 class Call:
@@ -150,13 +186,13 @@ class Call:
         """Start to gather raw keys and values."""
         plan, given = self._operators.plan, self._operators.given_plan
         whole, blocks = self._routes.whole, self._routes.tokens_of_blocks
+        names = [*plan.raw_names, *(name for name in INDEX_KEYS if name in tensors)]
         read = plan.raw_names if given is None else [name for branch in given.raw_branches for name in plan.kv(branch)]
+        read = [*read, *INDEX_KEYS]
         compressed = () if given is None else plan.kv("cmp")
         parts = tuple(
-            (*(whole if name in read else ()), *(blocks if name in compressed else ()), Part(0, 0, 0))
-            for name in plan.raw_names
+            (*(whole if name in read else ()), *(blocks if name in compressed else ()), Part(0, 0, 0)) for name in names
         )
-        names = list(plan.raw_names)
         return Started(names, parts, start(self._routes.tokens, [tensors[name] for name in names]))
 
     def run(
@@ -173,19 +209,32 @@ class Call:
                 gathered[name], parts = parts[: len(wanted)], parts[len(wanted) :]
             if self._routes.blocks is not None:
                 anchors.append(self._compress(gathered, parameters))
-        found, spanning = [], 0
-        for piece in self._routes.pieces:
+        found, losses, spanning = [], [], 0
+        for piece, queries in zip(self._routes.pieces, self._routes.queries, strict=True):
             if piece.span is None:
                 found.append(self._within(piece, tensors, parameters))
             else:
                 found.append(self._across(piece, spanning, tensors, parameters, gathered))
                 spanning += 1
+            losses.append(self._shared_loss(found[-1], queries))
         if not found:  # a rank without tokens
             found.append(self._within(Piece(0, 0), tensors, parameters))
+            losses.append(self._shared_loss(found[-1], Queries(0, 0, 0.0)))
         outputs = [each[0] if len(found) == 1 else torch.cat(each, 1) for each in zip(*found, strict=True)]
+        outputs += [sum(losses[1:], losses[0])] if losses[0] is not None else []
         if anchors:
-            outputs[0] = Anchor.apply(outputs[0], *anchors)
+            outputs = [Anchor.apply(x, *anchors) if x.requires_grad else x for x in outputs]
         return outputs
+
+    def _shared_loss(self, found: list[Any], queries: Queries) -> Any:
+        """Remove the indexer's loss from a piece's outputs; return its part of each sequence's mean over queries."""
+        if LOSS not in self._operators.auxiliary._fields or not self._return_aux:
+            return None
+        loss = found.pop()
+        if loss is None or self._routes.sequences is None:
+            return None if loss is None else loss * queries.share
+        behind = self._routes.sequences - queries.first - queries.count
+        return pad(loss[: queries.count] * queries.share, (queries.first, behind))
 
     def _compress(self, gathered: dict[str, list[Tensor]], parameters: tuple[Tensor, ...] | None) -> Tensor:
         """Compress this rank's blocks and gather all. Adds k_cmp and v_cmp of each piece to `gathered`."""
@@ -219,7 +268,9 @@ class Call:
         if parameters is not None:
             some["compression"] = parameters
         found = self._attend(self._operators.whole, some)
-        return found if piece.bounds is None else [x[None] for x in found]
+        if piece.bounds is None:
+            return found
+        return [x if x is None or x.dim() == 1 else x[None] for x in found]
 
     def _across(
         self,
@@ -233,8 +284,10 @@ class Call:
         plan, given = self._operators.plan, self._operators.given_plan
         some = {name: tensors[name][:, piece.begin : piece.end] for name in ROWS if name in tensors}
         some |= {name: tensors[name] for name in plan.sinks if name in tensors}
+        indexed = {name: gathered[name][number] for name in INDEX_KEYS if name in gathered}
         if given is None:
             some |= {name: gathered[name][number] for name in plan.raw_names}
+            some |= indexed
             if parameters is not None:
                 some["compression"] = parameters
             return self._attend(self._operators.whole, some)
@@ -242,6 +295,7 @@ class Call:
             for name, source in zip(given.kv(branch), plan.kv(branch), strict=True):
                 some[name] = gathered[source][number]
         some["k_cmp"], some["v_cmp"] = gathered["k_cmp"][number], gathered["v_cmp"][number]
+        some |= indexed
         assert self._operators.given is not None
         return self._attend(self._operators.given, some)
 

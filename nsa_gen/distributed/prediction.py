@@ -144,11 +144,11 @@ def predict_ranks(
         max(sum(part * share for part, share in zip(parts, some, strict=True)) for some in each_rank)
         for parts in one.values()
     )
-    raw, compressed = _sent_bytes(plan, shards, batch)
+    raw, compressed = _sent_bytes(plan, shards, batch, head_groups)
     gathered = (ranks - 1) * (raw + compressed)
     widened = 1 if reduction == "exchange" else 4 // _BYTES[plan.dtype]
     summed = widened * gathered
-    calls = len(plan.raw_names) + 2 * bool(compressed)
+    calls = len(plan.raw_names) + 2 * bool(compressed) + bool(plan.index_dim)
     gathering = _travel(gathered, ranks, fabric, shared=True) + _latency(calls * head_groups, ranks, fabric)
     summing = _travel(summed, ranks, fabric, shared=reduction == "reduce_scatter")
     summing += _latency(calls * head_groups, ranks, fabric)
@@ -159,11 +159,15 @@ def predict_ranks(
     return RankPrediction(ranks, order, tokens, forward, backward, gathered, summed, gathering, summing, exposed, alone)
 
 
-def _sent_bytes(plan: Plan, shards: Shards, batch: int) -> tuple[int, int]:
-    """The bytes of keys and values that a rank sends in a gather, raw and compressed, with padding of uneven shards."""
+def _sent_bytes(plan: Plan, shards: Shards, batch: int, head_groups: int) -> tuple[int, int]:
+    """Bytes of keys and values that a rank sends, raw and compressed, including the padding of uneven shards.
+
+    Raw ones include index keys, which every group of heads gathers.
+    """
     spec, element = plan.spec, _BYTES[plan.dtype]
     head = {"k": spec.head_dim.qk, "v": spec.head_dim.v}
     token = sum(head[name[0]] for name in plan.raw_names) * spec.heads.kv * element * batch
+    token += plan.index_dim * element * batch * head_groups
     raw = token * gathered_rows(shards.segments, shards.ranks)
     if not (plan.compresses and plan.compressed_output):
         return raw, 0

@@ -312,6 +312,14 @@ def check_workspace(workspace_bytes: int | None) -> int | None:
     return workspace_bytes
 
 
+def check_whole(name: str, value: object, least: int, most: int) -> None:
+    """Raise unless it is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+
+
 def check_kind(name: str, tensor: object, expected: str = "a torch.Tensor") -> None:
     """Raise unless it is a tensor whose numbers lie in strided memory of one device."""
     if not isinstance(tensor, torch.Tensor):

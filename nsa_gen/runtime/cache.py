@@ -5,13 +5,10 @@ from typing import Any, Self
 
 import torch
 
-from .arguments import Arguments, check_kind
+from .arguments import Arguments, check_kind, check_whole
 from .pages import CapacityError, Pages
 from .sizes import cdiv
-from .storage import Kept, Layout, new_scales
-
-# Tokens of a page.
-PAGE_SIZES = (16, 32, 64, 128, 256)
+from .storage import Kept, Layout, check_layer, check_page_size, new_scales, shapes_of
 
 
 class Cache:
@@ -58,7 +55,7 @@ class Cache:
         elif pages is not None:
             raise ValueError("pages: expected None for a contiguous cache; set page_size too")
         layout = Layout(batch, capacity, page_size or 0, table)
-        shapes = self._shapes(layout, None if own is None else own.free)
+        shapes = shapes_of(self._kept, self._checks, layout, None if own is None else own.free)
         zeros = [
             [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()] for _ in range(layers)
         ]
@@ -107,56 +104,22 @@ class Cache:
             raise ValueError(f"capacity: expected at most the {width * page_size} tokens of W pages, got {capacity}")
         if not isinstance(layers, Sequence) or not layers:
             raise ValueError(f"layers: expected the tensors of one layer or more, got {layers!r}")
-        held = [cls._attached(f"layers[{number}]", layer, page_size, table) for number, layer in enumerate(layers)]
+        shapes = cls.page_shapes(page_size)
+        held = [
+            check_layer(f"layers[{number}]", layer, shapes, cls._checks, table.device)
+            for number, layer in enumerate(layers)
+        ]
         cache._begin(Layout(batch, capacity, page_size, table), None, held, max_new_tokens, table.device)
         return cache
 
     @classmethod
-    def page_shapes(cls, page_size: int) -> dict[str, tuple[tuple[int, int, int], torch.dtype]]:
+    def page_shapes(cls, page_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What a page of a layer holds by name: (rows, heads, D) and the dtype, raw and compressed."""
         check_page_size(page_size)
         return {
-            name: ((rows, heads, dim), dtype)
-            for name, ((_, rows, heads, dim), dtype) in cls._shapes(Layout(0, 0, page_size, None), 0).items()
+            name: (shape[1:], dtype)
+            for name, (shape, dtype) in shapes_of(cls._kept, cls._checks, Layout(0, 0, page_size, None), 0).items()
         }
-
-    @classmethod
-    def _shapes(cls, layout: Layout, pages: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of a layer's tensors; `pages` is None for a contiguous cache."""
-        sizes = cls._checks.sizes
-        return {
-            name: ((*layout.rows(kept, pages), sizes[kept.heads], sizes[kept.dim]), kept.dtype or cls._checks.dtype)
-            for name, kept in cls._kept.items()
-        }
-
-    @classmethod
-    def _attached(
-        cls, place: str, layer: Mapping[str, torch.Tensor], page_size: int, table: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """The caller's tensors of a layer, checked."""
-        shapes = cls.page_shapes(page_size)
-        if not isinstance(layer, Mapping) or set(layer) != set(shapes):
-            found = ", ".join(layer) if isinstance(layer, Mapping) else type(layer).__name__
-            raise ValueError(f"{place}: expected tensors by name: {', '.join(shapes)}; got {found}")
-        tensors = [layer[name] for name in shapes]
-        pages = tensors[0].shape[0] if isinstance(tensors[0], torch.Tensor) and tensors[0].dim() == 4 else 0
-        for tensor, (name, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
-            cls._checks.check_tensor(
-                f"{place}[{name!r}]",
-                tensor,
-                ("pages", "rows", "Hkv", "D"),
-                (pages, *shape),
-                device=table.device,
-                dtype=dtype,
-            )
-            if not tensor.is_contiguous():
-                raise ValueError(f"{place}[{name!r}]: expected a contiguous tensor, got strides {tensor.stride()}")
-        return tensors
-
-    @property
-    def _quantized(self) -> list[str]:
-        """Tensors of a layer that hold codes of 8 bits, whose scales the layer has too, in this order."""
-        return [name for name, kept in self._kept.items() if kept.coded]
 
     def _check_sizes(self, capacity: int, max_new_tokens: int) -> None:
         check_whole("capacity", capacity, 1, 2**31 - 1)
@@ -304,7 +267,7 @@ class Cache:
             TypeError, ValueError: naming the argument, what was expected and what came; a package whose cache has no
                 codes (`cache: {dtype: e4m3}` of the spec) takes none.
         """
-        held, names = self._layer(layer), self._quantized
+        held, names = self._layer(layer), [name for name, kept in self._kept.items() if kept.coded]
         for name, scale in scales.items():
             if name not in names:
                 raise TypeError(f"{name}: expected scales of {', '.join(names) or 'nothing: the cache has no codes'}")
@@ -395,7 +358,7 @@ class Cache:
         if self._pages is not None:
             self._pages.shrink(target, 0)
             self._pages.share(source, target, tokens)
-            self._write_table([target])
+            self._write_table()
         else:
             for tensor in self._rows():
                 tensor[target, :tokens].copy_(tensor[source, :tokens])
@@ -478,43 +441,22 @@ class Cache:
         check_whole(name, sequence, 0, self.layout.batch - 1)
 
     def _reserve_pages(self, new: Sequence[int]) -> None:
-        pages = self._pages
-        assert pages is not None
-        changed = []
+        assert self._pages is not None
         for sequence, held, wanted in self._growing(new):
-            before = len(pages.owned[sequence])
-            copied = pages.grow(sequence, held, wanted)
+            copied = self._pages.grow(sequence, held, wanted)
             if copied is not None:
                 for tensor in self._rows():
                     tensor[copied[1]].copy_(tensor[copied[0]])
-            if copied is not None or len(pages.owned[sequence]) > before:
-                changed.append(sequence)
-        self._write_table(changed)
+        self._write_table()
 
     def _shrink_pages(self, sequences: Sequence[int]) -> None:
         if self._pages is None:
             return
-        changed = []
         for sequence in sequences:
-            before = len(self._pages.owned[sequence])
             self._pages.shrink(sequence, self._tokens[sequence])
-            if len(self._pages.owned[sequence]) < before:
-                changed.append(sequence)
-        self._write_table(changed)
+        self._write_table()
 
-    def _write_table(self, sequences: Sequence[int]) -> None:
+    def _write_table(self) -> None:
         assert self._pages is not None and self.layout.table is not None
-        for sequence in sequences:
-            self.layout.table[sequence].copy_(torch.tensor(self._pages.entries(sequence), dtype=torch.int32))
-
-
-def check_whole(name: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
-
-
-def check_page_size(page_size: object) -> None:
-    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
-        raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))}, got {page_size!r}")
+        for sequence, pages in self._pages.changes():
+            self.layout.table[sequence].copy_(torch.tensor(pages, dtype=torch.int32))

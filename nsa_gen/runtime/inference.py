@@ -179,9 +179,7 @@ class Inference:
         tokens, most = q.shape[1], cache.max_new_tokens
         if not 1 <= tokens <= most:
             raise ValueError(f"q: expected 1 to {most} tokens, the cache's max_new_tokens, got {tokens}")
-        gates, indices, counts = self._check_others(q, gates, indices, counts)
-        q_idx = self._check_index(q, q_idx)
-        sinks = tuple(self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
+        gates, q_idx, indices, counts, *sinks = self._check_others(q, gates, q_idx, indices, counts, *sinks)
         shape = (*q.shape[:3], self._checks.sizes["Dv"])
         if out is None:
             out = q.new_empty(shape)
@@ -228,9 +226,7 @@ class Inference:
             cache.synchronize()
         if q.shape[1] < max(cache.new_tokens):
             raise ValueError(f"q: expected at least the cache's {max(cache.new_tokens)} new tokens, got {q.shape[1]}")
-        gates, indices, counts = self._check_others(q, gates, indices, counts)
-        q_idx = self._check_index(q, q_idx)
-        sinks = tuple(self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
+        gates, q_idx, indices, counts, *sinks = self._check_others(q, gates, q_idx, indices, counts, *sinks)
         runs = runs_of(cache.tokens, cache.new_tokens)
         parts = []
         with torch.no_grad():
@@ -264,21 +260,21 @@ class Inference:
         self,
         q: torch.Tensor,
         gates: torch.Tensor | None,
+        q_idx: torch.Tensor | None,
         indices: torch.Tensor | None,
         counts: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        *sinks: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Check against q what else a call has, as far as the package takes it; floats are detached."""
         if self._gated:
             gates = self._checks.check_gates(gates, q, packed=False).detach()
         if self._given_lists:
             indices, counts = self._checks.check_selection(indices, counts, q, None)
-        return gates, indices, counts
-
-    def _check_index(self, q: torch.Tensor, q_idx: torch.Tensor | None) -> torch.Tensor | None:
-        """Check index queries (B, N, S, Di), of a package with an indexer; detached."""
-        if not self._indexed:
-            return None
-        q_idx = self._checks.check_query("q_idx", q_idx, None)
-        return self._checks.check_heads("q_idx", q_idx, q.shape[1], "S", "Di", q, "N").detach()
+        if self._indexed:
+            q_idx = self._checks.check_query("q_idx", q_idx, None)
+            q_idx = self._checks.check_heads("q_idx", q_idx, q.shape[1], "S", "Di", q, "N").detach()
+        checked = (self._checks.check_sink(*each, q).detach() for each in zip(self._sinks, sinks, strict=True))
+        return gates, q_idx, indices, counts, *checked
 
     def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
         """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""

@@ -8,7 +8,7 @@ does once for calls of the same sizes what depends on sizes alone, and leaves th
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from triton.runtime.jit import JITFunction
 # Versions of Triton whose compiled kernels are launched as here; others launch by themselves.
 KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 
-# What launches a kernel on the tensors that it is given, and strides of a tensor.
+# What launches a kernel on the tensors that it is given, and strides of several tensors.
 Launch = Callable[..., None]
-Strides = tuple[int, ...]
+Strides = tuple[tuple[int, ...], ...]
 # Keeps the launches that a function of a configuration and of sizes prepares, so many at most: lengths that never come
 # again are forgotten.
 kept = functools.lru_cache(maxsize=1024)
@@ -206,7 +206,12 @@ def read_kernels(package: str) -> None:
 
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Strides of batch entry, token and head of tensors (B, T, H, D), tensor by tensor, as kernels take them."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+    return row_strides(x.stride() for x in tensors)
+
+
+def row_strides(strides: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The same of the strides of tensors, such as a launch is kept by."""
+    return tuple(stride for each in strides for stride in each[:3])
 
 
 def observed() -> bool:

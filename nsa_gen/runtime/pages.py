@@ -17,6 +17,7 @@ class Pages:
         self.owned: list[list[int]] = [[] for _ in range(batch)]
         self._users = [0] * pages
         self._shared = 0
+        self._changed: set[int] = set()
         self._free = list(range(pages - 1, -1, -1))
 
     @property
@@ -52,8 +53,10 @@ class Pages:
             copied = (owned[tail], page)
             self._release(owned[tail])
             owned[tail] = page
+            self._changed.add(sequence)
         while len(owned) * self.page_size < wanted:
             owned.append(self._take())
+            self._changed.add(sequence)
         return copied
 
     def shrink(self, sequence: int, tokens: int) -> None:
@@ -61,6 +64,7 @@ class Pages:
         owned = self.owned[sequence]
         while len(owned) > -(-tokens // self.page_size):
             self._release(owned.pop())
+            self._changed.add(sequence)
 
     def share(self, source: int, target: int, tokens: int) -> None:
         """Let `target`, which has given back its pages, use those of the first `tokens` tokens of `source`."""
@@ -68,11 +72,13 @@ class Pages:
         for page in self.owned[target]:
             self._users[page] += 1
             self._shared += self._users[page] == 2
+        self._changed.add(target)
 
-    def entries(self, sequence: int) -> list[int]:
-        """The sequence's row of the table; -1 where it has no page."""
-        owned = self.owned[sequence]
-        return owned + [-1] * (self.width - len(owned))
+    def changes(self) -> list[tuple[int, list[int]]]:
+        """Rows of the table that differ from what they were at the last call, with their numbers: -1 is no page."""
+        rows = [(each, self.owned[each] + [-1] * (self.width - len(self.owned[each]))) for each in self._changed]
+        self._changed.clear()
+        return rows
 
     def _shared_tail(self, sequence: int, length: int) -> int | None:
         """Number of the page that the next token goes to, if it holds some already and others use it too."""

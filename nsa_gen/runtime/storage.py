@@ -6,14 +6,18 @@ it owns pages of PAGE_SIZE rows that a table names. A block lies in the page of 
 depends on no later token, so sequences with a common beginning share whole pages.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .arguments import Arguments
 from .sizes import cdiv
+
+# Tokens of a page.
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 @triton.jit
@@ -132,3 +136,39 @@ class Layout(NamedTuple):
         last = torch.arange(Blocks(size, stride).of(tokens), device=self.table.device) * stride + size - 1
         pages = self.table[first:end].long()[:, last // self.page_size]
         return pages * cdiv(self.page_size, stride) + last % self.page_size // stride
+
+
+# Shape and dtype of tensors by name.
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def shapes_of(kept: Mapping[str, Kept], checks: Arguments, layout: Layout, pages: int | None) -> Shapes:
+    """Those of a layer's tensors; `pages` is None for a contiguous cache."""
+    sizes = checks.sizes
+    return {
+        name: ((*layout.rows(each, pages), sizes[each.heads], sizes[each.dim]), each.dtype or checks.dtype)
+        for name, each in kept.items()
+    }
+
+
+def check_layer(
+    place: str, layer: Mapping[str, torch.Tensor], shapes: Shapes, checks: Arguments, device: torch.device
+) -> list[torch.Tensor]:
+    """The caller's tensors of a layer, whose pages are of these shapes."""
+    if not isinstance(layer, Mapping) or set(layer) != set(shapes):
+        found = ", ".join(layer) if isinstance(layer, Mapping) else type(layer).__name__
+        raise ValueError(f"{place}: expected tensors by name: {', '.join(shapes)}; got {found}")
+    tensors = [layer[name] for name in shapes]
+    pages = tensors[0].shape[0] if isinstance(tensors[0], torch.Tensor) and tensors[0].dim() == 4 else 0
+    dims = ("pages", "rows", "Hkv", "D")
+    for tensor, (name, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
+        checks.check_tensor(f"{place}[{name!r}]", tensor, dims, (pages, *shape), device=device, dtype=dtype)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{place}[{name!r}]: expected a contiguous tensor, got strides {tensor.stride()}")
+    return tensors
+
+
+def check_page_size(page_size: object) -> None:
+    """Raise unless pages may have so many tokens."""
+    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))}, got {page_size!r}")

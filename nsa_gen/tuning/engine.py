@@ -17,6 +17,7 @@ import triton
 from nsa_gen.bench.contenders import Contender
 from nsa_gen.bench.decode import DecodeInputs, decode_inputs
 from nsa_gen.bench.measure import GRAPH_BELOW_MS, Clock, DeviceLost, Measurement, Times, faults, first_line, race
+from nsa_gen.hangs import note_launches
 from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
 from nsa_gen.spec import parse_spec
@@ -42,7 +43,7 @@ from nsa_gen.verification.reference.dense import OracleParameters
 from nsa_gen.verification.reference.gradients import References
 from nsa_gen.verification.reference.inputs import make_inputs
 from nsa_gen.verification.report import environment
-from nsa_gen.workers import Handle, Lost, note_launches, serve
+from nsa_gen.workers import Handle, Lost, serve
 
 if TYPE_CHECKING:
     from nsa_gen.verification.reference.inputs import Inputs

@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.support import GPU, operator_of
 
 WORLD = 4
-CHOOSING = {"whole", "packed", "mean_scores"}
+CHOOSING = {"whole", "packed", "mean_scores", "indexer", "indexer_packed"}
 """Cases whose operator chooses blocks."""
 
 pytestmark = [
@@ -120,8 +120,6 @@ def test_a_mesh_of_two_dims_and_blocks_from_outside_are_refused(one_rank: None) 
     shared = operator_of("slc", scores="mean", scope="all", kv_heads=2).spec
     with pytest.raises(ValueError, match=r"head_groups: expected 1 with selection.scope: all, got 2"):
         ContextParallel(shared, mesh["cp"], head_groups=2)
-    with pytest.raises(ValueError, match=r"selection.scores: expected compression or mean, got an indexer"):
-        ContextParallel(operator_of("slc", index=16, count=3).spec, mesh["cp"])
 
 
 def test_arguments_of_a_call_are_refused_by_name(one_rank: None) -> None:

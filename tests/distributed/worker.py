@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 import nsa_gen
 from nsa_gen.distributed import ContextParallel
+from nsa_gen.distributed.calls import LOSS
 from nsa_gen.lowering import lower
 from nsa_gen.verification.calls import quick_interpreter
 from tests.support import small_spec
@@ -47,6 +48,7 @@ class Case:
 
 
 FAST = {"branches": "cmp win"}
+INDEXED = {"branches": "cmp slc", "index": 16, "count": 2, "initial": 0}
 CASES = {
     "whole": Case(2, 21, {"phi": "weighted", "count": 1, "initial": 0, "local": 0}),
     "packed": Case(
@@ -66,6 +68,10 @@ CASES = {
     "per_branch": Case(2, 21, {**FAST, "kv": "per_branch"}),
     "compressed_alone": Case(2, 21, {"branches": "cmp", "phi": "weighted", "gate": "none"}),
     "mean_scores": Case(2, 33, {"branches": "slc", "scores": "mean", "count": 2, "initial": 0}),
+    "indexer": Case(2, 50, {"branches": "slc", "index": 16, "count": 2, "initial": 0}, compiled=True),
+    "indexer_packed": Case(
+        3, 57, {**INDEXED, "kv_heads": 2}, bounds=(0, 0, 9, 49, 52), order="contiguous", head_groups=2
+    ),
     "given_indices": Case(2, 17, {"branches": "slc", "indices": "input", "count": 2}),
     "compiled": Case(2, 21, {**FAST, "phi": "weighted"}, bounds=(0, 4, 17, 21), compiled=True),
 }
@@ -109,6 +115,9 @@ def draw(case: Case) -> Drawn:
         indices = torch.cat((torch.zeros_like(blocks), blocks.where(blocks > 0, -1)), -1)
         tensors["indices"] = indices.int().expand(*lead, heads.kv, 2)
         tensors["counts"] = (indices >= 0).sum(-1).int().expand(*lead, heads.kv)
+    if spec.index_dim:
+        tensors["q_idx"] = torch.randn(*lead, spec.scopes, spec.index_dim)
+        tensors["k_idx"] = torch.randn(*lead, 1, spec.index_dim)
     shared = {name: torch.randn(heads.query) for name in plan.sinks}
     learned = None
     if plan.parameters:
@@ -122,13 +131,25 @@ def draw(case: Case) -> Drawn:
     return drawn
 
 
+def differentiate(o: Tensor, auxiliary: Any, do: Tensor) -> None:
+    """The backward of o and, with an indexer, of the sum of its losses."""
+    loss = getattr(auxiliary, LOSS, None)
+    if loss is None:
+        o.backward(do)
+    else:
+        torch.autograd.backward((o, loss), (do, torch.ones_like(loss)))
+
+
 def alone(case: Case) -> dict[str, Tensor]:
     """Outputs and gradients of one process."""
     drawn = draw(case)
     bounds = None if case.bounds is None else torch.tensor(case.bounds, dtype=torch.int32)
     o, auxiliary = drawn.call(drawn.op.nsa_attention, drawn.tensors, cu_seqlens=bounds)
-    o.backward(drawn.do)
-    found = {"o": o.detach(), **{name: x for name, x in auxiliary._asdict().items() if "k_cmp" != name != "v_cmp"}}
+    differentiate(o, auxiliary, drawn.do)
+    found = {
+        "o": o.detach(),
+        **{name: x.detach() for name, x in auxiliary._asdict().items() if name not in ("k_cmp", "v_cmp")},
+    }
     return found | {f"d{name}": x.grad for name, x in drawn.leaves().items() if x.requires_grad}
 
 
@@ -145,9 +166,13 @@ def together(case: Case, group: dist.ProcessGroup) -> dict[str, Tensor]:
     attend = torch.compile(parallel.attention, fullgraph=True, backend="aot_eager")
     more = {"recompute": case.recompute} if case.recompute else {}
     o, auxiliary = drawn.call(attend if case.compiled else parallel.attention, own, shards=shards, **more)
-    o.backward(parallel.shard(drawn.do, shards))
+    differentiate(o, auxiliary, parallel.shard(drawn.do, shards))
     found = {"o": o, **auxiliary._asdict(), **{f"d{name}": x.grad for name, x in own.items() if x.requires_grad}}
+    loss = found.pop(LOSS, None)
     found = {name: parallel.unshard(x, shards) for name, x in found.items()}
+    if loss is not None:
+        found[LOSS] = loss.detach().clone()
+        dist.all_reduce(found[LOSS], group=group)
     learned = {} if drawn.compression is None else drawn.compression._asdict()
     for name, x in {**drawn.shared, **learned}.items():
         total = torch.zeros_like(x) if x.grad is None else x.grad

@@ -43,7 +43,18 @@ combine: {gate: given}
 """
 """Compressed keys and blocks from the caller, keys and values of each branch."""
 
-APART = {"computed": COMPUTED, "pooled": POOLED, "given": GIVEN}
+INDEXED = """\
+version: 2
+name: far_indexed
+heads: {query: 6, kv: 3}
+head_dim: 16
+dtype: DTYPE
+selection: {block: 16, count: 3, initial: 0, local: 1, scores: {indexer: {dim: 32}}}
+combine: {gate: none}
+"""
+"""Blocks that an indexer chooses, with its alignment loss."""
+
+APART = {"computed": COMPUTED, "pooled": POOLED, "given": GIVEN, "indexed": INDEXED}
 """Specs whose arguments are spread out one by one."""
 APART_TOKENS = {"cuda": 75, "cpu": 9}
 """Tokens of each of three batch entries."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from nsa_gen.workers import Handle, Say, note_launches, serve
+from nsa_gen.hangs import note_launches
+from nsa_gen.workers import Handle, Say, serve
 from tests.gpu import common
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.mutants.model import Check, Edit, Equivalent, Mutant
 
 ATTENTION, POOL, SELECTION = "operator.py", "kernels/compression_pool.py", "kernels/selection.py"
-BANDED, BANDED_BACKWARD = "kernels/banded.py", "kernels/banded_backward.py"
+BANDED, BANDED_BACKWARD, SHARED_SUMS = "kernels/banded.py", "kernels/banded_backward.py", "runtime/shares.py"
 
 RECOMPUTED = Check("full", 4, tokens_kv=20, gradients=True, recompute=("cmp", "slc", "win"))
 LOCAL_RECOMPUTED = Check("local", 5, tokens_kv=67, gradients=True, local_in_window=True, recompute=("slc",))
@@ -104,7 +104,7 @@ MUTANTS = (
         "dK and dV of the compressed branch are those of the first share of heads",
         SHARES,
         ("dk_cmp", "dv_cmp"),
-        (Edit(BANDED_BACKWARD, "torch.sum(shares, 0, out=total)", "total.copy_(shares[0])"),),
+        (Edit(SHARED_SUMS, "torch.sum(shares, 0, out=total)", "total.copy_(shares[0])"),),
     ),
     Mutant(
         "shares_of_heads_in_one_place",
@@ -124,7 +124,7 @@ MUTANTS = (
         "rows of packed compressed keys that belong to no block get whatever the shares' memory held",
         SHARES,
         ("dk_cmp", "dv_cmp"),
-        (Edit(BANDED_BACKWARD, "total.new_zeros if sequences.packed else total.new_empty", "total.new_empty"),),
+        (Edit(SHARED_SUMS, "total.new_zeros if sequences.packed else total.new_empty", "total.new_empty"),),
     ),
     # Where a packed sequence's compressed rows begin
     rounded_up(

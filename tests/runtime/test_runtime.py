@@ -10,6 +10,7 @@ import torch
 
 from nsa_gen._resources import runtime_dir
 from nsa_gen.rendering import render
+from nsa_gen.rendering.package import HEADER
 from nsa_gen.runtime import sizes
 from nsa_gen.runtime.launch import strides
 from nsa_gen.runtime.pages import Pages
@@ -22,9 +23,7 @@ MODULES = sorted(path.name for path in runtime_dir().glob("*.py") if path.name !
 @pytest.mark.parametrize("name", MODULES)
 def test_a_package_carries_a_runtime_module_to_the_letter(name: str) -> None:
     files = render(load_spec("llama3_8b"))
-    header, source = files["spec.yaml"].splitlines()[:4], (runtime_dir() / name).read_text(encoding="utf-8")
-    assert files[f"runtime/{name}"].splitlines()[:4] == header
-    assert files[f"runtime/{name}"].endswith(f"\n{source}")
+    assert files[f"runtime/{name}"] == f"{HEADER}\n{(runtime_dir() / name).read_text(encoding='utf-8')}"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -51,8 +50,9 @@ def test_sizes_round_up() -> None:
 def test_a_page_that_two_sequences_use_is_copied_by_the_one_that_writes_and_freed_by_the_last() -> None:
     pages = Pages(batch=2, page_size=16, pages=4, width=4)
     assert pages.needed([(0, 0, 40)]) == 3 and pages.grow(0, 0, 40) is None
-    assert (pages.free, pages.sharing, pages.entries(0)[3]) == (1, False, -1)
+    assert (pages.free, pages.sharing, pages.changes()) == (1, False, [(0, [*pages.owned[0], -1])])
     pages.share(0, 1, 20)
+    assert pages.changes() == [(1, [*pages.owned[1], -1, -1])] and pages.changes() == []
     assert pages.sharing and pages.owned[1] == pages.owned[0][:2] and pages.free == 1
     # The next token of sequence 1 goes to the second page, which sequence 0 uses too.
     assert pages.needed([(1, 20, 21)]) == 1

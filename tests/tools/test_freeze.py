@@ -59,6 +59,11 @@ def test_digests_ignore_a_kernels_name_and_nothing_else() -> None:
     text = "tt.func public @{}(%arg0: i32) {{ %c = arith.constant {} : i32 }}"
     assert freeze.ttir_digest(text.format("a", 1)) == freeze.ttir_digest(text.format("b", 1))
     assert freeze.ttir_digest(text.format("a", 1)) != freeze.ttir_digest(text.format("a", 2))
+    calls = [
+        f"tt.call @nsa_gen.loaded.{module}.{name}__i32(%0)"
+        for module, name in (("a_1.x", "f"), ("b.y", "f"), ("b.y", "g"))
+    ]
+    assert freeze.ttir_digest(calls[0]) == freeze.ttir_digest(calls[1]) != freeze.ttir_digest(calls[2])
 
 
 def test_differences_name_what_is_gone_new_and_changed() -> None:
