@@ -139,7 +139,7 @@ def draw_speed_up() -> plt.Figure:
 
 def draw_quality() -> plt.Figure:
     """Held-out loss by position, and the needles that models found, by depth and length."""
-    study = json.loads((RESULTS / "h200_2026-11-30_rates" / "dense_nsa.json").read_text())
+    study = json.loads((RESULTS / "h200_2026-11-30_rates_quality" / "dense_nsa.json").read_text())
     figure, (left, *maps) = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained", width_ratios=(3, 4, 4))
     names = {"dense-group-4": ("dense", ORANGE), "nsa-group-4": ("NSA", BLUE)}
     for ax, row in zip(maps, study["rows"], strict=True):
