@@ -78,7 +78,7 @@ class Part:
 
 
 GROUPS = ((1, 8), (2, 8), (4, 8), (7, 4), (8, 4), (16, 4), (32, 4))
-"""Group sizes of the sweep, each with its KV heads: with fewer than 32 query heads a GPU would not be full."""
+"""Group sizes of the sweep, each with its number of KV heads: 8 up to groups of 4 query heads, 4 beyond."""
 GROUP_TOKENS = 32 * KIB
 BREAK_EVEN_LENGTHS = (2 * KIB, 3 * KIB, 4 * KIB, 6 * KIB, 8 * KIB, 12 * KIB, 16 * KIB)
 
