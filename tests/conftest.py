@@ -25,6 +25,9 @@ if not GPU:
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
 
 # Several pytest workers share the cores; one thread each is quicker than all of them fighting.
+# Tests look at what is logged and at which tables are found, whatever the developer's shell says.
+for name in ("NSA_GEN_QUIET", "NSA_GEN_TUNED"):
+    os.environ.pop(name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
