@@ -13,22 +13,22 @@ from torch import Tensor
 def sorted_lists(
     block_indices: Tensor, block_counts: Tensor | int | None = None, *, blocks: int, count: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Lists of blocks as generated operators take them, of lists in any order, padded in any way.
+    """Convert lists of blocks, in any order and with any padding, to the form that generated operators take.
 
-    Blocks that are negative or not below ``blocks`` are padding; a block named twice is kept once. Nothing is read on
-    the host. Blocks of the future are kept: the operators ignore them.
+    Block numbers that are negative or not less than ``blocks`` are padding. Duplicates are removed. Nothing is read on
+    the host. Blocks in the future are kept, because the operators ignore them.
 
     Args:
         block_indices: block numbers (..., S), of any integer dtype.
-        block_counts: how many leading slots are in use: one number, or (...) integers; all of them if None.
+        block_counts: number of leading slots in use: one number, or (...) integers; all slots if None.
         blocks: number of selection blocks of the sequence, ceil(Tkv / l').
-        count: slots of the result, the spec's ``selection.count``; S if None.
+        count: number of slots in the result, the spec's ``selection.count``; S if None.
 
     Returns:
         indices (..., count) int32, ascending and padded with -1, and counts (...) int32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got.
     """
     _check_tensor("block_indices", block_indices, "a tensor of integers (..., S)", integers=True)
     if block_indices.dim() < 1:
@@ -63,15 +63,15 @@ def sorted_lists(
 
 
 def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
-    """A function with the signature of flash-linear-attention's ``parallel_nsa`` that runs a generated package.
+    """Make a function with the signature of flash-linear-attention's ``parallel_nsa`` that runs a generated package.
 
-    Its spec must have ``combine: {gate: given}``, keys shared by the branches, none of them joint, no sink, and either
-    compression by means over the selection's own blocks (block = stride = the selection's block), which then choose the
-    blocks, or no compression and ``indices: input``. What the call says of sizes must be what the spec says; which
-    blocks are chosen whatever their importance is the spec's ``initial`` and ``local``.
+    The package's spec must have ``combine: {gate: given}``, keys shared by all branches, no joint branch and no sink.
+    It must have either compression by means over the selection blocks (block = stride = the selection's block), which
+    then selects the blocks, or no compression and ``indices: input``. Sizes in a call must be those of the spec. The
+    spec's ``initial`` and ``local`` determine the forced blocks.
 
     Raises:
-        ValueError: the spec cannot be called so; names the field.
+        ValueError: the spec does not fit this signature; the message names the field.
     """
     spec = op.SPEC
     compression, selection, window = spec["compression"], spec["selection"], spec["window"]
@@ -118,7 +118,7 @@ def parallel_nsa_of(op: Any) -> Callable[..., Tensor]:
         compression. With cu_seqlens, int32 or int64 (N + 1,) on q's device, B is 1.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got.
         """
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_tensor(name, x, "a tensor (B, T, H, D)", dims=4)

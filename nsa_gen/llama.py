@@ -53,32 +53,34 @@ LATENT = ("q_a_", "q_b_", "kv_a_", "kv_b_")
 
 
 def use_sparse_attention(model: Any, op: Any, kind: type[SparseAttention] | None = None) -> Any:
-    """Replace the attention of every layer of a Llama-like model by a generated package's; the model is changed.
+    """Replace the attention of every layer of a Llama-like model by that of a generated package, in place.
 
-    The model's projections, their biases, q_norm and k_norm, and the rotary embedding are kept; gates, and phi's
-    parameters if the spec has any, are new and start as in `NativeSparseAttention`, so that a model must be trained on
-    to be of use with a spec that has them. Layers with use_rope false stay without rotary embedding.
+    The model's projections, their biases, q_norm and k_norm, and the rotary embedding are kept. Gates, and phi's
+    parameters if the spec has any, are new and start as in `NativeSparseAttention`. With such a spec, the model must be
+    trained further before it is useful. Layers with use_rope false still have no rotary embedding.
 
-    Every layer is checked before any is replaced: its parts and settings by name, and what its attention computes for
-    a few tokens and drawn weights against dense attention of the parts named above. What the operator cannot compute
-    (sinks, soft caps, sliding windows, clipping, dropout, norms elsewhere, interleaved rotary dims) is refused, and the
-    model is left as it was. So is a model that was patched already.
+    Every layer is checked before any is replaced. The check compares its parts and settings by name. It also compares
+    the output of its attention, for a few tokens and random weights, with dense attention of the parts named above.
+    Attention that the operator cannot compute (sinks, soft caps, sliding windows, clipping, dropout, norms elsewhere,
+    interleaved rotary dims) raises an error, and the model is left unchanged. The same holds for a model that is
+    already patched.
 
-    A patched layer uses `position_embeddings`, and `cu_seq_lens_q` and `cu_seq_lens_k` of rows that hold several
-    documents. Key-value caches and padding are refused, and `use_cache` is switched off.
+    A patched layer uses `position_embeddings`, and `cu_seq_lens_q` and `cu_seq_lens_k` for rows with several documents.
+    Key-value caches and padding raise an error, and `use_cache` is switched off.
 
     Args:
         model: with `model.layers[...].self_attn` (q_proj, k_proj, v_proj, o_proj) and `model.rotary_emb`, such as
             LlamaForCausalLM with `attn_implementation="sdpa"`.
         op: a generated package of the model's heads, head dim, scale and dtype, whose branches share keys.
-        kind: what layers get; `SparseAttention` if None.
+        kind: the class of the new attention layers; `SparseAttention` if None.
 
     Returns:
         the model.
 
     Raises:
-        TypeError: the model is built otherwise.
-        ValueError: the spec does not fit the model, or the operator cannot compute its attention; names the field.
+        TypeError: the model has another structure.
+        ValueError: the spec does not fit the model, or the operator cannot compute its attention; the message names the
+            field.
     """
     inner = getattr(model, "model", None)
     layers, rotary_embedding = getattr(inner, "layers", None), getattr(inner, "rotary_emb", None)

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 def load(spec: Spec | str | os.PathLike[str]) -> ModuleType:
-    """Generate a spec's package into the user's cache unless it is there, import it, and return it.
+    """Import and return a spec's package, which is generated into the user's cache unless it is already there.
 
-    The package's place in the cache and its module name carry a digest of the generated text, so that a changed spec
-    or a newer nsa_gen gets a package of its own. The same text gives the same module object within a process. Several
-    processes and threads may call this at once: one generates, the others wait. What is pickled of the package, such as
-    a layer, is loaded by any process that has the same cache. Tuned tables that are shipped for a spec of this name
-    come along; the package uses those that were measured with its kernels.
+    The package's path in the cache and its module name contain a digest of the generated text, so a changed spec or a
+    newer nsa_gen gets its own package. Within a process, the same text gives the same module object. Several processes
+    and threads may call this at once: one generates, the others wait. Any process with the same cache can unpickle
+    objects of the package, such as a layer. Tuned tables that are shipped for a spec of this name are copied too; the
+    package uses those that were measured with its kernels.
 
     Args:
         spec: a Spec, the path of a spec's file, or the name of a shipped spec.
 
     Returns:
-        The package, with `nsa_attention`, the single ops, `SPEC` and `explain()`.
+        the package, with `nsa_attention`, the single steps, `SPEC` and `explain()`.
 
     Raises:
         nsa_gen.spec.SpecError: the spec is invalid or its file does not exist.

@@ -17,24 +17,24 @@ from nsa_gen.spec import Spec
 
 
 def apply_sparse_attention(model: Any, spec: Spec | ModuleType | str | os.PathLike[str]) -> Any:
-    """Replace the attention of every layer of a Llama, Qwen 2, Qwen 3 or Mistral model, or of one built alike.
+    """Replace the attention of every layer of a Llama, Qwen 2, Qwen 3 or Mistral model, or of a similar one.
 
-    What is replaced, kept and refused is in `nsa_gen.llama.use_sparse_attention`. Beyond that, batches may be padded
-    on either side, by an `attention_mask` (B, T) of the model's call: their tokens are packed for the attention, and
-    outputs of padding are 0. `new_cache` makes a cache for `model.generate`. A model that has this operator already is
-    returned as it is; `remove_sparse_attention` puts the model's own attention back.
+    `nsa_gen.llama.use_sparse_attention` says what is replaced, kept and refused. In addition, batches may be padded on
+    either side, with an `attention_mask` (B, T) in the model's call: the tokens are packed for attention, and outputs
+    of padding are 0. `new_cache` makes a cache for `model.generate`. A model that already has this operator is returned
+    unchanged. `remove_sparse_attention` restores the model's own attention.
 
     Args:
         model: such as `LlamaForCausalLM`, loaded with `attn_implementation="sdpa"`.
-        spec: a Spec, a spec's path or shipped name, or a generated package, of the model's heads, head dim and scale.
+        spec: a Spec, a spec's path or shipped name, or a generated package, with the model's heads, head dim and scale.
 
     Returns:
-        the model, which is changed.
+        the same model.
 
     Raises:
-        TypeError: the model is built otherwise.
+        TypeError: the model has another structure.
         ValueError: the spec does not fit the model, the operator cannot compute its attention (soft caps, sliding
-            windows, latent attention, ...), or the model has another operator; names the field.
+            windows, latent attention, ...), or the model has another operator; the message names the field.
     """
     op = spec if isinstance(spec, ModuleType) else load(spec)
     layers = getattr(getattr(model, "model", None), "layers", None) or ()
@@ -57,7 +57,7 @@ def apply_sparse_attention(model: Any, spec: Spec | ModuleType | str | os.PathLi
 
 
 def remove_sparse_attention(model: Any) -> Any:
-    """Put the model's own attention back, with the projections as they are now trained; gates and phi are dropped.
+    """Restore the model's own attention, with the current weights of the projections; gates and phi are dropped.
 
     Raises:
         ValueError: `apply_sparse_attention` has not changed this model.
@@ -72,18 +72,18 @@ def remove_sparse_attention(model: Any) -> Any:
 
 
 def new_cache(model: Any, *, batch: int, capacity: int, **more: Any) -> Any:
-    """A transformers `Cache` of the operator's own, for ``model.generate(..., cache=cache, use_cache=True)``.
+    """Make the operator's transformers `Cache`, for ``model.generate(..., cache=cache, use_cache=True)``.
 
-    Versions of transformers whose models take no `cache` call it past_key_values. A cache serves one `generate`.
+    If models of a transformers version take no `cache`, pass it as past_key_values. Use each cache for one `generate`.
 
     Args:
-        model: of `apply_sparse_attention`, with a spec whose passes have decode.
-        batch: sequences.
-        capacity: tokens of a sequence, prompt and answer together.
-        more: see the package's `NSACache`, such as page_size and max_new_tokens.
+        model: a model from `apply_sparse_attention`, with a spec whose passes include decode.
+        batch: number of sequences.
+        capacity: most tokens of a sequence, prompt and answer together.
+        more: other arguments of the package's `NSACache`, such as page_size and max_new_tokens.
 
     Raises:
-        ValueError: the model is another, or its spec has no decode pass.
+        ValueError: `apply_sparse_attention` has not changed this model, or its spec has no decode pass.
     """
     layers = getattr(getattr(model, "model", None), "layers", None) or ()
     if not layers or not isinstance(layers[0].self_attn, PaddedAttention):

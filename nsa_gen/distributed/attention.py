@@ -20,32 +20,32 @@ from nsa_gen.spec import Spec, load_spec
 
 
 class ContextParallel:
-    """A spec's operator for sequences of which every rank of a group holds a shard.
+    """A spec's operator for sequences that are sharded over the ranks of a group.
 
-    Each rank calls `attention` with its queries, keys and values. Sequences that lie in one chunk are computed there.
-    Of the others, each rank gathers keys and values, compresses the blocks that begin in its chunks (with the next
-    rank's tokens where they straddle a bound), gathers the compressed ones, and attends with its own queries at their
-    place. The backward sums the gradients of what was gathered and hands each rank those of its rows. Parameters
-    (phi's, sinks, and those of the layers around) get each rank's part of the gradient: sum them over the ranks, or
-    take the mean, as DistributedDataParallel and FSDP2 do.
+    Each rank calls `attention` with its own queries, keys and values. A sequence inside one chunk is computed by the
+    rank of this chunk. For all other sequences, each rank gathers keys and values, compresses the blocks that start in
+    its chunks (with the next rank's tokens if a block crosses a boundary), gathers the compressed keys and values, and
+    attends with its own queries at their positions. The backward sums the gradients of the gathered tensors, and gives
+    each rank those of its rows. Parameters (phi's, sinks, and those of the layers around) get each rank's part of the
+    gradient: sum the parts over the ranks, or take the mean, as DistributedDataParallel and FSDP2 do.
 
-    Outputs and gradients are those of one process up to rounding. The same blocks are chosen, as long as the compressed
-    attention has the same tiles for a part of the keys as for all: tuned tiles may differ between buckets of lengths,
-    and then the choice between blocks of almost equal importance may.
+    Outputs and gradients are those of one process up to rounding. The same blocks are selected if compressed attention
+    has the same tiles for a part of the keys as for all keys. Tuned tiles may differ between buckets of lengths. Then
+    the selection between blocks of almost equal importance may differ too.
 
     Args:
         spec: a Spec, a spec's path or shipped name, or a generated package.
         mesh: a DeviceMesh of one dim, such as mesh["cp"], or a process group; the default group if None.
-        order: how shards of `shards` are dealt out, see `Shards`.
-        head_groups: in how many groups of KV heads a call runs; the keys of the next group are gathered while one is
-            computed. A divisor of the KV heads.
-        reduction: how gradients of keys and values are summed over the ranks. "exchange" sends each part in the
-            inputs' dtype to the rank that it belongs to, which adds up in float32, in the order of ranks: equal bits
-            on every run. "reduce_scatter" leaves the sum to the backend, in float32, which costs fewer bytes between
+        order: how `shards` distributes tokens over ranks; see `Shards`.
+        head_groups: number of groups of KV heads in which a call runs, a divisor of the number of KV heads. The keys of
+            the next group are gathered while one group is computed.
+        reduction: how gradients of keys and values are summed over the ranks. "exchange" sends each part, in the
+            inputs' dtype, to the rank that owns it. This rank sums in float32 in the order of ranks, so that every run
+            gives the same bits. With "reduce_scatter" the backend sums in float32, which sends fewer bytes between
             nodes of several GPUs.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class ContextParallel:
         return tuple(plan.spec for plan in plans if plan is not None)
 
     def shards(self, tokens: int, cu_seqlens: Sequence[int] | Tensor | None = None) -> Shards:
-        """How sequences of `tokens` tokens, or packed ones of that many in all, are dealt out in this group.
+        """How sequences of `tokens` tokens, or packed ones with that total, are distributed in this group.
 
-        cu_seqlens (N + 1,) are the bounds of packed sequences in the whole batch, the same on every rank; the values of
-        a tensor on a GPU are waited for. Make it once for all layers of a step.
+        cu_seqlens (N + 1,) are the boundaries of packed sequences in the whole batch, the same on every rank. Reading
+        the values of a tensor on a GPU waits for it, so call this once for all layers of a step.
         """
         if isinstance(cu_seqlens, Tensor):
             if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1:
@@ -102,7 +102,7 @@ class ContextParallel:
         return Shards(tokens, self.ranks, self.order, None if cu_seqlens is None else tuple(cu_seqlens))
 
     def shard(self, x: Tensor, shards: Shards, dim: int | None = None) -> Tensor:
-        """This rank's rows of x, whose dim `dim` has all tokens: 1 as in (B, T, ...), packed 0, if None."""
+        """This rank's rows of x, whose dim `dim` has all tokens. By default 1, as in (B, T, ...), or 0 if packed."""
         dim = self._token_dim(shards, dim)
         if x.shape[dim] != shards.tokens:
             raise ValueError(f"x: expected {shards.tokens} tokens in dim {dim}, got shape {tuple(x.shape)}")
@@ -110,7 +110,7 @@ class ContextParallel:
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
     def unshard(self, x: Tensor, shards: Shards, dim: int | None = None) -> Tensor:
-        """All ranks' rows of x in the order of tokens, on every rank; without a gradient."""
+        """All ranks' rows of x in the order of tokens, on every rank. Not differentiable."""
         dim = self._token_dim(shards, dim)
         if x.shape[dim] != shards.rows(self.rank):
             raise ValueError(f"x: expected {shards.rows(self.rank)} tokens in dim {dim}, got shape {tuple(x.shape)}")
@@ -143,29 +143,29 @@ class ContextParallel:
         recompute: Sequence[str] = (),
         **more: Tensor | None,
     ) -> Any:
-        """`nsa_attention` of a package of the spec, for this rank's queries; every rank of the group has to call it.
+        """`nsa_attention` of the spec's package, for this rank's queries. Every rank of the group must call it.
 
-        Every rank also has to run its backward, if one does.
+        If one rank runs the backward, every rank must.
 
         Args:
             q: this rank's queries (B, rows, Hq, Dk), packed (rows, Hq, Dk), in the order of `shards`.
-            k: its keys (B, rows, Hkv, Dk).
-            v: its values (B, rows, Hkv, Dv).
-            gates: of its queries (B, rows, Hq, branches), where the spec has some.
-            shards: how the tokens are dealt out, as `ContextParallel.shards` says.
-            compression: phi's parameters, the same on every rank.
-            return_aux: also return, of this rank's queries, the branches' outputs, lse, indices and counts, and, with
-                an indexer, their part of each sequence's `alignment_loss`, (B,) or packed (N,). The parts of all ranks
-                add up to the loss.
-            recompute: branches whose forward the backward runs again, see `nsa_attention`.
+            k: this rank's keys (B, rows, Hkv, Dk).
+            v: this rank's values (B, rows, Hkv, Dv).
+            gates: gates of its queries (B, rows, Hq, branches), if the spec has gates.
+            shards: how the tokens are distributed, from `ContextParallel.shards`.
+            compression: the parameters of phi, the same on every rank.
+            return_aux: also return, for this rank's queries, the branches' outputs, lse, indices and counts and, with
+                an indexer, their part of each sequence's `alignment_loss`, (B,) or, if packed, (N,). The sum of the
+                parts of all ranks is the loss.
+            recompute: branches whose forward the backward runs again; see `nsa_attention`.
             more: the spec's other arguments: k_slc, v_slc, k_win and v_win, indices and counts of its queries, q_idx of
                 its queries and k_idx of its keys, sinks.
 
         Returns:
-            o (B, rows, Hq, Dv), and with `return_aux` a named tuple of the others.
+            o (B, rows, Hq, Dv), and with `return_aux` a named tuple of the other outputs.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got.
         """
         if not isinstance(shards, Shards):
             raise TypeError(f"shards: expected Shards, got {type(shards).__name__}")

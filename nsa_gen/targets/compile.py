@@ -143,18 +143,18 @@ def compile_spec(
 
     Args:
         spec: a `Spec` (its package is generated in a temporary folder) or the folder of a generated package.
-        targets: architectures, each of `TARGETS`; repeated ones count once. Default those that have default
-            configurations of their own.
-        jobs: worker processes; default as many as CPU cores.
+        targets: architectures, each in `TARGETS`; duplicates count once. The default is those with their own default
+            configurations.
+        jobs: number of worker processes; by default, the number of CPU cores.
         progress: called after every kernel.
-        passes: out of "forward", "backward" and "decode"; default what the spec says, and all for a folder.
-        variants: out of "batched" and "packed": the calls whose launches are compiled; default both.
-        tokens: sequence length of the traced call; launches do not depend on it but for its divisibility by 16.
-        batch: sequences of the traced call.
-        kernel_timeout: seconds one kernel may take before it is reported as failed and its process ended.
-        cache_dir: where machine code is kept between runs; default the user's cache folder, or, with a
-            warning, a temporary one where that cannot be written.
-        triton_path: a folder holding another Triton (`pip install --no-deps --target`), compiled with in place of the
+        passes: some of "forward", "backward" and "decode"; by default those of the spec, or all for a folder.
+        variants: some of "batched" and "packed": the calls whose launches are compiled; by default both.
+        tokens: sequence length of the traced call; launches depend only on whether it is divisible by 16.
+        batch: number of sequences in the traced call.
+        kernel_timeout: seconds after which a kernel is reported as failed and its process is ended.
+        cache_dir: folder that keeps machine code between runs; by default the user's cache folder or, with a
+            warning, a temporary one if that cannot be written.
+        triton_path: a folder with another Triton (`pip install --no-deps --target`) that is used instead of the
             installed one.
 
     Raises:

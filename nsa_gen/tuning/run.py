@@ -154,12 +154,12 @@ def tune(spec: Spec | str | os.PathLike[str], *, tools: Tools | None = None, **s
 
     Args:
         spec: a Spec, a path, or the name of a shipped spec.
-        tools: progress and errors go nowhere unless said here.
+        tools: receives progress and errors; by default, they are discarded.
         **settings: fields of `Settings`: shapes, batch, packed, passes, effort, budget, resume, out, jobs, seed.
 
     Raises:
         nsa_gen.spec.SpecError: the spec is invalid.
-        BackendLost: there is no GPU, or none that measures.
+        BackendLost: there is no GPU, or none can measure.
         UnknownGpuError: the hardware table has no entry for the GPU's architecture.
         ValueError: a setting is wrong.
     """

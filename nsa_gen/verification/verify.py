@@ -58,29 +58,29 @@ def verify(
     source: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
-    """Verify the operator of a spec: outputs, branches, gradients, choice of blocks and determinism.
+    """Verify the operator of a spec: outputs, branches, gradients, selection of blocks and determinism.
 
     The package is generated into a temporary folder and imported, unless `package` is one already (a module, or the
-    folder of a generated package of exactly this spec). `lengths` replaces the sequence lengths, which otherwise lie
-    around the spec's boundaries; `packed=False` leaves out the packed batch. `passes` defaults to the spec's. `dtype`
-    replaces the spec's; on the CPU bfloat16 becomes float32 by itself, and more than two KV heads become two of the
-    same group (without `package`); the notes say so. `device` defaults to the GPU where there is one. `progress` is
-    called with a line before each case.
+    folder of a generated package of exactly this spec). `lengths` replaces the default sequence
+    lengths, which are near the spec's boundaries. `packed=False` skips the packed batch. `passes` defaults to the
+    spec's. `dtype` replaces the spec's. On the CPU, bfloat16 is replaced by float32, and more than two KV heads by two
+    with the same group (without `package`); the notes say so. `device` defaults to the GPU if there is one. `progress`
+    is called with a line before each case.
 
-    Without `lengths` the cases run the package by every schedule that it has and recompute every set of branches;
-    `coverage` of the report says with which values, and what was left out. A package that is no module yet runs in a
-    process of its own: a read or write out of bounds that ends it is a failed row of its case, and the others are run.
+    Without `lengths`, the cases run every schedule of the package and recompute every set of branches. The report's
+    `coverage` says which values were used, and what was skipped. A package that is not yet a module runs in its own
+    process. If an access out of bounds ends this process, its case is a failed row, and the other cases still run.
 
-    `quick` is three small calls, forward and backward, and one cache: a first look, within a minute on a CPU.
+    `quick` runs three small calls, forward and backward, and one cache. It takes less than a minute on a CPU.
 
-    With `examples`, that many random calls take the place of the fixed ones, each with one of the properties of
-    `properties.PROPERTIES`; example i is drawn from seed + i alone. With `example`, a line such as
+    With `examples`, that many random calls replace the fixed ones, each with one of the properties of
+    `properties.PROPERTIES`; example i depends only on seed + i. With `example`, a line such as
     "oracle: B=2 T=21 spread", it is that one, with inputs of `seed`. A failed report has the smallest failing example
     that could be found and the command that repeats it (`reproduction`, and the notes), with `source`, the spec's file,
     where it is given.
 
-    Memory freed before each call is poisoned, so that a result nobody wrote shows as NaN; an exception of the package
-    is a failed row. Raises ValueError for a dtype or pass that cannot be had.
+    Memory that was freed before a call is poisoned, so that a result that was never written shows as NaN. An exception
+    of the package is a failed row. Raises ValueError for a dtype or pass that is not available.
     """
     started = time.perf_counter()
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -393,15 +393,15 @@ def reference_attention(
     """The operator of a spec, densely, with the arguments of a generated package's `nsa_attention`.
 
     Shapes: q (B, Tq, Hq, Dk), k (B, Tkv, Hkv, Dk), v (B, Tkv, Hkv, Dv), gates (B, Tq, Hq, branches) with Tq <= Tkv
-    and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), whose rows behind
-    the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. Where selection is
-    computed, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's choice (importance is
-    computed all the same), for comparisons on equal indices. `q_idx` (B, Tq, S, Di) and `k_idx` (B, Tkv, 1, Di) are an
-    indexer's, and may both be left out then. `sink_slc`, `sink_win` and `sink` (Hq,), of joint branches, are branches'
-    sinks. Query rows are taken in chunks whose scores need at most `score_bytes`.
+    and queries aligned to the end of the keys; packed (T_total, H, D) with cu_seqlens int32 (N + 1,), where rows after
+    the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. If the
+    spec selects blocks, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's selection
+    for comparisons on equal indices; importance is still computed. `q_idx` (B, Tq, S, Di) and `k_idx` (B, Tkv, 1, Di)
+    are an indexer's, and may both be left out then. `sink_slc`, `sink_win` and `sink` (Hq,), of joint branches, are
+    branches' sinks. Query rows are processed in chunks whose scores need at most `score_bytes`.
 
     Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
-    Raises ValueError where the spec needs an argument that is None.
+    Raises ValueError if an argument that the spec needs is None.
     """
     tensors = {
         "q": q, "k": k, "v": v, "gates": gates, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win,

@@ -79,12 +79,13 @@ def check_indices(
     tokens: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[str, ...]:
-    """Rules for block indices that a caller supplies; a message for each rule broken, () where all hold.
+    """Check block indices that a caller passes: returns a message for each broken rule, () if there is none.
 
     indices (B, Tq, Hkv, n) or packed (T_total, Hkv, n) int32, counts the same without n; `tokens` is Tkv (Tq if left
-    out). A legal row has blocks of the past or its own, no block twice, any number of -1; counts, where given, are in
-    0..n. The operator ignores future blocks and reads no count beyond n, but a block given twice is counted twice: it
-    is the caller's error and only found here. Raises ValueError for wrong shapes or dtypes.
+    out). A legal row has only blocks of the past or the query's own, no duplicates, and any number of -1; counts, if
+    given, are in 0..n. The operator ignores future blocks and never reads beyond n slots, but it counts a duplicate
+    block twice. This is the caller's error, and only this function finds it. Raises ValueError for wrong shapes or
+    dtypes.
     """
     if indices.dtype != torch.int32:
         raise ValueError(f"indices: expected int32, got {indices.dtype}; convert with .to(torch.int32)")
