@@ -397,8 +397,8 @@ def reference_attention(
     the last sequence are padding. `compression` is phi's parameters, a mapping or a NamedTuple. If the
     spec selects blocks, `indices` (B, Tq, Hkv, n) int32 and `counts` (B, Tq, Hkv) int32 replace the oracle's selection
     for comparisons on equal indices; importance is still computed. `q_idx` (B, Tq, S, Di) and `k_idx` (B, Tkv, 1, Di)
-    are an indexer's, and may both be left out then. `sink_slc`, `sink_win` and `sink` (Hq,), of joint branches, are
-    branches' sinks. Query rows are processed in chunks whose scores need at most `score_bytes`.
+    belong to an indexer; both may be left out if `indices` is given. `sink_slc`, `sink_win` and, for joint branches,
+    `sink` are the branches' sinks (Hq,). Query rows are processed in chunks whose scores need at most `score_bytes`.
 
     Differentiable by autograd in q, k, v, gates, the branches' K and V, k_cmp, v_cmp, the sinks and phi's parameters.
     Raises ValueError if an argument that the spec needs is None.
