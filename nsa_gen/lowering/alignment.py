@@ -49,7 +49,7 @@ def _forward(spec: Spec) -> Kernel:
         branch="all",
         direction="forward",
         purpose="the indexer's loss of each token, and its gradient by index queries",
-        schedule="query_major: one token and choice a program; one pass over the selected blocks",
+        schedule="query_major: one token and scope per program; one pass over the selected blocks",
         tunables=(key_tile(spec), *launch(stages=(1, 2))),
         constraints=(),
         resources=Resources(
@@ -87,7 +87,7 @@ def _backward(spec: Spec) -> Kernel:
         branch="all",
         direction="backward",
         purpose="gradient of the indexer's loss by index keys",
-        schedule="key_major: a block gathers the tokens of its inverted list, head after head",
+        schedule="key_major: a program holds a block's keys and gathers its tokens, head by head",
         tunables=(
             Tunable(s.PIECE.name, (FEWEST_ROWS, 32, 64, 128, 256, 512)),
             Tunable(s.TOKEN_BLOCK.name, tokens),

@@ -92,7 +92,7 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
         branch=band.branch,
         direction="forward",
         purpose=f"attention of query tiles to {band.keys}",
-        schedule="query tiles stream key tiles",
+        schedule="a program holds a query tile and loops over key tiles",
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
@@ -121,7 +121,7 @@ def _lse_kernel(spec: Spec, band: Band) -> Kernel:
         branch=band.branch,
         direction="forward",
         purpose=f"lse of the scores of {band.keys}",
-        schedule="query tiles stream key tiles",
+        schedule="a program holds a query tile and loops over key tiles",
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
@@ -153,7 +153,7 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
         branch=band.branch,
         direction="backward",
         purpose=f"dq of attention to {band.keys}",
-        schedule="query tiles stream key tiles",
+        schedule="a program holds a query tile and loops over key tiles",
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
@@ -193,7 +193,7 @@ def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
         branch=band.branch,
         direction="backward",
         purpose=f"dk and dv of {band.keys}",
-        schedule="key tiles stream the query tiles of the group's heads",
+        schedule="a program holds a key tile and loops over query tiles of the group's heads",
         tunables=(*tunables, *launch()),
         constraints=(height_rule(s.QUERY_BLOCK), same_height_rule(s.QUERY_BLOCK, s.KEY_BLOCK)),
         resources=Resources(

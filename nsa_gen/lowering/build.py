@@ -27,7 +27,7 @@ from nsa_gen.spec import Spec
 def lower(spec: Spec) -> Plan:
     """Decide the kernels, their sizes, tunables and default configurations for a spec.
 
-    The result depends on the spec alone: same spec, same Plan, which is not to be changed.
+    The result depends only on the spec: equal specs give equal Plans. A Plan must not be changed.
     """
     qk = split_head_dim(spec.head_dim.qk)
     v = split_head_dim(spec.head_dim.v)

@@ -238,14 +238,14 @@ def _decode_select(spec: Spec) -> Kernel:
     if means:
         registers += s.BLOCK_TILE * s.PAD_QK
     shared_memory = s.NUM_STAGES * s.BLOCK_TILE * s.DIM_INDEX * s.E if indexed else _ZERO
-    merged, best = "compressed attention merged" if "cmp" in spec.branches else "", "blocks selected"
+    merged, best = "merge of compressed attention" if "cmp" in spec.branches else "", "selection of blocks"
     return Kernel(
         name="decode_select",
         module="decode_select",
         branch="slc" if scored else "cmp",
         direction="decode",
         purpose=", and ".join(filter(None, (merged, best if scored else ""))),
-        schedule="tiles of blocks shared out; the last program chooses among the best" if scored else "a program a row",
+        schedule="programs share tiles of blocks; the last selects among the best" if scored else "one program per row",
         tunables=(*tiles, *launch((4, 8), (1, 2, 3) if indexed else (1,))),
         constraints=(),
         resources=Resources(shared_memory, registers, _ZERO, traffic, _ONE, sympy.Integer(64)),

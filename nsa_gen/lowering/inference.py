@@ -234,11 +234,11 @@ class InferencePlan:
             found += [
                 (
                     "importance",
-                    "(rows, compressed blocks) fp32, relative to",
+                    "(rows, compressed blocks) fp32, relative to `reference`",
                     "floats(rows, blocks * BLOCKS_PER_SELECTION)",
                 )
                 if self.decode_maxima
-                else ("importance", "(rows, selection blocks) fp32, relative to", "floats(rows, blocks)"),
+                else ("importance", "(rows, selection blocks) fp32, relative to `reference`", "floats(rows, blocks)"),
                 ("reference", "(rows, tiles) fp32, the maximum of each tile", "floats(rows, tiles)"),
             ]
         if self.decode_selects:

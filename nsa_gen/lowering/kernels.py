@@ -64,7 +64,7 @@ def _combine(spec: Spec, direction: str) -> Kernel:
 def _padding(name: str, direction: str, most_bytes: sympy.Expr) -> Kernel:
     """Of packed calls; it moves what pads the batch, next to nothing in most calls and ``most_bytes`` at worst."""
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
-    purpose = "rows behind the last packed sequence"
+    purpose = "rows after the last packed sequence"
     kernel = elementwise(name, "padding", "all", direction, purpose, most_bytes, launch)
     return dataclasses.replace(kernel, whole=False, function="pad_rows")
 
@@ -78,7 +78,7 @@ def _delta(*, whole: bool) -> Kernel:
 
 
 def _merge_joint() -> Kernel:
-    purpose = "one softmax of the selected blocks' and the window's"
+    purpose = "one softmax over the selected blocks and the window"
     moved = 3 * (O_BYTES + LSE_BYTES)
     return elementwise("merge_joint", "combine", "joint", "forward", purpose, moved, rows_tunables())
 

@@ -149,7 +149,7 @@ def _selected_forward(spec: Spec) -> Kernel:
         branch="slc",
         direction="forward",
         purpose="attention of each token to its selected blocks",
-        schedule="query_major: one token a program, its group's heads are the rows",
+        schedule="query_major: one token per program; rows are its group's heads",
         choice=(KEY_MAJOR_FORWARD, 0),
         tunables=(key_tile(spec), *launch(stages=(1, 2))),
         constraints=(),
@@ -177,7 +177,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
         branch="slc",
         direction="forward",
         purpose="parts of attention to selected blocks, one for each slot",
-        schedule="key_major: a block gathers the tokens of its inverted list",
+        schedule="key_major: a program holds a block's keys and gathers its tokens",
         choice=(KEY_MAJOR_FORWARD, 1),
         tunables=(_PIECE, tokens, key_tile(spec), *launch(stages=(1, 2, 3))),
         constraints=(*constraints, *_piece_rules(_FORWARD_ROWS), height_rule(rows)),
@@ -240,7 +240,7 @@ def _merge_dkdv() -> Kernel:
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
     pieces = _OWN_SLOTS * s.LIST_ROWS / _BACKWARD_ROWS
     kernel = elementwise(
-        "merge_dkdv", "selected_key_major_merge", "slc", "backward", "sum of what the pieces of a long list found",
+        "merge_dkdv", "selected_key_major_merge", "slc", "backward", "sum of the parts of a long list's pieces",
         pieces * s.SLC_BLOCK * (s.Dk + s.Dv) * FP32, launch,
     )  # fmt: skip
     return dataclasses.replace(kernel, compulsory_bytes=2 * KV_BYTES)
@@ -253,7 +253,7 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
         branch="slc",
         direction="backward",
         purpose="dq of attention to selected blocks",
-        schedule="query_major: one token a program, its group's heads are the rows",
+        schedule="query_major: one token per program; rows are its group's heads",
         choice=(KEY_MAJOR_DQ, 0),
         tunables=(key_tile(spec), *launch(stages=(1, 2))),
         constraints=(),
@@ -293,7 +293,7 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
         branch="slc",
         direction="backward",
         purpose="dk and dv of selected blocks, and parts of dq",
-        schedule="key_major: a block gathers the tokens of its inverted list",
+        schedule="key_major: a program holds a block's keys and gathers its tokens",
         tunables=(_PIECE, tokens, key_tile(spec), *launch()),
         constraints=(
             *constraints,
@@ -336,7 +336,7 @@ def _index_kernels() -> tuple[Kernel, Kernel]:
             2 * _INDEX_BYTES, keys,
         ),
         elementwise(
-            "sort_slots", "inverted_index", "slc", "forward", "few slots in the order of their lists",
+            "sort_slots", "inverted_index", "slc", "forward", "slots in the order of their lists, if they are few",
             3 * _INDEX_BYTES, order,
         ),
     )  # fmt: skip

@@ -99,7 +99,7 @@ def _mean_keys(spec: Spec) -> Kernel:
         branch="slc",
         direction="forward",
         purpose="mean key of each selection block",
-        schedule="a program a block; one pass over its tokens",
+        schedule="one program per block; one pass over its tokens",
         tunables=(_BLOCK_TOKENS, *launch(warps=(4,), stages=(1, 2, 3))),
         constraints=(),
         resources=Resources(
@@ -204,7 +204,7 @@ def _select_blocks(spec: Spec, free: int) -> Kernel:
         branch="slc",
         direction="forward",
         purpose=f"the top n selection blocks by {'importance' if spec.selection.scores == 'compression' else 'score'}",
-        schedule="a thread a token; sorted list in registers",
+        schedule="one thread per token; sorted list in registers",
         tunables=(Tunable(s.TOKEN_BLOCK.name, (32, 64, 128)), *launch(warps=(1, 2, 4), stages=(1,))),
         # A token or two a thread, where a warp has 32 threads.
         constraints=(

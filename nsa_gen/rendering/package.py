@@ -141,13 +141,13 @@ def _text(name: str, context: dict[str, Any]) -> str:
 def generate(spec: Spec | str | os.PathLike[str], out_dir: str | os.PathLike[str] | None = None) -> Path:
     """Write the package for a spec (or a spec's path or shipped name) to ``out_dir/<name>`` and return that folder.
 
-    Files whose text changed are replaced, together: an interruption leaves the package as it was. Files of an earlier
-    generation that this one does not have are removed; files that the generator did not write are never touched. Python
-    never runs bytecode of an earlier generation in place of what is written here.
+    Files whose text changed are replaced together: an interruption leaves the package unchanged. Files of an earlier
+    generation that are not needed any more are removed. Files that the generator did not write are never changed.
+    Python never runs bytecode of an earlier generation instead of the new files.
 
     Raises:
         SpecError: the spec is not valid.
-        RefusedOverwriteError: a file in the way was not written by the generator. Nothing has been written then.
+        RefusedOverwriteError: the generator did not write a file that it would replace. Nothing is written then.
         OSError: the folder cannot be written.
     """
     spec = _resolve(spec)

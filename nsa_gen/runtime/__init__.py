@@ -1,4 +1,4 @@
-"""What packages carry that depends on no spec: modules that are copied into them as they stand, below a header.
+"""Modules that do not depend on the spec. They are copied unchanged, below a header, into every generated package.
 
-They import torch and triton and, relatively, each other; nothing of the generator.
+They import torch, triton and each other (relatively), but nothing of the generator.
 """

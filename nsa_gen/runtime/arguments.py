@@ -1,4 +1,4 @@
-"""Checks of what callers pass, each error naming the argument, what was expected and what came."""
+"""Checks of the arguments that callers pass. Each error names the argument, what was expected and what it got."""
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -7,12 +7,12 @@ import torch
 
 from .tiles import INTERPRETED
 
-# Extents of a grid's second and third dimension, and of an int32 row number.
+# Largest extent of a grid's second and third dimension, and largest int32 row number.
 LARGEST_BATCH = 65535
 LARGEST_TOKENS = 2**31 - 1
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-# Signatures that passed the checks, so many at most: lengths that never come again are forgotten.
+# Most signatures that are remembered; then all are forgotten, since many lengths occur only once.
 _MOST_ACCEPTED = 4096
 
 
@@ -20,14 +20,14 @@ class Arguments:
     """The checks of a package's arguments.
 
     Args:
-        dtype: of tensors with no other.
+        dtype: expected dtype of tensors, unless a check names another.
         branches: names of the branches, in order.
-        sizes: what a tensor's dims named Hq, Hkv, Dk, Dv and S, the choices of blocks of a token, must be; with an
-            indexer also Hi and Di, the heads and dim of its keys.
+        sizes: expected sizes of the dims Hq, Hkv, Dk, Dv and S (scopes: block selections per token); with an indexer
+            also of Hi and Di (heads and head dim of index keys).
         compression: block and stride of compressed keys; zeros without compression.
-        selected: blocks that a query selects; 0 without selection.
-        gate: what gates are called: "logits" or "gate values".
-        parameters: dims of phi's parameters, the first of which is "Hkv".
+        selected: number of blocks that a query selects; 0 without selection.
+        gate: the name of gates in messages: "logits" or "gate values".
+        parameters: dims of each of phi's parameters; the first dim is "Hkv".
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Arguments:
         self._accepted: set[tuple] = set()
 
     def signature(self, cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor | None) -> tuple | None:
-        """What checks look at in the tensors of a call, but their values; None where they must look for themselves.
+        """A key of everything that the checks look at in the tensors of a call; None if the checks must always run.
 
-        That is while a compiler traces, where autocast may have a say, for what is no plain tensor, and where the
+        The checks must run while a compiler traces, if autocast may change a dtype, for tensor subclasses, and if the
         values of cu_seqlens are checked.
         """
         if torch.compiler.is_compiling():
@@ -72,7 +72,7 @@ class Arguments:
         return tuple(seen)
 
     def is_accepted(self, seen: tuple | None) -> bool:
-        """Whether a call of this signature passed the checks before."""
+        """Whether an earlier call with this signature passed the checks."""
         return seen is not None and seen in self._accepted
 
     def accept(self, seen: tuple | None) -> None:
@@ -92,9 +92,10 @@ class Arguments:
         device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Raise unless `tensor` has these sizes, dtype, device and a contiguous last dim; `dims` name the sizes.
+        """Raise unless `tensor` has these sizes, this dtype and device, and a contiguous last dim.
 
-        `dtype` is the package's if None. Returns the tensor, or a copy where it is a view that changes the sign.
+        `dims` are the names of `sizes` in messages. `dtype` is the package's dtype if None. Returns the tensor, or a
+        copy if it is a lazily negated view.
         """
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor of shape {_shape(dims, sizes)}, got {_describe(tensor)}")
@@ -114,7 +115,7 @@ class Arguments:
         return tensor.resolve_neg()
 
     def check_query(self, name: str, tensor: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        """Check the tensor that fixes the layout, and return it as (B, T, H, D); packed ones get a batch dim of 1."""
+        """Check the tensor that determines the layout, and return it as (B, T, H, D), with B = 1 if packed."""
         check_kind(name, tensor)
         layout = "(T_total, H, D), since cu_seqlens is given" if cu_seqlens is not None else "(B, T, H, D)"
         if tensor.dim() != (3 if cu_seqlens is not None else 4):
@@ -137,13 +138,13 @@ class Arguments:
         return tensor
 
     def with_batch(self, name: str, tensor: torch.Tensor, packed: bool, *, cast: bool = True) -> torch.Tensor:
-        """A packed tensor with a batch dim of 1 in front, a batched one as it is; autocast's `cast` applied."""
+        """Add a leading batch dim of 1 to a packed tensor. With `cast`, also apply autocast."""
         check_kind(name, tensor)
         tensor = self.autocasted(tensor) if cast else tensor
         return tensor.unsqueeze(0) if packed else tensor
 
     def autocasted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A floating tensor in this package's dtype where autocast is on and has that dtype; any other as it is."""
+        """Cast a floating tensor to the package's dtype if autocast to that dtype is on; else return it unchanged."""
         kind = tensor.device.type
         if kind == "meta" or tensor.dtype == self.dtype or not tensor.is_floating_point():
             return tensor
@@ -154,7 +155,7 @@ class Arguments:
     def check_heads(
         self, name: str, tensor: torch.Tensor, rows: int, heads: str, dim: str, like: torch.Tensor, rows_name: str = "T"
     ) -> torch.Tensor:
-        """Check a (B, rows, H, D) tensor against the package's heads and dims, and the batch and device of `like`."""
+        """Check a (B, rows, H, D) tensor against the package's heads and head dim, and `like`'s batch and device."""
         shape = (like.shape[0], rows, self.sizes[heads], self.sizes[dim])
         return self.check_tensor(name, tensor, ("B", rows_name, heads, dim), shape, device=like.device)
 
@@ -168,9 +169,9 @@ class Arguments:
         cu_seqlens: torch.Tensor | None,
         expected_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Check raw keys (B, Tkv, Hkv, Dk) and values (B, Tkv, Hkv, Dv); Tq <= Tkv, and Tq == Tkv when packed.
+        """Check raw keys (B, Tkv, Hkv, Dk) and values (B, Tkv, Hkv, Dv); Tq <= Tkv, and Tq == Tkv if packed.
 
-        `expected_tokens` is the Tkv of an earlier branch, which all branches share.
+        `expected_tokens` is the Tkv of an earlier branch: all branches must have the same Tkv.
         """
         packed = cu_seqlens is not None
         k, v = self.with_batch(k_name, k, packed), self.with_batch(v_name, v, packed)
@@ -190,7 +191,7 @@ class Arguments:
     def check_compressed(
         self, name: str, tensor: torch.Tensor, dim: str, tokens: int, q: torch.Tensor, cu_seqlens: torch.Tensor | None
     ) -> torch.Tensor:
-        """Check compressed keys or values: (B, Nc(Tkv), Hkv, D), packed (T_total // stride, Hkv, D)."""
+        """Check compressed keys or values: (B, Nc(Tkv), Hkv, D), or (T_total // stride, Hkv, D) if packed."""
         block, stride = self._compression
         rows = max(0, (tokens - block) // stride + 1) if cu_seqlens is None else tokens // stride
         return self.check_heads(name, self.with_batch(name, tensor, cu_seqlens is not None), rows, "Hkv", dim, q, "Nc")
@@ -234,8 +235,9 @@ class Arguments:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Check index queries (B, Tq, S, Di) and index keys (B, Tkv, Hi, Di).
 
-        `q` (B, Tq, Hq, Dk) and Tkv, `tokens`, are those of the call that they belong to, their own if None. Both may be
-        None if they are not `required`, as where the choice of blocks is given.
+        `q` (B, Tq, Hq, Dk) and `tokens` (Tkv) are those of the call; if None, the index queries and keys determine Tq
+        and Tkv. q_idx and k_idx may both be None if they are not `required`, for example if the caller passes the
+        blocks.
         """
         if not required and q_idx is None and k_idx is None:
             return None, None
@@ -247,7 +249,7 @@ class Arguments:
         return q_idx, self.check_heads("k_idx", k_idx, tokens, "Hi", "Di", q, "Tkv")
 
     def key_tokens(self, name: str, k: torch.Tensor, q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-        """Tkv of keys (B, Tkv, H, D) to queries (B, Tq, H, D): at least Tq, and Tq when packed."""
+        """Tkv of keys (B, Tkv, H, D) for queries (B, Tq, H, D): at least Tq, and equal to Tq if packed."""
         tokens = k.shape[1] if k.dim() == 4 else q.shape[1]
         if tokens < q.shape[1] or (cu_seqlens is not None and tokens != q.shape[1]):
             relation = "" if cu_seqlens is not None else "at least "
@@ -265,13 +267,13 @@ class Arguments:
         return self.check_tensor("gates", gates, ("B", "Tq", "Hq", "branches"), shape, device=q.device)
 
     def check_sink(self, name: str, sink: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """Check a sink: a logit per query head, (Hq,) float32."""
+        """Check a sink: one logit per query head, (Hq,) float32."""
         return self.check_tensor(name, sink, ("Hq",), (self.sizes["Hq"],), device=q.device, dtype=torch.float32)
 
     def check_parameters(
         self, parameters: tuple[torch.Tensor, ...] | None, like: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Check phi's parameters against those of the package, and return them contiguous."""
+        """Check phi's parameters against the package's dims, and return them contiguous."""
         if parameters is None:
             raise TypeError(f"compression: expected CompressionParameters({', '.join(self.parameters)}), got None")
         if not isinstance(parameters, tuple) or len(parameters) != len(self.parameters):
@@ -289,7 +291,7 @@ class Arguments:
         return tuple(checked)
 
     def check_recompute(self, names: Collection[str]) -> str:
-        """The branches named, in the order of `branches`, as the operator takes them: in one string."""
+        """Check names of branches and join them, in the order of `branches`, to the string that the operator takes."""
         if names == ():
             return ""
         if (
@@ -302,7 +304,7 @@ class Arguments:
 
 
 def check_workspace(workspace_bytes: int | None) -> int | None:
-    """The bytes of partial results that a call may hold at a time, None for the default, or an error."""
+    """Check the bytes of partial results that a call may hold at a time, and return them; None means the default."""
     if workspace_bytes is None:
         return None
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
@@ -313,7 +315,7 @@ def check_workspace(workspace_bytes: int | None) -> int | None:
 
 
 def check_whole(name: str, value: object, least: int, most: int) -> None:
-    """Raise unless it is a whole number from `least` to `most`."""
+    """Raise unless `value` is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
     if not least <= value <= most:
@@ -321,7 +323,7 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
 
 
 def check_kind(name: str, tensor: object, expected: str = "a torch.Tensor") -> None:
-    """Raise unless it is a tensor whose numbers lie in strided memory of one device."""
+    """Raise unless `tensor` is a dense, strided tensor in the memory of one device."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected {expected}, got {_describe(tensor)}")
     if tensor.is_nested:
@@ -343,9 +345,10 @@ def check_kind(name: str, tensor: object, expected: str = "a torch.Tensor") -> N
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> None:
-    """Check shape, dtype and device of cu_seqlens, and its values on the CPU: tokens behind the last bound are padding.
+    """Check shape, dtype and device of cu_seqlens, and its values if it is on the CPU.
 
-    On a GPU they stay on the device and are the caller's to get right.
+    Tokens after the last boundary are padding. On a GPU the values are not read: the caller must make sure that they
+    are valid.
     """
     check_kind("cu_seqlens", cu_seqlens, "an int32 tensor of shape (N + 1,)")
     if cu_seqlens.dtype != torch.int32:
@@ -366,30 +369,30 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, device: torch.device
 
 
 def has_checked_values(cu_seqlens: torch.Tensor) -> bool:
-    """Whether values are checked: those on the CPU; on a GPU they would have to be waited for."""
+    """Whether the values of cu_seqlens are checked: only on the CPU, since reading them from a GPU would block."""
     return cu_seqlens.is_cpu
 
 
 def with_batch_dim(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Packed tensors with a batch dim of 1 in front."""
+    """Add a leading batch dim of 1 to packed tensors."""
     return [tensor.unsqueeze(0) for tensor in tensors]
 
 
 def copied_lists(indices: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of indices (B, Tq, S, n) and counts (B, Tq, S), n each if None: an operator returns no input."""
+    """Copy indices (B, Tq, S, n) and counts (B, Tq, S), or n if None: an operator must not return its inputs."""
     slots = indices.shape[-1]
     return indices.clone(), indices.new_full(indices.shape[:-1], slots) if counts is None else counts.clone()
 
 
 def refuse(**arguments: object) -> None:
-    """Raise for an argument that this package's spec has no use for."""
+    """Raise TypeError for every given argument: this package's spec does not use them."""
     for name, value in arguments.items():
         if value is not None:
             raise TypeError(f"{name}: expected None, as this package's spec has no such input, got {_describe(value)}")
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """True for a tensor without data, as torch.compile traces with."""
+    """Whether a tensor has no data, as when torch.compile traces."""
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 

@@ -1,4 +1,4 @@
-"""A cache of keys and values, and what it knows of its sequences: lengths, pages, room for more."""
+"""A cache of keys and values, with the lengths and pages of its sequences."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -12,11 +12,12 @@ from .storage import Kept, Layout, check_layer, check_page_size, new_scales, sha
 
 
 class Cache:
-    """The tensors of a cache, the host's books of it, and the lengths on the device; see a package's `NSACache`.
+    """The tensors of a cache, the lengths on the device, and the host's records of lengths and pages.
 
-    A package's own are `write`, which names what new tokens have, and what follows here: checks, operators, most tokens
-    that one call decodes, the tensors of a layer and its type, what makes the workspace of decode, and the width of an
-    mlp's hidden rows with how many of them new tokens may have.
+    A package derives its `NSACache` from this class. It defines `write`, which names the tensors of new tokens, and the
+    attributes below: argument checks, operators, the most tokens that one call decodes, the tensors of a layer and the
+    type of a layer, the function that allocates the workspace of decode, and, for an mlp phi, the width of its hidden
+    rows and a function that gives the most hidden rows for a number of new tokens.
     """
 
     _checks: Arguments
@@ -71,20 +72,21 @@ class Cache:
         capacity: int | None = None,
         max_new_tokens: int = 1,
     ) -> Self:
-        """A cache in memory that the caller owns, as an inference engine does, with pages that the caller gives out.
+        """Make a cache in memory that the caller owns, such as the pages of an inference engine.
 
-        Lengths and the workspace of decode are allocated, nothing else. `assign` says before each step what the
-        sequences of the batch hold; the caller writes the numbers of their pages into `table`, which each call reads on
-        the device, so that a captured graph serves every batch. `fork` is the caller's, by equal numbers in two rows.
+        This allocates only the lengths and the workspace of decode. The caller allocates pages to sequences and writes
+        their numbers into `table`. Before each step, call `assign` to say how many tokens each sequence holds. Every
+        call reads `table` on the device, so one captured graph serves every batch. `fork` is not available: to share
+        pages, the caller writes the same page numbers into two rows.
 
         Args:
-            layers: of each layer the tensors that `page_shapes` names, each (pages, *shape), contiguous; kept as they
-                are.
-            table: numbers of the pages of each sequence (B, W), int32, contiguous; those behind a sequence's tokens
-                are not followed.
-            page_size: tokens of a page, one of 16, 32, 64, 128, 256.
-            capacity: most tokens of a sequence; what W pages hold if None.
-            max_new_tokens: most tokens of a sequence that `nsa_decode` is called with.
+            layers: for each layer, the tensors in `page_shapes` by name, each (pages, *shape) and contiguous. They are
+                used in place, not copied.
+            table: page numbers of each sequence (B, W), int32, contiguous. Entries after the last page in use are not
+                read.
+            page_size: tokens per page, one of 16, 32, 64, 128, 256.
+            capacity: most tokens of a sequence; by default, as many as W pages hold.
+            max_new_tokens: most tokens per sequence in a call of `nsa_decode`.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -114,7 +116,7 @@ class Cache:
 
     @classmethod
     def page_shapes(cls, page_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What a page of a layer holds by name: (rows, heads, D) and the dtype, raw and compressed."""
+        """Shape (rows, heads, D) and dtype of one page of each tensor of a layer, by name."""
         check_page_size(page_size)
         return {
             name: (shape[1:], dtype)
@@ -127,7 +129,7 @@ class Cache:
         self._check_capacity(capacity)
 
     def _check_capacity(self, capacity: int) -> None:
-        """Raise where a package cannot decode sequences of so many tokens."""
+        """Raise ValueError if the package cannot decode sequences of `capacity` tokens."""
 
     def _begin(
         self,
@@ -137,7 +139,7 @@ class Cache:
         max_new_tokens: int,
         device: torch.device,
     ) -> None:
-        """Begin with no token; `pages` are the cache's own, which None gives out where the memory is the caller's."""
+        """Start with empty sequences; `pages` is None if the cache is contiguous or the caller owns the pages."""
         self.layout, self._pages = layout, pages
         kept, heads = self._kept.values(), self._checks.sizes["Hkv"]
         self.layers = tuple(self._layer_type(*each, *new_scales(kept, heads, device)) for each in layers)
@@ -148,29 +150,29 @@ class Cache:
             shape = (layout.batch, most(max_new_tokens), heads, width)
             self._hidden = torch.zeros(shape, dtype=self._checks.dtype, device=device)
         self.workspace = self._new_workspace(layout, max_new_tokens, device)
-        # Tokens [starts, lengths) of each sequence are those that the last `extend` made room for.
+        # The last `extend` made room for tokens [starts, lengths) of each sequence.
         self.starts, self.lengths, self.overflow = (
             torch.zeros(layout.batch, dtype=torch.int32, device=device) for _ in range(3)
         )
         self._tokens = [0] * layout.batch
         self._new: list[int] = [0] * layout.batch
         self._exact = True
-        # Whether a captured graph has a `truncate` with a tensor, so that each replay may shorten sequences.
+        # Whether a captured graph contains a `truncate` with a tensor: each replay may then shorten sequences.
         self._graph_truncates = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens of each sequence, as the host knows them; an upper bound after `truncate` with a tensor."""
+        """Number of tokens of each sequence, from the host's records; an upper bound after `truncate` with a tensor."""
         return tuple(self._tokens)
 
     @property
     def exact(self) -> bool:
-        """Whether the host knows the lengths; not after `truncate` with a tensor."""
+        """Whether the host knows the exact lengths; False after `truncate` with a tensor."""
         return self._exact
 
     @property
     def new_tokens(self) -> tuple[int, ...]:
-        """Tokens of each sequence that the last `extend` made room for, as the host knows them."""
+        """Number of tokens per sequence that the last `extend` made room for, from the host's records."""
         return tuple(self._new)
 
     @property
@@ -181,13 +183,13 @@ class Cache:
     # Growing
 
     def reserve(self, new_tokens: int | Sequence[int]) -> None:
-        """The host's part of `extend`: to be called before each replay of a graph that has the device's.
+        """Do the host's part of `extend`. Call it before each replay of a graph in which `extend` was captured.
 
-        Where the host does not know the lengths it goes by upper bounds, and reads them where these leave no room, or
-        where pages are shared: a page is copied in time.
+        If the host does not know the exact lengths, it uses upper bounds. It reads the lengths from the device if the
+        bounds leave no room, or if pages are shared, because a shared page must be copied before it is written.
 
         Raises:
-            CapacityError: there is no room; the cache is as it was.
+            CapacityError: there is no room; the cache is unchanged.
         """
         new = self._counts("new_tokens", new_tokens)
         shortage = self._shortage(new)
@@ -203,12 +205,13 @@ class Cache:
         self._exact = self._exact and not self._graph_truncates
 
     def extend(self, new_tokens: int | Sequence[int]) -> None:
-        """Make room for new tokens, a number for all sequences or one for each; 0 leaves a sequence alone.
+        """Make room for new tokens: one number for all sequences, or a list with one number for each.
 
-        Their keys and values must be written (`write`) in every layer. Under capture of a graph an int is expected.
+        0 leaves the length of a sequence unchanged. Call `write` in every layer afterwards. While a CUDA graph is
+        captured, only an int is allowed.
 
         Raises:
-            CapacityError: there is no room; the cache is as it was.
+            CapacityError: there is no room; the cache is unchanged.
         """
         if self._capturing():
             if not isinstance(new_tokens, int):
@@ -224,14 +227,15 @@ class Cache:
         self._operator("cache_extend")(self.starts, self.lengths, self.overflow, counts, number, *self._place())
 
     def assign(self, tokens: Sequence[int], new_tokens: Sequence[int]) -> None:
-        """Say what each sequence of an attached cache holds, and how many of its last tokens are new, to be written.
+        """Set the number of tokens of each sequence of an attached cache, and how many of the last ones are new.
 
-        It takes the place of `extend`, `truncate` and `reset`: the batch may be another one than a step before. A row
-        without a sequence has 0 tokens. The numbers are copied to the device, and nothing is read there.
+        New tokens are those that will be written. Use this instead of `extend`, `truncate` and `reset`: the batch may
+        differ from that of the step before. A row without a sequence has 0 tokens. The numbers are copied to the
+        device, and nothing is read from it.
 
         Raises:
-            RuntimeError: the cache has memory of its own, so that its books say what it holds.
-            CapacityError: a sequence has more tokens than `capacity`; the cache is as it was.
+            RuntimeError: the cache owns its memory, so it keeps its own records.
+            CapacityError: a sequence has more tokens than `capacity`; the cache is unchanged.
         """
         if not self._is_attached:
             raise RuntimeError("assign: expected a cache in the caller's memory (`attach`); this one has its own")
@@ -254,18 +258,18 @@ class Cache:
     # Writing
 
     def set_scales(self, layer: int = 0, **scales: torch.Tensor) -> None:
-        """Set the scales of a layer's codes, by the name of what they are of (`k`, `v`); 1 before.
+        """Set the scales of a layer's e4m3 codes, by the name of the tensor (`k`, `v`). The default is 1.
 
-        A number x of KV head h is kept as the e4m3 code of x / scale[h], which saturates at 448. To be called before
-        tokens are written: what the layer holds keeps its codes. Graphs read the scales anew.
+        A number x of KV head h is stored as the e4m3 code of x / scale[h], which saturates at 448. Set the scales
+        before tokens are written, because existing codes are not converted. Replayed graphs read the current scales.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             scales: positive numbers (Hkv,), float32, on the cache's device.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came; a package whose cache has no
-                codes (`cache: {dtype: e4m3}` of the spec) takes none.
+            TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got. Any
+                scale is an error in a package whose spec has no `cache: {dtype: e4m3}`.
         """
         held, names = self._layer(layer), [name for name, kept in self._kept.items() if kept.coded]
         for name, scale in scales.items():
@@ -277,7 +281,7 @@ class Cache:
             held[len(self._kept)][names.index(name)].copy_(both)
 
     def _write(self, new: dict[str, torch.Tensor], parameters: tuple[torch.Tensor, ...] | None, layer: int) -> None:
-        """Write what new tokens have, by name, to a layer, and compress what they complete."""
+        """Write the tensors of new tokens, by name, to a layer, and compress the blocks that they complete."""
         kept, sizes = self._layer(layer), self._checks.sizes
         first = next(iter(new))
         for name, tensor in new.items():
@@ -307,10 +311,11 @@ class Cache:
     # Shrinking, copying
 
     def truncate(self, tokens: int | Sequence[int] | torch.Tensor) -> None:
-        """Keep at most so many tokens of each sequence, as when drafted tokens are rejected; one number, or one each.
+        """Keep at most `tokens` tokens of each sequence, for example to reject drafted tokens.
 
-        A tensor (B,) int32 on the cache's device is not read on the host: `tokens` is an upper bound afterwards, and
-        pages are kept, until `synchronize`, or until `extend` finds no room. No token is new until the next `extend`.
+        `tokens` is one number for all sequences, a list with one number for each, or a tensor (B,) int32 on the cache's
+        device. The host does not read the tensor: the property `tokens` is then an upper bound, and pages are not
+        freed, until `synchronize` or until `extend` finds no room. No token counts as new until the next `extend`.
         """
         if isinstance(tokens, torch.Tensor):
             self._checks.check_tensor(
@@ -328,7 +333,7 @@ class Cache:
         self._new = [0] * self.layout.batch
 
     def reset(self, sequence: int | None = None) -> None:
-        """Forget one sequence, or all of them, and whether a replayed graph found no room for it."""
+        """Clear one sequence, or all if None, and its record that a replayed graph found no room."""
         if sequence is not None:
             self._check_sequence("sequence", sequence)
         forgotten = range(self.layout.batch) if sequence is None else range(sequence, sequence + 1)
@@ -340,9 +345,10 @@ class Cache:
         self._shrink_pages(forgotten)
 
     def fork(self, source: int, target: int, tokens: int | None = None) -> None:
-        """Let sequence `target` begin with the first `tokens` tokens of `source`, with all of them if None.
+        """Make sequence `target` start with the first `tokens` tokens of `source`, or with all of them if None.
 
-        Paged, the pages are shared, and copied once one of the two writes to them; what `target` held is given back.
+        A paged cache shares the pages; a page is copied when one of its sequences first writes to it. The pages that
+        `target` had are freed.
         """
         if self._is_attached:
             raise RuntimeError("fork: the pages are the caller's; let two rows of the table name them")
@@ -368,11 +374,12 @@ class Cache:
         self.starts[target : target + 1].fill_(tokens)
 
     def synchronize(self) -> None:
-        """Read the lengths from the device, which waits for it, and give back pages beyond them.
+        """Wait for the device, read the lengths from it, and free pages beyond them.
 
         Raises:
-            CapacityError: a replayed graph went on without `reserve` and found no room; names the sequences.
-            RuntimeError: a CUDA graph is being captured, in which nothing can be read.
+            CapacityError: `reserve` was not called, and a replayed graph found no room; the message names the
+            sequences.
+            RuntimeError: a CUDA graph is being captured, during which lengths cannot be read.
         """
         if self._capturing():
             raise RuntimeError(
@@ -387,7 +394,7 @@ class Cache:
             full = ", ".join(str(sequence) for sequence, flag in enumerate(overflow) if flag)
             raise CapacityError(f"sequences {full}: no room was found on the device; call reserve before each replay")
 
-    # The host's books
+    # The host's records
 
     @property
     def _is_attached(self) -> bool:
@@ -397,7 +404,7 @@ class Cache:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _shortage(self, new: Sequence[int]) -> str:
-        """Why there is no room for new tokens, as far as the host knows; "" if there is."""
+        """Reason why there is no room for new tokens, from the host's records; "" if there is room."""
         capacity = self.layout.capacity
         for sequence, (held, more) in enumerate(zip(self._tokens, new, strict=True)):
             if held + more > capacity:
@@ -422,11 +429,11 @@ class Cache:
         return self.layers[layer]
 
     def _place(self) -> tuple[torch.Tensor | None, int, int]:
-        """What operators are told of the layout."""
+        """Page table, capacity and page size: the last arguments of the cache operators."""
         return self.layout.table, self.layout.capacity, self.layout.page_size
 
     def _counts(self, name: str, counts: int | Sequence[int]) -> list[int]:
-        """One number a sequence."""
+        """Expand `counts` to one number per sequence, and check them."""
         if not isinstance(counts, (int, Iterable)):
             raise TypeError(f"{name}: expected whole numbers, got {type(counts).__name__} {counts!r}")
         each = [counts] * self.layout.batch if isinstance(counts, int) else list(counts)

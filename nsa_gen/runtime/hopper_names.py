@@ -1,4 +1,4 @@
-"""Names of Gluon that differ between versions of Triton: 3.6 has thread_barrier, 3.9 async_load and async_store."""
+"""Gluon names that differ between versions of Triton: 3.6 has thread_barrier, 3.9 has async_load and async_store."""
 
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy

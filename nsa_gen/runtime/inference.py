@@ -1,6 +1,6 @@
-"""Prefill and decode with a cache: the operators, and what is checked, gathered and padded around them.
+"""Prefill and decode with a cache: the operators, and the checks, gathering and padding around them.
 
-Each operator is one call of the dispatcher, declares what it writes, and has no gradient.
+Each operator is one call of the dispatcher and declares which tensors it writes. None is differentiable.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from .storage import Kept, Layout
 
 _PLACE = "Tensor? table, SymInt capacity, SymInt page_size"
 
-# Neighbouring sequences of equal lengths: the first, the end, tokens and new tokens of each.
+# Neighbouring sequences of equal lengths: first and end of their range, tokens and new tokens of each.
 Run = tuple[int, int, int, int]
 
 
 class Launches(NamedTuple):
-    """What a package runs: how lengths advance, tokens are written, and newest or many tokens attend."""
+    """A package's functions that advance lengths, write new tokens, decode and prefill."""
 
     advance: Callable[..., None]
     append: Callable[..., None]
@@ -33,21 +33,21 @@ class Launches(NamedTuple):
 
 
 class Inference:
-    """The operators of a package's inference, and its public functions but for their signatures.
+    """The inference operators of a package, and the bodies of its public functions `nsa_decode` and `nsa_prefill`.
 
     Args:
-        library: where the operators are registered.
+        library: the library in which the operators are registered.
         serving: the context that configures the kernels of a call.
-        checks: of the package's arguments.
-        launches: what the operators run.
+        checks: the checks of the package's arguments.
+        launches: the functions that the operators run.
         kept: the tensors of a layer of the cache, by name, in order.
-        written: names of those that a caller brings for new tokens.
-        outputs: what a call finds, o first, and what a row holds that sees nothing.
-        layer, workspace: types of the package, made of what operators are given of them.
+        written: names of those tensors that a caller passes for new tokens.
+        outputs: the outputs of a call, o first, each with its value in rows of padding.
+        layer, workspace: the package's tuple types; operators rebuild them from lists of tensors.
         parameters: the type of phi's parameters, None if it has none.
-        sinks: names of logits (Hq,) float32 of each head, which calls bring behind their other arguments.
+        sinks: names of the sinks, (Hq,) float32 each, which are the last arguments of a call.
         gated: whether calls have gates.
-        given_lists: whether the caller names the selected blocks.
+        given_lists: whether the caller passes the selected blocks.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class Inference:
         lengths: torch.Tensor,
         *place: Any,
     ) -> None:
-        """Write new tokens, in the order of `written`, to a layer; `hidden` is what an mlp works in."""
+        """Write new tokens, in the order of `written`, to a layer; `hidden` is the workspace of an mlp phi."""
         learned = None if self._parameters is None else self._parameters(*parameters)
         given, held = dict(zip(self._written, new, strict=True)), self._layer(*layer)._asdict()
         within = () if hidden is None else (hidden,)
         self.launches.append(given, held, learned, *within, starts, lengths, self._layout_at(lengths, *place))
 
     def _decode(self, q: torch.Tensor, gates: torch.Tensor | None, q_idx: torch.Tensor | None, *given: Any) -> None:
-        """Attention of the newest tokens, with what was tuned for the cache's capacity."""
+        """Attention of the newest tokens, with the configurations for the cache's capacity and batch."""
         sinks, given = given[: len(self._sinks)], given[len(self._sinks) :]
         layer, indices, counts, workspace, o, starts, lengths, *place = given
         layout = self._layout_at(lengths, *place)
@@ -144,7 +144,7 @@ class Inference:
     def _prefill(
         self, q: torch.Tensor, gates: torch.Tensor | None, q_idx: torch.Tensor | None, *given: Any
     ) -> list[torch.Tensor]:
-        """Attention of the last Tq of `tokens` tokens, q (B, Tq, Hq, Dk), to keys laid out as (B, rows, Hkv, D)."""
+        """Attention of q (B, Tq, Hq, Dk), the last Tq of `tokens` tokens, to cached tensors (B, rows, Hkv, D)."""
         *sinks, layer, indices, counts, tokens = given
         sequences = Sequences(q.shape[0], q.shape[1], tokens)
         with self._serving(q.device, sequences.bucket):
@@ -152,7 +152,7 @@ class Inference:
             return self.launches.prefill(q, gates, *index, *sinks, self._layer(*layer), indices, counts, sequences)
 
     def new_outputs(self, q: torch.Tensor, *_: object) -> list[torch.Tensor]:
-        """What a prefill returns for q (B, N, Hq, Dk), without values."""
+        """Uninitialized outputs of a prefill of q (B, N, Hq, Dk)."""
         sizes = {"B": q.shape[0], "Tq": q.shape[1], **self._checks.sizes, "n": self._checks.selected}
         return [output.allocate(q, sizes.__getitem__) for output, _ in self._outputs]
 
@@ -174,7 +174,7 @@ class Inference:
         return_aux: bool,
         *sinks: torch.Tensor,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """o of a package's `nsa_decode`, and copies of the branches' outputs if asked for."""
+        """Body of `nsa_decode`: returns o, and copies of the branches' outputs if `return_aux`."""
         q = self._check_queries(q, cache)
         tokens, most = q.shape[1], cache.max_new_tokens
         if not 1 <= tokens <= most:
@@ -220,7 +220,7 @@ class Inference:
         layer: int,
         *sinks: torch.Tensor,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """o of a package's `nsa_prefill`, and the branches' outputs."""
+        """Body of `nsa_prefill`: returns o and the branches' outputs."""
         q = self._check_queries(q, cache)
         if not cache.exact:
             cache.synchronize()
@@ -249,7 +249,7 @@ class Inference:
         return o, tuple(others)
 
     def _check_queries(self, q: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Check q (B, N, Hq, Dk) against the cache; detached."""
+        """Check q (B, N, Hq, Dk) against the cache, and return it detached."""
         if not isinstance(cache, Cache) or cache._checks is not self._checks:
             raise TypeError(f"cache: expected this package's NSACache, got {type(cache).__name__}")
         q = self._checks.check_query("q", q, None)
@@ -265,7 +265,7 @@ class Inference:
         counts: torch.Tensor | None,
         *sinks: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Check against q what else a call has, as far as the package takes it; floats are detached."""
+        """Check the other arguments that the package takes against q, and return them; floats are detached."""
         if self._gated:
             gates = self._checks.check_gates(gates, q, packed=False).detach()
         if self._given_lists:
@@ -277,7 +277,10 @@ class Inference:
         return gates, q_idx, indices, counts, *checked
 
     def _gathered(self, cache: Cache, layer: int, first: int, end: int, tokens: int) -> list[torch.Tensor]:
-        """A layer's keys and values of sequences of `tokens` tokens as (B, rows, Hkv, D): views, or copies of pages."""
+        """Tensors (B, rows, Hkv, D) of a layer for sequences first .. end, which have `tokens` tokens each.
+
+        They are views of a contiguous cache, and copies of a paged one.
+        """
         layout, held = cache.layout, cache._layer(layer)
         scales = held[len(self._kept) :]
         scale_of_codes = iter(scales[0][:, 0] if scales else ())
@@ -295,7 +298,7 @@ class Inference:
         return [*rows, *scales]
 
     def _padded(self, q: torch.Tensor, runs: list[Run], parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        """The outputs of all runs in rows of the batch; the others hold what a query has that sees nothing."""
+        """Outputs for the whole batch: those of the runs in their rows, and the values of padding in all others."""
         found = self.new_outputs(q)
         for number, (tensor, (_, padding)) in enumerate(zip(found, self._outputs, strict=True)):
             tensor.fill_(padding)
@@ -305,12 +308,12 @@ class Inference:
 
 
 def decoded(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers of e4m3 codes (B, rows, Hkv, D) uint8 of KV heads with these scales (Hkv,), as kernels read them."""
+    """Decode e4m3 codes (B, rows, Hkv, D) uint8 with scales (Hkv,) of the KV heads, as kernels do."""
     return (codes.view(torch.float8_e4m3fn).float() * scales[:, None]).to(dtype)
 
 
 def runs_of(tokens: tuple[int, ...], new_tokens: tuple[int, ...]) -> list[Run]:
-    """Neighbouring sequences of equal lengths that have new tokens."""
+    """Group neighbouring sequences of equal lengths that have new tokens."""
     runs, first = [], 0
     for (held, new), members in groupby(zip(tokens, new_tokens, strict=True)):
         end = first + len(list(members))

@@ -1,8 +1,9 @@
-"""Launches that cost the host little: a kernel that was launched alike before is looked up here, not by Triton.
+"""Kernel launches with low host overhead: compiled kernels are cached here, and later launches bypass Triton.
 
-Triton's own launch binds arguments, reads knobs and compares every global a kernel uses, some 30 us. `lean` keeps what
-that found under a key at least as fine as Triton's, and hands later launches to the compiled kernel itself. `prepare`
-does once for calls of the same sizes what depends on sizes alone, and leaves the tensors to each launch.
+Triton's own launch binds arguments, reads knobs and compares every global that the kernel uses, which takes about
+30 us. `lean` caches the compiled kernel under a key at least as fine as Triton's, and calls it directly in later
+launches. `prepare` goes further: for calls of equal sizes it does the work that depends only on sizes once, so that
+each launch handles only the tensors.
 """
 
 import functools
@@ -17,25 +18,25 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-# Versions of Triton whose compiled kernels are launched as here; others launch by themselves.
+# Versions of Triton for which the direct launch below is correct. With others, Triton launches the kernels.
 KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 
-# What launches a kernel on the tensors that it is given, and strides of several tensors.
+# A function that launches a kernel on tensors, and the strides of several tensors.
 Launch = Callable[..., None]
 Strides = tuple[tuple[int, ...], ...]
-# Keeps the launches that a function of a configuration and of sizes prepares, so many at most: lengths that never come
-# again are forgotten.
+# Decorator that caches the launches that a function prepares from a configuration and sizes. The cache is bounded,
+# since many lengths occur only once.
 kept = functools.lru_cache(maxsize=1024)
 
 
 class Constants(dict[str, Any]):
-    """Constants of launches by name, such as a configuration: never changed, so that launches are kept by identity."""
+    """Constants of launches by name, such as a configuration. Never changed after creation, so hashed by identity."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-# What launches a kernel, its function and metadata, and the constants that follow the arguments.
+# A compiled kernel: its run function, function handle and metadata, and the constants that follow the arguments.
 Found = tuple[Any, int, Any, tuple]
 
 _RUN = JITFunction.run
@@ -43,11 +44,11 @@ _ENTER, _EXIT = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
 
 
 def lean(kernel: JITFunction) -> Any:
-    """A kernel that is launched as before, `kernel[grid](*arguments, **constants)`, in less time on the host.
+    """Wrap a kernel so that launches, `kernel[grid](*arguments, **constants)`, take less time on the host.
 
-    Arguments come by position, constants and options by name. What they point to is taken to be on the current device,
-    as Triton found when it first launched their like. The kernel itself is returned with a version of Triton that is
-    not known. In the interpreter, launches wait for each other.
+    Pass arguments by position, and constants and options by name. Tensors must be on the current device; only the first
+    launch of each kind checks this, in Triton. With a version of Triton that is not in `KNOWN`, the kernel is returned
+    unchanged. In the interpreter, a lock runs one launch at a time.
     """
     if not isinstance(kernel, JITFunction):
         return Interpreted(kernel)
@@ -55,9 +56,9 @@ def lean(kernel: JITFunction) -> Any:
 
 
 def prepare(kernel: Any, grid: tuple[int, ...], *numbers: int, **constants: Any) -> Launch:
-    """`kernel[grid](*tensors, *numbers, **constants)` as a function of the tensors, any of which may be None.
+    """Return `kernel[grid](*tensors, *numbers, **constants)` as a function of the tensors, any of which may be None.
 
-    The kernel is one that `lean` returned. The less of a call is prepared anew, the less time it takes: see `kept`.
+    The kernel must come from `lean`. Reuse the returned launch, for example with `kept`, to save time on the host.
     """
     if isinstance(kernel, Lean):
         return Prepared(kernel, grid, numbers, constants)
@@ -65,7 +66,7 @@ def prepare(kernel: Any, grid: tuple[int, ...], *numbers: int, **constants: Any)
 
 
 class Lean:
-    """See `lean`. `kernel` is what Triton made; compiled code is kept for as long as this lives."""
+    """See `lean`. `kernel` is Triton's kernel. The cache of compiled code lives as long as this object."""
 
     def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
@@ -79,7 +80,7 @@ class Lean:
         self.launch(grid, arguments, constants)
 
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Found | None:
-        """Launch; what launches their like without Triton, if it may be kept."""
+        """Launch the kernel, and return the cache entry for launches of this kind, or None if there is none."""
         if observed() or self.kernel.pre_run_hooks:
             self.kernel[grid](*arguments, **constants)
             return None
@@ -97,7 +98,7 @@ class Lean:
     def _launch_by_triton(
         self, key: tuple | None, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
     ) -> Found | None:
-        """Launch as Triton does, and keep what it launched where later launches may go without it."""
+        """Launch through Triton, and cache the compiled kernel if later launches can bypass Triton."""
         compiled = self.kernel[grid](*arguments, **constants)
         if key is None or not isinstance(compiled, CompiledKernel):
             return None
@@ -118,8 +119,8 @@ class Prepared:
         self, kernel: Lean, grid: tuple[int, ...], numbers: tuple[int, ...], constants: dict[str, Any]
     ) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
-        # By device, and dtypes and alignments of tensors: what launches, the grid, its function and metadata, and what
-        # follows the tensors. None before the first call: many lengths never come again.
+        # By device and the dtypes and alignments of tensors: run function, grid, function handle, metadata, and the
+        # arguments after the tensors. None before the first call, since many lengths occur only once.
         self._found: dict[tuple, tuple[Any, int, int, int, int, Any, tuple]] | None = None
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -144,7 +145,7 @@ class Prepared:
                 bits |= pointer
                 pointers.append(pointer)
                 kinds.append(tensor.dtype)
-        # Nearly always all of them are aligned, as the bits that they have between them show.
+        # Nearly always all pointers are aligned to 16 bytes. The OR of their bits shows this in one test.
         if bits % 16:
             kinds += [pointer and pointer % 16 for pointer in pointers]
         key = tuple(kinds)
@@ -161,12 +162,12 @@ class Prepared:
 
 
 def extents_of(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Programs along all three axes."""
+    """Grid extents along all three axes."""
     return grid if len(grid) == 3 else (*grid, 1, 1)[:3]
 
 
 class Interpreted:
-    """A kernel in Triton's interpreter, which can serve one thread at a time."""
+    """A kernel in Triton's interpreter, which supports only one thread at a time."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -182,16 +183,16 @@ class Interpreted:
 
 
 def _interpreter_lock() -> threading.RLock:
-    """The lock that generated packages of this process share: launches change Triton's language and its one builder."""
+    """A lock that all generated packages in this process share: the interpreter patches global state of Triton."""
     from triton.runtime.interpreter import interpreter_builder
 
     return vars(interpreter_builder).setdefault("nsa_gen_lock", threading.RLock())
 
 
 def read_kernels(package: str) -> None:
-    """Have the interpreter read a package's kernels now, as the compiler does, and not when each is first launched.
+    """Make the interpreter read the source of a package's kernels now rather than at the first launch of each.
 
-    Until then, their files may have been generated again.
+    The compiler reads it at import too. Before the first launch, the files may have been generated again.
     """
     if not knobs.runtime.interpret:
         return
@@ -205,17 +206,17 @@ def read_kernels(package: str) -> None:
 
 
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Strides of batch entry, token and head of tensors (B, T, H, D), tensor by tensor, as kernels take them."""
+    """Strides of the dims B, T and H of tensors (B, T, H, D), in one tuple, as kernels take them."""
     return row_strides(x.stride() for x in tensors)
 
 
 def row_strides(strides: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """The same of the strides of tensors, such as a launch is kept by."""
+    """The same, from the strides of tensors, such as a key of prepared launches has."""
     return tuple(stride for each in strides for stride in each[:3])
 
 
 def observed() -> bool:
-    """Whether launches are watched, replaced or changed by something that only Triton's own launch serves."""
+    """Whether a hook or knob is active that only Triton's own launch respects, such as a profiler's."""
     runtime = knobs.runtime
     return bool(
         JITFunction.run is not _RUN
@@ -230,10 +231,11 @@ def observed() -> bool:
 
 
 def key_of(device: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[tuple | None, list[int | None]]:
-    """What decides which machine code serves a launch, and the addresses of the tensors that its arguments begin with.
+    """The cache key of a launch, and the addresses of the tensors at the start of its arguments.
 
-    Triton compiles anew for another device or constant, for a tensor of another dtype or alignment to 16 bytes, and for
-    a number by its `classes_of`. No key serves arguments that are not tensors or None first and then ints.
+    Triton compiles again for another device or constant, for a tensor of another dtype or alignment to 16 bytes, and
+    for ints with other `classes_of`. The key is None unless the arguments are tensors or None first, and then only
+    ints.
     """
     kinds: list[Any] = []
     pointers: list[int | None] = []
@@ -249,7 +251,7 @@ def key_of(device: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -
             kinds.append(None)
         else:
             break
-    # Nearly always all of them are aligned, as the bits that they have between them show.
+    # Nearly always all pointers are aligned to 16 bytes. The OR of their bits shows this in one test.
     if bits % 16:
         kinds += [pointer and pointer % 16 for pointer in pointers]
     classes = classes_of(*arguments[len(pointers) :])
@@ -260,9 +262,10 @@ def key_of(device: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def classes_of(*numbers: int) -> int | None:
-    """What Triton looks at in ints: whether they are 1, divisible by 16, and of 32 or 64 bits; None for other types.
+    """The properties of ints on which Triton specializes: equal to 1, divisible by 16, and int32, int64 or uint64.
 
-    Four bits a number, after a leading 1: one int, since tuples are hashed anew by every launch.
+    The result has four bits per number, after a leading 1, or is None if an argument is not an int. It is an int
+    because a tuple would be hashed again at every launch.
     """
     if not all(type(number) is int for number in numbers):
         return None

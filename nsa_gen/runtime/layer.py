@@ -1,4 +1,4 @@
-"""What a layer of sparse attention does around its operator, whatever the spec."""
+"""Helpers of `NativeSparseAttention` that do not depend on the spec."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import torch
 
 from .arguments import check_cu_seqlens
 
-# Takes q or k (B, T, H, Dk), or packed (T_total, H, Dk), and the tokens' positions, int64 and of the same leading dims
-# or (1, T); returns a tensor of the same shape and dtype.
+# A position encoding. It takes q or k, (B, T, H, Dk) or packed (T_total, H, Dk), and the tokens' positions, int64 with
+# the same leading dims or (1, T). It returns a tensor of the same shape and dtype.
 Rotary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -23,7 +23,7 @@ def check_hidden(
         raise TypeError(f"hidden: expected a dense floating tensor {layout}, got {kind}")
     if hidden.dim() != (3 if cu_seqlens is None else 2) or hidden.shape[-1] != hidden_size:
         raise ValueError(f"hidden: expected {layout}, got shape {tuple(hidden.shape)}")
-    weight = projection.weight if type(projection) is torch.nn.Linear else hidden  # it may have been replaced
+    weight = projection.weight if type(projection) is torch.nn.Linear else hidden  # else it was replaced
     if weight.dtype != hidden.dtype and (hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type)):
         raise TypeError(f"hidden: expected dtype {weight.dtype}, as the layer's weights, got {hidden.dtype}")
     if cu_seqlens is not None:
@@ -33,7 +33,10 @@ def check_hidden(
 def positions_of(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor | None, starts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Positions of tokens in their sequences, int64: (1, T), packed (T_total,), behind `starts` (B,) tokens (B, T)."""
+    """Positions of tokens in their sequences, int64: (1, T), or (T_total,) if packed.
+
+    With `starts` (B,), the number of tokens before those in `hidden`, the result is (B, T).
+    """
     rows = torch.arange(hidden.shape[-2], device=hidden.device)
     if cu_seqlens is not None:
         first = torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1
@@ -42,7 +45,7 @@ def positions_of(
 
 
 def fill_with_mean(weight: torch.Tensor, block: int) -> None:
-    """Make a (Hkv, block * D, D) matrix take the mean of a block's tokens."""
+    """Set a (Hkv, block * D, D) matrix so that it computes the mean of a block's tokens."""
     identity = torch.eye(weight.shape[-1], device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         weight.copy_(identity.repeat(block, 1) / block)

@@ -1,15 +1,15 @@
-"""Tuned configurations: where they are looked for, and which of them serves a call. Nothing is measured here.
+"""Lookup of tuned configurations: where they are searched, and which one serves a call. Nothing is measured here.
 
-`nsa-gen tune` writes them, each for one GPU and one bucket of calls. Those whose identity is this package's are used,
-in this order:
+`nsa-gen tune` writes the configurations, each for one GPU and one bucket of calls. Only entries with this package's
+identity are used. They are searched in this order:
 
 1. the file named by NSA_GEN_TUNED,
-2. the user's cache, then the tables shipped in the package's tuned/, for this very GPU model,
+2. the user's cache, then the tables shipped in the package's tuned/, for exactly this GPU model,
 3. the same two for another model of the same architecture.
 
-Within a step the nearest bucket wins, if it is near enough; what is left gets the cost model's choice (see tiles).
-An entry whose values are not legal (see space) is refused with a warning.
-NSA_GEN_TUNED=off looks nowhere, NSA_GEN_QUIET=1 silences what is logged.
+Within a step, the nearest bucket wins if it is near enough. Without a near entry, the cost model's choice is used (see
+tiles). An entry with illegal values (see space) is refused with a warning. NSA_GEN_TUNED=off disables the search, and
+NSA_GEN_QUIET=1 disables the log messages.
 """
 
 import functools
@@ -26,15 +26,15 @@ import triton
 
 from .space import Space
 
-# Buckets of key tokens are powers of two from the first to the last, buckets of batches powers of four, of decode two.
+# Buckets of key tokens are powers of two in this range. Buckets of batches are powers of four, or of two for decode.
 FEWEST_TOKENS, MOST_TOKENS = 512, 2**21
 MOST_BATCH = 4**6
-# A bucket this many steps away still serves: a step is a doubling of the tokens, one size of batches, packed or not.
-# Decode and all else are too far apart to serve each other.
+# A bucket at most NEAR steps away still serves. A step is a factor of two in tokens, one bucket of batches, or packed
+# against batched. Decode never serves other calls, nor the reverse: they are FAR apart.
 NEAR, FAR = 2, 99
-# Bytes of a tuned file, at most; an entry has a few kilobytes.
+# Most bytes of a tuned file; an entry has a few kilobytes.
 MOST_BYTES = 2**26
-# What reading something else than a tuned file ends with.
+# Errors that may occur in reading a file that is not a tuned file.
 _MISREAD = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _LOG = logging.getLogger(__name__)
 class Bucket(NamedTuple):
     """Calls that share their configurations: up to `tokens` key tokens and `batch` sequences, packed or not.
 
-    With `decode`, steps of decode on caches of up to `tokens` tokens a sequence.
+    With `decode`, these are decode steps on caches with a capacity of up to `tokens` tokens per sequence.
     """
 
     tokens: int
@@ -52,7 +52,7 @@ class Bucket(NamedTuple):
     decode: bool = False
 
     def steps(self, other: "Bucket") -> int:
-        """How far apart two buckets are."""
+        """Distance between two buckets, in steps."""
         if self.decode != other.decode:
             return FAR
         tokens = abs(self.tokens.bit_length() - other.tokens.bit_length())
@@ -61,7 +61,7 @@ class Bucket(NamedTuple):
 
 
 def bucket_of(tokens: int, batch: int, packed: bool) -> Bucket:
-    """The bucket of a call. It compares and never computes, so that sizes a compiler traces may stay symbolic."""
+    """The bucket of a call. It only compares sizes, so that they can stay symbolic when a compiler traces."""
     rows, entries = FEWEST_TOKENS, 1
     while rows < tokens and rows < MOST_TOKENS:
         rows *= 2
@@ -71,7 +71,7 @@ def bucket_of(tokens: int, batch: int, packed: bool) -> Bucket:
 
 
 def decode_bucket(capacity: int, batch: int) -> Bucket:
-    """The bucket of decode on a cache: its capacity counts, since a captured graph serves lengths that grow."""
+    """The bucket of decode on a cache, by capacity rather than length: a captured graph serves growing lengths."""
     rows, entries = FEWEST_TOKENS, 1
     while rows < capacity and rows < MOST_TOKENS:
         rows *= 2
@@ -81,7 +81,7 @@ def decode_bucket(capacity: int, batch: int) -> Bucket:
 
 
 class Gpu(NamedTuple):
-    """What a device must have in common with the one that an entry was measured on."""
+    """Properties that identify a GPU model; entries are made for one."""
 
     name: str
     multiprocessors: int
@@ -89,11 +89,11 @@ class Gpu(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """What a tuned entry must have been made for: the spec's name and dtype, and how was measured.
+    """What a tuned entry must match: the spec's name and dtype, the schema and the method of measurement.
 
-    `kernels` is the digest of the code of the kernels and of their launches (comments, docstrings and blank lines
-    apart), `space` that of the legal values that were searched; those of decode, which is tuned apart, are None in a
-    package without it.
+    `kernels` is the digest of the code of the kernels and their launches, without comments, docstrings and blank lines.
+    `space` is the digest of the legal values that were searched. Decode is tuned separately and has its own digests,
+    which are None in a package without decode.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Identity(NamedTuple):
 
 
 class Tuned:
-    """The tuned entries of the package in a folder. Files are read once, until `forget`."""
+    """The tuned entries of the package in a folder. Files are read once, and again after `forget`."""
 
     def __init__(self, folder: Path, identity: Identity, space: Space) -> None:
         self._folder, self._identity, self._space = folder, identity, space
@@ -118,7 +118,7 @@ class Tuned:
         self._entries.clear()
 
     def find(self, gpu: Gpu, bucket: Bucket) -> dict[str, dict[str, int]]:
-        """Tuned configurations by kernel for a call on a GPU; empty where none are near enough."""
+        """Tuned configurations by kernel for a call on a GPU; empty if none is near enough."""
         found = self._choose(gpu, bucket)
         if found is None:
             _say_once(
@@ -136,7 +136,10 @@ class Tuned:
         return found["configs"]
 
     def _choose(self, gpu: Gpu, bucket: Bucket) -> dict[str, Any] | None:
-        """The entry that serves a call: explicit before this GPU's before this architecture's, the nearest of each."""
+        """The entry that serves a call: first an explicit one, then one for this GPU, then one for this architecture.
+
+        Among these, the nearest bucket wins, then the user's cache.
+        """
         best: tuple[tuple[int, int, int], dict[str, Any]] | None = None
         for level, entry in self.entries(os.environ.get("NSA_GEN_TUNED", "")):
             made_for, measured = _measured_on(entry)
@@ -149,7 +152,7 @@ class Tuned:
         return None if best is None else best[1]
 
     def entries(self, explicit: str) -> tuple[tuple[int, dict[str, Any]], ...]:
-        """Every entry made for this package with its level: 0 explicit, 1 the user's cache, 2 shipped."""
+        """All entries made for this package, each with its level: 0 explicit, 1 the user's cache, 2 shipped."""
         if explicit not in self._entries:
             places = () if explicit == "off" else self._places(explicit)
             self._entries[explicit] = tuple(
@@ -167,7 +170,7 @@ class Tuned:
         )
 
     def _read(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The entries of a file that are this package's; what cannot be understood is passed over and logged."""
+        """The entries of a file that belong to this package. Entries that cannot be parsed are skipped and logged."""
         try:
             found = _entries_of(path, self._identity.schema)
         except _MISREAD as error:
@@ -186,7 +189,7 @@ class Tuned:
                 yield entry
 
     def _is_ours(self, entry: Mapping[str, Any]) -> bool:
-        """Whether an entry was made for these kernels, measured as today; ValueError if it holds what no entry does."""
+        """Whether an entry matches this package's identity; ValueError if it is malformed."""
         found, ours = entry["identity"], self._identity
         decode = _measured_on(entry)[1].decode
         if not isinstance(entry.get("provenance", {}), dict):
@@ -197,7 +200,7 @@ class Tuned:
 
 
 def _cached(folder: str) -> list[Path]:
-    """Files of a folder of the user's cache, one a GPU and bucket."""
+    """Files of a folder of the user's cache, one per GPU and bucket."""
     try:
         return sorted((cache_folder() / "tuned" / folder).glob("*/*.json"))
     except OSError as error:  # such as a name that is too long
@@ -206,7 +209,7 @@ def _cached(folder: str) -> list[Path]:
 
 
 def cache_folder() -> Path:
-    """Where nsa_gen keeps what it finds: $NSA_GEN_CACHE_DIR, else nsa_gen in the user's cache folder."""
+    """The cache folder of nsa_gen: $NSA_GEN_CACHE_DIR, or else nsa_gen in the user's cache folder."""
     explicit = os.environ.get("NSA_GEN_CACHE_DIR", "").strip()
     if explicit:
         return Path(os.path.expanduser(explicit)).absolute()
@@ -215,7 +218,7 @@ def cache_folder() -> Path:
 
 
 def _entries_of(path: Path, schema: int) -> list[Any]:
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise ValueError("expected a regular file")
     with path.open("rb") as file:
         text = file.read(MOST_BYTES + 1)
@@ -237,7 +240,7 @@ def _measured_on(entry: Mapping[str, Any]) -> tuple[Gpu, Bucket]:
 
 
 def _options(bucket: Bucket) -> list[str]:
-    """What `nsa-gen tune` must be told to tune a bucket."""
+    """Options of `nsa-gen tune` that tune a bucket."""
     batch = ["--batch", str(bucket.batch)] if bucket.batch > 1 else []
     kind = ["--packed"] if bucket.packed else ["--passes", "decode"] if bucket.decode else []
     return ["--shapes", str(bucket.tokens), *batch, *kind]
@@ -245,12 +248,12 @@ def _options(bucket: Bucket) -> list[str]:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    """Log a warning once in a process, unless NSA_GEN_QUIET=1. It is no Python warning: nothing has gone wrong."""
+    """Log a message once per process, unless NSA_GEN_QUIET=1. Not a Python warning, because nothing is wrong."""
     if os.environ.get("NSA_GEN_QUIET") != "1":
         _LOG.warning(message)
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Warn once in a process: a file holds what would crash a kernel, or be read out of bounds."""
+    """Warn once per process: values in a file could crash a kernel or make it read out of bounds."""
     warnings.warn(message, stacklevel=2)

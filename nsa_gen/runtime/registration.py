@@ -1,4 +1,4 @@
-"""How the operators of a package are made known to PyTorch: one library, one convention for gradients."""
+"""Registration of a package's operators with PyTorch: one library per package, and one convention for gradients."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,20 +10,21 @@ from torch.autograd import forward_ad
 
 from .lookup import Bucket, bucket_of
 
-# The context that configures the kernels of a call, which has a device and a bucket.
+# From the device and bucket of a call, makes the context that configures its kernels.
 Serving = Callable[[torch.device, Bucket], AbstractContextManager[None]]
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _NO_TENSORS = frozenset((int, str, type(None)))
-# Types of inputs that are no tensors, as they are declared and in PyTorch's notation.
+# Types of inputs that are not tensors: as declared here, and in PyTorch's notation.
 _CONSTANTS = {"int": "SymInt", "str": "str"}
 
 
 class Output(NamedTuple):
-    """What an operator returns: its dims, names or numbers parted by spaces, and its dtype, the first input's if None.
+    """One output of an operator.
 
-    A `saved` one is handed to the backward. One of a `branch` is None there where the last input, a string, names the
-    branch: the backward computes it again.
+    `dims` are names or numbers separated by spaces. `dtype` is that of the first input if None. A `saved` output is
+    passed to the backward. If `branch` is set and the operator's last input, a string, names this branch, the backward
+    gets None instead and computes the output again.
     """
 
     name: str
@@ -33,15 +34,15 @@ class Output(NamedTuple):
     branch: str = ""
 
     def allocate(self, like: torch.Tensor, size: Callable[[str], int]) -> torch.Tensor:
-        """One without values on the device of `like`, the first input; `size` knows the dims."""
+        """Allocate the output, uninitialized, on the device of the first input, `like`; `size` gives a dim's size."""
         return like.new_empty([size(dim) for dim in self.dims.split()], dtype=self.dtype or like.dtype)
 
 
 class Operator(NamedTuple):
     """An operator whose backward is the operator `<name>_backward(*gradients of outputs, *inputs, *saved outputs)`.
 
-    inputs are names in order; one with a trailing "?" may be None, one with ":int" or ":str" is an int or a string.
-    The first `differentiable_outputs` outputs have gradients. `gradients` are the inputs that get one.
+    inputs are names in order. A name with a trailing "?" may be None; one with ":int" or ":str" is an int or a string.
+    The first `differentiable_outputs` outputs are differentiable. `gradients` names the inputs that get a gradient.
     """
 
     name: str
@@ -52,17 +53,17 @@ class Operator(NamedTuple):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what it returns."""
+        """Names of the outputs."""
         return tuple(each.name for each in self.returns)
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Outputs that the backward takes."""
+        """Names of the outputs that are passed to the backward."""
         return tuple(each.name for each in self.returns if each.saved)
 
     @property
     def recomputed(self) -> dict[str, tuple[str, ...]]:
-        """By branch, outputs that the backward can compute again."""
+        """Names of the outputs that the backward can compute again, by branch."""
         found: dict[str, tuple[str, ...]] = {}
         for each in self.returns:
             if each.branch:
@@ -71,12 +72,12 @@ class Operator(NamedTuple):
 
     @property
     def schema(self) -> str:
-        """Types of inputs and outputs in PyTorch's notation."""
+        """The operator's schema in PyTorch's notation."""
         return f"({', '.join(map(_declare, self.inputs))}) -> {_declare_outputs(len(self.outputs))}"
 
     @property
     def backward_schema(self) -> str:
-        """The same of the backward operator."""
+        """The schema of the backward operator."""
         incoming = [f"Tensor grad_{name}" for name in self.outputs[: self.differentiable_outputs]]
         optional = {name for names in self.recomputed.values() for name in names}
         saved = [f"Tensor{'?' if name in optional else ''} saved_{name}" for name in self.saved]
@@ -92,7 +93,7 @@ def _declare(declared: str) -> str:
 
 
 def name_of(declared: str) -> str:
-    """The name of an input without what else is declared of it."""
+    """The name of a declared input, without its type."""
     return declared.partition(":")[0].rstrip("?")
 
 
@@ -101,7 +102,7 @@ def _declare_outputs(count: int) -> str:
 
 
 class Library:
-    """The operators of a package, in a namespace of their own."""
+    """The operators of a package, in their own namespace."""
 
     def __init__(self, package: str, serving: Serving) -> None:
         self._again = (
@@ -112,8 +113,8 @@ class Library:
         self._serving = serving
         self._library = _own_library(package)
         self.namespace = self._library.ns
-        # What the dispatcher would end up calling for tensors with data, the same as a torch.autograd.Function, and the
-        # operator as one, which is what torch.func can transform.
+        # By operator: the function that the dispatcher would call for tensors with data; the same function as a
+        # torch.autograd.Function; and the registered operator as one, which torch.func can transform.
         self._launches: dict[str, Callable] = {}
         self._eager: dict[str, type[torch.autograd.Function]] = {}
         self._functions: dict[str, type[torch.autograd.Function]] = {}
@@ -130,8 +131,10 @@ class Library:
     def register(self, operator: Operator, forward: Callable, fake: Callable, backward: Callable | None = None) -> None:
         """Register an operator and its backward, if any, with shapes for tracing and gradients for autograd.
 
-        `forward` and `backward` launch kernels; `fake` allocates forward's outputs and launches nothing. `backward`
-        gets its arguments in a list: what it takes out and drops is freed while it runs, unless the graph is retained.
+        `forward` and `backward` launch kernels. `fake` allocates forward's outputs and launches nothing. `backward`
+        gets
+        its arguments in a list and removes them from it: each tensor is then freed after its last use, unless the graph
+        is retained.
         """
         launch = self._within(lambda arguments: forward(*arguments), _bucket_reader(operator.inputs, 0))
         self._install(operator.name, operator.schema, lambda *arguments: launch(arguments), fake)
@@ -189,7 +192,7 @@ class Library:
             del incoming, tensors, inputs
             route = self._route(name, given)
             if route is self._launches[name]:
-                # Nobody but the list holds what was saved, if the graph is not retained.
+                # If the graph is not retained, only the list now holds the saved tensors.
                 ctx.maybe_clear_saved_tensors()
                 computed = launch_backward(given)
             else:
@@ -207,7 +210,7 @@ class Library:
         self._transformable(name, self._no_second_derivative, _save_nothing)
 
     def _transformable(self, name: str, run_backward: Callable, setup: Callable) -> None:
-        """Keep the operator for calls past the dispatcher, and for torch.func, which cannot see into it."""
+        """Make an operator's autograd Functions: one for eager calls without the dispatcher, one for torch.func."""
 
         class Transformed(torch.autograd.Function):
             generate_vmap_rule = True
@@ -234,10 +237,10 @@ class Library:
         self._functions[name], self._eager[name] = Transformed, Eager
 
     def _within(self, implementation: Callable, bucket: Callable[[Sequence], Bucket]) -> Callable:
-        """An implementation, a function of all its arguments, served by the configurations of their bucket."""
+        """Wrap an implementation so that its kernels use the configurations of the call's bucket."""
 
         def launch(arguments: Sequence) -> Any:
-            # Triton launches on the current device, which need not be the tensors'.
+            # Triton launches on the current device, which may differ from the tensors' device.
             with torch.cuda.device_of(arguments[0]), self._serving(arguments[0].device, bucket(arguments)):
                 return implementation(arguments)
 
@@ -253,7 +256,7 @@ class Library:
         torch.library.register_fake(f"{self.namespace}::{name}", fake, lib=self._library)
 
     def register_in_place(self, name: str, schema: str, implementation: Callable, fake: Callable | None = None) -> None:
-        """Register an operator without gradients that writes what its schema says; `fake` if it returns anything."""
+        """Register an operator without gradients that writes to its arguments; `fake` is needed if it returns any."""
 
         def launch(*arguments):
             tensors = (x[0] if isinstance(x, list) else x for x in arguments)
@@ -263,21 +266,21 @@ class Library:
         self._install(name, schema, launch, fake or (lambda *_: None))
 
     def operator(self, name: str) -> Callable:
-        """The registered operator of this package called `name`."""
+        """The registered operator `name` of this package."""
         return getattr(getattr(torch.ops, self.namespace), name).default
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call an operator that is differentiable, or refuses to be; inside transformations of torch.func too."""
+        """Call an operator with support for autograd, torch.compile and torch.func; the backward may raise an error."""
         return self._route(name, arguments)(*arguments)
 
     def _route(self, name: str, arguments: Sequence) -> Callable:
-        """What calls an operator with these arguments.
+        """The function that calls an operator with these arguments.
 
-        The dispatcher, slower than the launches, is passed by where it would find nothing to do but to launch.
+        The dispatcher costs time on the host, so it is bypassed if it would do nothing but launch.
         """
         if torch.compiler.is_compiling():
             return self.operator(name)
-        # Dual tensors can be met only inside of a level.
+        # Dual tensors exist only inside a forward-mode level.
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             return self._functions[name].apply
         if torch._C._len_torch_dispatch_stack():
@@ -286,11 +289,11 @@ class Library:
         for x in arguments:
             kind = type(x)
             if kind in _TENSORS:
-                # A tensor without data, or one whose sign is still to be changed, which the dispatcher does.
+                # A tensor without data, or a lazily negated view, which the dispatcher resolves.
                 if not (x.is_cuda or x.is_cpu) or x.is_neg():
                     return self.operator(name)
                 requires_grad = requires_grad or x.requires_grad
-            elif kind not in _NO_TENSORS and isinstance(x, torch.Tensor):  # of a class that wants to see operators
+            elif kind not in _NO_TENSORS and isinstance(x, torch.Tensor):  # a subclass may intercept operators
                 return self.operator(name)
         if requires_grad and torch.is_grad_enabled():
             return self._eager[name].apply
@@ -298,7 +301,7 @@ class Library:
 
 
 def _own_library(package: str) -> torch.library.Library:
-    """A library whose namespace nobody else has: a package may be imported again while that of before is in use."""
+    """A library with a unique namespace: a package may be imported again while the earlier import is still in use."""
     name = namespace = package.replace(".", "__")
     for times in range(2, 1000):
         try:
@@ -311,7 +314,7 @@ def _own_library(package: str) -> torch.library.Library:
 
 
 def _is_nothing(gradient: torch.Tensor | None) -> bool:
-    """Whether it stands for zeros without having memory for them."""
+    """Whether `gradient` represents zeros without memory."""
     return gradient is None or (not torch.compiler.is_compiling() and gradient._is_zerotensor())
 
 
@@ -320,7 +323,7 @@ def _save_nothing(ctx, inputs: tuple, output: torch.Tensor | tuple[torch.Tensor,
 
 
 def _refusal(reason: str) -> Callable:
-    """A backward, or a forward-mode derivative, that says why there is none."""
+    """A backward or forward-mode derivative that raises an error with this reason."""
 
     def refuse(ctx, *gradients: torch.Tensor | None) -> None:
         raise NotImplementedError(reason)
@@ -329,7 +332,7 @@ def _refusal(reason: str) -> Callable:
 
 
 def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[Sequence], Bucket]:
-    """How the bucket of a call is read off an operator's arguments, of which `offset` come before its inputs."""
+    """A function that gives the bucket of a call from its arguments; `offset` arguments precede the inputs."""
     place, packed = sequence_places(inputs)
     keys, counted = offset + place, name_of(inputs[place]) == "tokens"
     ends = None if packed is None else offset + packed
@@ -342,7 +345,10 @@ def _bucket_reader(inputs: tuple[str, ...], offset: int) -> Callable[[Sequence],
 
 
 def sequence_places(inputs: tuple[str, ...]) -> tuple[int, int | None]:
-    """Places of the input that tells a call's keys, raw ones or how many, else the first, and of `cu_seqlens`."""
+    """Positions of the input that gives the number of raw keys, and of `cu_seqlens`, or None.
+
+    The former is "tokens", "k" or "k_idx", the first that exists, or else the first input.
+    """
     names = [name_of(each) for each in inputs]
     keys = next((names.index(name) for name in ("tokens", "k", "k_idx") if name in names), 0)
     return keys, names.index("cu_seqlens") if "cu_seqlens" in names else None

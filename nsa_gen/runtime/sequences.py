@@ -1,4 +1,4 @@
-"""How the tokens of a call are laid out, and the sizes of grids and buffers that follow."""
+"""How the tokens of a call are laid out, and the sizes of grids and buffers that follow from it."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,11 @@ from .sizes import cdiv
 
 
 class Sequences(NamedTuple):
-    """Batched sequences (B, T, H, D) of one length, or packed ones (1, T_total, H, D) bounded by cu_seqlens.
+    """Batched sequences (B, T, H, D) of one length, or packed ones (1, T_total, H, D) delimited by cu_seqlens.
 
-    tokens_q and tokens_kv are rows of the tensors: T, or T_total when packed. Queries are aligned to the end of the
-    keys. Nothing here reads cu_seqlens, which stays on the device. `sizes` has the number of packed sequences instead.
+    tokens_q and tokens_kv are rows of the tensors: T, or T_total if packed. Queries are aligned to the end of the keys.
+    Nothing here reads the values of cu_seqlens, which stay on the device. In `sizes`, `bounded` is the number of packed
+    sequences, and cu_seqlens is None.
     """
 
     batch: int
@@ -23,7 +24,7 @@ class Sequences(NamedTuple):
 
     @property
     def sizes(self) -> "Sequences":
-        """The same without cu_seqlens: numbers alone, which launches are kept by."""
+        """The same without the tensor cu_seqlens: only numbers, which serve as the key of prepared launches."""
         if self.cu_seqlens is None:
             return self
         return Sequences(self.batch, self.tokens_q, self.tokens_kv, None, self.count)
@@ -34,36 +35,37 @@ class Sequences(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Number of packed sequences; 0 when batched."""
+        """Number of packed sequences; 0 if batched."""
         return self.bounded or 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
     def numbers(self) -> tuple[int, int, int]:
-        """What kernels take of a call: query and key tokens, and packed sequences."""
+        """Arguments of kernels: numbers of query tokens, key tokens and packed sequences."""
         return self.tokens_q, self.tokens_kv, self.count
 
     @property
     def bucket(self) -> Bucket:
-        """Calls that are launched alike."""
+        """The bucket of this call: calls in one bucket share their configurations."""
         return bucket_of(self.tokens_kv, self.batch, self.packed)
 
     def tiles(self, tokens: int, size: int) -> int:
-        """Grid extent for tiles of `size` tokens; see `find_sequence` for the packed bound."""
+        """Grid extent for tiles of `size` tokens; see `find_sequence` for the upper bound of packed sequences."""
         return tokens // size + self.count if self.packed else cdiv(tokens, size)
 
     def compressed_rows(self, block: int, stride: int) -> int:
-        """Rows of k_cmp and v_cmp a batch entry: complete blocks, or a packed bound that leaves gaps.
+        """Rows of k_cmp and v_cmp per batch entry: the complete blocks or, if packed, an upper bound that leaves gaps.
 
-        Packed, block j of sequence s is row cu_seqlens[s] // stride + j.
+        If packed, block j of sequence s is in row cu_seqlens[s] // stride + j.
         """
         return self.tokens_kv // stride if self.packed else max(0, (self.tokens_kv - block) // stride + 1)
 
 
 class OutputGradient(NamedTuple):
-    """What the gradients of a branch begin with.
+    """The inputs of a branch's backward.
 
-    do (B, Tq, Hq, Dv), contiguous, is the gradient of the operator's output; lse and delta (B, Tq, Hq) float32 are the
-    branch's, delta = do . o of the branch; gate (B, Tq, Hq), of any strides, is what it was multiplied by, or None.
+    do (B, Tq, Hq, Dv), contiguous, is the gradient of the operator's output. lse and delta (B, Tq, Hq) float32 belong
+    to the branch; delta is do . o with the branch's o. gate (B, Tq, Hq), with any strides, is the factor on the
+    branch's output, or None.
     """
 
     do: torch.Tensor
@@ -73,5 +75,5 @@ class OutputGradient(NamedTuple):
 
     @property
     def gate_strides(self) -> tuple[int, ...]:
-        """The gate's strides; zeros without one."""
+        """The gate's strides; zeros without a gate."""
         return (0, 0, 0) if self.gate is None else self.gate.stride()

@@ -1,4 +1,4 @@
-"""Gradients that several programs compute a share of: where each writes its own, and their sum in a fixed order."""
+"""Gradients to which several programs contribute shares, and the sum of the shares in a fixed order."""
 
 import torch
 
@@ -6,16 +6,16 @@ from .sequences import Sequences
 
 
 def new_shares(splits: int, total: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """Where programs write `splits` shares of `total`: float32 (splits, *total.shape), or `total` if there is one."""
+    """Allocate `splits` shares of `total`: float32 (splits, *total.shape), or `total` itself if `splits` is 1."""
     if splits == 1:
         return total
-    # Rows of padding between packed sequences belong to no program, so shares begin at zero.
+    # No program writes the rows between packed sequences, so the shares are initialized to zero.
     allocate = total.new_zeros if sequences.packed else total.new_empty
     return allocate(splits, *total.shape, dtype=torch.float32)
 
 
 def add_up(shares: torch.Tensor, total: torch.Tensor) -> None:
-    """Write to `total`, of any float dtype, the sum of its shares, which `new_shares` made."""
+    """Write the sum of the shares, which `new_shares` allocated, to `total`, which may have any float dtype."""
     if shares is total:
         return
     if total.dtype == shares.dtype:

@@ -1,30 +1,31 @@
 """Legal values of tunables, and rules between the values of one kernel.
 
-Tuned files and overrides are held to them: with other values a kernel crashes, is wrong, or reads out of bounds.
+Tuned files and overrides are checked against them: with other values, a kernel may crash, give wrong results or read
+out of bounds.
 """
 
 from collections.abc import Mapping, Sequence
 
 _FUNCTIONS = {"__builtins__": {}, "max": max, "min": min}
 
-# Legal values in full, or the first and the last of them by these names.
+# A list of all legal values, or {"from": first, "to": last}.
 Values = Sequence[int] | Mapping[str, int]
 
 
 class Space:
-    """What kernels may be launched with.
+    """The configurations that kernels may be launched with.
 
-    `values` are legal values by kernel and tunable, a list or {"from": first, "to": last}; `rules` are Python
-    expressions over the tunables of a kernel, all of which must be true.
+    `values` holds the legal values by kernel and tunable: a list, or {"from": first, "to": last}. `rules` holds Python
+    expressions over the tunables of a kernel; all of them must be true.
     """
 
     def __init__(self, values: Mapping[str, Mapping[str, Values]], rules: Mapping[str, Sequence[str]]) -> None:
         self.values, self.rules = values, rules
 
     def problem(self, kernel: str, values: Mapping[str, object], some: bool = False) -> str:
-        """What is wrong with values of a kernel's tunables: one line that says what is allowed; "" if they are legal.
+        """Why values of a kernel's tunables are illegal: one line that says what is allowed; "" if they are legal.
 
-        With `some`, tunables may be left out, and rules that name one of these are not judged.
+        With `some`, tunables may be left out; rules that name a missing tunable are not checked.
         """
         if kernel not in self.values:
             return f"kernel: expected one of {', '.join(self.values)}, got {kernel!r}"

@@ -1,6 +1,7 @@
-"""A package's operators, from what it says of them: the whole, and each step of it alone.
+"""Registration of a package's operators: the whole operator, and each step on its own.
 
-The package gives names, sizes and launches. What is allocated, padded and returned around a launch is the same in all.
+The package provides names, sizes and launches. The allocation, padding and returns around a launch are the same in
+every package.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +20,12 @@ class StepOperators:
     """Registers a package's operators.
 
     Args:
-        library: where they are registered.
-        sizes: of the dims of outputs that are the same for all calls: Hq, Hkv, Dk, Dv, S, the choices of blocks of a
-            token, and n, the blocks of a choice.
-        rows: dims that depend on a call, by name: functions of its first tensor and its `Sequences`.
-        pad_outputs, pad_gradients: fill the rows that pad a packed batch, in the tensors named.
-        delta: row sums of do times o, which the gradients of attention need; None without a backward.
+        library: the library in which they are registered.
+        sizes: sizes of the dims of outputs that are the same for all calls: Hq, Hkv, Dk, Dv, S (scopes: block
+            selections per token) and n (blocks per selection).
+        rows: dims that depend on the call, by name: functions of its first tensor and its `Sequences`.
+        pad_outputs, pad_gradients: functions that fill the rows that pad a packed batch, in the tensors given by name.
+        delta: computes delta, the row sums of do * o, for the backward of attention; None without a backward.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class StepOperators:
         self._pad_outputs, self._pad_gradients, self._delta = pad_outputs, pad_gradients, delta
 
     def register(self, operator: Operator, forward: Callable, backward: Callable | None = None) -> Operator:
-        """Register an operator whose outputs are allocated as it declares them; `backward` gets a list to empty."""
+        """Register an operator, with outputs as declared; `backward` gets a list of its arguments and empties it."""
         self._library.register(operator, forward, self._fake_of(operator), backward)
         return operator
 
@@ -48,7 +49,7 @@ class StepOperators:
         keys, packed = sequence_places(operator.inputs)
 
         def fake(*arguments: Any) -> Any:
-            """The outputs without values."""
+            """Allocate the outputs, uninitialized."""
             first, rows = arguments[0], arguments[keys]
             tokens = rows.shape[1] if isinstance(rows, torch.Tensor) else rows
             cu_seqlens = None if packed is None else arguments[packed]
@@ -79,19 +80,20 @@ class StepOperators:
         adds: bool = False,
         has_gaps: bool = False,
     ) -> Operator:
-        """Attention of one branch alone, without gates: o and lse, and what the backward needs besides.
+        """Register the attention of one branch, without gates: o, lse, and other outputs for the backward.
 
         Args:
-            name: the operator's.
-            inputs: q, keys, values, then what the launches take before `cu_seqlens`, and behind it; "tokens:int" is the
-                number of raw keys that compressed ones stand for, which launches find in their `Sequences`.
-            forward, backward: the launches; `backward` gets gradients to write, and as one what is chosen and `index`.
-            sink: the input, behind the values, that is a logit (Hq,) of each head's softmax; "" if there is none.
-            pads: names of o and lse among the outputs that can be padded.
-            index: further outputs of the forward, int32, for the backward.
-            pads_gradients: names of the gradients of keys and values among those that can be padded.
-            adds: the backward adds to float32 gradients of keys and values, which begin with zero.
-            has_gaps: some rows of keys and values are no batch's, when packed: their gradient is zero.
+            name: name of the operator.
+            inputs: q, keys, values, then the arguments of the launches before and after `cu_seqlens`. "tokens:int" is
+                the number of raw keys from which compressed ones were computed; launches find it in their `Sequences`.
+            forward, backward: the launches. `backward` gets the gradients to write to, and, in one tuple, the selection
+                and the outputs `index`.
+            sink: name of the input after the values that is the sink, (Hq,) float32; "" without a sink.
+            pads: argument names of o and lse in `pad_outputs`.
+            index: names of further int32 outputs of the forward, for the backward.
+            pads_gradients: argument names of the gradients of keys and values in `pad_gradients`.
+            adds: whether the backward adds to float32 gradients of keys and values, which must start at zero.
+            has_gaps: whether, if packed, some rows of keys and values belong to no sequence: their gradient is zero.
         """
         _q, k, v, *others = inputs
         names = [name_of(each) for each in others]
@@ -99,7 +101,7 @@ class StepOperators:
         counted = "tokens" in names
 
         def unpack(q: torch.Tensor, k: torch.Tensor, given: tuple) -> tuple[Sequences, tuple, tuple]:
-            """The sequences of a call, and what launches take before and behind them."""
+            """The sequences of a call, and the arguments of launches before and after them."""
             tokens = given[0] if counted else k.shape[1]
             sequences = Sequences(q.shape[0], q.shape[1], tokens, given[packed])
             return sequences, given[counted:packed], given[packed + 1 : count]
@@ -142,10 +144,10 @@ class StepOperators:
         return self.register(operator, run, (lambda given: run_backward(*given)) if saved else None)
 
     def select(self, name: str, inputs: tuple[str, ...], launch: Callable[..., Tensors]) -> Operator:
-        """The choice of blocks alone, `indices` and `counts`; it has no gradient.
+        """Register the selection of blocks, which returns `indices` and `counts` and is not differentiable.
 
-        `inputs` end with raw keys or their number, "tokens:int", and "cu_seqlens?"; the launch takes the tensors before
-        the latter.
+        The last `inputs` are the raw keys or their number, "tokens:int", and then "cu_seqlens?". The launch takes the
+        tensors before "cu_seqlens?".
         """
 
         def run(q: torch.Tensor, *given: Any) -> Tensors:
@@ -170,14 +172,14 @@ class StepOperators:
         backward: Callable[..., Tensors | None] | None = None,
         pads_gradients: tuple[str, str] = ("dk", "dv"),
     ) -> Operator:
-        """Compression alone: k_cmp, v_cmp and what phi saves.
+        """Register compression, which returns k_cmp, v_cmp and the tensors that phi saves.
 
         Args:
             parameters: the type of phi's parameters, None if it has none.
-            fields: its fields, in order.
-            outputs: k_cmp, v_cmp, and those saved.
-            forward, backward: the launches; the latter returns the gradients of phi's parameters.
-            pads_gradients: names of the gradients of k and v among those that can be padded.
+            fields: the fields of that type, in order.
+            outputs: k_cmp, v_cmp and the saved tensors.
+            forward, backward: the launches; `backward` returns the gradients of phi's parameters.
+            pads_gradients: argument names of the gradients of k and v in `pad_gradients`.
         """
 
         def made_of(given: tuple) -> tuple[Tensors | None, Sequences]:
@@ -207,7 +209,7 @@ class StepOperators:
         return self.register(operator, run, (lambda given: run_backward(*given)) if gradients else None)
 
     def compress_keys(self, output: Output, launch: Callable[[torch.Tensor, Sequences], torch.Tensor]) -> Operator:
-        """Compression of keys alone, which serve the choice of blocks: `output`, which has no gradient."""
+        """Register the compression of keys that are used only to select blocks; `output` is not differentiable."""
 
         def run(k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
             return launch(k, Sequences(k.shape[0], k.shape[1], k.shape[1], cu_seqlens))
@@ -217,9 +219,9 @@ class StepOperators:
     def combine(
         self, inputs: tuple[str, ...], gate: str, forward: Callable, backward: Callable[..., tuple] | None = None
     ) -> Operator:
-        """The combination alone of the branches' outputs, with gates behind them unless `gate` is "none".
+        """Register the combination of the branches' outputs. Gates follow the outputs unless `gate` is "none".
 
-        `gate` is "sigmoid" where gates are logits. `backward` gives delta and the gradient of gates.
+        `gate` is "sigmoid" if gates are logits. `backward` returns delta and the gradient of gates.
         """
 
         def run_backward(do: torch.Tensor, *given: torch.Tensor) -> Tensors:

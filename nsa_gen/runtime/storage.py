@@ -1,9 +1,10 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-"""Where a cache keeps its tokens and compressed blocks, and how a kernel finds them.
+"""Where a cache stores its tokens and compressed blocks, and how a kernel finds their rows.
 
-Laid flat, every tensor of a cache is (rows, KV heads, D). Contiguous, sequence b owns `capacity` rows of tokens; paged,
-it owns pages of PAGE_SIZE rows that a table names. A block lies in the page of its last token: what a full page holds
-depends on no later token, so sequences with a common beginning share whole pages.
+Every tensor of a cache, flattened, is (rows, KV heads, D). In a contiguous cache, sequence b owns `capacity` rows of
+tokens. In a paged one, it owns pages of PAGE_SIZE rows, whose numbers are in a table. A block is stored in the page of
+its last token, so the contents of a full page do not depend on later tokens. Sequences with a common prefix can
+therefore share full pages.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ import triton.language as tl
 from .arguments import Arguments
 from .sizes import cdiv
 
-# Tokens of a page.
+# Allowed numbers of tokens per page.
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -43,7 +44,10 @@ def block_rows(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Rows (int64) of blocks of BLOCK tokens, one every STRIDE, of one sequence; it owns `capacity` if contiguous."""
+    """Rows (int64) of the `blocks` of one sequence, of BLOCK tokens with stride STRIDE.
+
+    `capacity` is the rows of blocks per sequence in a contiguous cache.
+    """
     if PAGE_SIZE == 0:
         return tl.cast(batch, tl.int64) * capacity + blocks
     else:
@@ -56,9 +60,9 @@ def block_rows(
 
 @triton.jit
 def locate_new_tokens(starts_ptr, lengths_ptr, batch, tokens):
-    """Position of the first of `tokens` queries of a sequence, and how many there are: those of its new tokens.
+    """Position of a sequence's first query, and the number of its queries, at most `tokens`.
 
-    Where more tokens are new than there are queries, the queries are the last of them.
+    The queries are the sequence's new tokens. If there are more than `tokens`, the queries are the last of them.
     """
     length = tl.load(lengths_ptr + batch)
     first_position = tl.maximum(tl.load(starts_ptr + batch), length - tokens)
@@ -66,21 +70,21 @@ def locate_new_tokens(starts_ptr, lengths_ptr, batch, tokens):
 
 
 class Blocks(NamedTuple):
-    """Blocks of a sequence's tokens: `size` tokens each, one every `stride` tokens."""
+    """Blocks of a sequence's tokens: `size` tokens each, one starting every `stride` tokens."""
 
     size: int
     stride: int
 
     def of(self, tokens: int) -> int:
-        """Complete blocks of so many tokens."""
+        """Number of complete blocks in `tokens` tokens."""
         return max(0, (tokens - self.size) // self.stride + 1)
 
 
 class Kept(NamedTuple):
-    """A tensor of a layer: names of its head dim, its blocks where a row is a block, its dtype, and its heads.
+    """Description of one tensor of a layer.
 
-    `blocks` is None where a row is a token, `dtype` where it is the package's. `dim` and `heads` are those of
-    `Arguments.sizes`.
+    `dim` and `heads` are names in `Arguments.sizes`. `blocks` is None if a row holds a token rather than a block.
+    `dtype` is None for the package's dtype.
     """
 
     dim: str
@@ -90,20 +94,21 @@ class Kept(NamedTuple):
 
     @property
     def coded(self) -> bool:
-        """Whether it holds e4m3 codes of 8 bits, whose scales the layer has too."""
+        """Whether the tensor holds 8-bit e4m3 codes. The layer then has their scales too."""
         return self.dtype == torch.uint8
 
 
 def new_scales(kept: Iterable[Kept], heads: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
-    """Scales of a layer's codes, 1 each, and one over them: (coded tensors, 2, Hkv) float32, if any are coded."""
+    """Initial scales of a layer's codes, and reciprocals, all 1: (coded tensors, 2, Hkv) float32; () without codes."""
     coded = sum(each.coded for each in kept)
     return (torch.ones(coded, 2, heads, dtype=torch.float32, device=device),) if coded else ()
 
 
 class Layout(NamedTuple):
-    """How rows are addressed: tokens a sequence may have, the table of pages (B, width) int32 or None, a page's tokens.
+    """How rows are addressed.
 
-    `page_size` is 0 for a contiguous cache.
+    `capacity` is the most tokens of a sequence. `table` is the page table (B, width) int32, or None for a contiguous
+    cache. `page_size` is the tokens per page, or 0 for a contiguous cache.
     """
 
     batch: int
@@ -112,24 +117,24 @@ class Layout(NamedTuple):
     table: torch.Tensor | None
 
     def rows(self, kept: Kept, pages: int | None) -> tuple[int, int]:
-        """The first two dims of a tensor: sequences and rows of each or, with `pages`, pages and rows of each."""
+        """The first two dims of a tensor: (sequences, rows per sequence) or, with `pages`, (pages, rows per page)."""
         if pages is None:
             return self.batch, self.capacity_of(kept.blocks) if kept.blocks else self.capacity
         return pages, cdiv(self.page_size, kept.blocks.stride) if kept.blocks else self.page_size
 
     def capacity_of(self, blocks: Blocks) -> int:
-        """Rows of blocks that a contiguous cache keeps of a sequence; at least one."""
+        """Rows of blocks per sequence in a contiguous cache; at least one."""
         return max(1, blocks.of(self.capacity))
 
     @property
     def table_width(self) -> int:
-        """Pages that a sequence may have."""
+        """Most pages of a sequence."""
         return 0 if self.table is None else self.table.shape[1]
 
     def index(self, blocks: Blocks | None, first: int, end: int, tokens: int) -> torch.Tensor:
-        """Rows (sequences, n) int64 of the first tokens, or of their complete blocks, of sequences first .. end.
+        """Rows (sequences, n) int64 of the first `tokens` tokens, or of their blocks, in sequences first .. end.
 
-        They are where `token_rows` and `block_rows` find them.
+        These are the rows that `token_rows` and `block_rows` compute on the device.
         """
         assert self.table is not None
         size, stride = blocks or (1, 1)
@@ -143,7 +148,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def shapes_of(kept: Mapping[str, Kept], checks: Arguments, layout: Layout, pages: int | None) -> Shapes:
-    """Those of a layer's tensors; `pages` is None for a contiguous cache."""
+    """Shapes and dtypes of a layer's tensors; `pages` is None for a contiguous cache."""
     sizes = checks.sizes
     return {
         name: ((*layout.rows(each, pages), sizes[each.heads], sizes[each.dim]), each.dtype or checks.dtype)
@@ -154,7 +159,7 @@ def shapes_of(kept: Mapping[str, Kept], checks: Arguments, layout: Layout, pages
 def check_layer(
     place: str, layer: Mapping[str, torch.Tensor], shapes: Shapes, checks: Arguments, device: torch.device
 ) -> list[torch.Tensor]:
-    """The caller's tensors of a layer, whose pages are of these shapes."""
+    """Check the caller's tensors of a layer, whose pages must have these shapes, and return them in order."""
     if not isinstance(layer, Mapping) or set(layer) != set(shapes):
         found = ", ".join(layer) if isinstance(layer, Mapping) else type(layer).__name__
         raise ValueError(f"{place}: expected tensors by name: {', '.join(shapes)}; got {found}")
@@ -169,6 +174,6 @@ def check_layer(
 
 
 def check_page_size(page_size: object) -> None:
-    """Raise unless pages may have so many tokens."""
+    """Raise ValueError unless `page_size` is in PAGE_SIZES."""
     if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
         raise ValueError(f"page_size: expected one of {', '.join(map(str, PAGE_SIZES))}, got {page_size!r}")

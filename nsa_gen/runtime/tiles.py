@@ -1,6 +1,6 @@
-"""Tile sizes and launch options of a package's kernels, by architecture: which of its tables serves a launch.
+"""Tile sizes and launch options of a package's kernels, by architecture, and the choice of the table for a launch.
 
-Nothing is ever tuned by importing or calling a package.
+Importing or calling a package never starts tuning.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from .launch import Constants
 from .lookup import Bucket, Gpu, Identity, Tuned
 from .space import Space
 
-# True where kernels run on the CPU, in Triton's interpreter; Triton decides it when a kernel is defined.
+# True if kernels run on the CPU, in Triton's interpreter. Triton decides this when a kernel is defined.
 INTERPRETED = knobs.runtime.interpret
 
 Table = dict[str, Constants]
@@ -26,15 +26,15 @@ Items = tuple[tuple[str, int], ...]
 
 
 class _Call(threading.local):
-    """The table that serves the operator which runs in a thread; None outside of operators."""
+    """The table of the operator that runs in this thread; None outside of operators."""
 
     table: Table | None = None
 
 
 class Serving:
-    """Within the block, kernels that this thread launches have the configurations of a table.
+    """Context manager: within the block, kernels that this thread launches use the configurations of a table.
 
-    Every call enters one, which takes a generator of `contextlib` microseconds longer.
+    A class, because every call enters one, and a generator of `contextlib` takes microseconds longer.
     """
 
     def __init__(self, call: _Call, table: Table) -> None:
@@ -50,8 +50,8 @@ class Serving:
 class Tiles:
     """The tables of the package in a folder, read from its tiles.json.
 
-    `defaults` is the cost model's choice by architecture and kernel, `schedules` are the entries of the tables that
-    choose among kernels; all others are configurations of one kernel.
+    `defaults` is the cost model's choice by architecture and kernel. `schedules` are the names of those entries of the
+    tables that choose between kernels; every other entry is the configuration of one kernel.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,15 +60,15 @@ class Tiles:
         self.schedules = tuple(document["schedules"])
         self._space = Space(document["values"], document["rules"])
         self._tuned = Tuned(folder, Identity(**document["identity"]), self._space)
-        # Architectures that take the table of another, which has the same matrix instructions and no more shared
+        # Architectures that use the table of another one, which has the same matrix instructions and no more shared
         # memory.
         self._shared_tables: dict[str, str] = document["shared_tables"]
-        # Shared memory a block may use, in bytes: an architecture that has no table takes that of the largest whose
-        # tiles fit.
+        # Shared memory per block in bytes, by architecture. An architecture without a table uses the table of the one
+        # with the most shared memory that still fits.
         self._shared_memory: dict[str, int] = document["shared_memory"]
-        # Multiprocessors of the boards that the tables are for: what launches that are only traced are split for.
+        # Multiprocessors of the GPUs that the tables are for. Launches that are only traced are split for this number.
         self._multiprocessors: dict[str, int] = document["multiprocessors"]
-        # Set by `use_target` and `override`. Not by thread: autograd runs the backward on its own.
+        # Set by `use_target` and `override`. Process-wide, because autograd runs the backward on its own threads.
         self._target: str | None = None
         self._overrides: dict[str, dict[str, int]] = {}
         self._call = _Call()
@@ -76,20 +76,21 @@ class Tiles:
         self._derived: dict[tuple[Any, torch.device, Bucket], int] = {}
         self._overridden: dict[tuple[str, Items, Items], Constants] = {}
         self._architectures: dict[torch.device, str] = {}
-        # Held while a table is made, for which files are read: other threads wait for it.
+        # Held while a table is built, which reads files: other threads wait.
         self._making = threading.Lock()
 
     def get(self, kernel: str, device: torch.device, bucket: Bucket | None = None) -> Constants:
-        """Tile sizes, num_warps and num_stages that `kernel` is launched with on `device`.
+        """Tile sizes, num_warps and num_stages of `kernel` on `device`.
 
-        For calls of the bucket given, else of the operator that runs (`serving`), else the cost model's choice.
+        They are those for `bucket`. If it is None, they are those of the operator that runs (`serving`), and outside of
+        operators the cost model's choice.
         """
         table = self._call.table if bucket is None else self.table_for(device, bucket)
         config = (self.defaults[self._target or self.architecture(device)] if table is None else table)[kernel]
         return self._merged(kernel, config) if kernel in self._overrides else config
 
     def _merged(self, kernel: str, config: Constants) -> Constants:
-        """A configuration with the values of an override in its place, which may not suit those that stay."""
+        """Merge an override into a configuration. ValueError if the merged values are not legal together."""
         values = self._overrides[kernel]
         key = kernel, tuple(config.items()), tuple(values.items())
         if key not in self._overridden:
@@ -109,7 +110,7 @@ class Tiles:
         packed: bool,
         decode: bool = False,
     ) -> int:
-        """One value of a schedule for calls of a bucket: a constant to compilers, which do not see where it is kept."""
+        """One value of a schedule for calls of a bucket. torch.compile treats it as a constant."""
         return self.get(schedule, device, Bucket(tokens, batch, packed, decode))[name]
 
     def derived(
@@ -121,9 +122,9 @@ class Tiles:
         packed: bool,
         decode: bool = False,
     ) -> int:
-        """What a function makes of the configurations for calls of a bucket, which it asks for by kernel.
+        """A number that a function computes from the configurations of a bucket, which it reads by kernel.
 
-        It is kept, by function, until these change, and a constant to compilers.
+        The result is cached by function, device and bucket until `forget`. torch.compile treats it as a constant.
         """
         bucket = Bucket(tokens, batch, packed, decode)
         if self._target is not None or self._overrides:
@@ -134,15 +135,15 @@ class Tiles:
             found = self._derived[key] = number(lambda kernel: self.get(kernel, device, bucket))
         return found
 
-    # What torch.compiler.assume_constant_result does, which would import the compiler with every import of a package.
+    # The same as torch.compiler.assume_constant_result, which would import the compiler whenever a package is imported.
     vars(chosen)["_dynamo_marked_constant"] = vars(derived)["_dynamo_marked_constant"] = True
 
     def serving(self, device: torch.device, bucket: Bucket) -> Serving:
-        """Within the block, kernels that this thread launches on `device` are configured for calls of a bucket."""
+        """Context manager: kernels that this thread launches on `device` are configured for calls of a bucket."""
         return Serving(self._call, self.table_for(device, bucket))
 
     def table_for(self, device: torch.device, bucket: Bucket) -> Table:
-        """Configurations of every kernel for calls of a bucket. Files are read on the first call for each."""
+        """Configurations of every kernel for calls of a bucket. The first call for a bucket reads files."""
         if self._target is not None:
             return self.defaults[self._target]
         table = self._tables.get((device, bucket))
@@ -154,26 +155,27 @@ class Tiles:
         return table
 
     def _resolve(self, device: torch.device, bucket: Bucket) -> Table:
-        """The cost model's table with what was tuned in its place."""
+        """The cost model's table, with tuned configurations where they exist."""
         gpu = self.gpu_of(device)
         tuned = {} if gpu is None else _configs(self._tuned.find(gpu, bucket))
         return {**self.defaults[self.architecture(device)], **tuned}
 
     def forget(self) -> None:
-        """Look for tuned configurations again at the next call, as after tuning in this process."""
+        """Search for tuned configurations again at the next call, for example after tuning in this process."""
         self._tables.clear()
         self._derived.clear()
         self._architectures.clear()
         self._tuned.forget()
 
     def gpu_of(self, device: torch.device) -> Gpu | None:
-        """What identifies a device among GPUs; None for what is none."""
+        """The GPU model of a device; None for the CPU and in the interpreter."""
         return _gpu_of(device)
 
     def multiprocessors(self, device: torch.device) -> int:
-        """Multiprocessors that launches on a device are split for: those of `use_target` where they are only traced.
+        """Number of multiprocessors for which launches on a device are split.
 
-        A few for the CPU, where kernels are interpreted.
+        It is that of `use_target`'s architecture if launches are only traced, and 4 on the CPU, where kernels are
+        interpreted.
         """
         if device.type == "meta" and self._target in self._multiprocessors:
             return self._multiprocessors[self._target]
@@ -181,14 +183,14 @@ class Tiles:
         return 4 if gpu is None else gpu.multiprocessors
 
     def target_of(self, device: torch.device) -> str | None:
-        """What machine code is made for on a device: its architecture; `use_target`'s where launches are traced."""
+        """Architecture for which kernels are compiled on a device; that of `use_target` if launches are only traced."""
         if device.type == "meta":
             return self._target
         gpu = self.gpu_of(device)
         return None if gpu is None else gpu.architecture
 
     def architecture(self, device: torch.device) -> str:
-        """Entry of `defaults` that serves a device, such as "sm_90"; "interpreter" for the CPU."""
+        """Key of `defaults` for a device, such as "sm_90"; "interpreter" for the CPU."""
         found = self._architectures.get(device)
         if found is None:
             found = self._architectures[device] = self._architecture_for(device)
@@ -209,7 +211,7 @@ class Tiles:
 
     @contextlib.contextmanager
     def use_target(self, target: str) -> Iterator[None]:
-        """Launch with the table of another architecture within the block, as when compiling ahead of time for it."""
+        """Use the table of another architecture within the block, for example to compile ahead of time for it."""
         table = self._shared_tables.get(target, target)
         if table not in self.defaults:
             known = ", ".join([*self.defaults, *self._shared_tables])
@@ -224,7 +226,8 @@ class Tiles:
     def override(self, kernel: str, **values: int) -> Iterator[None]:
         """Launch `kernel` with other tile sizes within the block: `with override("window_forward", KEY_BLOCK=64): ...`.
 
-        ValueError if they are not legal (see space): now, or by a launch whose other values do not suit them.
+        Raises ValueError if the values are not legal (see space): here, or in a launch if they do not fit the other
+        values.
         """
         if problem := self._space.problem(kernel, values, some=True):
             raise ValueError(problem)

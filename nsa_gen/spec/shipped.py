@@ -24,7 +24,8 @@ def load_spec(source: str | os.PathLike[str]) -> Spec:
     A string without a folder or suffix (``llama3_8b``) is the name of a shipped spec first, and a path otherwise.
 
     Raises:
-        SpecError: naming every mistake with its line, column and field; or that there is no such file or name.
+        SpecError: the spec is invalid (the message has the line, column and field of every error), or there is no such
+            file or name.
     """
     text = os.fspath(source)
     if isinstance(source, str) and not os.path.dirname(text) and not os.path.splitext(text)[1]:
