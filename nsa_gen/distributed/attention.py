@@ -198,19 +198,18 @@ class ContextParallel:
 
     def _checked(self, given: Mapping[str, Any], shards: Shards) -> dict[str, Tensor]:
         """The given tensors as (B, rows, ...), after checks of their tokens; sinks are not changed."""
-        plan, rows = self._operators.plan, shards.rows(self.rank)
-        known = {argument.name for argument in plan.arguments} | {"gates", "k", "v"}
+        names, rows = self._operators.names, shards.rows(self.rank)
         found = {}
         for name, x in given.items():
-            if name not in known:
+            if name not in names.known:
                 if x is None:
                     continue
-                raise TypeError(f"{name}: expected one of {', '.join(sorted(known))}")
+                raise TypeError(f"{name}: expected one of {', '.join(sorted(names.known))}")
             if x is None:
                 continue
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-            if name not in plan.sinks:
+            if name not in names.sinks:
                 x = x if shards.bounds is None else x[None]
                 dims = {"gates": 4, "counts": 3}.get(name, 4)
                 if x.dim() != dims or x.shape[1] != rows:
@@ -218,7 +217,7 @@ class ContextParallel:
                     layout = "(B, rows, ...)" if shards.bounds is None else "(rows, ...)"
                     raise ValueError(f"{name}: expected this rank's {rows} rows of {layout}, got shape {shape}")
             found[name] = x
-        for name in ("q", *plan.raw_names):
+        for name in ("q", *names.raw):
             if name not in found:
                 raise TypeError(f"{name}: expected a torch.Tensor, got None")
         return found

@@ -29,6 +29,34 @@ LOSS = "alignment_loss"
 """The auxiliary output that belongs to sequences and not to queries."""
 
 
+class Names(NamedTuple):
+    """Names of arguments. Made once: torch.compile would follow how a plan finds them.
+
+    Attributes:
+        known: all that a call may have.
+        sinks: those that have no tokens.
+        raw: keys and values that are gathered.
+        compressed: of these, the ones that are compressed and gathered again; empty if compressed blocks do not travel.
+        sources: of a piece with a span, each raw argument and what it is a part of.
+    """
+
+    known: frozenset[str]
+    sinks: tuple[str, ...]
+    raw: tuple[str, ...]
+    compressed: tuple[str, ...]
+    sources: tuple[tuple[str, str], ...]
+
+    @staticmethod
+    def of(plan: Plan, given: Plan | None) -> Names:
+        """The names of a spec's plan, and of its plan with given blocks where compressed blocks travel."""
+        known = frozenset((*(argument.name for argument in plan.arguments), "gates", "k", "v"))
+        if given is None:
+            return Names(known, plan.sinks, plan.raw_names, (), tuple((name, name) for name in plan.raw_names))
+        pairs = (zip(given.kv(branch), plan.kv(branch), strict=True) for branch in given.raw_branches)
+        sources = dict(pair for some in pairs for pair in some)
+        return Names(known, plan.sinks, plan.raw_names, plan.kv("cmp"), tuple(sources.items()))
+
+
 @dataclass(frozen=True)
 class Operators:
     """The packages that a spec's pieces run.
@@ -38,6 +66,7 @@ class Operators:
     """
 
     plan: Plan
+    names: Names
     whole: ModuleType
     given_plan: Plan | None
     given: ModuleType | None
@@ -65,7 +94,9 @@ def operators_of(spec: Spec, head_groups: int, ranks: int, package: ModuleType |
     whole = load(some) if package is None or head_groups > 1 else package
     of_queries = [name for name in whole.Auxiliary._fields if name not in ("k_cmp", "v_cmp")]
     auxiliary = namedtuple("Auxiliary", of_queries, defaults=(None,) if of_queries[-1:] == [LOSS] else ())
-    return Operators(plan, whole, given_plan, None if given is None else load(given), auxiliary)
+    return Operators(
+        plan, Names.of(plan, given_plan), whole, given_plan, None if given is None else load(given), auxiliary
+    )
 
 
 def _with_given_blocks(spec: Spec) -> Spec:
@@ -184,14 +215,12 @@ class Call:
 
     def start(self, tensors: Mapping[str, Tensor]) -> Started:
         """Start to gather raw keys and values."""
-        plan, given = self._operators.plan, self._operators.given_plan
-        whole, blocks = self._routes.whole, self._routes.tokens_of_blocks
-        names = [*plan.raw_names, *(name for name in INDEX_KEYS if name in tensors)]
-        read = plan.raw_names if given is None else [name for branch in given.raw_branches for name in plan.kv(branch)]
-        read = [*read, *INDEX_KEYS]
-        compressed = () if given is None else plan.kv("cmp")
+        known, whole, blocks = self._operators.names, self._routes.whole, self._routes.tokens_of_blocks
+        names = [*known.raw, *(name for name in INDEX_KEYS if name in tensors)]
+        read = [*(source for _, source in known.sources), *INDEX_KEYS]
         parts = tuple(
-            (*(whole if name in read else ()), *(blocks if name in compressed else ()), Part(0, 0, 0)) for name in names
+            (*(whole if name in read else ()), *(blocks if name in known.compressed else ()), Part(0, 0, 0))
+            for name in names
         )
         return Started(names, parts, start(self._routes.tokens, [tensors[name] for name in names]))
 
@@ -241,7 +270,7 @@ class Call:
         route, wanted = self._routes.blocks, self._routes.whole_blocks
         assert route is not None
         runs = len(self._routes.tokens_of_blocks)
-        names = self._operators.plan.kv("cmp")
+        names = self._operators.names.compressed
         # The last part of each is empty. It carries the gradient on if a rank has no block.
         keys, values = (gathered[name][len(gathered[name]) - 1 - runs :] for name in names)
         compressed = [(keys[-1], values[-1])]
@@ -257,13 +286,11 @@ class Call:
         self, piece: Piece, tensors: Mapping[str, Tensor], parameters: tuple[Tensor, ...] | None
     ) -> list[Tensor]:
         """Compute sequences of which this rank holds every token."""
-        plan = self._operators.plan
+        sinks = self._operators.names.sinks
         whole = piece.begin == 0 and piece.end == tensors["q"].shape[1]
-        some = {
-            name: x if whole or name in plan.sinks else x[:, piece.begin : piece.end] for name, x in tensors.items()
-        }
+        some = {name: x if whole or name in sinks else x[:, piece.begin : piece.end] for name, x in tensors.items()}
         if piece.bounds is not None:
-            some = {name: x if name in plan.sinks else x[0] for name, x in some.items()}
+            some = {name: x if name in sinks else x[0] for name, x in some.items()}
             some["cu_seqlens"] = self._bounds[piece.bounds]
         if parameters is not None:
             some["compression"] = parameters
@@ -281,23 +308,16 @@ class Call:
         gathered: Mapping[str, list[Tensor]],
     ) -> list[Tensor]:
         """Compute queries of a sequence of which other ranks hold tokens too."""
-        plan, given = self._operators.plan, self._operators.given_plan
+        names, given = self._operators.names, self._operators.given
         some = {name: tensors[name][:, piece.begin : piece.end] for name in ROWS if name in tensors}
-        some |= {name: tensors[name] for name in plan.sinks if name in tensors}
-        indexed = {name: gathered[name][number] for name in INDEX_KEYS if name in gathered}
-        if given is None:
-            some |= {name: gathered[name][number] for name in plan.raw_names}
-            some |= indexed
-            if parameters is not None:
-                some["compression"] = parameters
-            return self._attend(self._operators.whole, some)
-        for branch in given.raw_branches:
-            for name, source in zip(given.kv(branch), plan.kv(branch), strict=True):
-                some[name] = gathered[source][number]
-        some["k_cmp"], some["v_cmp"] = gathered["k_cmp"][number], gathered["v_cmp"][number]
-        some |= indexed
-        assert self._operators.given is not None
-        return self._attend(self._operators.given, some)
+        some |= {name: tensors[name] for name in names.sinks if name in tensors}
+        some |= {name: gathered[source][number] for name, source in names.sources}
+        some |= {name: gathered[name][number] for name in INDEX_KEYS if name in gathered}
+        if given is not None:
+            some["k_cmp"], some["v_cmp"] = gathered["k_cmp"][number], gathered["v_cmp"][number]
+        elif parameters is not None:
+            some["compression"] = parameters
+        return self._attend(self._operators.whole if given is None else given, some)
 
     def _attend(self, package: ModuleType, arguments: dict[str, Any]) -> list[Tensor]:
         q, k, v = (arguments.pop(name, None) for name in ("q", "k", "v"))
