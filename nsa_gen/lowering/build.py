@@ -1,4 +1,4 @@
-"""Spec -> Plan: every decision about what is generated is taken here."""
+"""Spec -> Plan: makes every decision about what is generated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nsa_gen.spec import Spec
 def lower(spec: Spec) -> Plan:
     """Decide the kernels, their sizes, tunables and default configurations for a spec.
 
-    The result depends on the spec alone: same spec, same Plan, which is not to be changed.
+    The result depends only on the spec, and equal specs share one Plan: do not modify it.
     """
     qk = split_head_dim(spec.head_dim.qk)
     v = split_head_dim(spec.head_dim.v)
@@ -97,7 +97,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
         arguments.append(Argument("k_cmp", ("B", "Nc", "Hkv", "Dk"), differentiable=output))
         arguments += [Argument("v_cmp", ("B", "Nc", "Hkv", "Dv"))] if output else []
     if spec.index_dim:
-        # None where a selection is given.
+        # None if the caller gives a selection.
         dim = str(spec.index_dim)
         arguments.append(Argument("q_idx", ("B", "Tq", "S", dim), required=False, differentiable=False))
         arguments.append(Argument("k_idx", ("B", "Tkv", "1", dim), required=False, differentiable=False))
@@ -106,7 +106,7 @@ def _arguments(spec: Spec) -> tuple[Argument, ...]:
     arguments += [Argument(sink_name(branch), ("Hq",), dtype="float32") for branch in sunk_branches(spec)]
     arguments += compression_parameters(spec)
     if spec.selection:
-        # Where the operator computes the selection, one that was made before may be given in its place.
+        # Even if the operator computes the selection, the caller may give an earlier one instead.
         given = spec.selection.indices == "input"
         dims = ("B", "Tq", "S", str(spec.selection.count))
         arguments.append(Argument("indices", dims, dtype="int32", required=given, differentiable=False))
@@ -135,7 +135,7 @@ def _outputs(spec: Spec) -> tuple[Output, ...]:
 
 
 def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[str, dict[str, Config]]:
-    """The cost model's choice for each architecture, kernel and schedule."""
+    """The cost model's choice of configuration for each architecture, and for each kernel and decision."""
     table = {INTERPRETER: {kernel.name: space.smallest(kernel, sizes) for kernel in kernels}}
     for target in TABLES:
         gpu = gpu_for_target(target)
