@@ -25,7 +25,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = (), modified: float | None = None) -> None:
-    """Replace several files by texts, then remove others. If it is interrupted, nothing is replaced or removed.
+    """Replace several files by texts, then remove others. An interruption leaves all of this done, or nothing.
 
     Every text is on disk, under a hidden name, before the first file is replaced. Ctrl-C is deferred during the
     replacements. Missing folders are created. A file that is replaced keeps its mode. `modified` is the modification

@@ -328,7 +328,7 @@ class Plan(InferencePlan):
         return tuple(branch for branch in BACKWARD_ORDER if branch in self.branches)
 
     def starts_at_zero(self, name: str) -> bool:
-        """Whether selection adds to a raw key's or value's gradient of which no earlier branch writes every row."""
+        """Whether a raw key's or value's gradient, to which selection adds, has rows that no earlier branch writes."""
         writers = [branch for branch in self.raw_branches if name in self.kv(branch)]
         return "slc" in writers and "win" not in writers
 

@@ -35,7 +35,7 @@ PAD_QK, PAD_V, LIST_ROWS, SELECTED_ROWS = sympy.symbols(
 QUERY_BLOCK, KEY_BLOCK, TOKEN_BLOCK, BLOCK_TILE, ROW_BLOCK, HEAD_SPLITS, PIECE = sympy.symbols(
     "QUERY_BLOCK KEY_BLOCK TOKEN_BLOCK BLOCK_TILE ROW_BLOCK HEAD_SPLITS PIECE", positive=True, integer=True
 )
-# Of a device: 1 if operands of a product that are probabilities must be in shared memory (Blackwell's tcgen05), else 0.
+# Of a device: 1 if a product can read probabilities only from shared memory (Blackwell's tcgen05), else 0.
 SCORES_STAGED = sympy.Symbol("scores_staged", nonnegative=True, integer=True)
 NUM_WARPS, NUM_STAGES = sympy.symbols("num_warps num_stages", positive=True, integer=True)
 
