@@ -1,4 +1,4 @@
-"""Reading regular files, and writing them whole: no crash and no Ctrl-C leaves half of one, or some of several."""
+"""Read regular files, and write them atomically: no crash or Ctrl-C leaves half a file, or only some of several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file by a text, in UTF-8 with newlines as they are, in one step; its bytes reach the disk first.
+    """Replace a file atomically by a text in UTF-8, with newlines unchanged. Its bytes are on disk before that.
 
     Raises OSError as `write_all` does.
     """
@@ -25,15 +25,15 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = (), modified: float | None = None) -> None:
-    """Replace several files by texts, then remove others: all of it, or nothing if it is interrupted.
+    """Replace several files by texts, then remove others. An interruption leaves all of this done, or nothing.
 
-    Every text is on the disk, under a hidden name, before the first file is replaced; Ctrl-C waits while they are. The
-    folders are created if need be; a file that is replaced keeps its mode. `modified` is the files' modification time,
-    now if None.
+    Every text is on disk, under a hidden name, before the first file is replaced. Ctrl-C is deferred during the
+    replacements. Missing folders are created. A file that is replaced keeps its mode. `modified` is the modification
+    time of the files, or None for now.
 
     Raises:
-        OSError: a file cannot be written, or is a folder, a pipe or a device. Nothing is replaced then, unless
-            replacing itself has failed midway; each file is whole in any case.
+        OSError: a file cannot be written, or is a folder, a pipe or a device. Then nothing has been replaced, unless
+            a replacement itself failed. Every file is complete in any case.
     """
     with _staged(texts) as scratches:
         for path, scratch in scratches.items():
@@ -50,14 +50,14 @@ def write_all(texts: Mapping[Path, str], *, remove: Iterable[Path] = (), modifie
 
 
 MOST_BYTES = 2**28
-"""Size of a file that is read, at most, unless its reader says otherwise."""
+"""The default limit on the size of a file that is read."""
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. A pipe is not waited for, and a device is not read for ever.
+    """The bytes of a regular file. It does not wait for a pipe or read a device without end.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than `most` bytes.
+        OSError: the file cannot be read, is not a regular file, or is larger than `most` bytes.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
@@ -69,17 +69,17 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The text of a regular file in UTF-8, as `read_bytes` reads it; one byte order mark before it is left out.
+    """The text of a regular file in UTF-8, read by `read_bytes`, without an initial byte order mark.
 
     Raises:
-        OSError: as by `read_bytes`.
-        ValueError: it is not UTF-8, or its byte order mark stands twice.
+        OSError: as for `read_bytes`.
+        ValueError: the file is not UTF-8, or begins with two byte order marks.
     """
     return without_mark(read_bytes(path, most).decode("utf-8"))
 
 
 def without_mark(text: str) -> str:
-    """A text without the byte order mark that some editors begin it with. Raises ValueError where there are two."""
+    """A text without the initial byte order mark that some editors add. Raises ValueError if there are two."""
     text = text.removeprefix("\ufeff")
     if text.startswith("\ufeff"):
         raise ValueError("the byte order mark U+FEFF stands twice at the beginning; remove it")
@@ -87,19 +87,19 @@ def without_mark(text: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The value in a JSON file.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is too large.
-        ValueError: it is no JSON in UTF-8; `json.JSONDecodeError` where there is a place to name.
+        OSError: the file cannot be read, is not a regular file, or is too large.
+        ValueError: the file is not JSON in UTF-8; a `json.JSONDecodeError` if the error has a position.
     """
     return parse_json(read_text(path))
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
-    """What a JSON text says. Raises ValueError where it is none, or is nested too deeply to be read.
+    """The value of a JSON text. Raises ValueError if the text is not JSON or is nested too deeply.
 
-    NaN and Infinity are no JSON, nor is a number beyond all floats taken for one, unless `finite` is false.
+    NaN, Infinity and numbers beyond the range of floats also raise ValueError, unless `finite` is false.
     """
     hooks: dict[str, Any] = {"parse_constant": _refuse_number, "parse_float": _finite_number} if finite else {}
     try:
@@ -118,7 +118,7 @@ def _finite_number(text: str) -> float:
 
 
 def json_text(value: Any, indent: str = "") -> str:
-    """JSON with objects and lists that hold no others on a line each."""
+    """JSON text in which each innermost object or list, one that contains no others, is on one line."""
     inner = indent + " "
     children = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else []
     if not any(isinstance(child, Mapping | list | tuple) for child in children):
@@ -130,18 +130,19 @@ def json_text(value: Any, indent: str = "") -> str:
 
 
 LOCKS = 64
-"""Lock files of a user, at most."""
+"""The most lock files of a user."""
 
 
 @contextmanager
 def one_at_a_time(path: Path, timeout: float = 60.0) -> Iterator[None]:
-    """Within the block no other process of this user is within its own for the same path, which need not exist.
+    """Allow only one process of this user at a time in a block for the same path. The path need not exist.
 
-    The lock lies among the temporary files, so that nothing is left beside the path; a process that dies gives it back.
-    A few locks serve all paths, as their files stay: two paths may share one, so blocks must not be nested.
+    The lock file is in the folder for temporary files, so nothing is left beside the path. If a process dies, its lock
+    is released. Lock files are never removed, so a fixed number of locks serves all paths. Two paths may have the same
+    lock, so blocks must not be nested.
 
     Raises:
-        OSError: another process has held it for `timeout` seconds, or there is no folder for temporary files.
+        OSError: another process has held the lock for `timeout` seconds, or there is no folder for temporary files.
     """
     from filelock import FileLock
 
@@ -152,9 +153,9 @@ def one_at_a_time(path: Path, timeout: float = 60.0) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the path of an empty file in the same folder, hidden, and put it in the place of `path` at the end.
+    """Yield the path of an empty hidden file in the same folder, and replace `path` by that file at the end.
 
-    Whatever is raised within the block, KeyboardInterrupt included, leaves `path` as it was and no other file behind.
+    If anything is raised within the block, even KeyboardInterrupt, `path` is unchanged and the hidden file is removed.
     """
     with _staged([path]) as scratches:
         yield scratches[path]
@@ -164,7 +165,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
-    """An empty hidden file beside each path; after an error they are gone, and so are folders that were created."""
+    """Create an empty hidden file beside each path. After an error, remove them and the folders that were created."""
     scratches: dict[Path, Path] = {}
     folders: list[Path] = []
     try:
@@ -182,7 +183,7 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
         for scratch in scratches.values():
             with suppress(OSError):
                 scratch.unlink()
-        # The innermost first; those that hold something stay.
+        # The innermost come first. Folders that are not empty stay.
         for folder in sorted(folders, key=lambda each: len(each.parts), reverse=True):
             with suppress(OSError):
                 folder.rmdir()
@@ -190,7 +191,7 @@ def _staged(paths: Iterable[Path]) -> Iterator[dict[Path, Path]]:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raise OSError for what is there but is no regular file: to replace a device would remove it from the machine."""
+    """Raise OSError if the path exists but is no regular file. Replacing a device would remove it from the machine."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))
     if path.exists() and not path.is_file():
@@ -205,7 +206,7 @@ def _put_in_place(scratches: Mapping[Path, Path]) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Within the block, the signals of Ctrl-C and of `kill` wait."""
+    """Defer the signals of Ctrl-C and `kill` until the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

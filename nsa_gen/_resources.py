@@ -1,4 +1,4 @@
-"""Where things lie: templates and specs (beside the package in a checkout, inside it in a wheel), and the cache."""
+"""Paths of templates and specs (beside the package in a checkout, inside it in a wheel), and of the cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _resource_dir(name: str) -> Path:
-    """Return the folder `name`, from the wheel's data if there is any, else from the checkout.
+    """Return the folder `name` of the wheel's data if it exists, else of the checkout.
 
-    Raises FileNotFoundError naming both places when neither exists (a broken installation).
+    Raises FileNotFoundError, which names both places, if neither exists: the installation is broken.
     """
     installed = _PACKAGE / "_data" / name
     if installed.is_dir():
@@ -31,7 +31,7 @@ def templates_dir() -> Path:
 
 
 def runtime_dir() -> Path:
-    """Return the folder of modules that are copied into packages as they stand."""
+    """Return the folder of modules that are copied into packages unchanged."""
     return _PACKAGE / "runtime"
 
 
@@ -41,7 +41,7 @@ def specs_dir() -> Path:
 
 
 def tuned_dir(name: str) -> Path | None:
-    """The folder of tuned tables that are shipped for a spec, None where there are none."""
+    """The folder of tuned tables that are shipped for a spec, or None if there are none."""
     for root in (_PACKAGE / "_data" / "generated", _PACKAGE.parent / "generated"):
         folder = root / name / "tuned"
         if folder.is_dir():
@@ -50,14 +50,14 @@ def tuned_dir(name: str) -> Path | None:
 
 
 CACHE_VARIABLE = "NSA_GEN_CACHE_DIR"
-"""Environment variable that names another folder than the user's cache."""
+"""Environment variable with the path of a cache folder to use instead of the user's."""
 
 
 def cache_dir() -> Path:
-    """The folder nsa_gen keeps what it can make again: `$NSA_GEN_CACHE_DIR`, else the platform's user cache."""
+    """The folder for files that nsa_gen can recreate: `$NSA_GEN_CACHE_DIR`, else the platform's user cache."""
     override = os.environ.get(CACHE_VARIABLE, "").strip()
     if override:
-        return Path(os.path.expanduser(override)).absolute()  # a user who is not there stays as written
+        return Path(os.path.expanduser(override)).absolute()  # leaves `~name` of an unknown user
     from platformdirs import user_cache_path
 
     return user_cache_path("nsa_gen", appauthor=False)

@@ -1,11 +1,11 @@
-"""The one table of GPU facts: what the cost model, the tile filter and the ahead-of-time compiler know of each device.
+"""The table of GPU data that the cost model, the tile filter and the ahead-of-time compiler use.
 
-A leaf module: it imports the standard library alone, so every room may read it and `nsa-gen check` stays fast.
+This module imports only the standard library. So every package may import it, and `nsa-gen check` stays fast.
 
-Figures are the vendors' published ones for the board named in `product`: dense (not sparse) bfloat16 matrix throughput
-with float32 accumulation, peak memory bandwidth, and the limits of the CUDA and HIP programming guides (for CUDA the
-table of technical specifications by compute capability). They are peaks: a floor computed from them is a lower bound of
-the time, never a prediction.
+The numbers are the vendors' published ones for the board named in `product`: dense (not sparse) bfloat16 matrix
+throughput with float32 accumulation, peak memory bandwidth, and the limits in the CUDA and HIP programming guides (for
+CUDA, the table of technical specifications by compute capability). They are peaks: a floor computed from them is a
+lower bound of the time, never a prediction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 Backend = Literal["cuda", "hip"]
 TENSOR_MEMORY_COLUMNS = 512
-"""Of the tensor memory of a multiprocessor of Blackwell, 128 numbers of 32 bits each."""
+"""Columns of the tensor memory of a Blackwell multiprocessor. A column has 128 numbers of 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Gpu:
     Attributes:
         key: short name used on the command line and in file names, e.g. "h100".
         name: what to call the device in a report.
-        product: part of the name the driver reports; decides `gpu_for_device`.
-        target: the compiler's name of the architecture, e.g. "sm_90" or "gfx942".
+        product: part of the name that the driver reports; `gpu_for_device` looks for it.
+        target: the compiler's name for the architecture, e.g. "sm_90" or "gfx942".
         backend: "cuda" or "hip".
         warp_size: threads that run in lockstep.
-        shared_memory_per_block: bytes of shared memory (LDS) one block may use, opt-in included.
-        shared_memory_per_sm: bytes of shared memory one multiprocessor divides among its resident blocks.
-        registers_per_sm: 32-bit registers of one multiprocessor (the accumulation registers of CDNA included).
-        registers_per_thread: most registers one thread may hold before the compiler must spill.
-        threads_per_block: most threads one block may have.
+        shared_memory_per_block: bytes of shared memory (LDS) that one block may use, including opt-in memory.
+        shared_memory_per_sm: bytes of shared memory that one multiprocessor divides among its resident blocks.
+        registers_per_sm: 32-bit registers of one multiprocessor (including the accumulation registers of CDNA).
+        registers_per_thread: most registers that one thread may hold before the compiler must spill.
+        threads_per_block: most threads that one block may have.
         sm_count: multiprocessors (compute units).
         bf16_tflops: dense bfloat16 matrix throughput, TFLOP/s.
-        bandwidth_tbs: peak memory bandwidth, TB/s (10^12 bytes a second).
+        bandwidth_tbs: peak memory bandwidth, TB/s (10^12 bytes per second).
         l2_bytes: capacity of the L2 cache, all partitions together.
-        source: the vendor's document that throughput, bandwidth, multiprocessors and L2 are from.
+        source: the vendor's document with throughput, bandwidth, number of multiprocessors and L2 capacity.
     """
 
     key: str
@@ -60,15 +60,15 @@ class Gpu:
 
     @property
     def table(self) -> str:
-        """The architecture whose default configurations it launches with: its own, or one that it shares them with."""
+        """The architecture whose default configurations this device uses: its own, or the one in SHARED_TABLES."""
         return SHARED_TABLES.get(self.target, self.target)
 
 
 _BOARDS = (
-    # key, name, product, target, KiB of shared memory a multiprocessor, multiprocessors, TFLOP/s, TB/s, MiB of L2
+    # key, name, product, target, KiB of shared memory per multiprocessor, multiprocessors, TFLOP/s, TB/s, MiB of L2
     ("a100", "A100 SXM 80 GB", "A100", "sm_80", 164, 108, 312.0, 2.039, 40),
     ("rtx3090", "GeForce RTX 3090", "RTX 3090", "sm_86", 100, 82, 71.0, 0.936, 6),
-    # Half of the 85 TOPS of dense int8 products that the brief gives.
+    # Half of the 85 TOPS for dense int8 products in the brief.
     ("orin", "Jetson AGX Orin 64 GB", "Orin", "sm_87", 164, 16, 42.5, 0.2048, 4),
     ("rtx4090", "GeForce RTX 4090", "RTX 4090", "sm_89", 100, 128, 165.2, 1.008, 72),
     ("h100", "H100 SXM", "H100", "sm_90", 228, 132, 989.4, 3.35, 50),
@@ -76,7 +76,7 @@ _BOARDS = (
     ("b200", "B200", "B200", "sm_100", 228, 148, 2250.0, 8.0, 126),
     ("b300", "B300", "B300", "sm_103", 228, 160, 2250.0, 8.0, 126),
     ("rtx5090", "GeForce RTX 5090", "RTX 5090", "sm_120", 100, 170, 209.5, 1.792, 96),
-    # An eighth of the petaFLOP of sparse FP4 products that the data sheet gives.
+    # An eighth of the petaFLOP/s for sparse FP4 products in the data sheet.
     ("gb10", "GB10 (DGX Spark)", "GB10", "sm_121", 100, 48, 125.0, 0.273, 24),
     ("mi300x", "Instinct MI300X", "MI300X", "gfx942", 64, 304, 1307.4, 5.3, 32),
     ("mi355x", "Instinct MI355X", "MI355X", "gfx950", 160, 256, 2516.6, 8.0, 32),
@@ -108,9 +108,9 @@ def _gpu(
     bandwidth_tbs: float,
     l2_mib: int,
 ) -> Gpu:
-    """A board with the limits of its vendor: CUDA's from compute capability 8.0 on, and HIP's from CDNA 3 on.
+    """A board with its vendor's limits: those of CUDA from compute capability 8.0, or of HIP from CDNA 3.
 
-    A block may use all shared memory of an AMD multiprocessor, and all but 1 KiB of an NVIDIA one.
+    One block may use all shared memory of an AMD multiprocessor, and all except 1 KiB on NVIDIA.
     """
     amd = target.startswith("gfx")
     return Gpu(
@@ -134,7 +134,7 @@ def _gpu(
 
 
 GPUS: tuple[Gpu, ...] = tuple(_gpu(*board) for board in _BOARDS)
-"""Every device known, oldest first, those of one vendor together."""
+"""All known devices, grouped by vendor, oldest first."""
 
 SHARED_TABLES: dict[str, str] = {
     "sm_86": "sm_120",
@@ -143,18 +143,18 @@ SHARED_TABLES: dict[str, str] = {
     "sm_103": "sm_100",
     "sm_121": "sm_120",
 }
-"""Architectures without default configurations of their own, and whose they take.
+"""Architectures without their own default configurations, and the architecture whose configurations each one uses.
 
-Each has the matrix instructions that Triton uses on the other, and as much shared memory a block. By the cost model the
-operators of the shipped specs lose less than 1% by it; on sm_121, whose board has a quarter of the memory bandwidth for
-its FLOPs, up to 14%.
+Both have the matrix instructions that Triton uses on the latter, and the same shared memory per block. According to the
+cost model, the operators of the shipped specs lose less than 1%. On sm_121, whose board has a quarter of the memory
+bandwidth per FLOP, they lose up to 14%.
 """
 
 TARGETS: tuple[str, ...] = tuple(dict.fromkeys(gpu.target for gpu in GPUS))
-"""Every architecture that kernels may be compiled for."""
+"""All architectures for which kernels may be compiled."""
 
 TABLES: tuple[str, ...] = tuple(target for target in TARGETS if target not in SHARED_TABLES)
-"""The architectures that have default configurations of their own: compiled for where none is named."""
+"""Architectures with their own default configurations. Kernels are compiled for these unless others are named."""
 
 
 _KEYS = {gpu.key: gpu for gpu in GPUS}
@@ -162,32 +162,32 @@ _FIRST_OF_TARGET = {gpu.target: gpu for gpu in reversed(GPUS)}
 
 
 class UnknownGpuError(ValueError):
-    """A name is neither a known device nor a known architecture; the message lists the known ones."""
+    """The name is neither a known device nor a known architecture. The message lists the known names."""
 
 
 def gpu(key: str) -> Gpu:
-    """The device with this key (`"h100"`), in any case.
+    """The device with this key (`"h100"`), in upper or lower case.
 
     Raises:
-        UnknownGpuError: no such key.
+        UnknownGpuError: there is no such key.
     """
     return _named(key, f"gpu: expected one of {', '.join(_KEYS)}", _KEYS)
 
 
 def gpu_for_target(target: str) -> Gpu:
-    """The first device of an architecture (`"sm_90"` gives the H100), in any case; it stands for its family's limits.
+    """The first device of an architecture, for the limits of its family: `"sm_90"` (or `"SM_90"`) gives the H100.
 
     Raises:
-        UnknownGpuError: no such architecture.
+        UnknownGpuError: there is no such architecture.
     """
     return _named(target, f"target: expected one of {', '.join(TARGETS)}", _FIRST_OF_TARGET)
 
 
 def find_gpu(name: str) -> Gpu:
-    """The device meant by a key (`"h100"`) or an architecture (`"sm_90"`), in any case.
+    """The device with a key (`"h100"`), or the first of an architecture (`"sm_90"`), in upper or lower case.
 
     Raises:
-        UnknownGpuError: neither.
+        UnknownGpuError: the name is neither.
     """
     devices, architectures = ", ".join(_KEYS), ", ".join(TARGETS)
     expected = f"gpu: expected a device ({devices}) or an architecture ({architectures})"
@@ -202,10 +202,10 @@ def _named(name: str, expected: str, known: dict[str, Gpu]) -> Gpu:
 
 
 def gpu_for_device(device_name: str) -> Gpu | None:
-    """The device a driver's name means, e.g. "NVIDIA H100 80GB HBM3"; None when it is not in the table.
+    """The device with this driver name, e.g. "NVIDIA H100 80GB HBM3", or None if the table does not have it.
 
-    Boards of one family differ (an "NVIDIA H100 PCIe" has fewer multiprocessors and less bandwidth than the H100 SXM
-    in the table): what must be exact is asked of the driver, and the table serves the limits of the architecture.
+    Boards of one family differ: an "NVIDIA H100 PCIe" has fewer multiprocessors and less bandwidth than the H100 SXM in
+    the table. Ask the driver for numbers that must be exact, and use the table for the limits of the architecture.
     """
     name = device_name.lower()
     for candidate in GPUS:
@@ -215,5 +215,5 @@ def gpu_for_device(device_name: str) -> Gpu | None:
 
 
 def target_of(properties: Any, *, hip: bool) -> str:
-    """The architecture of a device by what `torch.cuda.get_device_properties` says; `hip`: torch is built for ROCm."""
+    """The architecture of a device from `torch.cuda.get_device_properties`. `hip`: torch is built for ROCm."""
     return properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"

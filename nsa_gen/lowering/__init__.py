@@ -1,4 +1,4 @@
-"""lowering: Spec -> Plan. What is computed becomes how: kernels, sizes, tunables, costs."""
+"""lowering: Spec -> Plan. Turns what is computed into how: kernels, sizes, tunables and costs."""
 
 from nsa_gen.lowering.build import lower
 from nsa_gen.lowering.cost import KernelEstimate, explain

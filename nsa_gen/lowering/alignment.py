@@ -25,17 +25,17 @@ from nsa_gen.spec import Spec
 _CHOICES = s.B * s.T * s.SCOPES
 _PAIRS = s.SLC_COUNT * s.SLC_BLOCK
 _INDEX_BYTES = (_CHOICES + s.B * s.T) * s.DIM_INDEX * s.E
-#: The loss, the lse of the index scores, and the sum of the teacher's weights.
+#: The loss, the lse of the index scores, and the sum of the teacher's weights, in float32 for each token and choice.
 _ROW_BYTES = 3 * FP32 * _CHOICES
 
 
 def aligns(spec: Spec) -> bool:
-    """Whether the package has the indexer's loss: it is for training alone."""
+    """Whether the package has the indexer's loss, which only training uses."""
     return spec.index_dim > 0 and "backward" in spec.passes
 
 
 def alignment_kernels(spec: Spec) -> list[Kernel]:
-    """The kernels of the loss and its gradient; they run where the loss is asked for."""
+    """The kernels of the loss and its gradient. They run only in calls that ask for the loss."""
     return [_forward(spec), _mean(), _backward(spec)] if aligns(spec) else []
 
 
@@ -55,7 +55,7 @@ def _forward(spec: Spec) -> Kernel:
         resources=Resources(
             shared_memory=(s.SELECTED_ROWS + s.NUM_STAGES * s.KEY_BLOCK) * s.PAD_QK * s.E,
             registers=s.KEY_BLOCK * (s.SELECTED_ROWS + 2 * s.DIM_INDEX) + s.PAD_QK * s.KEY_BLOCK / 2,
-            # Products with index keys run on the ordinary units.
+            # Products with index keys do not run on the matrix units.
             flops=teacher + 6 * pairs * s.DIM_INDEX * sympy.Integer(16) ** (2 - s.E / 2),
             traffic=keys + Q_BYTES + _INDEX_BYTES + _ROW_BYTES,
             streamed=s.KEY_BLOCK,

@@ -1,4 +1,4 @@
-"""Kernels of the branches whose visible keys are one moving range: compressed blocks and the window."""
+"""Kernels of the banded branches, in which each query sees one range of keys: compressed blocks and the window."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from nsa_gen.lowering.parts import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_TOKENS = "HOPPER_TOKENS"
-#: Query rows, tokens times heads, of a call from which Hopper's kernel is the quicker for both branches: with 64, 32
-#: and 16 heads it was at 8192, 16384 and 32768 tokens, and a few percent slower at half of that.
+#: Query rows (tokens times heads) of a call from which Hopper's kernel is faster for both branches. With 64, 32 and 16
+#: heads it was faster from 8192, 16384 and 32768 tokens, and a few percent slower at half as many.
 _FROM_ROWS = 2**19
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
-    """From how many query tokens on a call is served by Hopper's kernel, where the package has it."""
+    """The decision how many query tokens a call needs to use Hopper's kernel; empty if the package lacks it."""
     if not hopper_fits(spec):
         return ()
     tokens = Tunable(HOPPER_TOKENS, (*(2**power for power in range(11, 20)), NEVER), size=True, least=0)
@@ -40,16 +40,17 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
 
 
 def choose_schedule(spec: Spec, target: str) -> Config:
-    """From how many query tokens on a call is served by Hopper's kernel, on an architecture or the interpreter."""
+    """The default for that number of tokens, on an architecture or on the interpreter."""
     tokens = 2 ** max((_FROM_ROWS // spec.heads.query).bit_length() - 1, 11)
     return Config("banded_attention", ((HOPPER_TOKENS, tokens if target == HOPPER else NEVER),))
 
 
 @dataclass(frozen=True)
 class Band:
-    """A branch whose visible keys are one moving range: pairs of (query, key) it must and does compute.
+    """A branch in which each query sees one range of keys.
 
-    One without `output` is no branch of its own: it has no values, and its lse serves the choice of blocks.
+    `pairs` counts the (query, key) pairs that it must compute, `computed_pairs` those that its kernels do compute.
+    Without `output` it is not a branch of its own: it has no values, and its lse is used only to choose blocks.
     """
 
     op: str
@@ -67,7 +68,7 @@ def bands(spec: Spec) -> list[Band]:
     if spec.compression:
         rows = s.B * s.T / s.CMP_STRIDE
         pairs = s.B * s.Hq * s.T**2 / (2 * s.CMP_STRIDE)
-        # A query tile computes whole key tiles up to the staircase's highest step.
+        # A query tile computes whole key tiles, up to the highest step of the staircase.
         edge = s.B * s.Hq * s.T * (s.QUERY_BLOCK / s.CMP_STRIDE + s.KEY_BLOCK) / 2
         output = spec.compression.output
         found.append(Band("compressed", "cmp", "compressed blocks", pairs, pairs + edge, rows, output))
@@ -83,7 +84,7 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
     if not band.output:
         return _lse_kernel(spec, band)
     kv_bytes = band.key_rows * s.Hkv * (s.Dk + s.Dv) * s.E
-    # The window's may leave a part of o for the selected branch's local blocks, too.
+    # The window's kernel may also write a part of o for the selected branch's local blocks.
     written = O_BYTES * (1 + s.LOCAL_IN_WINDOW) if band.branch == "win" else O_BYTES
     return Kernel(
         name=f"{band.op}_forward",
@@ -96,7 +97,8 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
-            # What is visible of an edge tile is a factor of a product too, where a NaN must reach who sees it.
+            # The visibility mask of an edge tile is also an operand of a product: it carries a NaN to the queries that
+            # see it.
             shared_memory=(
                 s.QUERY_BLOCK * s.PAD_QK + s.NUM_STAGES * s.KEY_BLOCK * QK_V + s.QUERY_BLOCK * s.KEY_BLOCK + SCORES
             )
@@ -113,7 +115,7 @@ def forward_kernel(spec: Spec, band: Band) -> Kernel:
 
 
 def _lse_kernel(spec: Spec, band: Band) -> Kernel:
-    """The same without values: the lse alone."""
+    """The lse of a branch without values."""
     return Kernel(
         name=f"{band.op}_lse",
         module="banded",
@@ -138,7 +140,7 @@ def _lse_kernel(spec: Spec, band: Band) -> Kernel:
 
 
 def backward_kernels(spec: Spec, band: Band) -> list[Kernel]:
-    """Gradients of a branch, in the order in which they run; without output it has none."""
+    """The kernels of a branch's gradients, in launch order; none for a branch without output."""
     if not band.output:
         return []
     return [_dq_kernel(spec, band), _dkdv_kernel(spec, band)]
@@ -157,7 +159,7 @@ def _dq_kernel(spec: Spec, band: Band) -> Kernel:
         tunables=(tile(spec, s.QUERY_BLOCK), tile(spec, s.KEY_BLOCK), *launch()),
         constraints=(height_rule(s.QUERY_BLOCK),),
         resources=Resources(
-            # Without a pipeline, k is stored once for either of the products that it is a factor of.
+            # Without a pipeline, k is stored twice: once for each of the two products that read it.
             shared_memory=(
                 s.QUERY_BLOCK * QK_V
                 + s.KEY_BLOCK * (s.maximum(s.NUM_STAGES, 2) * s.PAD_QK + s.NUM_STAGES * s.PAD_V)
@@ -181,7 +183,8 @@ def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
     traffic = band.computed_pairs / s.KEY_BLOCK * QK_V * s.E + 2 * kv_bytes
     programs = sympy.oo
     if band.branch == "cmp":
-        # Few key tiles, of very unequal work: the group's heads are shared out, and the shares added up.
+        # There are few key tiles, and their work is very unequal. So several programs split the group's heads, and the
+        # partial sums are added up.
         group = spec.heads.group
         tunables.append(Tunable(s.HEAD_SPLITS.name, tuple(split for split in (1, 2, 4, 8, 16, 32) if split <= group)))
         traffic += (s.HEAD_SPLITS - 1) * band.key_rows * s.Hkv * (s.Dk + s.Dv) * FP32 * 3
@@ -197,7 +200,7 @@ def _dkdv_kernel(spec: Spec, band: Band) -> Kernel:
         tunables=(*tunables, *launch()),
         constraints=(height_rule(s.QUERY_BLOCK), same_height_rule(s.QUERY_BLOCK, s.KEY_BLOCK)),
         resources=Resources(
-            # Probabilities and gradients of scores are turned over through shared memory.
+            # Probabilities and gradients of scores are transposed through shared memory.
             shared_memory=(s.KEY_BLOCK * (QK_V + s.QUERY_BLOCK) + s.NUM_STAGES * s.QUERY_BLOCK * QK_V + 6 * SCORES)
             * s.E,
             registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * s.QUERY_BLOCK),

@@ -1,28 +1,28 @@
-"""Branches of a spec: which read raw keys and values, by what names, and in which order gradients are computed."""
+"""Branches of a spec: which of them read raw keys and values, under which names, and the order of the backward."""
 
 from __future__ import annotations
 
 from nsa_gen.spec import Spec
 
 BACKWARD_ORDER = ("cmp", "win", "slc", "joint")
-"""First what writes dk and dv of every key, then what adds to them; `joint` is win and slc together."""
+"""Branches that write dk and dv of every key come before those that add to them. `joint` is win and slc together."""
 
 
 def backward_order(spec: Spec) -> tuple[str, ...]:
-    """Branches in the order of their backward, joint ones each."""
+    """Branches in the order of their backward; joint branches are listed separately."""
     present = {"cmp": spec.compression, "win": spec.window, "slc": spec.selection}
     return tuple(branch for branch in BACKWARD_ORDER if present.get(branch) is not None)
 
 
 def raw_readers(spec: Spec) -> tuple[str, ...]:
-    """Branches that read raw keys and values: all but a compression branch that is given its compressed ones."""
+    """Branches that read raw keys and values: all except a compression branch with compressed keys from the caller."""
     return tuple(branch for branch in spec.branches if not (branch == "cmp" and spec.external))
 
 
 def kv_names(spec: Spec, branch: str) -> tuple[str, str]:
-    """Names of the arguments that hold a branch's raw keys and values; without output, those of compressed keys."""
+    """Names of the arguments that hold a branch's raw keys and values, also for compressed keys without output."""
     if branch == "cmp" and "cmp" not in spec.branches:
-        branch = "slc"  # they score the selection's keys
+        branch = "slc"  # without output, compressed keys score the selection's keys
     if spec.kv == "shared" or branch == raw_readers(spec)[0]:
         return "k", "v"
     return f"k_{branch}", f"v_{branch}"

@@ -12,7 +12,7 @@ from nsa_gen.spec import Spec
 
 
 def compression_parameters(spec: Spec) -> tuple[Argument, ...]:
-    """Learned parameters of phi in the order of the fields of CompressionParameters."""
+    """The learned parameters of phi, in the order of the fields of CompressionParameters."""
     if spec.compression is None:
         return ()
     parameters = []
@@ -36,7 +36,7 @@ def _parameter(name: str, *dims: str) -> Argument:
 
 
 def compression_outputs(spec: Spec) -> tuple[Output, ...]:
-    """What compression returns from the forward operator: compressed keys and values, and an mlp's hidden rows."""
+    """Outputs that compression adds to the forward operator: compressed keys and values, and an mlp's hidden rows."""
     sides = compressed_sides(spec)
     outputs = [Output(f"{side.raw}_cmp", ("B", "Nc", "Hkv", f"D{side.raw}")) for side in sides]
     for side in sides:
@@ -47,14 +47,14 @@ def compression_outputs(spec: Spec) -> tuple[Output, ...]:
     return tuple(outputs)
 
 
-#: Keys and values, and the rows that phi makes of them.
+#: Bytes of keys and values, and of the rows that phi computes from them.
 _POOLED_BYTES = KV_BYTES * (1 + 1 / s.CMP_STRIDE)
-#: The same of keys alone, where these have no output.
+#: The same for keys only, if compressed keys have no output.
 _POOLED_KEY_BYTES = KEY_BYTES * (1 + 1 / s.CMP_STRIDE)
 
 
 def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
-    """Kernels of phi, forward and backward; keys and values share them."""
+    """The kernels of phi, forward and backward. Keys and values use the same ones."""
     sides = compressed_sides(spec)
     backward = "backward" in spec.passes and "cmp" in spec.branches
     kernels: list[Kernel] = []
@@ -75,13 +75,13 @@ def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
 
 
 def _gradient_bytes(spec: Spec) -> sympy.Expr:
-    """Bytes of dk and dv: the float32 sums that other branches left are read, and the gradients written."""
+    """Bytes moved for dk and dv: the kernel reads the other branches' float32 sums and writes the gradients."""
     others = spec.kv == "shared" and len(spec.branches) > 1
     return KV_BYTES / s.E * ((FP32 if others else 0) + s.E)
 
 
 def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sympy.Expr = _POOLED_BYTES) -> Kernel:
-    """A pooling kernel: bound by the bytes it moves, by default those of keys and values and their blocks."""
+    """A pooling kernel, bound by the bytes it moves: by default keys, values and their compressed rows."""
     columns = s.maximum(s.PAD_QK, s.PAD_V)
     zero = sympy.Integer(0)
     return Kernel(
@@ -93,7 +93,7 @@ def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sy
         schedule="one pass over the tokens",
         tunables=(Tunable(tile.name, (4, 8, 16, 32, 64)), Tunable("num_warps", (4,)), Tunable("num_stages", (2,))),
         constraints=(),
-        # Beyond 32 values a thread more tiles in flight gain nothing; the traffic term makes larger tiles win.
+        # Beyond 32 values per thread, more tiles in flight gain nothing. The traffic term makes larger tiles win.
         resources=Resources(
             zero, 4 * tile * columns, zero, moved * (1 + 1 / tile), sympy.Integer(1), sympy.Integer(64)
         ),
@@ -102,14 +102,14 @@ def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sy
     )
 
 
-#: The tunables of linear kernels: rows of the product, then the tiles of its inner and outer dimension.
+#: Tunables of the linear kernels: tiles of the product's three dimensions, and how many programs split a sum.
 _STEP_TILE, _OUTPUT_BLOCK, _FEATURE_BLOCK, _SHARES = sympy.symbols(
     "STEP_TILE OUTPUT_BLOCK FEATURE_BLOCK SHARES", positive=True, integer=True
 )
 
 
 def _linear(name: str, direction: str, purpose: str, spec: Spec) -> Kernel:
-    """A product over flattened blocks, keys and values counted together; the second layer of an mlp is small change."""
+    """A product over flattened blocks, keys and values counted together. The second layer of an mlp is negligible."""
     assert spec.compression is not None
     wide = 32 if spec.dtype == "float32" else 128
     widths = tuple(size for size in (16, 32, 64, 128) if size <= wide)

@@ -1,4 +1,4 @@
-"""What a call costs: FLOPs, bytes and the floor of every kernel, from the symbolic model."""
+"""What a call costs: FLOPs, bytes and the floor of each kernel, from the symbolic model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nsa_gen.lowering.space import matrix_rate
 class KernelEstimate:
     """One kernel of one call.
 
-    ``flops`` and ``bytes`` are those no schedule avoids; ``seconds_floor`` is the larger of the two times at the
-    device's peak rates, ``limited_by`` ("matrix units" or "memory") names which. ``config`` is the configuration the
-    cost model chose. The formulas are in the symbols of `nsa_gen.lowering.symbols`.
+    ``flops`` and ``bytes`` are those that no schedule can avoid. ``seconds_floor`` is the larger of the two times that
+    they take at the device's peak rates; ``limited_by`` says which one ("matrix units" or "memory"). ``config`` is the
+    configuration that the cost model chose. The formulas use the symbols of `nsa_gen.lowering.symbols`.
     """
 
     kernel: str
@@ -37,7 +37,7 @@ class KernelEstimate:
 
 
 def explain(program: Plan, *, tokens: int = 65536, batch: int = 1, gpu_key: str = "h100") -> list[KernelEstimate]:
-    """Estimates of every kernel of a program for a call of ``batch`` sequences of ``tokens`` tokens.
+    """Estimates of every kernel that the program runs for a call of ``batch`` sequences of ``tokens`` tokens.
 
     Raises:
         UnknownGpuError: ``gpu_key`` is not in the hardware table.

@@ -1,6 +1,6 @@
-"""The kernels of a cache and of decode, with their tunables and costs.
+"""The kernels of the cache and of decode, with their tunables and costs.
 
-Costs count one step of B sequences that hold T tokens each, a new token a sequence.
+Costs are those of one decode step: B sequences of T cached tokens each, with one new token per sequence.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _OUTPUT_BLOCK, _FEATURE_BLOCK, _SEQUENCES, _PROGRAMS = sympy.symbols(
 )
 _O_ROW = s.B * s.Hq * s.Dv * s.E
 _ROW_BYTES = (s.Dk + s.Dv) * s.E
-#: Shared memory of one stage of keys and values, and depth of the pipeline.
+#: Bytes of shared memory of a tile of keys and values, times the depth of the pipeline.
 _KV_TILE = s.KEY_BLOCK * QK_V * s.E * s.NUM_STAGES
-#: Programs a multiprocessor is given. Two fit at the registers that products of 16 rows take, so that two are one wave:
-#: fewer leave loads waiting, more leave parts to be merged and a last wave that is not full.
+#: Programs launched per multiprocessor. With the registers that products of 16 rows need, two fit at a time, so two are
+#: one wave. Fewer hide less load latency. More leave more parts to merge, and the last wave is not full.
 _PROGRAMS_CHOICES = (1, 2, 3, 4, 8)
 _LIST_REGISTERS = 6500
-#: Bytes of a token's keys and values in a cache of codes.
+#: Bytes of a token's key and value in one head of a quantized cache.
 _CODE_BYTES = s.Dk + s.Dv
 _WAVES = 1 / (2 * _PROGRAMS) + _PROGRAMS / 8
 
 
 def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
-    """Kernels of the cache and of decode, in the order in which a step launches them."""
+    """The kernels of the cache and of decode, in the order in which a decode step launches them."""
     if "decode" not in spec.passes:
         return ()
     kernels = [_advance()]
@@ -59,7 +59,7 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
 
 
 def _ranks(spec: Spec, scores: str = "") -> bool:
-    """Whether decode ranks blocks, by these scores or by any."""
+    """Whether decode ranks blocks by these scores, or by any scores if none are named."""
     selection = spec.selection
     if selection is None or selection.indices == "input" or not free_slots(spec):
         return False
@@ -87,7 +87,7 @@ def _simple(
 
 
 def _raw_bytes(spec: Spec) -> sympy.Expr:
-    """Bytes that the cache holds of a token's keys and values."""
+    """Bytes of one token's key and value, per KV head, in the cache."""
     return _CODE_BYTES if spec.cache else _ROW_BYTES
 
 
@@ -137,7 +137,7 @@ def _append_linear(spec: Spec) -> Kernel:
             shared_memory=s.NUM_STAGES * _FEATURE_BLOCK * (s.BLOCK_TILE + _OUTPUT_BLOCK) * s.E,
             registers=s.BLOCK_TILE * _OUTPUT_BLOCK + 4 * s.BLOCK_TILE * _FEATURE_BLOCK,
             flops=flops * s.BLOCK_TILE,
-            # Small tiles of outputs are many programs, which share the reading of the matrix.
+            # Small tiles of outputs give many programs, which divide the reading of the matrix among them.
             traffic=moved * (1 + _OUTPUT_BLOCK / 64 + 16 / _FEATURE_BLOCK),
             streamed=_FEATURE_BLOCK,
             height=s.BLOCK_TILE,
@@ -204,7 +204,7 @@ def _decode_compressed(spec: Spec) -> Kernel:
             shared_memory=(s.KEY_BLOCK * s.NUM_STAGES + 16) * columns * s.E,
             registers=48 * (pad_v + 2 * s.KEY_BLOCK) + s.KEY_BLOCK * pad_v / 2,
             flops=2 * keys * s.SELECTED_ROWS * columns,
-            # Memory is what it waits for: larger tiles and a deeper pipeline keep more loads in flight.
+            # The kernel is bound by memory: larger tiles and a deeper pipeline keep more loads in flight.
             traffic=keys * row_bytes * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)) + importance,
             streamed=s.KEY_BLOCK,
             height=sympy.Integer(64),
@@ -215,7 +215,7 @@ def _decode_compressed(spec: Spec) -> Kernel:
 
 
 def _members(spec: Spec) -> int:
-    """Values of a block and head that are looked at together: its compressed keys' where the largest counts."""
+    """Values loaded together per block and head: 1, or one per compressed key if importance is their maximum."""
     compression, selection = spec.compression, spec.selection
     if compression is None or selection is None or selection.pool == "sum" or selection.scores != "compression":
         return 1
@@ -224,7 +224,7 @@ def _members(spec: Spec) -> int:
 
 def _decode_select(spec: Spec) -> Kernel:
     scored, means, indexed = _ranks(spec), _ranks(spec, "mean"), spec.index_dim > 0
-    # Mean keys are the rows of fp32 products, whose operands live in registers.
+    # Products with mean keys are in fp32, so their operands live in registers.
     small = means or indexed
     tiles = (Tunable(s.BLOCK_TILE.name, (16, 32, 64) if small else (16, 32, 64, 128, 256)),) if scored else ()
     importance = s.B * s.Hq * s.T / s.SLC_BLOCK * FP32 if scored else s.B * s.Hq * FP32 * s.T / s.T
@@ -233,7 +233,7 @@ def _decode_select(spec: Spec) -> Kernel:
     if indexed:
         importance = s.B * s.SCOPES * s.T * s.DIM_INDEX * s.E
     traffic = importance * (1 + 64 / s.BLOCK_TILE) if scored else importance
-    # Heads are looked at sixteen at a time: importance, its reference, and an address.
+    # Sixteen heads are processed at a time; each has an importance, its reference and an address.
     registers = 64 * s.BLOCK_TILE * _members(spec) if scored else _ZERO
     if means:
         registers += s.BLOCK_TILE * s.PAD_QK
@@ -272,11 +272,12 @@ def _decode_attend(spec: Spec) -> Kernel:
         purpose="selected and window attention, and the sum of the branches",
         schedule="split over tiles of keys; the last program merges the parts",
         tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES), *launch((4,), (1, 2, 3))),
-        # Products of 64 rows run on while the next tile is loaded, and values are read twice in a step: no pipeline.
+        # No pipeline with 64 rows: those products still run while the next tile is loaded, and a step reads the values
+        # twice.
         constraints=(sympy.Or(sympy.Lt(s.SELECTED_ROWS, 64), sympy.Le(s.NUM_STAGES, 1)),),
         resources=Resources(
             shared_memory=_KV_TILE,
-            # Two accumulators, addresses of a tile, and what the list of blocks and the merge take.
+            # Two accumulators, the addresses of a tile, and the registers of the list of blocks and of the merge.
             registers=s.SELECTED_ROWS * 2 * s.PAD_V + s.KEY_BLOCK * QK_V / 2 + _LIST_REGISTERS,
             flops=2 * keys * s.SELECTED_ROWS * QK_V,
             traffic=keys * _raw_bytes(spec) * (1 + 16 / s.KEY_BLOCK + _WAVES + 1 / (4 * s.NUM_STAGES)),

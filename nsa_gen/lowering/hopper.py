@@ -1,24 +1,24 @@
-"""Which specs have kernels of the forward for Hopper, in Gluon, beside the ordinary ones, for which calls."""
+"""Which specs also have forward kernels for Hopper, written in Gluon, and which calls use them."""
 
 from __future__ import annotations
 
 from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
-#: The only architecture that kernels in Gluon are compiled for.
+#: The only architecture for which the Gluon kernels are compiled.
 HOPPER = "sm_90"
-#: More query tokens than any call has: from so many on, a kernel serves none.
+#: More query tokens than any call has. As a kernel's limit, it means that no call uses the kernel.
 NEVER = 2**31
-#: Head dims of q and k, and of v, of which tiles of 128 keys fit shared memory twice. 256 do not, and the columns of v
-#: are a power of two.
+#: Head dims (of q and k, of v) with which two tiles of 128 keys fit in shared memory. With 256 they do not. The columns
+#: of v must be a power of two.
 _HEAD_DIMS = ((64, 64), (96, 128), (128, 128), (192, 128))
-#: The same for selected blocks, whose tiles are of 64 rows, and of 64 or more keys of one block.
+#: The same for selected blocks. Their tiles have 64 rows, and 64 or more keys, all of one block.
 _SELECTED_QK, _SELECTED_V = (64, 128, 192), (64, 128)
 _SELECTED_ROWS, _SELECTED_KEYS = 64, 64
-#: Query tokens of a call from which the kernel of selected blocks is the quicker, and key-major with it, and heads of a
-#: group: on an H200 it is so with 4 and 16, and slower by 15 to 20% with 1.
+#: From this many query tokens per call and heads per group, the kernel of selected blocks, and with it the key-major
+#: schedule, is the fastest. On an H200 that holds for groups of 4 and 16; with groups of 1 it is 15 to 20% slower.
 _SELECTED_FROM_TOKENS, _SELECTED_FROM_HEADS = 2048, 4
-#: Kernels for Hopper whose names differ by more than the prefix from those of the ordinary kernels they stand for.
+#: Kernels for Hopper and the Triton kernels that they replace, if the names differ by more than the prefix.
 _STANDS_FOR = {
     "hopper_selected_forward": "selected_forward_key_major",
     "hopper_selected_backward": "selected_backward_dkdv",
@@ -26,14 +26,14 @@ _STANDS_FOR = {
 
 
 def ordinary_kernel(name: str) -> str:
-    """The kernel of the plan that a kernel stands for, which is itself unless it is one for Hopper."""
+    """The kernel of the plan that a Hopper kernel replaces; any other kernel's own name."""
     return _STANDS_FOR.get(name, name.removeprefix("hopper_"))
 
 
 def hopper_fits(spec: Spec, *branches: str) -> bool:
-    """Whether the kernel can do one of these branches, or any of the spec's if none is named.
+    """Whether the kernel supports one of these branches, or any branch of the spec if none is named.
 
-    It takes 16-bit inputs, head dims that fit, and a branch of banded attention whose softmax has no sink.
+    It needs 16-bit inputs, head dims that fit, and a banded branch whose softmax has no sink.
     """
     without_sink = {"cmp": "cmp" in spec.branches, "win": spec.window is not None and spec.window.sink == "none"}
     banded = any(without_sink[branch] for branch in branches or without_sink)
@@ -41,9 +41,10 @@ def hopper_fits(spec: Spec, *branches: str) -> bool:
 
 
 def selected_tiles_fit(spec: Spec) -> bool:
-    """Whether blocks are whole tiles of keys, and groups at most a tile of heads, which follow one list.
+    """Whether each block is a whole number of key tiles, and a group's heads share one list and fit in one tile.
 
-    The kernels see every key up to a query: not where it leaves those of the window out, of joint branches.
+    The kernels do not support joint branches. They attend to every key up to the query, and cannot leave out the
+    window's keys.
     """
     if spec.combine.joint:
         return False
@@ -53,13 +54,13 @@ def selected_tiles_fit(spec: Spec) -> bool:
 
 
 def hopper_selected_forward_fits(spec: Spec) -> bool:
-    """Whether the package has the kernel of selected blocks, which takes 16-bit inputs."""
+    """Whether the package has the forward kernel of selected blocks, which needs 16-bit inputs."""
     dims = spec.head_dim
     return selected_tiles_fit(spec) and spec.dtype != "float32" and dims.qk in _SELECTED_QK and dims.v in _SELECTED_V
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
-    """From how many query tokens on a call's selected blocks are served by Hopper's kernel, if the package has it."""
+    """The decision how many query tokens a call needs to use Hopper's kernel of selected blocks, if there is one."""
     if not hopper_selected_forward_fits(spec):
         return ()
     tokens = Tunable("HOPPER_TOKENS", (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
@@ -67,7 +68,7 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
 
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:
-    """The same number on an architecture or the interpreter, by the decision's name."""
+    """The default of that decision on an architecture or on the interpreter, by the decision's name."""
     serves = target == HOPPER and spec.heads.group >= _SELECTED_FROM_HEADS
     least = _SELECTED_FROM_TOKENS if serves else NEVER
     return {each.name: Config(each.name, (("HOPPER_TOKENS", least),)) for each in decisions(spec)}

@@ -1,4 +1,4 @@
-"""Which specs have kernels of gradients for Hopper, in Gluon, beside the ordinary ones, and which calls they serve."""
+"""Which specs also have backward kernels for Hopper, written in Gluon, and which calls use them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_BACKWARD_TOKENS, HOPPER_DQ_TOKENS = "HOPPER_BACKWARD_TOKENS", "HOPPER_DQ_TOKENS"
-#: Head dims, of q and k and of v, whose accumulators fit the registers of one warpgroup together.
+#: Head dims, of q and k and of v, whose accumulators fit together in the registers of one warpgroup.
 _HEAD_DIMS = (64, 128)
-#: Query tokens of a call from which the kernel of selected blocks is the quicker; with fewer the host's part is
-#: longest, which is longer for it.
+#: Query tokens of a call from which the kernel of selected blocks is faster. With fewer tokens host time dominates, and
+#: this kernel takes more of it.
 _FROM_TOKENS = 2048
-#: Query rows, tokens times heads, of a call from which the kernel of banded attention is the quicker for both branches,
-#: and tokens from which it is so at any number of heads: on an H200 with 64, 32 and 16 heads from 4096, 8192 and 8192
-#: tokens, and slower by up to 30% at half of that, where the host is what takes the time.
+#: Query rows (tokens times heads) of a call from which the kernel of banded attention is faster for both branches, and
+#: tokens from which it is faster with any number of heads. On an H200 with 64, 32 and 16 heads it is faster from 4096,
+#: 8192 and 8192 tokens. With half as many tokens it is up to 30% slower, because host time dominates.
 _FROM_ROWS, _FROM_BANDED_TOKENS = 2**18, 8192
-#: Query rows of a call from which the kernel of banded attention's dq is the quicker, at any number of heads: with 64
-#: on an H200 the whole backward takes 4.36 ms for 4.56 at 8192 tokens and 2.34 for 2.23 at half of that.
+#: Query rows of a call from which the kernel of banded attention's dq is faster, with any number of heads. On an H200
+#: with 64 heads, the whole backward takes 4.36 ms instead of 4.56 at 8192 tokens, and 2.34 ms instead of 2.23 at 4096.
 _FROM_DQ_ROWS = 2**19
 
 
 def hopper_selected_backward_fits(spec: Spec) -> bool:
-    """Whether the package has the kernel of selected blocks."""
+    """Whether the package has the backward kernel of selected blocks."""
     return selected_tiles_fit(spec) and _fits(spec)
 
 
@@ -32,17 +32,17 @@ def hopper_banded_backward_fits(spec: Spec) -> bool:
 
 
 def hopper_banded_dq_fits(spec: Spec, *branches: str) -> bool:
-    """Whether the package has the kernel of banded attention's dq, for one of these branches or any if none is named.
+    """Whether the package has the kernel of banded attention's dq for one of these branches; for any, if none is named.
 
-    It shares row tiles with the forward's kernel and row statistics with that of dk and dv, and fits where both do.
+    It uses the row tiles of the forward kernel and the row statistics of the dk and dv kernel, so it needs both.
     """
     return hopper_fits(spec, *branches) and hopper_banded_backward_fits(spec)
 
 
 def _fits(spec: Spec) -> bool:
-    """Whether inputs are of 16 bits, and head dims 64 or 128.
+    """Whether there is a backward with 16-bit inputs, head dims of 64 or 128, and no gates given as values.
 
-    A gate is a sigmoid, whose logarithm joins the exponent of p; one that is given might be negative.
+    The kernels add the logarithm of the gate to the exponent of p. A sigmoid is positive; a given gate may be negative.
     """
     return (
         "backward" in spec.passes
@@ -54,7 +54,7 @@ def _fits(spec: Spec) -> bool:
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
-    """From how many query tokens on a call is served by each of Hopper's kernels, where the package has it."""
+    """The decisions how many query tokens a call needs to use each of Hopper's kernels that the package has."""
     values = (*(2**power for power in range(10, 20)), NEVER)
     return tuple(
         Decision(
@@ -68,7 +68,7 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
 
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:
-    """The same numbers on an architecture or the interpreter, by the decision's name."""
+    """The defaults of those decisions on an architecture or on the interpreter, by the decision's name."""
     return {
         name: Config(name, tuple((each, least if target == HOPPER else NEVER) for each, least in tokens.items()))
         for name, tokens in _least_tokens(spec).items()
@@ -76,7 +76,7 @@ def choose(spec: Spec, target: str) -> dict[str, Config]:
 
 
 def _least_tokens(spec: Spec) -> dict[str, dict[str, int]]:
-    """Query tokens from which on Hopper's kernels serve calls, by decision and tunable."""
+    """The fewest query tokens with which calls use Hopper's kernels, by decision and tunable."""
     found = {}
     if hopper_banded_backward_fits(spec):
         least = min(_tokens_of(spec, _FROM_ROWS), _FROM_BANDED_TOKENS)
@@ -89,5 +89,5 @@ def _least_tokens(spec: Spec) -> dict[str, dict[str, int]]:
 
 
 def _tokens_of(spec: Spec, rows: int) -> int:
-    """The greatest power of two of query tokens that have at most so many rows, 1024 or more."""
+    """The largest power of two of query tokens that have at most `rows` query rows, but at least 1024."""
     return 2 ** max((rows // spec.heads.query).bit_length() - 1, 10)

@@ -1,4 +1,4 @@
-"""What rendering asks of a program about inference: the cache's tensors, the launches of decode, its workspace."""
+"""What rendering reads of a plan about inference: the cache's tensors, and the launches and workspace of decode."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from nsa_gen.lowering.overlap import Overlap
     from nsa_gen.lowering.parts import Kernel, Step
 
-#: Elements of a block that are added up at a time; a tile of them and a head dim is held in registers.
+#: Elements of a block that are added up at a time, at most. A tile of these elements by the head dim is in registers.
 _MOST_POOLED_ELEMENTS = 32
-#: Floats of parts that are merged at once.
+#: Floats of the parts that one program merges at a time.
 _MERGED_FLOATS = 8192
 
 
@@ -24,7 +24,7 @@ def _literal(names: tuple[str, ...]) -> str:
 
 
 class InferencePlan:
-    """The part of a `Plan` that the templates of cache, prefill and decode read; it follows from the rest."""
+    """Properties of a `Plan` that the templates of cache, prefill and decode read. All are derived from its fields."""
 
     if TYPE_CHECKING:
         branches: tuple[str, ...]
@@ -60,28 +60,28 @@ class InferencePlan:
 
     @property
     def quantized(self) -> bool:
-        """The cache holds raw keys and values as codes of 8 bits."""
+        """The cache holds raw keys and values as 8-bit codes."""
         return self.cache_dtype is not None
 
     @property
     def cache_names(self) -> tuple[str, ...]:
-        """Tensors of a layer of the cache, in order."""
+        """Names of the tensors of one layer of the cache, in order."""
         scored = ("mean_keys",) if self.decode_means else ("k_idx",) if self.index_dim else ()
         return (*self.raw_names, *self.compressed_names, *scored)
 
     @property
     def cache_pairs(self) -> tuple[tuple[str, str], ...]:
-        """Raw keys and values, pair by pair; the first is compressed, where the package compresses."""
+        """Names of raw keys and values, in pairs. If the package compresses, it compresses the first pair."""
         return tuple(zip(self.raw_names[::2], self.raw_names[1::2], strict=True))
 
     @property
     def append_names(self) -> tuple[str, ...]:
-        """Tensors that a caller brings for new tokens."""
+        """Names of the tensors that the caller passes for new tokens."""
         compressed = self.compressed_names if self.external else ()
         return (*self.raw_names, *compressed, *(("k_idx",) if self.index_dim else ()))
 
     def head_dim(self, name: str) -> str:
-        """What the head dim of a tensor of keys or values is called: Dk, Dv or, of index keys, Di."""
+        """Name of the head dim of a cached tensor: Dk for keys, Dv for values, Di for index keys."""
         if name == "k_idx":
             return "Di"
         return "Dk" if name in (*self.raw_names[::2], "k_cmp", "mean_keys") else "Dv"
@@ -97,7 +97,7 @@ class InferencePlan:
 
     @property
     def free_blocks(self) -> int:
-        """Slots of a list that blocks win by their importance."""
+        """Slots of a list that are not forced: the highest-ranked blocks fill them."""
         select = self.step("select")
         return select.size("COUNT") - select.size("INITIAL") - select.size("LOCAL") if select else 0
 
@@ -113,12 +113,12 @@ class InferencePlan:
 
     @property
     def decode_scores(self) -> bool:
-        """Decode ranks blocks by scores that it computes itself of what the cache holds: mean keys or index keys."""
+        """Decode ranks blocks by scores that it computes from cached mean keys or index keys."""
         return self.decodes and self.decode_selects and self.signed_scores
 
     @property
     def decode_importance(self) -> bool:
-        """Decode ranks blocks by importance, which attention to the compressed keys leaves."""
+        """Decode ranks blocks by importance, which attention to the compressed keys computes."""
         return self.decode_selects and not self.signed_scores
 
     @property
@@ -128,13 +128,13 @@ class InferencePlan:
 
     @property
     def largest_share(self) -> int:
-        """Most selection blocks of a tile, which one program ranks at once."""
+        """The most selection blocks in a tile, which one program ranks at once."""
         (tiles,) = (each for each in self.kernel("decode_select").tunables if each.name == "BLOCK_TILE")
         return tiles.values[-1]
 
     @property
     def decode_shares(self) -> bool:
-        """Selection and window read the same keys, so that a tile of both is loaded once."""
+        """Selection and window read the same keys, so a tile that both need is loaded once."""
         return {"slc", "win"} <= set(self.branches) and not self.kv_per_branch
 
     @property
@@ -144,25 +144,25 @@ class InferencePlan:
 
     @property
     def decode_raw_names(self) -> tuple[str, ...]:
-        """Raw keys and values that decode reads, each once."""
+        """Names of the raw keys and values that decode's attention to uncompressed keys reads, without repeats."""
         branches = [branch for branch in self.branches if branch != "cmp"]
         return tuple(dict.fromkeys(name for branch in branches for name in self.kv(branch)))
 
     @property
     def decode_launches(self) -> str:
-        """How many launches a step of decode has, in words."""
+        """The number of launches in a decode step, in words."""
         compressed = self.compressed is not None
         count = compressed + (compressed or self.decode_selects) + (self.branches != ("cmp",))
         return {1: "one launch", 2: "two launches", 3: "three launches"}[count]
 
     @property
     def candidates(self) -> int:
-        """Blocks that a tile of them names, padded to a power of two: at most all that the largest tile has."""
+        """Candidates from each tile of blocks: free slots, padded to a power of two, but at most the largest tile."""
         return min(power_of_two(self.free_blocks), self.largest_share)
 
     @property
     def scope_rows(self) -> int:
-        """Query heads that share a choice, padded to a power of two."""
+        """Query heads that share one selection of blocks, padded to a power of two."""
         return power_of_two(self.query_heads // self.scopes)
 
     @property
@@ -173,23 +173,23 @@ class InferencePlan:
 
     @property
     def before_keys(self) -> int:
-        """Compressed blocks looked at before a tile: a product takes sixteen at least."""
+        """Compressed blocks that are read before a tile because they reach into it; a product needs at least 16."""
         assert self.overlap is not None
         return max(SMALLEST_TILE, power_of_two(-self.overlap.first))
 
     @property
     def merged_floats(self) -> int:
-        """Floats of parts that one program merges at once."""
+        """Floats of parts that one program merges at a time."""
         return _MERGED_FLOATS
 
     @property
     def most_compressed_splits(self) -> int:
-        """Parts of a row that one program merges at once."""
+        """Parts of a row that one program merges at a time, at most."""
         return _MERGED_FLOATS // power_of_two(self.v.size)
 
     @property
     def decode_outputs(self) -> tuple[str, ...]:
-        """What decode and prefill find besides o, by name: outputs and lse of the branches, and the selection."""
+        """Names of what decode and prefill compute besides o: outputs and lse of the branches, and the selection."""
         branches = tuple(name for branch in self.branches for name in (f"o_{branch}", f"lse_{branch}"))
         return (*branches, *(("indices", "counts") if self.selects else ()))
 
@@ -200,7 +200,7 @@ class InferencePlan:
 
     @property
     def prefill_outputs(self) -> tuple[tuple[str, str, str, str], ...]:
-        """o and `decode_outputs`: name, dims, dtype, and as Python source what a row holds that sees nothing."""
+        """o and `decode_outputs`: name, dims, dtype, and (as Python source) the value in a row that sees no key."""
         kinds = {
             "o": ("B Tq Hq Dv", "", "0.0"),
             "lse": ("B Tq Hq", "float32", 'float("-inf")'),
@@ -211,12 +211,12 @@ class InferencePlan:
 
     @property
     def workspace_fields(self) -> tuple[tuple[str, str], ...]:
-        """Tensors of the decode workspace and what they are, for a comment."""
+        """Tensors of the decode workspace, each with a description for a comment."""
         return tuple((name, meaning) for name, meaning, _ in self._workspace())
 
     @property
     def workspace_sizes(self) -> tuple[tuple[str, str], ...]:
-        """Tensors of the decode workspace and how they are allocated, as Python source."""
+        """Tensors of the decode workspace, each with its allocation as Python source."""
         return tuple((name, allocation) for name, _, allocation in self._workspace())
 
     def _workspace(self) -> list[tuple[str, str, str]]:

@@ -1,7 +1,9 @@
-"""The attention kernels a spec needs, with their tunables, constraints and symbolic costs.
+"""The attention kernels that a spec needs, with their tunables, constraints and symbolic costs.
 
-Costs count one call of B sequences of T tokens. A causal branch over K keys a token sees T * K / 2 pairs on average.
-Sizes with a ``_padded`` suffix are what the matrix units process; the floor uses the true ones.
+Costs are those of one call with B sequences of T tokens. In a causal branch over K keys, a token sees K / 2 of them on
+average, so there are T * K / 2 pairs.
+
+Sizes with a ``_padded`` suffix are those that the matrix units process. The floor uses the true sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from nsa_gen.spec import Spec
 
 
 def attention_kernels(spec: Spec) -> tuple[Kernel, ...]:
-    """Kernels of every branch and of the combination, in the order in which forward and then backward launch them."""
+    """The kernels of every branch and of the combination, in launch order: first the forward's, then the backward's."""
     forward: list[Kernel] = []
     backward: list[Kernel] = []
     if spec.selection and spec.selection.indices == "computed" and not spec.compression:
@@ -62,7 +64,7 @@ def _combine(spec: Spec, direction: str) -> Kernel:
 
 
 def _padding(name: str, direction: str, most_bytes: sympy.Expr) -> Kernel:
-    """Of packed calls; it moves what pads the batch, next to nothing in most calls and ``most_bytes`` at worst."""
+    """A kernel of packed calls, for the rows that pad the batch: few bytes in most calls, ``most_bytes`` at worst."""
     launch = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
     purpose = "rows after the last packed sequence"
     kernel = elementwise(name, "padding", "all", direction, purpose, most_bytes, launch)

@@ -1,4 +1,4 @@
-"""Weights with which compressed blocks count towards a selection block (Eq. 9)."""
+"""The weights of compressed blocks in the importance of a selection block (Eq. 9)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Overlap:
-    """Selection block j gathers compressed blocks ``j * ratio + first + m`` with ``weights[m]``, m = 0, 1, ...
+    """Selection block j sums over compressed blocks ``j * ratio + first + m`` with ``weights[m]``, m = 0, 1, ...
 
     The weight is ``|B_i intersect S_j| / stride`` with ``B_i = [i * stride, i * stride + block)`` and
     ``S_j = [j * selection_block, (j + 1) * selection_block)``.
@@ -19,7 +19,7 @@ class Overlap:
 
     @property
     def description(self) -> str:
-        """The weights and the compressed blocks they belong to, for a comment: short enough for one line."""
+        """The weights and their compressed blocks, for a comment: short enough for one line."""
         last = self.first + len(self.weights) - 1
         shown = ", ".join(str(weight) for weight in self.weights)
         if len(self.weights) > 12:
@@ -34,9 +34,9 @@ def _index(ratio: int, offset: int) -> str:
 
 
 def overlap(block: int, stride: int, selection_block: int) -> Overlap:
-    """Overlap weights for compressed blocks of ``block`` tokens every ``stride`` and selection blocks (all in tokens).
+    """Overlap weights of compressed blocks of ``block`` tokens every ``stride`` tokens and of selection blocks.
 
-    ``stride`` must divide ``block`` and ``selection_block``, so every weight is a whole number.
+    ``stride`` must divide ``block`` and ``selection_block``, so that every weight is an integer.
     """
     if block % stride or selection_block % stride:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a plan consists of: arguments and outputs, kernels with their tunables and costs, schedules and steps."""
+"""The parts of a plan: arguments and outputs, kernels with their tunables and costs, schedules and steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from nsa_gen.hardware import TARGETS
 from nsa_gen.lowering.branches import sink_name
 
 INTERPRETER = "interpreter"
-"""The table of default configurations has one entry an architecture, and this one for Triton's interpreter."""
+"""The entry for Triton's interpreter in the table of default configurations. The other entries are architectures."""
 
 HOPPER_ROWS, HOPPER_DQ, HOPPER_KEYS = "hopper_rows", "hopper_dq", "hopper_keys"
 HOPPER_GATHER, HOPPER_GATHER_QUERIES = "hopper_gather", "hopper_gather_queries"
-"""Schedules for Hopper, in Gluon: banded attention's forward, dq, and dk and dv, and gradients of selected blocks."""
+"""Names of the schedules for Hopper, written in Gluon.
+
+The first three are banded attention's forward, dq, and dk and dv. The others are the gradients and the forward of
+attention to selected blocks.
+"""
 
 BRANCH_NAMES = {
     "cmp": "compression",
@@ -24,14 +28,14 @@ BRANCH_NAMES = {
     "joint": "selection and window",
     "all": "every branch",
 }
-"""What people call the branches of kernels; "all" are kernels of every branch."""
+"""Readable names of the branches of kernels; "all" marks kernels that serve every branch."""
 
 
 @dataclass(frozen=True)
 class Argument:
     """A tensor that the operator takes.
 
-    ``dims`` are symbolic: ``("B", "Tq", "Hq", "Dk")``. ``dtype`` is ``"spec"`` or torch's name of one. ``group`` is
+    ``dims`` are symbolic: ``("B", "Tq", "Hq", "Dk")``. ``dtype`` is ``"spec"`` or a torch dtype's name. ``group`` is
     ``"tensor"`` for arguments of the public function and ``"compression"`` for fields of CompressionParameters.
     ``differentiable`` arguments get a gradient.
     """
@@ -48,9 +52,10 @@ class Argument:
 class Output:
     """A tensor that the forward operator returns and the backward may read.
 
-    ``dims`` are symbolic, as those of an `Argument`: ``n`` are the blocks that a query selects, ``Nc`` the compressed
-    rows of a call and ``slots`` those of an inverted index. ``dtype`` is ``"spec"``, ``"float32"`` or ``"int32"``.
-    ``auxiliary`` ones are shown to users by ``return_aux``; ``saved_by_phi`` ones are phi's own.
+    ``dims`` are symbolic, like those of an `Argument`: ``n`` is the number of blocks that a query selects, ``Nc`` the
+    number of compressed rows of a call, and ``slots`` the number of slots of an inverted index. ``dtype`` is
+    ``"spec"``, ``"float32"`` or ``"int32"``. ``return_aux`` shows ``auxiliary`` outputs to users. Outputs that are
+    ``saved_by_phi`` belong to phi.
     """
 
     name: str
@@ -62,9 +67,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Tunable:
-    """A ``tl.constexpr`` argument of a kernel, or num_warps / num_stages, and the values worth trying.
+    """A ``tl.constexpr`` argument of a kernel, or num_warps or num_stages, and the values worth trying.
 
-    No other value is legal, unless it is a ``size``: then every number from ``least`` to the largest value is.
+    Only these values are legal, unless the tunable is a ``size``. Then every number from ``least`` to the largest value
+    is legal.
     """
 
     name: str
@@ -80,15 +86,18 @@ class Tunable:
 
 @dataclass(frozen=True)
 class Resources:
-    """Symbolic use of one program of a kernel, over its tunables and the sizes of the spec.
+    """What a kernel needs, as expressions over its tunables and the sizes of the spec.
 
-    ``shared_memory`` is in bytes; ``registers`` counts 32-bit values that must be alive together; ``flops`` is what
-    the matrix units execute for the whole launch, padding and masked tile edges included; ``traffic`` is the bytes
-    that all programs read and write, mostly through L2. ``streamed`` is the rows of the tile that one step of the
-    inner loop brings in: each step costs some time whatever its size. ``height`` is the rows of the products: the
-    matrix units of Hopper and Blackwell take 64 at a time. ``programs`` is how many programs there are, where they may
-    be too few, or too unequal, to fill a device. ``memory`` is the bytes, besides ``traffic``, that no cache holds.
-    ``tensor_memory`` is the columns of Blackwell's tensor memory, where they may run out.
+    Attributes:
+        shared_memory: bytes of shared memory of one program.
+        registers: 32-bit values of one program that are live at the same time.
+        flops: what the matrix units execute for the whole launch, including padding and masked tile edges.
+        traffic: bytes that all programs read and write, mostly through L2.
+        streamed: rows of the tile that one step of the inner loop loads. Each step has a fixed cost, whatever its size.
+        height: rows of the products. The matrix units of Hopper and Blackwell take 64 at a time.
+        programs: number of programs, given where they may be too few or too unequal to fill a device.
+        memory: bytes that no cache holds, in addition to `traffic`.
+        tensor_memory: columns of Blackwell's tensor memory of one program, given where they may run out.
     """
 
     shared_memory: sympy.Expr
@@ -103,18 +112,19 @@ class Resources:
 
     @property
     def symbols(self) -> set[sympy.Symbol]:
-        """Symbols that any of these depends on."""
+        """All symbols in these expressions."""
         return set().union(*(getattr(self, field.name).free_symbols for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of the package: where it lives, what it is for, and the space the tuner may search.
+    """A kernel of the package: where it lives, what it is for, and the space that the tuner may search.
 
-    ``useful_flops`` and ``compulsory_bytes`` are those that no schedule avoids; they give the floor. A kernel that is
-    not ``whole`` runs only when a step of the operator is called alone, or in packed calls; one with a ``choice``
-    (name, value) only where that choice of schedule is in force. ``function`` names, without its "_kernel",
-    the function that it is a specialisation of: compilers and profilers know each specialisation by ``name``.
+    ``useful_flops`` and ``compulsory_bytes`` are those that no schedule can avoid; they give the floor. A kernel that
+    is not ``whole`` does not run in every call of the operator: it serves packed calls, the indexer's loss, or a step
+    that is called alone. A kernel with a ``choice`` (name, value) runs only if that choice of schedule is in force.
+    ``function`` is the function, without "_kernel", of which the kernel is a specialisation. Compilers and profilers
+    show each specialisation under its ``name``.
     """
 
     name: str
@@ -133,15 +143,15 @@ class Kernel:
     function: str = ""
 
     def __post_init__(self) -> None:
-        """A kernel is a function of its own unless it says otherwise."""
+        """Use the kernel's name as its function unless another is given."""
         object.__setattr__(self, "function", self.function or self.name)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided for several kernels of a branch together: which of them run, and on how much at a time.
+    """A decision for several kernels of a branch together: which of them run, and on how many tokens.
 
-    It changes nothing on other architectures than ``targets``, nor in other passes than ``passes``.
+    It has an effect only on the architectures ``targets`` and in the passes ``passes``.
     """
 
     name: str
@@ -151,13 +161,13 @@ class Decision:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Those of the tunables that decide between two ways; the others are sizes."""
+        """Names of the tunables that choose between two schedules. The other tunables are sizes."""
         return tuple(tunable.name for tunable in self.tunables if tunable.values == (0, 1))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Values of the tunables of a kernel, num_warps and num_stages included, or of a schedule."""
+    """Values of the tunables of a kernel, including num_warps and num_stages, or of a decision."""
 
     kernel: str
     values: tuple[tuple[str, int], ...]
@@ -171,10 +181,10 @@ class Config:
 class Schedule:
     """One way to run a step.
 
-    ``kernels`` names those it launches; a kernel that two schedules share is named by both, and Gluon's, which have no
-    tunables, by none. ``targets`` are the architectures that it is compiled for. ``decided_by`` is a tunable of a
-    `Decision` and the value that asks for this schedule, or None where the tunable is a number of tokens. ``fuses``
-    names steps of whose work the schedule does a part.
+    ``kernels`` names the kernels that it launches. Two schedules may name the same kernel. Gluon kernels have no
+    tunables and are not named. ``targets`` are the architectures that it is compiled for. ``decided_by`` is a tunable
+    of a `Decision` and the value that selects this schedule; the value is None if the tunable is a number of tokens.
+    ``fuses`` names other steps; the schedule does part of their work.
     """
 
     name: str
@@ -188,10 +198,10 @@ class Schedule:
 class Step:
     """One step of the operator, with its tensors by name.
 
-    ``kind`` is pool, score, select, attend or combine. ``gradients`` are those of ``reads`` that get one; ``saved`` are
-    those of ``writes`` that its backward reads. An attend step reads q, keys and values first, in this order, and has
-    the ``branch`` whose output it is; the constant GATE is the branch's place in the combination, SINK says whether its
-    softmax has a `sink`, SCOPES how many choices of blocks a token has.
+    ``kind`` is pool, score, select, attend or combine. ``gradients`` are the ``reads`` that get a gradient; ``saved``
+    are the ``writes`` that the step's backward reads. An attend step reads q, keys and values first, in this order, and
+    computes the output of its ``branch``. Its constants: GATE is the branch's place in the combination, SINK is 1 if
+    its softmax has a `sink`, and SCOPES is the number of selections per token.
     """
 
     kind: str
@@ -206,7 +216,7 @@ class Step:
 
     @property
     def sink(self) -> str:
-        """The read that is a sink of the softmax: a logit per query head, without a value; empty where it has none."""
+        """Name of the softmax's sink, a logit per query head without a value; empty if there is none."""
         return sink_name(self.branch) if self.constants.get("SINK") else ""
 
     def size(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""phi of keys and of values: what every other room asks of the two."""
+"""phi of keys and of values: the properties of the two that other modules need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nsa_gen.spec import Spec
 
 @dataclass(frozen=True)
 class CompressedSide:
-    """Keys or values as phi compresses them: its kind, whether it adds a learned position, and the head dim."""
+    """How phi compresses keys or values: its kind, whether it adds a learned position, and the head dim."""
 
     name: str
     raw: str
@@ -19,17 +19,17 @@ class CompressedSide:
 
     @property
     def pooled(self) -> bool:
-        """A block's row is a weighted sum of its tokens."""
+        """The compressed row of a block is a weighted sum of its tokens."""
         return self.kind in ("mean", "weighted")
 
     @property
     def multiplied(self) -> bool:
-        """A block, laid flat, is multiplied by a matrix."""
+        """phi flattens a block and multiplies it by a matrix."""
         return self.kind in ("linear", "mlp")
 
 
 def compressed_sides(spec: Spec) -> tuple[CompressedSide, ...]:
-    """Keys and, where they have an output, values, in this order; empty where the package does not compress."""
+    """Keys, then values if compressed keys have an output; empty if the package does not compress."""
     compression = spec.compression
     if compression is None or spec.external:
         return ()

@@ -1,4 +1,4 @@
-"""What lowering hands to rendering, the tuner and the cost model: plain frozen data, every decision taken."""
+"""The plan that lowering gives to rendering, the tuner and the cost model: frozen data, with every decision made."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ from nsa_gen.spec import Spec
 
 @dataclass(frozen=True)
 class Plan(InferencePlan):
-    """A lowered spec, which is all that rendering sees: the steps in the order of the forward, and what they need.
+    """A lowered spec: the steps in the order of the forward, and what they need. Rendering sees nothing else.
 
-    ``spec`` is what was lowered, for names, digests and the oracle: nothing here and no template reads it. ``dtype`` is
-    that of q, keys, values and outputs; ``gate`` says how gates are given: sigmoid (as logits), given (as values) or
-    none. With ``kv_per_branch`` each branch has keys and values of its own; with ``decodes`` there are a cache, prefill
-    and decode; the cache keeps raw keys and values in ``cache_dtype`` if it is not None. With ``rounds_operands``
-    operands of tl.dot are rounded to tf32 first, as the matrix units would cut them off, towards zero. ``hidden`` is
-    the width of an mlp phi, ``phi_sides`` how keys and values are compressed, empty where the package does not.
-    ``decisions`` choose between the steps' schedules, and their sizes; ``upkeep`` has the kernels of no step.
+    ``spec`` is the spec that was lowered, for names, digests and the oracle; nothing here and no template reads it.
+    ``dtype`` is that of q, keys, values and outputs. ``gate`` says how the caller gives gates: sigmoid (as logits),
+    given (as values) or none. With ``kv_per_branch`` each branch has its own keys and values. With ``decodes`` there
+    are a cache, prefill and decode; the cache stores raw keys and values in ``cache_dtype`` if that is not None. With
+    ``rounds_operands`` the operands of tl.dot are rounded to tf32 first, because the matrix units would truncate them
+    towards zero. ``hidden`` is the width of an mlp phi. ``phi_sides`` says how keys and values are compressed; it is
+    empty if the package does not compress. ``decisions`` choose the steps' schedules and their sizes. ``upkeep`` has
+    the kernels that belong to no step.
     """
 
     spec: Spec
@@ -74,7 +75,7 @@ class Plan(InferencePlan):
     ln_2: float = 0.6931471805599453
 
     def step(self, kind: str, branch: str = "") -> Step | None:
-        """The step of this kind, of a branch if it is an attend step; None if there is none."""
+        """The step of this kind (an attend step also needs its branch), or None if there is none."""
         return next((step for step in self.steps if step.kind == kind and step.branch == branch), None)
 
     def writer(self, name: str) -> Step | None:
@@ -94,48 +95,48 @@ class Plan(InferencePlan):
 
     @property
     def compressed(self) -> Step | None:
-        """Attention to compressed keys, or where they have no output, their lse."""
+        """The step of attention to compressed keys or, if they have no output, of their lse."""
         return self.writer("lse_cmp")
 
     @property
     def compressed_output(self) -> bool:
-        """Compressed keys have values and a branch, as opposed to serving the choice of blocks alone."""
+        """Compressed keys have values and a branch. Otherwise they are used only to choose blocks."""
         return "cmp" in self.branches
 
     @property
     def compressed_names(self) -> tuple[str, ...]:
-        """Compressed keys and, if they have an output, values, by name; empty without compression."""
+        """Names of compressed keys and, if they have an output, values; empty without compression."""
         if self.compressed is None:
             return ()
         return ("k_cmp", "v_cmp") if self.compressed_output else ("k_cmp",)
 
     @property
     def selected(self) -> Step | None:
-        """Attention to selected blocks; with joint branches, to these and the window."""
+        """The step of attention to selected blocks; with joint branches, to these and the window."""
         return self.step("attend", "slc") or self.joint
 
     @property
     def windowed(self) -> Step | None:
-        """Attention to a query's last keys; with joint branches, to these and selected blocks."""
+        """The step of attention to a query's last keys; with joint branches, to these and selected blocks."""
         return self.step("attend", "win") or self.joint
 
     @property
     def joint(self) -> Step | None:
-        """Attention to selected blocks and a query's last keys under one softmax."""
+        """The step of attention to selected blocks and a query's last keys under one softmax."""
         return self.step("attend", "joint")
 
     @property
     def sinks(self) -> tuple[str, ...]:
-        """Arguments that are sinks of some branch's softmax, in the order of the branches."""
+        """Names of the arguments that are sinks, in the order of their branches."""
         return tuple(step.sink for step in self.attends if step.sink)
 
     def sink(self, branch: str) -> str:
-        """The sink of one branch's softmax; empty where the plan has no such branch or it has none."""
+        """Name of the sink of a branch's softmax; empty if the plan has no such branch, or the branch no sink."""
         step = self.step("attend", branch)
         return step.sink if step else ""
 
     def sunk(self, sink: str) -> str:
-        """The branch of one of the `sinks`."""
+        """The branch to which one of the `sinks` belongs."""
         return next(step.branch for step in self.attends if step.sink == sink)
 
     @property
@@ -145,27 +146,27 @@ class Plan(InferencePlan):
 
     @property
     def scopes(self) -> int:
-        """Choices of blocks that a token has (S)."""
+        """Selections of blocks per token (S)."""
         return self.selected.size("SCOPES") if self.selected else self.kv_heads
 
     @property
     def lists(self) -> int:
-        """Lists of blocks that selected attention reads for a token: a choice that all heads share is read by each."""
+        """Lists of blocks that selected attention reads per token. A selection that all heads share is read by each."""
         return max(self.scopes, self.kv_heads)
 
     @property
     def shares_choice(self) -> bool:
-        """Whether one choice serves several KV heads."""
+        """Whether several KV heads share one selection."""
         return self.scopes < self.kv_heads
 
     @property
     def per_head(self) -> bool:
-        """Whether query heads of a KV head follow different lists."""
+        """Whether the query heads of a KV head have different lists."""
         return self.lists > self.kv_heads
 
     @property
     def external(self) -> bool:
-        """The caller brings the compressed keys and, if they have an output, values."""
+        """The caller passes the compressed keys and, if they have an output, values."""
         return self.compressed is not None and not self.compresses
 
     @property
@@ -186,24 +187,24 @@ class Plan(InferencePlan):
 
     @property
     def compresses(self) -> bool:
-        """The package compresses keys and, if they have an output, values itself: the caller does not bring them."""
+        """The package computes compressed keys and, if they have an output, values. The caller does not pass them."""
         return self.writer("k_cmp") is not None
 
     @property
     def scores_means(self) -> bool:
-        """Blocks are chosen by their mean keys, as opposed to the compressed keys; where every slot is forced, too."""
+        """The spec ranks blocks by their mean keys, not by compressed keys; also true if every slot is forced."""
         select = self.step("select")
         return select is not None and select.size("MEAN_SCORES") == 1
 
     @property
     def index_dim(self) -> int:
-        """Elements of an index query or key (Di); 0 where no indexer scores the blocks."""
+        """Elements of an index query or key (Di); 0 if no indexer scores the blocks."""
         select = self.step("select")
         return select.size("INDEX_DIM") if select else 0
 
     @property
     def index_names(self) -> tuple[str, ...]:
-        """Arguments of the indexer; empty where none scores the blocks."""
+        """Names of the indexer's arguments; empty if no indexer scores the blocks."""
         return ("q_idx", "k_idx") if self.index_dim else ()
 
     @property
@@ -213,12 +214,12 @@ class Plan(InferencePlan):
 
     @property
     def signed_scores(self) -> bool:
-        """Scores may be negative, and rank above NaN all the same: those by mean keys or an indexer."""
+        """Scores come from mean keys or an indexer, so they may be negative. Negative scores still rank above NaN."""
         return self.scores_means or self.index_dim > 0
 
     @property
     def pools_by_maximum(self) -> bool:
-        """A block's importance is the largest probability of the compressed blocks that overlap it, not their sum."""
+        """A block's importance is the largest probability of the compressed blocks that overlap it, not the sum."""
         select = self.step("select")
         return select is not None and select.size("MAXIMUM") == 1
 
@@ -229,7 +230,7 @@ class Plan(InferencePlan):
 
     @property
     def local_in_window(self) -> bool:
-        """The window's kernels can do the selected branch's local blocks."""
+        """The window's kernels can attend to the selected branch's local blocks."""
         return any(schedule.fuses for step in self.steps for schedule in step.schedules)
 
     @property
@@ -264,7 +265,7 @@ class Plan(InferencePlan):
 
     @property
     def tensors(self) -> tuple[Argument, ...]:
-        """Arguments of the public function, parameters of phi apart."""
+        """Arguments of the public function, except the parameters of phi."""
         return tuple(argument for argument in self.arguments if argument.group == "tensor")
 
     @property
@@ -280,7 +281,7 @@ class Plan(InferencePlan):
 
     @property
     def choice(self) -> str:
-        """What the blocks of a selection are chosen by and for whom, for a docstring; empty without a selection."""
+        """How the blocks are chosen and which heads share them, for a docstring; empty without a selection."""
         if self.selected is None:
             return ""
         heads = {self.query_heads: "for each query head", 1: "for all heads together"}
@@ -295,7 +296,7 @@ class Plan(InferencePlan):
     def kv(self, branch: str) -> tuple[str, str]:
         """Names of the arguments that hold a branch's raw keys and values."""
         if branch == "cmp" and not self.compressed_output:
-            # They score the selection's keys.
+            # Such compressed keys score the selection's keys.
             branch = "slc"
         step = self.writer("k_cmp") if branch == "cmp" else self.step("attend", branch) or self.joint
         assert step is not None
@@ -304,12 +305,12 @@ class Plan(InferencePlan):
 
     @property
     def raw_branches(self) -> tuple[str, ...]:
-        """Branches that read raw keys and values: all but one whose compressed keys the caller brings."""
+        """Branches that read raw keys and values: all except one whose compressed keys the caller passes."""
         return tuple(branch for branch in self.branches if branch != "cmp" or self.compresses)
 
     @property
     def raw_names(self) -> tuple[str, ...]:
-        """Names of the raw key and value arguments, each once."""
+        """Names of the raw key and value arguments, without repeats."""
         return tuple(dict.fromkeys(name for branch in self.raw_branches for name in self.kv(branch)))
 
     @property
@@ -327,34 +328,35 @@ class Plan(InferencePlan):
         return tuple(branch for branch in BACKWARD_ORDER if branch in self.branches)
 
     def starts_at_zero(self, name: str) -> bool:
-        """Whether no branch writes every row of the gradient of a raw key or value, to which selection then adds."""
+        """Whether a raw key's or value's gradient, to which selection adds, has rows that no earlier branch writes."""
         writers = [branch for branch in self.raw_branches if name in self.kv(branch)]
         return "slc" in writers and "win" not in writers
 
     def sums_in_float32(self, name: str) -> bool:
-        """Whether the gradient of q or of a raw key or value has a float32 buffer beside it, in which parts are added.
+        """Whether the parts of the gradient of q, or of a raw key or value, are summed in a separate float32 buffer.
 
-        Selection adds up the keys' and values' chunk by chunk, so that even alone it needs one.
+        Selection sums the gradients of keys and values chunk by chunk, so it needs the buffer even if it is the only
+        branch.
         """
         added = self.contributors(name) > 1 or (self.selected is not None and name in self.kv("slc"))
         return added and self.dtype != "float32"
 
     def gradient_sum(self, name: str) -> str:
-        """Name of the buffer in which the gradient of q or of a raw key or value is added up."""
+        """Name of the buffer in which the gradient of q, or of a raw key or value, is summed."""
         return f"d{name}_sum" if self.sums_in_float32(name) else f"d{name}"
 
     def rounded_by_kernel(self, name: str) -> bool:
-        """Whether one kernel adds the last part to such a sum, and so writes the rounded gradient.
+        """Whether one kernel adds the last part to such a sum and writes the rounded gradient.
 
-        That is so for q, and for keys and values that are compressed as well; where selection comes last, its chunks
-        are added one by one, and torch rounds.
+        That is true of q, and of keys and values that are also compressed. If selection comes last, its chunks are
+        added one by one, and torch rounds the sum.
         """
         compressed = self.compresses and self.compressed_output and name in self.kv("cmp")
         return self.sums_in_float32(name) and (name == "q" or compressed)
 
     @property
     def padded_outputs(self) -> tuple[tuple[str, str, str], ...]:
-        """Outputs with a row a token, with its width and what it holds where the token pads a packed batch."""
+        """Outputs with one row per token: name, width of the row, and its value for tokens that pad a packed batch."""
         kinds = {
             "o": ("QUERY_HEADS * HEAD_DIM_V", "0.0"),
             "lse": ("QUERY_HEADS", 'float("-inf")'),
@@ -366,7 +368,7 @@ class Plan(InferencePlan):
 
     @property
     def padded_gradients(self) -> tuple[tuple[str, str], ...]:
-        """Gradients with a row a token, and its width."""
+        """Gradients with one row per token: name and width of the row."""
         heads = {"q": "QUERY_HEADS * HEAD_DIM_QK", "k": "KV_HEADS * HEAD_DIM_QK", "v": "KV_HEADS * HEAD_DIM_V"}
         names = ("q", *self.raw_names, *(("gates",) if self.gated else ()))
         widths = heads | {"gates": f"QUERY_HEADS * {len(self.branches)}"}
@@ -379,7 +381,7 @@ class Plan(InferencePlan):
         return tuple(output for output in self.outputs if output.name not in unused)
 
     def recomputed(self, branch: str) -> tuple[str, ...]:
-        """Saved outputs that the backward may compute anew for a branch instead; never the choice of blocks."""
+        """Saved outputs of a branch that the backward may recompute instead; never the selection of blocks."""
         own = {f"o_{branch}", f"lse_{branch}"}
         if branch == "cmp" and self.compresses:
             own |= {"k_cmp", "v_cmp"} | {output.name for output in self.outputs if output.saved_by_phi}
@@ -388,12 +390,12 @@ class Plan(InferencePlan):
         return tuple(output.name for output in self.saved_outputs if output.name in own)
 
     def recomputed_by(self, output: Output) -> str:
-        """The branch that `output` may be computed anew for; "" for none."""
+        """The branch for which `output` may be recomputed, or "" if there is none."""
         return next((branch for branch in self.branches if output.name in self.recomputed(branch)), "")
 
     @property
     def schema_inputs(self) -> tuple[str, ...]:
-        """Inputs of the whole operator; those that may be None carry a question mark."""
+        """Inputs of the whole operator. A question mark marks those that may be None."""
         names = (argument.name if argument.required else f"{argument.name}?" for argument in self.arguments)
         return (
             *names,
@@ -403,19 +405,19 @@ class Plan(InferencePlan):
 
     @property
     def schema_constants(self) -> tuple[str, ...]:
-        """What else the whole operator is called with: what forward and backward of one call must agree on."""
+        """Further inputs of the whole operator, on which the forward and backward of one call must agree."""
         chunk = ("chunk_tokens",) if self.selected else ()
         local = ("local_in_window",) if self.local_in_window else ()
         return (*chunk, *local, *(("recompute",) if self.backward else ()))
 
     @property
     def combine_inputs(self) -> tuple[str, ...]:
-        """Inputs of the combination alone."""
+        """Inputs of the combination when it is called alone."""
         combine = self.step("combine")
         return combine.reads if combine else tuple(f"o_{branch}" for branch in self.branches)
 
     def runs(self, kernel: Kernel, target: str) -> bool:
-        """Whether the operator launches a kernel on an architecture, with the default schedules."""
+        """Whether the operator launches a kernel on an architecture with the default schedules."""
         if kernel.choice is None:
             return kernel.whole
         choice, value = kernel.choice
@@ -423,7 +425,7 @@ class Plan(InferencePlan):
         return any(values.get(choice) == value for values in chosen)
 
     def sizes_on(self, target: str) -> dict[sympy.Symbol, int]:
-        """Values of symbols with the default schedules of an architecture."""
+        """Values of the symbols with the default schedules of an architecture."""
         chosen = {name: value for each in self.decisions for name, value in self.defaults[target][each.name].values}
         return {symbol: chosen.get(symbol.name, value) for symbol, value in self.sizes.items()}
 

@@ -1,9 +1,9 @@
-"""How long each kernel of a call is expected to take: the cost model's time, scaled by what was measured.
+"""The predicted time of each kernel of a call: the cost model's time, calibrated by measurements.
 
-The cost model (`space.modelled_seconds`) decides between configurations, where only ratios matter. Here its times are
-brought to the clock: by a factor a kernel, from measured over modelled times on an H100, and a cost of each launch.
-The factors are made by `tools/calibrate.py` from a benchmark's kernels; `tests/lowering/test_prediction.py` holds the
-predictions within a factor of two of all of them.
+The cost model (`space.modelled_seconds`) chooses between configurations, for which only ratios matter. This module
+turns its times into real ones, with a factor per kernel (measured over modelled time on an H100) and a cost per launch.
+`tools/calibrate.py` computes the factors from a benchmark's kernel times. `tests/lowering/test_prediction.py` checks
+that every prediction is within a factor of two of the measurement.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from nsa_gen.lowering.space import (
 )
 
 LAUNCH_SECONDS = 4e-6
-"""What a kernel takes on the GPU however little there is to do: its start, and the last programs' end."""
+"""GPU time of a kernel however little work it has: the start of the launch and the end of its last programs."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One kernel of one call, as the chosen configuration runs it.
+    """The prediction for one kernel of one call with the chosen configuration.
 
     Attributes:
-        kernel: its name.
+        kernel: the kernel's name.
         seconds: predicted time of all its launches.
-        calibrated: whether its kind has been measured; if not, `seconds` is the cost model's own.
+        calibrated: whether a kernel of this name has been measured; if not, `seconds` is the uncalibrated model time.
         bound_by: what takes most of the time: "matrix units", "L2" or "memory".
-        flops: executed FLOPs, padding and masked edges included.
+        flops: executed FLOPs, including padding and masked edges.
         traffic: bytes that all programs read and write, mostly through L2.
-        legal: configurations that keep the kernel's constraints and fit the device.
-        candidates: all configurations.
+        legal: number of configurations that satisfy the kernel's constraints and fit the device.
+        candidates: number of all configurations.
     """
 
     kernel: str
@@ -61,10 +61,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A choice between schedules: the kernels that run only for the one, or only for the other, and their times.
+    """A choice between two schedules: the kernels that run only with one of them, and their times.
 
-    The times are the cost model's, uncalibrated, for the call that the choice is made for; kernels that run for either
-    are in neither, unless they do more for the one: then they are in both.
+    The times are uncalibrated times of the cost model, for the call for which the choice is made. Kernels that run with
+    both schedules are not listed, unless their work differs. Then they are listed on both sides.
     """
 
     choice: str
@@ -76,7 +76,7 @@ class Alternative:
 
 
 def predict(program: Plan, *, tokens: int, batch: int = 1, gpu_key: str = "h100") -> dict[str, Prediction]:
-    """Predictions for the kernels that a call of ``batch`` sequences of ``tokens`` tokens runs, by name.
+    """Predictions, by kernel name, for the kernels that a call of ``batch`` sequences of ``tokens`` tokens runs.
 
     Raises:
         UnknownGpuError: ``gpu_key`` is not in the hardware table.
@@ -114,7 +114,7 @@ def _predict(program: Plan, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], d
 def predict_kernel_seconds(
     program: Plan, name: str, tokens: int, gpu_key: str = "h100", factors: Mapping[str, float] = FACTORS
 ) -> float | None:
-    """The predicted time of one kernel, whether or not the chosen schedule runs it; None if the program has none."""
+    """The predicted time of one kernel, even if the chosen schedule does not run it; None if the program lacks it."""
     kernel = next((each for each in program.kernels if each.name == name), None)
     if kernel is None:
         return None
@@ -132,7 +132,7 @@ def _seconds(
 def _modelled_and_floor(
     program: Plan, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu
 ) -> tuple[float, float]:
-    """The time that a factor scales, and the least there can be at the device's peaks; the one is never below it."""
+    """The modelled time, to be scaled by a factor, and the floor at the device's peaks, which it is never below."""
     config = program.defaults[device.target][kernel.name].mapping()
     moving = _numeric(kernel.compulsory_bytes, sizes)(config) / (device.bandwidth_tbs * 1e12)
     floor = max(moving, _numeric(kernel.useful_flops, sizes)(config) / matrix_rate(device, sizes))
@@ -140,10 +140,11 @@ def _modelled_and_floor(
 
 
 def calibrate(measured: Iterable[tuple[Plan, str, int, float]], gpu_key: str = "h100") -> dict[str, float]:
-    """Factors by kernel from measured times: (program, kernel, tokens, seconds of all launches) of one sequence each.
+    """Factors by kernel from measured times: (program, kernel, tokens, seconds of all launches), each of one sequence.
 
-    A factor is the middle, on a logarithmic scale, of the span of measured (less a launch) over modelled times: no
-    other has a smaller worst error. Kernels that a program does not have are passed over.
+    The launch cost is subtracted from each measured time, and the rest divided by the modelled time. A kernel's factor
+    is the middle of the range of these ratios on a logarithmic scale, which minimises the worst error. Kernels that a
+    program does not have are skipped.
     """
     device = gpu(gpu_key)
     ratios: dict[str, list[float]] = {}
@@ -157,7 +158,7 @@ def calibrate(measured: Iterable[tuple[Plan, str, int, float]], gpu_key: str = "
 
 
 def alternatives(program: Plan, gpu_key: str = "h100") -> list[Alternative]:
-    """The choices between schedules that a program has on a device, each with what the other side would take."""
+    """A program's choices between schedules on a device, each with the time of the schedule that was not chosen."""
     target = gpu(gpu_key).target
     found = []
     for decision in program.decisions:
@@ -170,7 +171,7 @@ def alternatives(program: Plan, gpu_key: str = "h100") -> list[Alternative]:
 
 
 def _side(program: Plan, choice: str, value: int, gpu_key: str) -> tuple[tuple[str, ...], float]:
-    """Kernels that run for one value of a choice alone, or else those that do less or more for it; and their time."""
+    """The kernels that run only with one value of a choice, or whose work depends on it, and their time."""
     device = gpu(gpu_key)
     symbol = next((each for each in program.sizes if each.name == choice), None)
     sizes = program.sizes_on(device.target) | ({} if symbol is None else {symbol: value})

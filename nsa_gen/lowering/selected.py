@@ -1,4 +1,4 @@
-"""Kernels of attention to each token's selected blocks, and of the inverted index that its key-major ones walk."""
+"""Kernels of attention to each token's selected blocks, and of the inverted index that the key-major kernels read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.lowering.space import modelled_seconds
 from nsa_gen.spec import Spec
 
-# Of the blocks that a token selects, the local ones may be the window's to do; they have slots all the same.
+# The window's kernels may process a token's local blocks. Those blocks have slots in any case.
 _SELECTED_KEYS = s.SLC_OWN * s.SLC_BLOCK
 _SELECTED_PAIRS = s.B * s.T * s.Hq * _SELECTED_KEYS
 _SLOTS = s.B * s.T * s.LISTS * s.SLC_COUNT
@@ -40,31 +40,32 @@ _INDEX_BYTES = _SLOTS * 4
 
 KEY_MAJOR_FORWARD, KEY_MAJOR_DQ, CHUNK_TOKENS = "KEY_MAJOR_FORWARD", "KEY_MAJOR_DQ", "CHUNK_TOKENS"
 LOCAL_IN_WINDOW = s.LOCAL_IN_WINDOW.name
-#: What the key-major kernels of a chunk leave for a later sum, by default at most; a call's own bound is `workspace_of`
-#: in `runtime/sizes.py`, which is less for all but long calls.
+#: Most bytes of parts that the key-major kernels of one chunk write, by default. At run time, `workspace_of` in
+#: `runtime/sizes.py` sets the bound of a call, which is lower except for long calls.
 WORKSPACE_BYTES = 2**31
-#: A schedule that needs more memory is chosen if its modelled time is below this share of the other's.
+#: A schedule that needs more memory is chosen only if its modelled time is below this share of the other's.
 _CLEARLY = 0.85
-#: Fewer programs of more rows hide less of what a part waits for: 32 rows take 6 to 20% longer than 16 on an H200.
+#: Most rows per program of the merges. With more rows there are fewer programs, which hide less of the latency of
+#: loading parts: 32 rows take 6 to 20% longer than 16 on an H200.
 _MERGED_ROWS = 16
-#: On the interpreter a short sequence then still has several chunks.
+#: Small, so that a short sequence on the interpreter still has several chunks.
 _FEWEST_CHUNK_TOKENS = 64
 
-# Bytes of tokens' numbers that a pipeline has loaded ahead.
+# Bytes of shared memory for the token numbers that a pipeline prefetches.
 _INDEX_BUFFERS = 1024
-# Tiles of keys in flight where the products are of 16 rows: the one in use is in registers.
+# Key tiles in shared memory if the products have 16 rows. The tile in use is in registers.
 _BUFFERS = s.maximum(1, s.NUM_STAGES - 1)
-# A block is read by tiles of KEY_BLOCK keys, each of which leaves its own part of every slot's o or dq.
+# A block is read in tiles of KEY_BLOCK keys. Each tile yields its own part of o or dq for every slot.
 _PARTS = s.SLC_BLOCK / s.KEY_BLOCK
 _O_PARTS = _OWN_SLOTS * s.LIST_HEADS * s.Dv * s.E
 _DQ_PARTS = _OWN_SLOTS * s.LIST_HEADS * s.Dk * s.E
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
-    """What is decided of selected attention: query-major or key-major kernels, for o and for dq, and chunks' tokens.
+    """The decisions for selected attention: query-major or key-major, for o and for dq, and the tokens of a chunk.
 
-    dk and dv are always key-major: a block sums over the tokens that selected it. Where the window contains the local
-    blocks, whose tiles its kernels load in any case, these may do them.
+    dk and dv are always key-major: a block sums over the tokens that selected it. If the window contains the local
+    blocks, its kernels load their tiles in any case, so another decision is whether the window's kernels process them.
     """
     if spec.selection is None:
         return ()
@@ -84,7 +85,7 @@ def choose_schedule(
     configs: Mapping[str, Config],
     gpu: Gpu | None,
 ) -> Config:
-    """The cost model's choice for a device, given the kernels' configurations; key-major for the interpreter (None)."""
+    """The cost model's choice for a device, given the kernels' configurations; without a device, key-major."""
     named = {kernel.name: kernel for kernel in kernels}
 
     def seconds(*names: str, local: int = 0) -> float:
@@ -93,15 +94,15 @@ def choose_schedule(
         call = {**sizes, s.LOCAL_IN_WINDOW: local}
         return sum(modelled_seconds(named[name], call, gpu)(configs[name].mapping()) for name in names)
 
-    # Near a tie query-major wins: it needs no index and no workspace.
+    # Near a tie choose query-major, which needs no index and no workspace.
     key_major = seconds("selected_forward_key_major", "merge_outputs")
     values = {KEY_MAJOR_FORWARD: int(key_major <= _CLEARLY * seconds("selected_forward"))}
     if "backward" in spec.passes:
-        # Key-major dq is one product more, and its parts, in a kernel that runs for dk and dv in any case.
+        # Key-major dq adds one product and its parts to the kernel of dk and dv, which runs in any case.
         one_more = seconds("selected_backward_dkdv") / 4
         values[KEY_MAJOR_DQ] = int(one_more + seconds("merge_dq") <= _CLEARLY * seconds("selected_backward_dq"))
     if local_in_window(spec):
-        # Near a tie the window does nothing but its own: a part of o for the local blocks is workspace, too.
+        # Near a tie leave the local blocks to the selected branch: a part of o for them needs workspace, too.
         affected = ["window_forward", *_running(values)]
         values[LOCAL_IN_WINDOW] = int(seconds(*affected, local=1) < _CLEARLY * seconds(*affected))
     values[CHUNK_TOKENS] = _FEWEST_CHUNK_TOKENS if gpu is None else _chunk_tokens(spec, sizes, configs)
@@ -109,7 +110,7 @@ def choose_schedule(
 
 
 def _running(values: Mapping[str, int]) -> list[str]:
-    """Kernels of the branch whose time depends on how many blocks they do, of those that a schedule runs."""
+    """The kernels of the branch that a schedule runs and whose time depends on the number of blocks."""
     forward = ["selected_forward_key_major", "merge_outputs"] if values[KEY_MAJOR_FORWARD] else ["selected_forward"]
     if KEY_MAJOR_DQ not in values:
         return forward
@@ -118,7 +119,7 @@ def _running(values: Mapping[str, int]) -> list[str]:
 
 
 def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mapping[str, Config]) -> int:
-    """The largest power of two of tokens whose parts, of o or of dq, fit the workspace."""
+    """The largest power of two of tokens whose parts of o or dq fit in the workspace."""
     assert spec.selection is not None
     users = {"selected_forward_key_major": spec.head_dim.v, "selected_backward_dkdv": spec.head_dim.qk}
     widest = max(
@@ -133,12 +134,12 @@ def _chunk_tokens(spec: Spec, sizes: Mapping[sympy.Symbol, int], configs: Mappin
 
 
 def forward_kernels(spec: Spec) -> list[Kernel]:
-    """o and lse of the branch, by either schedule."""
+    """The kernels of o and lse of the branch, for both schedules."""
     return [*_index_kernels(), _selected_forward(spec), _selected_forward_key_major(spec), _merge_outputs()]
 
 
 def backward_kernels(spec: Spec) -> list[Kernel]:
-    """Gradients of the branch, in the order in which they run."""
+    """The kernels of the branch's gradients, in launch order."""
     return [_selected_backward_dkdv(spec), _merge_dkdv(), _merge_dq(spec), _selected_backward_dq(spec)]
 
 
@@ -182,8 +183,8 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
         tunables=(_PIECE, tokens, key_tile(spec), *launch(stages=(1, 2, 3))),
         constraints=(*constraints, *_piece_rules(_FORWARD_ROWS), height_rule(rows)),
         resources=Resources(
-            # The values stay, and so do what is sound of them and where they are not, if the queries are pipelined: in
-            # two buffers where probabilities are stored beside them, in one a stage where none are.
+            # v stays in shared memory. If the queries are pipelined, so do its finite elements and the places of the
+            # others. The queries have at most two buffers beside stored probabilities, else one per stage.
             shared_memory=s.maximum(
                 (
                     rows * (buffers * s.PAD_QK + (1 + s.SCORES_STAGED) * s.KEY_BLOCK)
@@ -192,7 +193,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
                 * s.E
                 + _INDEX_BUFFERS,
                 (rows * s.NUM_STAGES * s.PAD_QK + s.KEY_BLOCK * (s.PAD_QK + (1 + buffers) * s.PAD_V)) * s.E,
-                # The output is laid out anew for its store.
+                # The output changes its layout through shared memory before its store.
                 rows * (s.PAD_V * FP32 + s.KEY_BLOCK * s.E),
             ),
             registers=rows * (s.PAD_V + sympy.Rational(3, 2) * s.KEY_BLOCK),
@@ -202,7 +203,7 @@ def _selected_forward_key_major(spec: Spec) -> Kernel:
             streamed=rows,
             height=rows,
             memory=_SLOTS * s.LIST_HEADS * s.Dv * s.E * _PARTS,
-            # Scores of full and of masked tiles, probabilities, the output and what is not sound of it.
+            # Scores of full and of masked tiles, probabilities, the output, and its elements that are not finite.
             tensor_memory=sympy.Rational(5, 2) * s.KEY_BLOCK + 2 * s.PAD_V,
         ),
         useful_flops=2 * _SELECTED_PAIRS * (s.Dk + s.Dv),
@@ -271,11 +272,11 @@ def _selected_backward_dq(spec: Spec) -> Kernel:
     )
 
 
-#: Slots that one program handles: long lists are cut, short ones share a program.
+#: Slots that one program processes. Long lists are divided among programs; short lists share one.
 _PIECE = Tunable(s.PIECE.name, (16, 32, 64, 128, 256, 512, 1024, 2048))
-#: Rows after which a program's start and end no longer weigh; more would leave some multiprocessors idle at the end,
-#: and have more query rows pass through the L2 cache at a time. The backward's are more, because of each piece that
-#: cuts a list it writes dk and dv apart.
+#: Rows of a program beyond which its start and end cost little. With more rows, some multiprocessors would be idle at
+#: the end, and more query rows would pass through the L2 cache at the same time. The backward has more rows, because it
+#: writes dk and dv separately for each piece of a divided list.
 _FORWARD_ROWS, _BACKWARD_ROWS = 1024, 2048
 
 
@@ -302,15 +303,16 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
             same_height_rule(rows, s.KEY_BLOCK),
         ),
         resources=Resources(
-            # Parts of dq are laid out anew for their store, a share of them at a time where few warps do it.
+            # Parts of dq change their layout through shared memory before their store; with few warps, a share of them
+            # at a time.
             shared_memory=(
                 s.KEY_BLOCK * (QK_V + 5 * s.SCORES_STAGED * rows)
                 + s.NUM_STAGES * rows * QK_V
                 + rows * s.PAD_QK * s.NUM_WARPS / 8
             )
             * s.E,
-            # dq follows upon the scores; a pipeline keeps the addresses of the rows that it gathers ahead. What does
-            # not fit is spilled in every step, and passes through the L2 cache as do the rows.
+            # dq is computed after the scores. A pipeline also holds the addresses of the rows that it prefetches. What
+            # does not fit is spilled in every step, and the spills pass through the L2 cache as the rows do.
             registers=s.KEY_BLOCK * (TWO_ACCUMULATORS * QK_V + 2 * rows)
             + rows * (s.PAD_QK / 4 + 80 * s.minimum(s.NUM_STAGES - 1, 1)),
             flops=2 * s.B * s.T * s.LISTS * s.LIST_ROWS * _SELECTED_KEYS * (3 * s.PAD_QK + 2 * s.PAD_V),
@@ -327,7 +329,7 @@ def _selected_backward_dkdv(spec: Spec) -> Kernel:
 
 
 def _index_kernels() -> tuple[Kernel, Kernel]:
-    """The inverted index: a list for each slot, and the order of few slots; torch.sort orders many."""
+    """The kernels of the inverted index: the list of each slot, and the sort of few slots. torch.sort sorts many."""
     keys = (Tunable("num_warps", (1,)), Tunable("num_stages", (1,)))
     order = (Tunable("num_warps", (8,)), Tunable("num_stages", (1,)))
     return (

@@ -1,4 +1,4 @@
-"""The kernels that score the blocks, by compressed keys, mean keys or index keys, and choose each token's blocks."""
+"""The kernels that score blocks (by compressed keys, mean keys or index keys) and choose the blocks of each token."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.parts import Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
-#: Most values that a thread keeps of the best blocks, and of the blocks it looks at.
+#: The most values that a thread holds of the best blocks, and of the blocks that it examines.
 _LONGEST_LIST = 32
-#: Keys of a tile: several small programs on a multiprocessor overlap one's products with another's exponentials.
+#: Most keys of a tile. Several small programs share a multiprocessor: the products of one overlap the exponentials of
+#: another.
 _MOST_KEYS = 64
 #: Compressed keys of a selection block.
 _RATIO = s.SLC_BLOCK / s.CMP_STRIDE
 
 
 def _score_bytes(choices: sympy.Expr) -> sympy.Expr:
-    """A float for each token, choice and candidate: written once, read twice."""
+    """Bytes of a float for each token, selection and candidate. They are written once and read twice."""
     return FP32 * s.B * choices * s.T**2 / (2 * s.SLC_BLOCK)
 
 
@@ -29,7 +30,7 @@ _SCORE_BYTES = _score_bytes(s.LISTS)
 
 
 def selection_kernels(spec: Spec) -> list[Kernel]:
-    """The kernels that choose blocks, in the order in which they run."""
+    """The kernels that choose blocks, in launch order."""
     assert spec.selection is not None
     free = free_slots(spec)
     if not free:
@@ -42,7 +43,7 @@ def selection_kernels(spec: Spec) -> list[Kernel]:
 
 
 def free_slots(spec: Spec) -> int:
-    """Slots that blocks win by their importance: those that are not forced."""
+    """Slots that are not forced: the highest-ranked blocks fill them."""
     assert spec.selection is not None
     return spec.selection.count - spec.selection.initial - spec.selection.local
 
@@ -52,7 +53,7 @@ def _block_scores(spec: Spec) -> Kernel:
     block_tile = Tunable(s.BLOCK_TILE.name, (1, 2, 4, 8, 16, 32, 64))
     most_keys = 32 if spec.dtype == "float32" else _MOST_KEYS
     tokens, constraints = token_tile(spec)
-    # A step more than the blocks need brings in the keys that reach into the first ones.
+    # One more step than the blocks need loads the keys that reach into the first blocks.
     pairs = s.B * s.LISTS * s.LIST_ROWS * s.T * (s.T / (2 * s.CMP_STRIDE) + keys)
     return Kernel(
         name="block_scores",
@@ -62,7 +63,7 @@ def _block_scores(spec: Spec) -> Kernel:
         purpose="importance of selection blocks",
         schedule="scores recomputed from the saved lse; keys are the rows of the products",
         tunables=(tokens, block_tile, *launch(stages=(1, 2))),
-        # The keys of a block stay together, however many they are.
+        # The keys of a block stay in one tile, however many they are.
         constraints=(
             *constraints,
             sympy.Ge(keys, FEWEST_ROWS),
@@ -71,7 +72,7 @@ def _block_scores(spec: Spec) -> Kernel:
         ),
         resources=Resources(
             shared_memory=(rows + s.NUM_STAGES * keys) * s.PAD_QK * s.E,
-            # The products, and the lse: the threads that share a column hold it each, eight in a warp.
+            # The products, and the lse of a column, which each of the eight threads of a warp that share it holds.
             registers=rows * (keys + 8 * s.NUM_WARPS),
             flops=2 * pairs * s.PAD_QK,
             traffic=pairs / rows * s.PAD_QK * s.E + Q_BYTES + _SCORE_BYTES,
@@ -83,11 +84,11 @@ def _block_scores(spec: Spec) -> Kernel:
     )
 
 
-#: Means of the selection's keys, in float32.
+#: Bytes of the means of the selection's keys, in float32.
 _MEAN_BYTES = s.B * s.T / s.SLC_BLOCK * s.Hkv * s.Dk * FP32
 
 
-#: Tokens of a block that are added at a time: one number, so that a mean has the same bits in every kernel.
+#: Tokens of a block that are added at a time. There is one choice, so that every kernel computes bit-identical means.
 _BLOCK_TOKENS = Tunable(s.TOKEN_BLOCK.name, (FEWEST_ROWS,))
 
 
@@ -119,7 +120,7 @@ def _mean_keys(spec: Spec) -> Kernel:
 
 
 def append_means(spec: Spec) -> Kernel:
-    """The mean keys of the blocks that new tokens complete, from the cache; a block every SLC_BLOCK tokens."""
+    """The kernel of mean keys, from the cache, of the blocks that new tokens complete: one every SLC_BLOCK tokens."""
     moved = (KEY_BYTES + _MEAN_BYTES) / s.T
     return dataclasses.replace(
         _mean_keys(spec),
@@ -133,7 +134,7 @@ def append_means(spec: Spec) -> Kernel:
 
 
 def _mean_scores() -> Kernel:
-    # fp32 products run on the ordinary units, whose operands live in registers: tiles are small in every dtype.
+    # fp32 products do not run on the matrix units. Their operands live in registers: tiles are small in every dtype.
     pairs = s.B * s.LISTS * s.T * (s.T / (2 * s.SLC_BLOCK) + s.BLOCK_TILE / 2)
     tiles = (16, 32, 64)
     return Kernel(
@@ -151,7 +152,7 @@ def _mean_scores() -> Kernel:
         resources=Resources(
             shared_memory=(s.TOKEN_BLOCK + s.NUM_STAGES * s.BLOCK_TILE) * s.PAD_QK * FP32,
             registers=s.TOKEN_BLOCK * (s.PAD_QK + 2 * s.BLOCK_TILE) + s.BLOCK_TILE * s.PAD_QK / 2,
-            # The model's rate is that of the spec's dtype; fp32 products have a sixteenth of bfloat16's.
+            # The model uses the rate of the spec's dtype. fp32 products run at a sixteenth of the bfloat16 rate.
             flops=2 * pairs * s.PAD_QK * sympy.Integer(16) ** (2 - s.E / 2),
             traffic=pairs / s.TOKEN_BLOCK * s.PAD_QK * FP32 + Q_BYTES + _SCORE_BYTES,
             streamed=s.BLOCK_TILE,
@@ -163,7 +164,7 @@ def _mean_scores() -> Kernel:
 
 
 def _index_scores(spec: Spec) -> Kernel:
-    # A tile has the same token of each of its blocks: a maximum is one instruction, and no thread waits for another.
+    # A tile has one token of each of its blocks, so a maximum is one instruction and no thread waits for another.
     pairs = s.B * s.SCOPES * s.T * (s.T / 2 + s.BLOCK_TILE * s.SLC_BLOCK / 2)
     queries = s.B * s.T * s.SCOPES * s.DIM_INDEX * s.E
     rows = (16, 32) if spec.dtype == "float32" else (16, 32, 64, 128)
@@ -206,7 +207,7 @@ def _select_blocks(spec: Spec, free: int) -> Kernel:
         purpose=f"the top n selection blocks by {'importance' if spec.selection.scores == 'compression' else 'score'}",
         schedule="one thread per token; sorted list in registers",
         tunables=(Tunable(s.TOKEN_BLOCK.name, (32, 64, 128)), *launch(warps=(1, 2, 4), stages=(1,))),
-        # A token or two a thread, where a warp has 32 threads.
+        # One or two tokens per thread, if a warp has 32 threads.
         constraints=(
             sympy.Ge(s.TOKEN_BLOCK, 32 * s.NUM_WARPS),
             sympy.Le(s.TOKEN_BLOCK, 64 * s.NUM_WARPS),
@@ -215,7 +216,7 @@ def _select_blocks(spec: Spec, free: int) -> Kernel:
             shared_memory=sympy.Integer(0),
             registers=s.TOKEN_BLOCK * (64 + 2 * longest),
             flops=sympy.Integer(0),
-            # Neighbouring tokens are read together: wider rows make better use of the memory.
+            # Neighbouring tokens are read together, so wider rows use the memory better.
             traffic=read * (1 + 4 / s.TOKEN_BLOCK) + index_bytes,
             streamed=sympy.Integer(1),
             height=sympy.Integer(64),

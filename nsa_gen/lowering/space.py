@@ -1,7 +1,7 @@
-"""The configurations a kernel may run with on a device, and the cost model's choice among them.
+"""The configurations with which a kernel may run on a device, and the cost model's choice among them.
 
-Constraints are symbolic and stated once: a kernel's own, and those that every device imposes. The tuner filters its
-candidates with the same functions.
+Constraints are symbolic and stated once: those of the kernel, and those of the device. The tuner filters its candidates
+with the same functions.
 """
 
 from __future__ import annotations
@@ -21,38 +21,39 @@ from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.parts import Config, Kernel
 from nsa_gen.lowering.plan import Plan
 
-#: Registers a thread should spend on accumulators and score tiles; the rest holds addresses, masks and operands.
+#: Share of a thread's registers for accumulators and score tiles. The rest holds addresses, masks and operands.
 _REGISTER_SHARE = 0.66
-#: Registers that compilers take for each of those: they use what a thread may have.
+#: Registers that compilers use for each of those values: they use what a thread may have.
 _REGISTERS_TAKEN = 2.0
-#: Fraction of the matrix units' peak that a Triton kernel reaches, and of the L2's bandwidth over the memory's.
+#: Fraction of the matrix units' peak that a Triton kernel reaches, and ratio of L2 bandwidth to memory bandwidth.
 _MATRIX_EFFICIENCY = 0.6
 _L2_OVER_MEMORY = 2.5
-#: Fraction of the memory's peak bandwidth that scattered rows of a head dim reach.
+#: Fraction of the peak memory bandwidth that scattered rows of one head dim reach.
 _MEMORY_EFFICIENCY = 0.75
-#: Shared memory that a multiprocessor keeps of each program, and programs beyond which none is gained.
+#: Bytes of shared memory that a multiprocessor reserves per program, and the number of programs beyond which more gain
+#: nothing.
 _RESERVED_MEMORY, _MOST_RESIDENT = 1024, 8
-#: Warps on a multiprocessor that hide one another's waiting.
+#: Warps on a multiprocessor that suffice to hide one another's latency.
 _HIDING_WARPS = 8
-#: Rows of a streamed tile whose products take as long as the fixed cost of a step: barriers, softmax bookkeeping.
+#: Rows of a streamed tile whose products take as long as the fixed cost of a step (barriers, softmax bookkeeping).
 _STEP_ROWS = 16
-#: Time of a loop by pipeline depth, relative to a deep one: loads that nothing hides, then some.
+#: Time of a loop by pipeline depth, relative to a deep pipeline. With 1 stage no load is hidden, with 2 some are.
 _STAGE_COST = {1: 1.3, 2: 1.05}
-#: AMD's pipeliner overlaps two stages; Triton 3.7 fails on some loops that ask it for more.
+#: The pipeliner for AMD overlaps two stages. Triton 3.7 fails on some loops with more.
 _DEEPEST_PIPELINE = {"cuda": 8, "hip": 2}
-#: Rows that the matrix units of these architectures, and of those that share their tables, take at a time.
+#: Rows that the matrix units take at a time on these architectures, and on those that share their tables.
 _MATRIX_ROWS = 64
 _TALL_TARGETS = ("sm_90", "sm_100")
-#: Architectures whose matrix units do not take probabilities from registers.
+#: Architectures whose matrix units do not read probabilities from registers.
 _STAGED_SCORES = ("sm_100",)
-#: float32 products in IEEE precision run on the ordinary units, at about a sixteenth of the bfloat16 matrix rate.
+#: float32 products in IEEE precision do not run on the matrix units; their rate is about a sixteenth of bfloat16's.
 _IEEE_SLOWDOWN = 16
-#: A call typical of the lengths that matter; the choice depends on it only through edge waste.
+#: A call of a typical length. The choice depends on it only through the waste at tile edges.
 _TYPICAL_CALL = {s.B: 1, s.T: 32768}
 
 
 def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
-    """Every combination of a kernel's tunables that its own constraints do not depend on a device to judge."""
+    """Every combination of the values of a kernel's tunables, legal or not."""
     names = [tunable.name for tunable in kernel.tunables]
     for values in itertools.product(*(tunable.values for tunable in kernel.tunables)):
         yield dict(zip(names, values, strict=True))
@@ -60,11 +61,11 @@ def candidates(kernel: Kernel) -> Iterator[dict[str, int]]:
 
 @dataclass(frozen=True)
 class Legal:
-    """What the tunables of a kernel or a schedule may be, whatever the device.
+    """The legal values of the tunables of a kernel or a decision, whatever the device.
 
     Attributes:
         values: legal values by tunable.
-        rules: Python expressions over several tunables that must hold as well.
+        rules: Python expressions over several tunables, which must also hold.
     """
 
     values: Mapping[str, tuple[int, ...] | range]
@@ -72,7 +73,7 @@ class Legal:
 
 
 def legal_space(program: Plan) -> dict[str, Legal]:
-    """What a package accepts, by kernel and schedule: the tunables' values, and the kernels' own constraints."""
+    """What a package accepts, by kernel and decision: values of the tunables, and the kernels' own constraints."""
     found = {kernel.name: _legal(kernel, program.sizes) for kernel in program.kernels}
     return found | {
         decision.name: Legal({each.name: each.legal for each in decision.tunables}) for decision in program.decisions
@@ -80,7 +81,7 @@ def legal_space(program: Plan) -> dict[str, Legal]:
 
 
 def _legal(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Legal:
-    """Constraints on one tunable narrow its values; those on several are rules, but for those that always hold."""
+    """Constraints on one tunable narrow its values. Those on several become rules, unless they always hold."""
     values = {tunable.name: tunable.legal for tunable in kernel.tunables}
     rules = []
     for constraint in sorted(kernel.constraints, key=lambda each: len(each.free_symbols - sizes.keys())):
@@ -97,7 +98,7 @@ def _legal(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Legal:
 
 
 def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], bool]:
-    """A test of whether a configuration keeps the kernel's constraints and is expected to fit a device."""
+    """A test whether a configuration satisfies the kernel's constraints and is expected to fit a device."""
     keeps = _keeping(kernel, sizes)
     shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
@@ -117,15 +118,16 @@ def fits(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callabl
 
 
 def shared_memory_of(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
-    """Bytes of shared memory that a block of a configuration is expected to need on a device."""
+    """Bytes of shared memory that a program with a configuration is expected to need on a device."""
     staged = int(gpu.table in _STAGED_SCORES)
     return _numeric(kernel.resources.shared_memory, {**sizes, s.SCORES_STAGED: staged})
 
 
 def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], float]:
-    """Time of a call by the cost model, in seconds: of the one that `sizes` has B and T of, else of a typical one.
+    """The cost model's time of a kernel in a call, in seconds.
 
-    Matrix work and traffic add up where one or two programs share a multiprocessor, and overlap where many do.
+    The call has the B and T of `sizes`, or is a typical one if `sizes` lacks them. Times of matrix work and of traffic
+    add up if one program has a multiprocessor to itself; the more programs share one, the more these times overlap.
     """
     flops = _numeric(kernel.resources.flops, sizes)
     traffic = _numeric(kernel.resources.traffic, sizes)
@@ -134,7 +136,7 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
     height = _numeric(kernel.resources.height, sizes)
     programs = _numeric(kernel.resources.programs, sizes)
     resident = _resident_programs(kernel, sizes, gpu)
-    # Where the matrix units take 64 rows, lower tiles run on the older path at about half the rate.
+    # If the matrix units take 64 rows, tiles with fewer rows use older instructions at about half the rate.
     full_height = _MATRIX_ROWS if gpu.table in _TALL_TARGETS and sizes[s.E] < 4 else 1
     rate = matrix_rate(gpu, sizes) * _MATRIX_EFFICIENCY
     bandwidth = gpu.bandwidth_tbs * 1e12
@@ -154,7 +156,7 @@ def modelled_seconds(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu
 
 
 def _resident_programs(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Callable[[dict[str, int]], int]:
-    """Programs of a configuration that are expected to share a multiprocessor."""
+    """The number of programs of a configuration that are expected to share a multiprocessor."""
     shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
 
@@ -169,15 +171,15 @@ def _resident_programs(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: G
 
 
 def matrix_rate(gpu: Gpu, sizes: Mapping[sympy.Symbol, int]) -> float:
-    """Peak FLOP/s of products in the spec's dtype; float32 is taken to be IEEE."""
+    """Peak FLOP/s of products in the spec's dtype. float32 is assumed to be in IEEE precision."""
     return gpu.bf16_tflops * 1e12 / (_IEEE_SLOWDOWN if sizes[s.E] == 4 else 1)
 
 
 def choose(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:
     """The cost model's choice for a device: least modelled time, then deepest pipeline, then fewest warps.
 
-    Where nothing is expected to fit the device, the configuration that needs least of it is chosen: the estimate is
-    on the safe side, and compiling ahead of time tells what is true.
+    If no configuration is expected to fit the device, the one with the smallest needs is chosen. The estimate is
+    conservative, and ahead-of-time compilation shows whether it fits.
     """
     test = fits(kernel, sizes, gpu)
     legal = [config for config in candidates(kernel) if test(config)]
@@ -189,7 +191,7 @@ def choose(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Confi
 
 
 def _least(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Config:
-    """The configuration whose shared memory, then registers a thread, are least."""
+    """The configuration with the least shared memory, then the fewest registers per thread."""
     shared_memory = shared_memory_of(kernel, sizes, gpu)
     registers = _numeric(kernel.resources.registers, sizes)
     best = min(
@@ -200,7 +202,7 @@ def _least(kernel: Kernel, sizes: Mapping[sympy.Symbol, int], gpu: Gpu) -> Confi
 
 
 def _keeping(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dict[str, int]], bool]:
-    """A test of whether a configuration keeps the kernel's own constraints, whatever the device."""
+    """A test whether a configuration satisfies the kernel's own constraints, whatever the device."""
     constraints = [_numeric(constraint, sizes) for constraint in kernel.constraints]
     return lambda config: all(constraint(config) for constraint in constraints)
 
@@ -208,25 +210,25 @@ def _keeping(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dic
 def legal(
     kernel: Kernel, sizes: Mapping[sympy.Symbol, int], kept: Mapping[str, tuple[int, ...]]
 ) -> Iterator[dict[str, int]]:
-    """The configurations that keep a kernel's own constraints, with `kept` in place of some tunables' values."""
+    """Configurations that satisfy a kernel's own constraints. `kept` replaces the values of some tunables."""
     names = [tunable.name for tunable in kernel.tunables]
     values = itertools.product(*(kept.get(tunable.name, tunable.values) for tunable in kernel.tunables))
     return filter(_keeping(kernel, sizes), (dict(zip(names, each, strict=True)) for each in values))
 
 
 def smallest(kernel: Kernel, sizes: Mapping[sympy.Symbol, int]) -> Config:
-    """The smallest legal tiles: on the interpreter a short sequence then still crosses tile edges."""
+    """The smallest legal tiles, so that a short sequence on the interpreter still crosses tile edges."""
     best = next(filter(_keeping(kernel, sizes), candidates(kernel)))
     return Config(kernel.name, tuple(best.items()))
 
 
 def _numeric(expression: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> Callable[[dict[str, int]], float]:
-    """An expression over tunables as a function of a configuration, with sizes and, lacking one, a typical call."""
+    """An expression as a function of a configuration. `sizes` may lack B and T; then a typical call's are used."""
     known = {symbol.name: value for symbol, value in {**_TYPICAL_CALL, **sizes}.items()}
     names = _names(expression)
     tunables = tuple(name for name in names if name not in known)
     sized = tuple(name for name in names if name in known)
-    # Symbols that are known come first, so that a configuration is asked for its tunables alone.
+    # Known symbols come first and are bound here, so only tunables are looked up in a configuration.
     function = functools.partial(_compiled(expression, sized + tunables), *(known[name] for name in sized))
     if not tunables:
         value = function()
@@ -245,7 +247,7 @@ def _names(expression: sympy.Basic) -> tuple[str, ...]:
 
 @functools.cache
 def _compiled(expression: sympy.Basic, names: tuple[str, ...]) -> Callable[..., float]:
-    """An expression as a function of its symbols' values, in the order of their names: a quicker `sympy.lambdify`."""
+    """An expression as a function of the values of `names`, in this order: a faster `sympy.lambdify`."""
     return eval(f"lambda {', '.join(names)}: {_PRINTER.doprint(expression)}", {"math": math})
 
 

@@ -1,6 +1,6 @@
-"""Spec -> Steps: what NSA computes, in order, with the tensors each step reads and writes and the ways to run it.
+"""Spec -> Steps: what NSA computes, with the tensors that each step reads and writes and the schedules to run it.
 
-A step's kernels are named here; `Plan.kernels` describes them. The order is that of a forward.
+This module names the kernels of a step; `Plan.kernels` describes them. The steps are in the order of a forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nsa_gen.lowering.sharing import local_in_window
 from nsa_gen.spec import Spec
 
 QUERY_MAJOR, KEY_MAJOR, LOCAL_BLOCKS = "query_major", "key_major", "local_blocks"
-"""Names of schedules, beside those of `plan`."""
+"""Names of schedules. Those of Hopper's schedules are in `parts`."""
 
 
 def build_steps(
@@ -51,7 +51,7 @@ def build_steps(
     joint = [_attend_joint(spec, combined, kernels)] if spec.combine.joint else []
     selected = [_attend_selected(spec, combined, kernels)] if spec.selection and not joint else []
     window = [_attend_window(spec, combined, present)] if spec.window and not joint else []
-    # Where the window's kernels may do the local blocks, selected attention merges what they leave.
+    # If the window's kernels may process the local blocks, they run first: selected attention merges their parts.
     steps += [*window, *selected] if local_in_window(spec) else [*selected, *window, *joint]
     if combined:
         gates = ("gates",) if spec.combine.gate != "none" else ()
@@ -67,13 +67,13 @@ def _among(names: Iterable[str], present: Iterable[str]) -> tuple[str, ...]:
 
 
 def _decoding(names: Iterable[str], present: set[str]) -> tuple[Schedule, ...]:
-    """The schedule of a step of decode, whose one kernel may do several steps of the plan."""
+    """The schedule of a step in decode. One decode kernel may run several steps of the plan."""
     kernels = _among(names, present)
     return (Schedule("decode", kernels),) if kernels else ()
 
 
 def _pool(spec: Spec, arguments: Sequence[Argument], outputs: Sequence[Output], kernels: Sequence[Kernel]) -> Step:
-    """Compressed keys and, if they have an output, values: phi of every block (Eq. 7)."""
+    """The step that computes phi of every block: compressed keys and, if they have an output, values (Eq. 7)."""
     assert spec.compression is not None
     output = spec.compression.output
     parameters = tuple(argument.name for argument in arguments if argument.group == "compression")
@@ -111,7 +111,7 @@ def _attend(
 
 
 def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str]) -> tuple[Schedule, ...]:
-    """Schedules of attention to one moving range of keys."""
+    """The schedules of banded attention."""
     names = [f"{name}_forward", f"{name}_backward_dq", f"{name}_backward_dkdv", *_row_sums(spec, branch, combined)]
     found = [Schedule(QUERY_MAJOR, _among(names, present))]
     if hopper_fits(spec, branch):
@@ -124,8 +124,7 @@ def _banded(spec: Spec, branch: str, name: str, combined: bool, present: set[str
 
 
 def _row_sums(spec: Spec, branch: str, combined: bool) -> tuple[str, ...]:
-    """Kernels of the backward that read no keys: do times o, which the gradients of a step that is called alone need,
-    and of a spec with one branch, and the gradient of the sink."""
+    """Backward kernels that read no keys: delta, unless the backward of a combination computes it, and the sink's."""
     return (*(() if combined else ("attention_delta",)), *(("sink_gradient",) if branch in sunk_branches(spec) else ()))
 
 
@@ -192,13 +191,13 @@ def _sorted_index(spec: Spec) -> tuple[str, ...]:
 
 
 def _selected(spec: Spec, always: Iterable[str], kernels: Sequence[Kernel]) -> tuple[Schedule, ...]:
-    """Schedules of attention to selected blocks, beside whose kernels others `always` run."""
+    """The schedules of attention to selected blocks. The kernels `always` run in addition to theirs."""
     present = {kernel.name for kernel in kernels}
     own = [
         each for each in kernels if each.branch == "slc" and each.direction != "decode" and each.module not in _CHOICE
     ]
     query_major = tuple(each.name for each in own if each.choice and not each.choice[1])
-    # dk and dv are key-major in every case.
+    # dk and dv are always key-major.
     key_major = tuple(each.name for each in own if not each.choice or each.choice[1])
     shared = _among(always, present)
     schedules = [
@@ -212,14 +211,14 @@ def _selected(spec: Spec, always: Iterable[str], kernels: Sequence[Kernel]) -> t
     return (*schedules, *_decoding(("decode_attend",), present))
 
 
-#: Modules of the kernels that choose the blocks; the other kernels of the selection's branch attend to them.
+#: Modules of the kernels that choose blocks. The other kernels of the branch attend to these blocks.
 _CHOICE = ("selection", "mean_keys")
 
 
 def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
-    """The scorer (Eq. 8 to 10, mean keys or index keys) and the choice of the best blocks (Eq. 11).
+    """The steps that score the blocks (Eq. 8 to 10, mean keys or index keys) and choose the best ones (Eq. 11).
 
-    Without free slots nothing is scored.
+    Blocks are not scored if every slot is forced.
     """
     assert spec.selection is not None
     selection = spec.selection
@@ -275,7 +274,7 @@ def _score_indexed(spec: Spec, present: set[str]) -> list[Step]:
 
 
 def upkeep(kernels: Sequence[Kernel], steps: Sequence[Step]) -> tuple[Schedule, ...]:
-    """Kernels of no step: the rows that pad a packed batch, the cache's own, and what a step that is alone needs."""
+    """Kernels of no step: for rows that pad a packed batch, the cache's own, and those of steps called alone."""
     owned = {name for step in steps for schedule in step.schedules for name in schedule.kernels}
     groups: dict[str, list[str]] = {}
     for kernel in kernels:

@@ -1,4 +1,4 @@
-"""rendering: Plan -> package. Templates are filled in; no decision is taken here."""
+"""rendering: Plan -> package. Fills in templates and makes no decisions."""
 
 from nsa_gen.rendering.importing import import_package
 from nsa_gen.rendering.package import DEFAULT_OUTPUT, RefusedOverwriteError, differences, generate, render

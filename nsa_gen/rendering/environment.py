@@ -1,4 +1,4 @@
-"""The one Jinja environment: strict about undefined names, quiet about white space."""
+"""The Jinja environment of all templates: undefined names are errors, and statements leave no white space."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _COMMENT = re.compile(r"^[ \t]*#%#.*$", re.MULTILINE)
 
 
 class _LineStatements(Extension):
-    """`#% if x` alone on a line is the statement `{% if x %}`, and `#%# words` a comment of the template.
+    """A line `#% if x` is the statement `{% if x %}`, and a line `#%# words` is a comment of the template.
 
-    To Python both are comments, so a template can be Python as it stands. Jinja's own line statements would do, if they
-    did not take the blank lines behind them along.
+    Both are comments to Python, so a template can be valid Python. Jinja's own line statements are not used because
+    they also remove the blank lines after them.
     """
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
@@ -29,7 +29,7 @@ class _LineStatements(Extension):
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Templates of the generator, from the checkout or the installed package."""
+    """The Jinja environment for the generator's templates, from the checkout or the installed package."""
     strict = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
@@ -37,7 +37,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
-        optimized=False,  # to look for constants to fold takes a quarter of the time, and there are none
+        optimized=False,  # folding constants takes a quarter of the time, and there are none
         extensions=["jinja2.ext.do", _LineStatements],
     )
     strict.globals.update(fit=fit, number=number, tuple_of=tuple_of)

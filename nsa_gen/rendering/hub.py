@@ -1,4 +1,4 @@
-"""A spec's package as a repository for the Hugging Face `kernels` library: one build for every GPU, and a card."""
+"""Export a spec's package as a repository for Hugging Face's `kernels` library: one build for all GPUs, and a card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsa_gen.rendering.package import RefusedOverwriteError, generate, render
 from nsa_gen.spec import Spec
 
 VARIANT = "build/torch-universal"
-"""Where the library looks for a build that needs PyTorch and Triton alone, whatever the version and the device."""
+"""Where the library looks for a build that needs only PyTorch and Triton, for all versions and devices."""
 MARK = "<!-- Written by nsa-gen export hub; edits are lost when it is exported again. -->"
 LICENSE = "Apache-2.0"
 
@@ -25,20 +25,20 @@ def export_hub(
 ) -> Path:
     """Write the repository of a spec's kernels into ``folder/<name>`` and return that folder.
 
-    The package lies in ``build/torch-universal/<name>/``, tuned tables in it. The library imports it under the id of
-    its metadata, the name with a digest of every file, which is the namespace of its operators too: two versions live
-    in one process. What was written before is replaced, and files of others are never touched.
+    The package is in ``build/torch-universal/<name>/``, with its tuned tables. The library imports it under the id in
+    its metadata, which is the name and a digest of every file. The id is also the namespace of its operators, so two
+    versions can run in one process. Files of an earlier export are replaced. Files that others wrote are never touched.
 
     Args:
         spec: the spec.
-        folder: where repositories lie.
-        report: what `nsa-gen verify SPEC --json` printed, for the card.
-        tuned: a folder of tuned tables; those shipped for a spec of this name if None.
+        folder: the parent folder of repositories.
+        report: the output of `nsa-gen verify SPEC --json`, for the card.
+        tuned: a folder of tuned tables; if None, those shipped for a spec of this name.
         version: the kernel's version on the hub.
 
     Raises:
-        ValueError: the report is of another spec, is none, or is one of a failure; a table is no JSON.
-        RefusedOverwriteError: a file in the way was not written by nsa_gen.
+        ValueError: the report is of another spec, is not a report, or has failures; or a table is not JSON.
+        RefusedOverwriteError: nsa_gen did not write a file that it would replace.
         OSError: a file cannot be read or written.
     """
     checked = None if report is None else _checked_report(spec, report)

@@ -1,7 +1,7 @@
-"""What a tuned configuration depends on: digests of the kernels' code and of the space they are tuned in.
+"""What a tuned configuration depends on: digests of the kernels' code and of the search space of the tuner.
 
-A tuning is void where one of them differs. They are as coarse as they can be: a comment, a docstring or a module that
-launches nothing may change without voiding what took minutes on a GPU.
+A tuned configuration is invalid if one of them differs. They cover as little as possible: a change of a comment, of a
+docstring or of a module that launches nothing does not invalidate results that took minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import PurePosixPath
 from nsa_gen.lowering import Plan
 
 TUNED_SCHEMA = 1
-"""Version of the form of tuned files."""
+"""Version of the format of tuned files."""
 MEASUREMENT = "interleaved-1"
-"""Version of how times are taken; to be raised when those of before can no longer be compared."""
+"""Version of the measurement. Increase it when earlier times are no longer comparable."""
 
 ATTENTION, DECODE = "operator.py", "decode.py"
-"""Modules that launch what is tuned: forward and backward, and decode. What they import counts with them."""
+"""Modules that launch tuned kernels: those of forward and backward, and those of decode. Their imports count, too."""
 _NOT_CODE = (
     "arguments.py",
     "configs.py",
@@ -35,11 +35,11 @@ _DIGITS = 12
 
 
 def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
-    """Twelve hex digits of the code that runs: a root module and every module it imports, directly or not.
+    """Twelve hex digits of the code that runs: a root module and every module that it imports, directly or not.
 
-    `configs.py` and `runtime/lookup.py` are left out, which only choose numbers, and `runtime/launch.py`, which runs
-    on the host alone; so are the checks of arguments and the registration of operators. Of each module, what counts is
-    its text without comments, docstrings and blank lines.
+    Left out are `configs.py` and `runtime/lookup.py`, which only choose numbers; `runtime/launch.py`, which runs only
+    on the host; the checks of arguments; and the registration of operators. The digest of a module ignores comments,
+    docstrings and blank lines.
 
     Args:
         files: modules of a package by file name; those that are not Python are ignored.
@@ -60,9 +60,9 @@ def kernels_digest(files: Mapping[str, str], root: str = ATTENTION) -> str:
 
 
 def space_digest(program: Plan, root: str = ATTENTION) -> str:
-    """Twelve hex digits of what may be tuned: kernels and schedules, their tunables with values, and constraints.
+    """Twelve hex digits of what may be tuned: kernels and decisions, their tunables with values, and constraints.
 
-    Of decode there are its own kernels and no schedules, of the rest all others.
+    With the root DECODE it covers only decode's kernels; with ATTENTION, all other kernels and the decisions.
     """
     lines = []
     for kernel in (each for each in program.kernels if (each.direction == "decode") == (root == DECODE)):
@@ -88,9 +88,9 @@ def code_of(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-# Comments at a module's top, in which modules of several specs differ that are the same otherwise.
+# Comments at the top of a module. Otherwise equal modules of several specs may differ in them.
 _HEADER = re.compile(r"\A(#.*\n)+")
-# A string, in which a "#" begins no comment, or a comment: many times quicker than Python's own tokens.
+# A string (a "#" in it does not begin a comment) or a comment. Many times faster than Python's tokenizer.
 _STRING_OR_COMMENT = re.compile(
     r"""(\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*""",
     re.DOTALL,
@@ -99,7 +99,7 @@ _STRING_OR_COMMENT = re.compile(
 
 @functools.lru_cache(maxsize=1024)
 def _imports(path: str, source: str) -> tuple[str, ...]:
-    """Paths of what a module at `path` imports from its own package: modules, or names that are none."""
+    """Paths of what the module at `path` imports from its own package. Those of names, not modules, do not exist."""
     found: list[str] = []
     for node in _statements(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -109,7 +109,7 @@ def _imports(path: str, source: str) -> tuple[str, ...]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    """The statements within a node, those within them included; expressions, most of a tree, are passed by."""
+    """All statements within a node, nested ones included. Expressions, which are most of a tree, are skipped."""
     for name in ("body", "orelse", "handlers", "finalbody", "cases"):
         for child in getattr(node, name, ()):
             if isinstance(child, ast.stmt):

@@ -1,4 +1,4 @@
-"""Importing a generated package from wherever it lies."""
+"""Import a generated package from any folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from nsa_gen import loaded
 def import_package(path: str | os.PathLike[str], module_name: str | None = None) -> ModuleType:
     """Import the generated package in folder ``path`` and return it.
 
-    Without a ``module_name`` the name is `nsa_gen.loaded.` and the folder's, made unique by a digest of its absolute
-    path and contents: the same package is imported once, and a regenerated one anew, with operators of its own. What is
-    pickled of it is found again in a process that has called this for the same folder and contents.
+    Without a ``module_name`` the name is `nsa_gen.loaded.` plus the folder's name and a digest of its absolute path and
+    contents. So the same package is imported once, and a regenerated one is imported again, with its own operators.
+    Pickled objects of the package can be loaded in a process that has called this for the same folder and contents.
 
     Raises:
-        ImportError: the folder is no package, or ``module_name`` is that of another, or below a module there is not.
+        ImportError: the folder is not a package, ``module_name`` belongs to another package, or its parent module does
+            not exist.
     """
     package = Path(os.path.realpath(path))
     if not (package / "__init__.py").is_file():

@@ -1,4 +1,4 @@
-"""Imports of emitted modules: templates import all that some spec needs; what a spec's module leaves unused goes."""
+"""Imports of emitted modules: templates import what any spec needs, and unused imports of a module are removed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nsa_gen.rendering.layout import LINE_LENGTH
 
 
 def used_imports(text: str) -> str:
-    """A module's text with the imports at its top level cut down to the names it uses, and relative ones sorted.
+    """A module's text with its top-level imports reduced to the names it uses, and with relative imports sorted.
 
-    A string counts as a use where it stands in `__all__`. Sorted and laid out as ruff does.
+    A string in `__all__` counts as a use. Order and layout are those of ruff.
     """
     tree = ast.parse(text)
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -32,7 +32,7 @@ def used_imports(text: str) -> str:
         if number in replaced:
             last, lines = replaced[number]
             new += lines
-            # A block that is gone takes the blank line behind it along.
+            # If a block is removed, the blank line after it is removed, too.
             number = last + 1 + (not lines and last < len(old) and not old[last].strip())
         else:
             new.append(old[number - 1])
@@ -56,7 +56,7 @@ def _name_order(name: str) -> tuple[int, str]:
 
 
 def _used(tree: ast.Module) -> set[str]:
-    """Names that a module uses outside of its imports, annotations in quotes included."""
+    """Names that a module uses outside its imports, and those in its `__all__`."""
     used: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
@@ -67,7 +67,7 @@ def _used(tree: ast.Module) -> set[str]:
 
 
 def _block_of(imports: list[ast.Import | ast.ImportFrom]):
-    """Key under which statements on lines that follow each other are one block."""
+    """A key function that gives import statements on consecutive lines the same block number."""
     block_of: dict[ast.stmt, int] = {}
     block, end = 0, -1
     for node in imports:
@@ -83,7 +83,7 @@ def _order(node: ast.Import | ast.ImportFrom) -> tuple[int, str]:
 
 
 def _kept(node: ast.Import | ast.ImportFrom, used: set[str]) -> list[str]:
-    """The lines of a statement for the names in use."""
+    """The lines of an import statement, reduced to the names in use."""
     names = [alias for alias in node.names if (alias.asname or alias.name.partition(".")[0]) in used]
     if isinstance(node, ast.Import):
         return [ast.unparse(node)] if names else []

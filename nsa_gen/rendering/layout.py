@@ -1,4 +1,4 @@
-"""Laying out code whose length depends on the spec, as the formatter would: on one line where it fits."""
+"""Lay out code whose length depends on the spec, as the formatter would: on one line if it fits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ LINE_LENGTH = 120
 
 
 def fit(head: str, items: Iterable[str], tail: str, indent: int = 0, *, literal: bool = False) -> str:
-    """``head`` + the items, separated by commas + ``tail``, such as ``f(``, arguments, ``)``; without a final newline.
+    """``head`` + comma-separated items + ``tail``, such as ``f(``, arguments and ``)``, without a final newline.
 
-    On one line if that fits, else with all items on a line of their own, else with one item a line. The entries of a
-    ``literal`` never share a line of their own.
+    All is on one line if that fits. Otherwise all items are on one separate line, or else each item is on its own line.
+    The items of a ``literal`` are never together on a separate line.
     """
     items = list(items)
     space, inner = " " * indent, " " * (indent + 4)

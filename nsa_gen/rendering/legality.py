@@ -1,4 +1,4 @@
-"""The check of tuned values that a package carries, for those that judge a tuned file without the package."""
+"""The check of tuned values that a package contains, for code that checks a tuned file without the package."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from nsa_gen.lowering.space import legal_space
 from nsa_gen.runtime.space import Space
 
 Check = Callable[[str, Mapping[str, Any]], str]
-"""What is wrong with values of a kernel's tunables, "" where nothing is."""
+"""Maps a kernel's name and values of its tunables to a description of what is wrong, or to ""."""
 
 
 def check_of(program: Plan) -> Check:
-    """The check of a program's package."""
+    """The check that the package of a program contains."""
     legal = legal_space(program)
     values = {kernel: each.values for kernel, each in legal.items()}
     return Space(values, {kernel: each.rules for kernel, each in legal.items()}).problem
 
 
 def problems(check: Check, configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """What is wrong with the configurations of an entry; "" where nothing is."""
+    """A description of what is wrong with the configurations of an entry, or ""."""
     return "; ".join(filter(None, (check(kernel, values) for kernel, values in configs.items())))

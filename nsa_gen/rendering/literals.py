@@ -1,4 +1,4 @@
-"""Python literals laid out as a formatter would, and text that may stand in a docstring whatever it says."""
+"""Python literals, laid out as a formatter would, and arbitrary text escaped for a docstring."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nsa_gen.rendering.layout import LINE_LENGTH
 
 
 def python_literal(value: object, indent: int = 0) -> str:
-    """Source of nested dicts, lists and scalars: double quotes; the entries' own entries on one line where they fit."""
+    """Source of nested dicts, lists and scalars. Strings have double quotes; an entry is on one line if it fits."""
     inner = " " * (indent + 4)
     closing = " " * indent
     if isinstance(value, dict) and value:
@@ -35,24 +35,24 @@ def _inline(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """A float's shortest exact notation, as formatters write it: 1e20, not 1e+20."""
+    """The shortest exact notation of a float, as formatters write it: 1e20, not 1e+20."""
     return repr(value).replace("e+", "e")
 
 
 def docstring_text(text: str) -> str:
-    """Text wrapped to the line length and escaped, to stand between the triple quotes of a docstring."""
+    """Text wrapped to the line length and escaped for use between the triple quotes of a docstring."""
     escaped = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     return "\n".join(textwrap.wrap(escaped, LINE_LENGTH - 4, break_on_hyphens=False))
 
 
 def _row(line: str) -> str:
-    """A line of a literal; a string that is too long stays whole."""
+    """A line of a literal. A string that is too long is not split; ruff is told to accept it."""
     last = line.rsplit("\n", 1)[-1]
     return f"{line}  # noqa: E501\n" if len(last) > LINE_LENGTH else f"{line}\n"
 
 
 def _text(value: str) -> str:
     quoted = repr(value)
-    if quoted.startswith('"') or value.count('"') > value.count("'"):  # as formatters choose: fewer backslashes
+    if quoted.startswith('"') or value.count('"') > value.count("'"):  # as formatters do: fewer backslashes
         return quoted
     return '"' + quoted[1:-1].replace('"', '\\"').replace("\\'", "'") + '"'
