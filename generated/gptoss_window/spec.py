@@ -7,27 +7,27 @@ import triton.language as tl
 QUERY_HEADS = tl.constexpr(64)
 KV_HEADS = tl.constexpr(8)
 GROUP = tl.constexpr(8)
-# Heads of one KV head's group, padded to a power of two: the rows one token takes in a tile of grouped rows.
+# Query heads of one KV head, padded to a power of two: the rows of one token in a tile of grouped rows.
 GROUP_ROWS = tl.constexpr(8)
-# Lists of keys that attention reads for a token, the query heads that follow one, and these padded to a power of two.
+# Lists of keys that attention reads per token, the query heads that share one list, and these padded to a power of two.
 LISTS = tl.constexpr(8)
 LIST_HEADS = tl.constexpr(8)
 LIST_ROWS = tl.constexpr(8)
-# Choices of blocks that a token has, and the query heads that share one.
+# Scopes (block selections per token), and the query heads of one scope.
 SCOPES = tl.constexpr(8)
 SCOPE_HEADS = tl.constexpr(8)
 
 HEAD_DIM_QK = tl.constexpr(64)
 HEAD_DIM_V = tl.constexpr(64)
-# Widths of the tiles that cover a row, powers of two: a head dim of 192 is 128 + 64 columns.
+# Widths of the tiles that cover a row, all powers of two: a head dim of 192 is split into 128 + 64 columns.
 QK_TILES = tl.constexpr((64,))
 V_TILES = tl.constexpr((64,))
 
-# Softmax runs in base 2: exp(scale * s) = exp2(SCALE_LOG2 * s). Every lse outside a kernel is a natural logarithm.
+# Softmax is computed in base 2: exp(scale * s) = exp2(SCALE_LOG2 * s). Outside kernels, lse is a natural logarithm.
 SCALE = tl.constexpr(0.125)
 SCALE_LOG2 = tl.constexpr(0.18033688011112042)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# A query sees WINDOW keys, itself included.
+# A query sees the last WINDOW keys, including its own.
 WINDOW = tl.constexpr(128)

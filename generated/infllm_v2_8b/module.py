@@ -17,19 +17,19 @@ HQ, HKV, DK, DV = (CHECKS.sizes[dim] for dim in ("Hq", "Hkv", "Dk", "Dv"))
 
 
 class NativeSparseAttention(torch.nn.Module):
-    """Native sparse attention with its projections: hidden states (B, T, hidden_size) to as many.
+    """Native sparse attention with its projections; maps hidden states (B, T, hidden_size) to the same shape.
 
     Queries, keys, values and the output are linear projections with PyTorch's initialisation.
 
     Args:
         hidden_size: width of the hidden states.
         bias: whether the projections of queries, keys and values have a bias.
-        rotary: position encoding `rotary(x, positions)` of queries and keys, before anything else, so that blocks are
-            compressed from encoded keys; see `Rotary`. None leaves positions out.
-        recompute: branches whose forward the backward runs again, for less memory; see `nsa_attention`.
-        workspace_bytes: bytes of partial results that a call may hold at a time, or None; see `nsa_attention`.
-        device: where the parameters are made.
-        dtype: their dtype; another than bfloat16 works under autocast to it.
+        rotary: position encoding `rotary(x, positions)` of queries and keys; see `Rotary`. It is applied first, so
+            blocks are compressed from encoded keys. None means no position encoding.
+        recompute: branches whose forward the backward runs again, to save memory; see `nsa_attention`.
+        workspace_bytes: most bytes of partial results that a call may hold at a time, or None; see `nsa_attention`.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters; with another than bfloat16, call the layer under autocast to bfloat16.
 
     Example:
         layer = NativeSparseAttention(64, device="cuda")
@@ -68,7 +68,7 @@ class NativeSparseAttention(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give every parameter its first value anew; see the class."""
+        """Reset every parameter to its initial value; see the class."""
         for module in self.children():
             if isinstance(module, torch.nn.Linear):
                 module.reset_parameters()
@@ -84,22 +84,24 @@ class NativeSparseAttention(torch.nn.Module):
         cache: NSACache | None = None,
         layer: int = 0,
     ) -> torch.Tensor:
-        """Attend to the hidden states before each one, its own included.
+        """Causal attention: each hidden state attends to those before it and to itself.
 
         Args:
             hidden: hidden states (B, T, hidden_size), or packed (T_total, hidden_size).
-            cu_seqlens: bounds of packed sequences, int32 (N + 1,) from 0 to T_total or, where rows pad the batch, less.
-            positions: handed to `rotary` as they are, in place of positions counted from 0 in each sequence.
-            indices, counts: blocks chosen before, as `nsa_attention` takes them; not with a cache.
-            cache: attend to what it holds too. `cache.extend(T)` must have made room for these tokens, once for all
-                layers; up to its max_new_tokens are decoded, more are a prefill. There is no gradient through it.
-            layer: number of this layer in the cache.
+            cu_seqlens: boundaries of packed sequences, int32 (N + 1,), from 0 to T_total. The last
+                boundary may be less than T_total: rows after it are padding.
+            positions: passed unchanged to `rotary`; by default, positions count from 0 in each sequence.
+            indices, counts: blocks that an earlier call selected, as in `nsa_attention`; not allowed with a cache.
+            cache: also attend to the tokens in this cache. Call `cache.extend(T)` first, once for all layers, to make
+                room for these tokens. Up to max_new_tokens of them are decoded; more are a prefill. There is no
+                gradient.
+            layer: index of this layer in the cache.
 
         Returns:
             a tensor shaped as hidden.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got.
         """
         check_hidden(hidden, self.q_proj, self.hidden_size, cu_seqlens)
         if positions is not None and self.rotary is None:
@@ -136,6 +138,6 @@ class NativeSparseAttention(torch.nn.Module):
         return self.o_proj(o.flatten(-2))
 
     def extra_repr(self) -> str:
-        """What `print(layer)` shows besides the projections."""
+        """Text that `print(layer)` shows in addition to the projections."""
         heads = f"{HQ} query heads on {HKV} KV heads"
         return f"hidden_size={self.hidden_size}, {heads}, branches {', '.join(BRANCHES)}"

@@ -7,23 +7,23 @@ import triton.language as tl
 QUERY_HEADS = tl.constexpr(32)
 KV_HEADS = tl.constexpr(8)
 GROUP = tl.constexpr(4)
-# Heads of one KV head's group, padded to a power of two: the rows one token takes in a tile of grouped rows.
+# Query heads of one KV head, padded to a power of two: the rows of one token in a tile of grouped rows.
 GROUP_ROWS = tl.constexpr(4)
-# Lists of keys that attention reads for a token, the query heads that follow one, and these padded to a power of two.
+# Lists of keys that attention reads per token, the query heads that share one list, and these padded to a power of two.
 LISTS = tl.constexpr(8)
 LIST_HEADS = tl.constexpr(4)
 LIST_ROWS = tl.constexpr(4)
-# Choices of blocks that a token has, and the query heads that share one.
+# Scopes (block selections per token), and the query heads of one scope.
 SCOPES = tl.constexpr(8)
 SCOPE_HEADS = tl.constexpr(4)
 
 HEAD_DIM_QK = tl.constexpr(128)
 HEAD_DIM_V = tl.constexpr(128)
-# Widths of the tiles that cover a row, powers of two: a head dim of 192 is 128 + 64 columns.
+# Widths of the tiles that cover a row, all powers of two: a head dim of 192 is split into 128 + 64 columns.
 QK_TILES = tl.constexpr((128,))
 V_TILES = tl.constexpr((128,))
 
-# Softmax runs in base 2: exp(scale * s) = exp2(SCALE_LOG2 * s). Every lse outside a kernel is a natural logarithm.
+# Softmax is computed in base 2: exp(scale * s) = exp2(SCALE_LOG2 * s). Outside kernels, lse is a natural logarithm.
 SCALE = tl.constexpr(0.08838834764831843)
 SCALE_LOG2 = tl.constexpr(0.12751743082459868)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,14 +36,14 @@ COMPRESSION_STRIDE = tl.constexpr(16)
 # Selection block j covers raw positions [j * BLOCK, (j + 1) * BLOCK); every query selects at most COUNT of them.
 SELECTION_BLOCK = tl.constexpr(64)
 SELECTION_COUNT = tl.constexpr(16)
-# Slots of these lists that a token has.
+# Slots per token in all its lists.
 SLOTS_PER_TOKEN = tl.constexpr(128)
 INITIAL_BLOCKS = tl.constexpr(1)
 LOCAL_BLOCKS = tl.constexpr(2)
-# Eq. 9: selection block j gathers compressed blocks FIRST_OVERLAP + j * BLOCKS_PER_SELECTION onwards, with weights
+# Eq. 9: selection block j sums over compressed blocks from FIRST_OVERLAP + j * BLOCKS_PER_SELECTION on, with weights
 # 1, 2, 2, 2, 1 on i = 4j - 1 .. 4j + 3.
 BLOCKS_PER_SELECTION = tl.constexpr(4)
 FIRST_OVERLAP = tl.constexpr(-1)
 
-# A query sees WINDOW keys, itself included.
+# A query sees the last WINDOW keys, including its own.
 WINDOW = tl.constexpr(512)

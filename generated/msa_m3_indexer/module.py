@@ -14,27 +14,27 @@ from .runtime.layer import Rotary, check_hidden, positions_of
 
 # Query and KV heads, and head dims of queries and values.
 HQ, HKV, DK, DV = (CHECKS.sizes[dim] for dim in ("Hq", "Hkv", "Dk", "Dv"))
-# Choices of blocks of a token, and elements of an index query or key.
+# Scopes (block selections per token), and the head dim of index queries and keys.
 S, DI = CHECKS.sizes["S"], CHECKS.sizes["Di"]
 
 
 class NativeSparseAttention(torch.nn.Module):
-    """Native sparse attention with its projections: hidden states (B, T, hidden_size) to as many.
+    """Native sparse attention with its projections; maps hidden states (B, T, hidden_size) to the same shape.
 
     Queries, keys, values and the output are linear projections with PyTorch's initialisation.
-    Index queries and keys are linear projections of the detached hidden state: the model does not learn from the
-    indexer, which learns from its own loss alone (`return_alignment` of a call).
+    Index queries and keys are linear projections of the detached hidden state: the indexer sends no gradient to the
+    rest of the model. It learns only from its own loss (`return_alignment` of `forward`).
 
     Args:
         hidden_size: width of the hidden states.
         bias: whether the projections of queries, keys and values have a bias.
-        rotary: position encoding `rotary(x, positions)` of queries and keys, before anything else, so that blocks are
-            compressed from encoded keys; see `Rotary`. None leaves positions out.
-        index_rotary: the same of index queries and keys (B, T, H, 128).
-        recompute: branches whose forward the backward runs again, for less memory; see `nsa_attention`.
-        workspace_bytes: bytes of partial results that a call may hold at a time, or None; see `nsa_attention`.
-        device: where the parameters are made.
-        dtype: their dtype; another than bfloat16 works under autocast to it.
+        rotary: position encoding `rotary(x, positions)` of queries and keys; see `Rotary`. It is applied first, so
+            blocks are compressed from encoded keys. None means no position encoding.
+        index_rotary: the same for index queries and keys (B, T, H, 128).
+        recompute: branches whose forward the backward runs again, to save memory; see `nsa_attention`.
+        workspace_bytes: most bytes of partial results that a call may hold at a time, or None; see `nsa_attention`.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters; with another than bfloat16, call the layer under autocast to bfloat16.
 
     Example:
         layer = NativeSparseAttention(64, device="cuda")
@@ -76,7 +76,7 @@ class NativeSparseAttention(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give every parameter its first value anew; see the class."""
+        """Reset every parameter to its initial value; see the class."""
         for module in self.children():
             if isinstance(module, torch.nn.Linear):
                 module.reset_parameters()
@@ -93,24 +93,26 @@ class NativeSparseAttention(torch.nn.Module):
         layer: int = 0,
         return_alignment: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Attend to the hidden states before each one, its own included.
+        """Causal attention: each hidden state attends to those before it and to itself.
 
         Args:
             hidden: hidden states (B, T, hidden_size), or packed (T_total, hidden_size).
-            cu_seqlens: bounds of packed sequences, int32 (N + 1,) from 0 to T_total or, where rows pad the batch, less.
-            positions: handed to `rotary` as they are, in place of positions counted from 0 in each sequence.
-            indices, counts: blocks chosen before, as `nsa_attention` takes them; not with a cache.
-            cache: attend to what it holds too. `cache.extend(T)` must have made room for these tokens, once for all
-                layers; up to its max_new_tokens are decoded, more are a prefill. There is no gradient through it.
-            layer: number of this layer in the cache.
-            return_alignment: also return the indexer's loss of each sequence (B,), packed (N,); see `Auxiliary`. Its
-                gradient reaches the projections of index queries and keys alone.
+            cu_seqlens: boundaries of packed sequences, int32 (N + 1,), from 0 to T_total. The last
+                boundary may be less than T_total: rows after it are padding.
+            positions: passed unchanged to `rotary`; by default, positions count from 0 in each sequence.
+            indices, counts: blocks that an earlier call selected, as in `nsa_attention`; not allowed with a cache.
+            cache: also attend to the tokens in this cache. Call `cache.extend(T)` first, once for all layers, to make
+                room for these tokens. Up to max_new_tokens of them are decoded; more are a prefill. There is no
+                gradient.
+            layer: index of this layer in the cache.
+            return_alignment: also return the indexer's loss per sequence, (B,) or, if packed, (N,); see `Auxiliary`.
+                Its gradient reaches only the projections of index queries and keys.
 
         Returns:
-            a tensor shaped as hidden, and the indexer's loss if asked for.
+            a tensor shaped as hidden, and the indexer's loss if `return_alignment`.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: an argument is invalid; the message names it, what was expected and what it got.
         """
         check_hidden(hidden, self.q_proj, self.hidden_size, cu_seqlens)
         if positions is not None and self.rotary is None and self.index_rotary is None:
@@ -126,7 +128,7 @@ class NativeSparseAttention(torch.nn.Module):
         q = self.q_proj(hidden).unflatten(-1, (HQ, DK))
         k = self.k_proj(hidden).unflatten(-1, (HKV, DK))
         v = self.v_proj(hidden).unflatten(-1, (HKV, DV))
-        # The model does not learn from the indexer.
+        # The indexer sends no gradient to the rest of the model.
         q_idx = self.q_idx_proj(hidden.detach()).unflatten(-1, (S, DI))
         k_idx = self.k_idx_proj(hidden.detach()).unflatten(-1, (1, DI))
         if positions is None and (self.rotary is not None or self.index_rotary is not None):
@@ -174,6 +176,6 @@ class NativeSparseAttention(torch.nn.Module):
         return self.o_proj(o.flatten(-2))
 
     def extra_repr(self) -> str:
-        """What `print(layer)` shows besides the projections."""
+        """Text that `print(layer)` shows in addition to the projections."""
         heads = f"{HQ} query heads on {HKV} KV heads"
         return f"hidden_size={self.hidden_size}, {heads}, branches {', '.join(BRANCHES)}"

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """Decode, first launch: the newest tokens' scores of compressed keys, split over the blocks.
 
-The parts of the lse are merged by the next launch. There probabilities become absolute: a tile's
-probabilities are relative to its own maximum, which is kept beside them.
+The parts of the lse are merged by the next launch. Here, a tile's probabilities are relative to the tile's own
+maximum, which is stored with them. The next launch makes them absolute.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ from ..workspace import DecodeWorkspace
 from .cached_rows import CachedHead, CachedKeys, cached_blocks
 from .primitives import Softmax, dot_rows, empty_softmax, end_compressed, load_qk_rows, row_base
 
-# Rows of the products of one program: more tokens than fit are shared out among programs.
+# Rows of the products of one program. Tokens that do not fit are processed by other programs.
 MOST_ROWS = 32
 
 
 class Scored(NamedTuple):
-    """Where probabilities of compressed blocks go, and the maximum they are relative to: rows of both, widths."""
+    """Where to store probabilities of compressed blocks and their reference, a maximum: rows and widths of both."""
 
     importance_ptr: Any
     reference_ptr: Any
@@ -50,7 +50,7 @@ def decode_compressed_step(
     KEY_BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Score one tile of compressed blocks; row r sees the first seen[r], which in EDGE tiles is not all of them."""
+    """Score one tile of compressed blocks; row r sees the first seen[r] blocks, in EDGE tiles not all."""
     keys = tile * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     exists = keys < key_count
     rows = cached_blocks(cached.head, keys, exists, PAGE_SIZE)
@@ -90,7 +90,7 @@ def decode_compressed_kernel(
 ):  # fmt: skip
     """One split of the compressed blocks, for TOKEN_BLOCK new tokens and the heads of one group.
 
-    Row r is head r % GROUP_ROWS of token r // GROUP_ROWS. Every split has its share whatever the length.
+    Row r is head r % GROUP_ROWS of token r // GROUP_ROWS. Every split gets a share at any length.
     """
     split = tl.program_id(0)
     SPLITS = tl.num_programs(0)
@@ -109,7 +109,7 @@ def decode_compressed_kernel(
     q_offsets = row_tokens.to(tl.int64) * stride_qt + group_heads.to(tl.int64) * stride_qh
     q = load_qk_rows(q_base, q_offsets, 1, valid)
 
-    # Tiles that the first token sees in full are seen in full by all.
+    # If the first token sees all of a tile, all tokens do.
     seen = tl.where(valid, end_compressed(first_position + row_tokens), 0)
     key_count = end_compressed(first_position + tl.minimum(first_token + TOKEN_BLOCK, new_tokens) - 1)
     tiles = tl.where(first_token < new_tokens, tl.cdiv(key_count, KEY_BLOCK), 0)
@@ -130,14 +130,14 @@ def decode_compressed_kernel(
             state, q, cached, seen, key_count, scored, tile, TOKEN_ROWS, PAGE_SIZE, KEY_BLOCK, EDGE=True
         )
 
-    # Parts of a row lie together; a part whose sum is 0 is not read.
+    # The parts of a row are adjacent. A part whose sum is 0 is not read.
     parts = output_rows * SPLITS + split
     tl.store(max_parts_ptr + parts, state.row_max, mask=stored)
     tl.store(sum_parts_ptr + parts, tl.where(seen > 0, state.row_sum, 0.0), mask=stored)
 
 
 def token_block(tokens: int) -> int:
-    """Tokens whose group's heads are the rows of one program."""
+    """Number of tokens per program; its rows are these tokens' heads of one group."""
     return min(sizes.next_power_of_2(tokens), max(1, MOST_ROWS // GROUP_ROWS.value))
 
 
@@ -150,14 +150,14 @@ def decode_compressed(
     layout: Layout,
     splits: int,
 ) -> None:
-    """Launch it for q (B, N, Hq, Dk), which leaves the parts of `splits` programs in the workspace."""
+    """Launch the kernel for q (B, N, Hq, Dk): `splits` programs store their parts in the workspace."""
     config = dict(configs.get("decode_compressed", q.device))
     config.pop("PROGRAMS")
     tokens = q.shape[1]
     block = token_block(tokens)
     rows = max(16, block * GROUP_ROWS.value)
     if rows > 16:
-        # The configuration is that of one product's height; taller ones need more registers.
+        # The configuration is for 16 rows, the least that a product has; more rows need more registers.
         config["num_warps"] *= 2
     tensors = (q, layer.k_cmp, workspace.compressed_max, workspace.compressed_sum)
     numbers = (*q.stride()[:3], tokens, layout.capacity_of(COMPRESSED), layout.table_width)

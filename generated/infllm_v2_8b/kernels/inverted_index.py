@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """The inverted index: for each KV head and selection block, the tokens that selected the block, in order.
 
-Key-major kernels walk it, a chunk of tokens at a time, so that what they leave for a later sum (a part of an output or
-of a gradient for every slot of `indices`) fits a call's `workspace_bytes`. Slots are the elements of `indices`.
+Key-major kernels process it one chunk of tokens at a time, so that the parts that they store for later sums (a part of
+an output or gradient per slot) fit a call's `workspace_bytes`. Slots are the elements of `indices`.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,10 @@ from ..runtime.tiles import INTERPRETED
 from ..spec import KV_HEADS, LISTS, SELECTION_BLOCK, SELECTION_COUNT, SLOTS_PER_TOKEN
 from .primitives import find_sequence, kv_head_of, locate_tile
 
-# Slots of a token that one program numbers.
+# Slots of a token whose keys one program computes.
 SLOT_TILE = min(sizes.next_power_of_2(SLOTS_PER_TOKEN.value), 1024)
-# Comparisons of slots with keys up to which one launch sorts them all, SORT_TILE slots at a time: some 1024 tokens with
-# 8 KV heads. torch.sort makes a dozen launches, for which it takes the host 130 us.
+# Up to this many comparisons of slots with keys (about 1024 tokens with 8 KV heads), one launch sorts all slots,
+# SORT_TILE at a time. torch.sort makes a dozen launches, which take the host 130 us.
 MOST_COMPARISONS = 2**25
 SORT_TILE = 4096
 
@@ -37,7 +37,7 @@ def index_keys_kernel(
     tokens_q, tokens_kv, chunk_tokens, blocks_per_batch, block_rows, num_sequences,
     PACKED: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Key of each of SLOT_TILE slots of one token: the chunk of tokens it is in, then the list that it belongs to."""
+    """Sort keys of SLOT_TILE slots of one token, ordered by the token's chunk and then by the slot's list."""
     batch = tl.program_id(2)
     rows = tokens_q
     rows_before = tl.cast(batch, tl.int64) * tokens_q
@@ -47,7 +47,7 @@ def index_keys_kernel(
     exists = token < tokens_q
     wanted = exists
     if PACKED:
-        # Rows behind the last sequence select nothing. Their programs take themselves for the last sequence's.
+        # Rows after the last sequence select nothing. Their programs count as programs of the last sequence.
         wanted |= (first_row + token >= tl.load(cu_seqlens + num_sequences)) & (first_row + token < rows)
     if not wanted:
         return
@@ -63,7 +63,7 @@ def index_keys_kernel(
     valid = (blocks >= 0) & (blocks <= position // SELECTION_BLOCK)
     if counts_ptr is not None:
         valid &= slots % SELECTION_COUNT < tl.load(counts_ptr + row * LISTS + list_numbers, mask=stored, other=0)
-    # The first block row of a sequence: its own batch entry's, or, packed, cu_seqlens[s] // SELECTION_BLOCK + s.
+    # The first block row of a sequence: that of its batch entry or, if packed, cu_seqlens[s] // SELECTION_BLOCK + s.
     first_block = batch * blocks_per_batch
     if PACKED:
         sequence = find_sequence(cu_seqlens, num_sequences, tl.program_id(0), 1)
@@ -76,7 +76,7 @@ def index_keys_kernel(
 @lean
 @triton.jit(do_not_specialize=["slots", "chunk_slots", "chunk_keys"])
 def sort_slots_kernel(keys_ptr, sorted_keys_ptr, sorted_slots_ptr, slots, chunk_slots, chunk_keys, TILE: tl.constexpr):
-    """A chunk's slots of one key, in order, behind those of lower keys."""
+    """Write a chunk's slots of one key, in order, after those of lower keys."""
     chunk = tl.program_id(1)
     key = chunk * chunk_keys + tl.program_id(0)
     first = chunk * chunk_slots
@@ -97,11 +97,11 @@ def sort_slots_kernel(keys_ptr, sorted_keys_ptr, sorted_slots_ptr, slots, chunk_
 
 
 class Layout(NamedTuple):
-    """Numbers of tokens, blocks and lists by which the kernels find their way about the index.
+    """Sizes of the inverted index.
 
-    Block rows of batch entry b begin at b * blocks_per_batch, those of packed sequence s at
-    cu_seqlens[s] // SELECTION_BLOCK + s. In each chunk, list (KV head, block row) is number head * block_rows + row,
-    and one more number stands for the slots that select nothing.
+    Block rows of batch entry b start at b * blocks_per_batch, those of packed sequence s at
+    cu_seqlens[s] // SELECTION_BLOCK + s. In each chunk, list (KV head, block row) has number head * block_rows + row.
+    The number after the last list is that of slots that select nothing.
     """
 
     rows: int
@@ -112,7 +112,7 @@ class Layout(NamedTuple):
     @classmethod
     @kept
     def of(cls, sequences: Sequences, most_tokens: int) -> "Layout":
-        """Chunks of equal size, none of more than `most_tokens` tokens."""
+        """The layout with chunks of equal size, at most `most_tokens` tokens each."""
         rows = sequences.batch * sequences.tokens_q
         blocks_per_batch = sequences.tiles(sequences.tokens_kv, SELECTION_BLOCK.value)
         chunk_tokens = sizes.cdiv(max(rows, 1), sizes.cdiv(max(rows, 1), most_tokens))
@@ -131,7 +131,7 @@ class Layout(NamedTuple):
 
     @property
     def chunk_slots(self) -> int:
-        """Slots of a whole chunk."""
+        """Number of slots of a full chunk."""
         return self.chunk_tokens * LISTS.value * SELECTION_COUNT.value
 
     def no_key(self, chunk: int) -> int:
@@ -140,21 +140,21 @@ class Layout(NamedTuple):
 
     @property
     def chunk_keys(self) -> int:
-        """Keys that slots of a chunk may have: one of each list, and one more."""
+        """Number of different keys in a chunk: one per list, and one more for slots that select nothing."""
         return KV_HEADS.value * self.block_rows + 1
 
     def numbers(self, chunk: int, sequences: Sequences) -> tuple[int, ...]:
-        """What kernels that walk a chunk take of it and of the call, in order."""
+        """Integer arguments, in order, of kernels that process a chunk."""
         return sequences.tokens_q, sequences.tokens_kv, *self.scalars, chunk, sequences.count
 
     @property
     def scalars(self) -> tuple[int, int, int, int]:
-        """What the kernels take of it, in order."""
+        """Integer arguments, in order, that describe the layout."""
         return self.rows, self.chunk_tokens, self.blocks_per_batch, self.block_rows
 
 
 def slot_keys(indices: torch.Tensor, counts: torch.Tensor | None, sequences: Sequences, layout: Layout) -> torch.Tensor:
-    """Launch the kernel that numbers the list of each slot of `indices`, chunk after chunk: int32, one-dimensional."""
+    """Compute the sort key of each slot of `indices`, chunk by chunk: one-dimensional, int32."""
     keys = indices.new_empty(indices.numel())
     config = configs.get("index_keys", indices.device)
     prepared = prepare_keys(config, layout, sequences.sizes)
@@ -168,7 +168,7 @@ def prepare_keys(
     layout: Layout,
     sequences: Sequences,
 ) -> Launch:
-    """The launch for calls of these sizes."""
+    """Prepare the launch for these sizes."""
     tiles = sizes.cdiv(SLOTS_PER_TOKEN.value, SLOT_TILE)
     return prepare(
         index_keys_kernel,
@@ -184,10 +184,10 @@ def prepare_keys(
 
 
 def sort_slots(keys: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted keys and the slots they belong to, counted within their chunk; int32, each list in order of tokens."""
+    """Sort keys and slots, both int32. Slots are numbered within their chunk; each list is in order of tokens."""
     if not INTERPRETED and keys.numel() * layout.chunk_keys <= MOST_COMPARISONS:
         return sort_few_slots(keys, layout)
-    # Stable, so that sums over a list always run in the same order.
+    # The sort is stable, so that sums over a list always have the same order.
     keys, slots = torch.sort(keys, stable=True)
     if layout.chunks > 1:
         slots %= layout.chunk_slots
@@ -195,7 +195,7 @@ def sort_slots(keys: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.
 
 
 def sort_few_slots(keys: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel that sorts as `sort_slots` does, which compares every slot with every key of its chunk."""
+    """The same as `sort_slots`, in one launch that compares every slot with every key of its chunk."""
     sorted_keys, sorted_slots = torch.empty_like(keys), torch.empty_like(keys)
     prepare_sort(configs.get("sort_slots", keys.device), layout)(keys, sorted_keys, sorted_slots)
     return sorted_keys, sorted_slots
@@ -203,6 +203,6 @@ def sort_few_slots(keys: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, to
 
 @kept
 def prepare_sort(config: Constants, layout: Layout) -> Launch:
-    """The launch for calls of these sizes."""
+    """Prepare the launch for these sizes."""
     numbers = layout.rows * SLOTS_PER_TOKEN.value, layout.chunk_slots, layout.chunk_keys
     return prepare(sort_slots_kernel, (layout.chunk_keys, layout.chunks), *numbers, TILE=SORT_TILE, **config)

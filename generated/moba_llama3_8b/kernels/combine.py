@@ -18,7 +18,7 @@ COLUMNS = sizes.next_power_of_2(HEAD_DIM_V.value)
 
 
 class OutputRows(NamedTuple):
-    """Rows of o, each a query head of a token: their numbers, which exist, offsets and mask of (rows, COLUMNS)."""
+    """Rows of o, one per (token, query head): indices, validity, and offsets and mask of (rows, COLUMNS)."""
 
     rows: Any
     valid: Any
@@ -28,7 +28,7 @@ class OutputRows(NamedTuple):
 
 @triton.jit
 def locate_rows(rows_total, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The program's rows. The v parts of one are a single masked tile: nothing here is multiplied by a matrix."""
+    """The program's rows. A row is one masked tile, not tiles of V_TILES, since there are no matrix products here."""
     rows = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     columns = tl.arange(0, COLUMNS)
     valid = rows < rows_total
@@ -51,7 +51,7 @@ def attention_delta_kernel(do_ptr, o_ptr, delta_ptr, rows_total, ROW_BLOCK: tl.c
 
 
 def attention_delta(do: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """Launch delta = do . o for one branch: contiguous (B, Tq, Hq, Dv) twice -> (B, Tq, Hq) float32."""
+    """Compute delta = do . o of one branch, (B, Tq, Hq) float32, from contiguous tensors (B, Tq, Hq, Dv)."""
     delta = o.new_empty(*o.shape[:3], dtype=torch.float32)
     prepare_rows(attention_delta_kernel, configs.get("attention_delta", o.device), delta.numel())(do, o, delta)
     return delta
@@ -59,6 +59,6 @@ def attention_delta(do: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
 
 @kept
 def prepare_rows(kernel: Any, config: Constants, rows: int, *numbers: int) -> Launch:
-    """The launch of a kernel for so many rows, and what numbers it takes besides."""
+    """Prepare the launch of a kernel for `rows` rows; `numbers` are its further arguments."""
     grid = (sizes.cdiv(rows, config["ROW_BLOCK"]),)
     return prepare(kernel, grid, rows, *numbers, COLUMNS=COLUMNS, **config)

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """Decode, last launch: attention of the newest tokens to selected blocks, and the sum of the branches.
 
-The tiles of a token are shared out among programs. Each leaves its part and counts itself; the one that arrives last
-adds up all parts, always in the same order, so that the result does not depend on who was last.
+Programs share the tiles of a token. Each stores its part and increments a counter. The program that arrives last merges
+all parts, always in the same order, so the result does not depend on which program is last.
 """
 
 import torch
@@ -40,7 +40,7 @@ SLOTS = tl.constexpr(16)
 
 @triton.jit
 def load_keys(cached, keys, visible, PAGE_SIZE: tl.constexpr):
-    """Keys and values of a tile of tokens; those that nothing sees are 0."""
+    """Load keys and values of a tile of tokens; those that are not visible are 0."""
     rows = cached_tokens(cached.head, keys, visible, PAGE_SIZE)
     k = load_qk_rows(cached.k_ptr, rows, HEAD_DIM_QK, visible)
     v = load_v_rows(cached.v_ptr, rows, HEAD_DIM_V, visible)
@@ -49,7 +49,7 @@ def load_keys(cached, keys, visible, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def attend_tile(state, products, v, visible):
-    """Fold a tile into one branch's softmax. Values that are not visible must be 0, as 0 * NaN is NaN."""
+    """Update one branch's softmax with a tile. Invisible values must be 0, because 0 * NaN is NaN."""
     scores = tl.where(visible[None, :], products, float("-inf"))
     p, row_max, row_sum, rescale = online_softmax_step(scores, state.row_max, state.row_sum)
     acc = scale_rows(state.acc, rescale[:, None])
@@ -58,7 +58,7 @@ def attend_tile(state, products, v, visible):
 
 @triton.jit
 def store_part(state, parts, rows, valid):
-    """What one program found of one branch; where a sum is 0 nothing more is read."""
+    """Store one program's part of one branch. If a sum is 0, the rest of the part is never read."""
     tl.store(parts.row_max + rows, state.row_max, mask=valid)
     tl.store(parts.row_sum + rows, state.row_sum, mask=valid)
     store_v_rows(parts.o, rows, HEAD_DIM_V, valid & (state.row_sum != 0.0), state.acc)
@@ -66,7 +66,7 @@ def store_part(state, parts, rows, valid):
 
 @triton.jit
 def merge_parts(parts, first_part, heads, valid, SPLITS: tl.constexpr):
-    """One branch's output rows and lse from the parts of all splits, added up in order."""
+    """Merge the parts of all splits, in order, into one branch's output rows and lse."""
     row_max = tl.full(heads.shape, float("-inf"), dtype=tl.float32)
     for split in tl.static_range(SPLITS):
         part = first_part + split * LIST_HEADS + heads
@@ -99,7 +99,7 @@ def decode_attend_kernel(
     tokens, lists, capacity, table_width,
     PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One share of the tiles that one token sees in one list; a row is a query head that follows it.
+    """Process one share of the tiles that one token sees in one list; a row is a query head that uses the list.
 
     The tiles are those of the selected blocks.
     """
@@ -125,15 +125,15 @@ def decode_attend_kernel(
     q_base = row_base(q_ptr, batch, token, list_number * LIST_HEADS, stride_qb, stride_qt, stride_qh)
     q = load_qk_rows(q_base, heads, stride_qh, stored & (token < new_tokens))
 
-    # A query that pads the batch sees nothing.
+    # A query that pads the batch sees no key.
     first_tile = tl.where(token < new_tokens, split * TILES // SPLITS, 0)
     end_tile = tl.where(token < new_tokens, (split + 1) * TILES // SPLITS, 0)
-    # The blocks of the token's list, slot by slot: -1 where a slot is empty, or names a block that is not in the past.
+    # The block of each slot of the token's list: -1 if the slot is empty or its block is in the future.
     slots = tl.arange(0, SLOTS)
     used = (slots < SELECTION_COUNT) & (token < new_tokens)
     blocks = tl.load(indices_ptr + choice_row * SELECTION_COUNT + slots, mask=used, other=-1)
 
-    # A tile that is not wanted is masked rather than left out: so the loads of the next tiles run ahead.
+    # Unneeded tiles are masked rather than skipped, so that the loads of later tiles can run ahead.
     slc = empty_softmax(HEAD_ROWS)
     for tile in range(first_tile, tl.minimum(end_tile, SELECTED_TILES)):
         slot = tile // TILES_PER_BLOCK
@@ -148,7 +148,7 @@ def decode_attend_kernel(
     slc_parts = list_row * (SPLITS * LIST_HEADS)
     store_part(slc, parts, slc_parts + split * LIST_HEADS + heads, stored)
 
-    # All stores of this program come before its arrival, all loads of the last to arrive after it.
+    # All stores of this program precede its arrival; the last program to arrive loads after its own.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters_ptr + list_row, 1, sem="acq_rel", scope="gpu")
     if arrived < SPLITS - 1:
@@ -159,14 +159,14 @@ def decode_attend_kernel(
     output_rows = list_row * LIST_HEADS + heads
     o_slc, lse_slc = merge_parts(parts, slc_parts, heads, stored, SPLITS)
     o = o_slc
-    # Stores come last, so that the loads of one branch need not wait for another's.
+    # Stores come last, so that the loads of one branch need not wait for the stores of another.
     tl.store(lse_slc_ptr + output_rows, lse_slc, mask=stored)
     store_v_rows(o_slc_ptr, output_rows, HEAD_DIM_V, stored, o_slc)
     store_v_rows(o_ptr, output_rows, HEAD_DIM_V, stored, o)
 
 
 def tiles_of_token(key_block: int) -> int:
-    """Tiles of `key_block` keys that one token sees at most."""
+    """Largest number of tiles of `key_block` keys that one token sees."""
     tiles = 0
     tiles += SELECTION_COUNT.value * (SELECTION_BLOCK.value // key_block)
     return tiles
@@ -182,7 +182,7 @@ def decode_attend(
     layout: Layout,
     splits: int,
 ) -> None:
-    """Launch it for q (B, N, Hq, Dk); the workspace's counters are 0 before and after."""
+    """Launch the kernel for q (B, N, Hq, Dk). The workspace's counters are 0 before and after."""
     config = dict(configs.get("decode_attend", q.device))
     config.pop("PROGRAMS")
     tokens = q.shape[1]

@@ -2,9 +2,9 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """Decode, first launch: blocks are selected by their mean keys (MoBA, arXiv 2502.13189, Eq. 5 and 6).
 
-Programs share the tiles of selection blocks of one token and scope of heads, and name the best of each tile. The one
-that arrives last chooses among the named blocks. Both search for the smallest value that is selected, digit by digit,
-so that the work grows as the number of blocks.
+Programs share the tiles of selection blocks of one token and scope. Each finds the candidates, the best blocks of its
+tiles, and the program that arrives last selects among all candidates. Both steps search for the smallest selected value
+digit by digit, so the work is linear in the number of blocks.
 """
 
 import torch
@@ -21,7 +21,7 @@ from .cached_rows import CachedHead, selected_rows
 from .primitives import forced_block, kv_head_of, load_qk_rows
 from .selection import FREE_BLOCKS, above_unknown, exact_product, sum_queries
 
-# Blocks that a tile names: as many as slots that are not forced, padded to a power of two, or as the largest tile has.
+# Candidates per tile: as many as slots without forced blocks, padded to a power of two, at most the largest tile.
 CANDIDATES = tl.constexpr(16)
 # Slots of a list, padded to a power of two.
 SLOTS = tl.constexpr(16)
@@ -29,11 +29,11 @@ SLOTS = tl.constexpr(16)
 
 @triton.jit
 def best_blocks(value):
-    """Which of some blocks, in order of number, are the FREE_BLOCKS best, or all that compete where they are fewer.
+    """Mask of the FREE_BLOCKS best of some blocks, which are in ascending order; all that compete if they are fewer.
 
-    Greater values are better, of equal ones the first. What does not compete is NaN. Floats from 0 on are ordered as
-    their bits are, negative ones the other way round: the smallest value that is selected is found three bits at a
-    time, among those from 0 on if they are enough, else among the others.
+    Greater values are better; of equal values the first is. Blocks that do not compete have NaN. Non-negative floats
+    have the order of their bits, negative ones the reverse. The smallest selected value is found three bits at a time,
+    among the non-negative values if there are enough, else among the negative ones.
     """
     bits = tl.abs(value).to(tl.int32, bitcast=True)
     wanted = tl.minimum(tl.sum((value == value).to(tl.int32), 0), FREE_BLOCKS)
@@ -48,7 +48,7 @@ def best_blocks(value):
         reaching = tl.sum((key[:, None] >= (smallest + (digits << place))[None, :]).to(tl.int32), 0)
         enough = reaching >= wanted
         smallest += (tl.sum(enough.to(tl.int32), 0) - 1) << place
-        # Digits of no use are left out: those from the smallest value on are as many as wanted.
+        # Stop once exactly the wanted number of values reach the threshold: further digits change nothing.
         found = tl.min(tl.where(enough, reaching, value.shape[0]), 0) == wanted
         place = tl.where(found | (place == 0), -1, tl.maximum(place - 3, 0))
     more, equal = key > smallest, key == smallest
@@ -58,8 +58,8 @@ def best_blocks(value):
 
 @triton.jit
 def mean_scores(q_ptr, means_ptr, batch, token, list_number, mean_rows, competing, strides):
-    """Scores of blocks to one token and the heads of one list, of the mean keys in rows: the forward's, to the bit."""
-    # A product takes 16 rows of queries, of which the first is the sum of the heads'.
+    """Scores of blocks for one token and the heads of one list, from mean keys: the same bits as in the forward."""
+    # A product needs 16 rows of queries. The first row is the sum over the heads.
     rows = tl.arange(0, 16)
     q = sum_queries(q_ptr, batch, token, list_number, rows, rows == 0, *strides)
     means = load_qk_rows(means_ptr, mean_rows, HEAD_DIM_QK, competing)
@@ -80,7 +80,7 @@ def decode_select_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK_TILE: tl.constexpr, ALL_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """For one token and scope of heads: a share of the tiles of selection blocks."""
+    """For one token and scope: process a share of the tiles of selection blocks."""
     scope = tl.program_id(1) % SCOPES
     token = tl.program_id(1) // SCOPES
     batch = tl.program_id(2)
@@ -90,7 +90,7 @@ def decode_select_kernel(
     valid = token < new_tokens
     position = tl.maximum(first_position + token, 0)
     own_block = position // SELECTION_BLOCK
-    # With no more candidates than slots all are selected; else blocks [INITIAL_BLOCKS, free_end) compete.
+    # If candidates do not outnumber slots, all are selected; else blocks [INITIAL_BLOCKS, free_end) compete.
     free_end = own_block + 1 - LOCAL_BLOCKS
     tiles = tl.where(valid & (own_block >= SELECTION_COUNT), tl.cdiv(free_end, BLOCK_TILE), 0)
     working = tl.maximum(tl.minimum(tiles, shares), 1)
@@ -105,7 +105,7 @@ def decode_select_kernel(
         cached = CachedHead(table_ptr, table_width, capacity, batch, kv_head_of(scope))
         mean_rows = selected_rows(cached, blocks, competing, PAGE_SIZE)
         score = mean_scores(q_ptr, keys_ptr, batch, token, scope, mean_rows, competing, strides)
-        # NaN ranks as -inf. What does not compete is NaN.
+        # NaN scores rank as -inf. Blocks that do not compete get NaN.
         value = tl.where(competing, tl.where(score == score, above_unknown(score), float("-inf")), float("nan"))
         best = best_blocks(value)
         place = tl.cumsum(best.to(tl.int32), 0) - 1
@@ -118,7 +118,7 @@ def decode_select_kernel(
             unused = tl.arange(0, CANDIDATES)
             tl.store(values_ptr + slots + unused, float("nan"), mask=unused >= tl.sum(best.to(tl.int32), 0))
 
-    # All stores of this program come before its arrival, all loads of the last to arrive after it.
+    # All stores of this program precede its arrival; the last program to arrive loads after its own.
     tl.debug_barrier()
     if working > 1:
         arrived = tl.atomic_add(counters_ptr + list_row, 1, sem="acq_rel", scope="gpu")
@@ -149,7 +149,7 @@ def decode_select(
     lengths: torch.Tensor,
     layout: Layout,
 ) -> None:
-    """Launch it: the blocks that each token selects."""
+    """Launch the kernel: writes the blocks that each token selects."""
     constants = dict(configs.get("decode_select", lengths.device))
     batch, tokens = layout.batch, q.shape[1]
     programs, tensors, numbers = 0, (), (tokens,)

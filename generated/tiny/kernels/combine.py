@@ -15,13 +15,13 @@ from ..spec import HEAD_DIM_V, QUERY_HEADS
 
 # Elements of a row, padded to a power of two.
 COLUMNS = sizes.next_power_of_2(HEAD_DIM_V.value)
-# Branches that are added, of the three that a kernel takes.
+# Branches that are summed; the kernels take three.
 BRANCHES = tl.constexpr(3)
 ABSENT = (None,) * (3 - BRANCHES.value)
 
 
 class OutputRows(NamedTuple):
-    """Rows of o, each a query head of a token: their numbers, which exist, offsets and mask of (rows, COLUMNS)."""
+    """Rows of o, one per (token, query head): indices, validity, and offsets and mask of (rows, COLUMNS)."""
 
     rows: Any
     valid: Any
@@ -31,7 +31,7 @@ class OutputRows(NamedTuple):
 
 @triton.jit
 def locate_rows(rows_total, ROW_BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The program's rows. The v parts of one are a single masked tile: nothing here is multiplied by a matrix."""
+    """The program's rows. A row is one masked tile, not tiles of V_TILES, since there are no matrix products here."""
     rows = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     columns = tl.arange(0, COLUMNS)
     valid = rows < rows_total
@@ -54,7 +54,7 @@ def locate_gates(rows, tokens, stride_b, stride_t, stride_h):
 
 @triton.jit
 def load_gate_value(pointers, valid):
-    """Gates of rows, fp32, from logits."""
+    """Gates of rows, fp32, computed from logits."""
     gate = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
     gate = tl.sigmoid(gate)
     return gate
@@ -122,7 +122,7 @@ def attention_delta_kernel(do_ptr, o_ptr, delta_ptr, rows_total, ROW_BLOCK: tl.c
 
 
 def combine_forward(*inputs: torch.Tensor) -> torch.Tensor:
-    """Launch the sum: contiguous branch outputs (B, Tq, Hq, Dv) and gates (B, Tq, Hq, branches) -> o."""
+    """Sum contiguous branch outputs (B, Tq, Hq, Dv) with gates (B, Tq, Hq, branches): returns o."""
     *outputs, gates = inputs
     o = torch.empty_like(outputs[0])
     batch, tokens, heads, _ = o.shape
@@ -134,7 +134,7 @@ def combine_forward(*inputs: torch.Tensor) -> torch.Tensor:
 
 
 def combine_backward(do: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the backward: delta (branches, B, Tq, Hq) float32 and the gradient of the gates, contiguous."""
+    """Launch the backward: returns delta (branches, B, Tq, Hq) float32 and the gradient of the gates, contiguous."""
     *outputs, gates = inputs
     dgates = gates.new_empty(*gates.shape)
     batch, tokens, heads, _ = do.shape
@@ -147,7 +147,7 @@ def combine_backward(do: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Ten
 
 
 def attention_delta(do: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """Launch delta = do . o for one branch: contiguous (B, Tq, Hq, Dv) twice -> (B, Tq, Hq) float32."""
+    """Compute delta = do . o of one branch, (B, Tq, Hq) float32, from contiguous tensors (B, Tq, Hq, Dv)."""
     delta = o.new_empty(*o.shape[:3], dtype=torch.float32)
     prepare_rows(attention_delta_kernel, configs.get("attention_delta", o.device), delta.numel())(do, o, delta)
     return delta
@@ -155,6 +155,6 @@ def attention_delta(do: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
 
 @kept
 def prepare_rows(kernel: Any, config: Constants, rows: int, *numbers: int) -> Launch:
-    """The launch of a kernel for so many rows, and what numbers it takes besides."""
+    """Prepare the launch of a kernel for `rows` rows; `numbers` are its further arguments."""
     grid = (sizes.cdiv(rows, config["ROW_BLOCK"]),)
     return prepare(kernel, grid, rows, *numbers, COLUMNS=COLUMNS, **config)

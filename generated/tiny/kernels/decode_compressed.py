@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """Decode, first launch: attention of the newest tokens to compressed blocks, split over the blocks.
 
-The parts of o are merged by the next launch. There the importance of selection blocks becomes absolute: a tile's
-probabilities are relative to its own maximum, which is kept beside them.
+The parts of o are merged by the next launch. Here, a tile's probabilities are relative to the tile's own
+maximum, which is stored with them. The next launch makes the importance of selection blocks absolute.
 """
 
 from typing import Any, NamedTuple
@@ -33,23 +33,24 @@ from .primitives import (
 )
 from .selection import overlap_weight
 
-# Rows of the products of one program: more tokens than fit are shared out among programs.
+# Rows of the products of one program. Tokens that do not fit are processed by other programs.
 MOST_ROWS = 32
-# Compressed blocks looked at before a tile, of which those are used that reach into it; a product takes 16 at least.
+# Compressed blocks loaded before a tile; those that overlap it are used. A product needs at least 16.
 BEFORE_KEYS = tl.constexpr(16)
 
 
 @triton.jit
 def tile_importance(p, p_before, TOKEN_ROWS: tl.constexpr, KEY_BLOCK: tl.constexpr):
-    """Importance (Eq. 9) of the tile's selection blocks to each row, of unnormalised probabilities.
+    """Importance (Eq. 9) of the tile's selection blocks for each row, from unnormalised probabilities.
 
-    p_before belongs to the BEFORE_KEYS compressed blocks before the tile, those that do not reach into it being 0.
+    p_before belongs to the BEFORE_KEYS compressed blocks before the tile. It is 0 for those that do not overlap the
+    tile.
     """
     BLOCKS: tl.constexpr = KEY_BLOCK // BLOCKS_PER_SELECTION
     member = tl.arange(0, BLOCKS_PER_SELECTION)[None, None, :]
     p = tl.reshape(p, (TOKEN_ROWS, BLOCKS, BLOCKS_PER_SELECTION))
     importance = tl.sum(overlap_weight(member) * p, 2)
-    # What reaches into the next block of the tile; the first block's comes from before the tile.
+    # The overlap into the next block of the tile; that of the first block comes from before the tile.
     reaching = member - BLOCKS_PER_SELECTION
     carried = tl.sum(tl.where(reaching >= FIRST_OVERLAP, overlap_weight(reaching) * p, 0.0), 2)
     blocks = tl.zeros((TOKEN_ROWS, 1), dtype=tl.int32) + tl.arange(0, BLOCKS)[None, :]
@@ -61,7 +62,7 @@ def tile_importance(p, p_before, TOKEN_ROWS: tl.constexpr, KEY_BLOCK: tl.constex
 
 
 class Scored(NamedTuple):
-    """Where the importance of selection blocks goes, and the maximum it is relative to: rows of both, widths."""
+    """Where to store the importance of selection blocks and its reference, a maximum: rows and widths of both."""
 
     importance_ptr: Any
     reference_ptr: Any
@@ -85,7 +86,7 @@ def decode_compressed_step(
     KEY_BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Attend to one tile of compressed blocks; row r sees the first seen[r], which in EDGE tiles is not all of them."""
+    """Attend to one tile of compressed blocks; row r sees the first seen[r] blocks, in EDGE tiles not all."""
     keys = tile * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     exists = keys < key_count
     rows = cached_blocks(cached.head, keys, exists, PAGE_SIZE)
@@ -98,8 +99,8 @@ def decode_compressed_step(
         scores = tl.where(visible, scores, float("-inf"))
     tile_max = tl.max(scores, 1)
 
-    # Compressed blocks before the tile that reach into its first selection block. They count in the reference: equal
-    # keys then have equal probabilities in whichever tile they are, and equal blocks equal importance.
+    # Compressed blocks before the tile that overlap its first selection block. The reference includes them: equal keys
+    # then have equal probabilities in every tile, and equal blocks have equal importance.
     before = tile * KEY_BLOCK - BEFORE_KEYS + tl.arange(0, BEFORE_KEYS)
     reaches = (before >= 0) & (before >= tile * KEY_BLOCK + FIRST_OVERLAP)
     rows = cached_blocks(cached.head, before, reaches, PAGE_SIZE)
@@ -141,7 +142,7 @@ def decode_compressed_kernel(
 ):  # fmt: skip
     """One split of the compressed blocks, for TOKEN_BLOCK new tokens and the heads of one group.
 
-    Row r is head r % GROUP_ROWS of token r // GROUP_ROWS. Every split has its share whatever the length.
+    Row r is head r % GROUP_ROWS of token r // GROUP_ROWS. Every split gets a share at any length.
     """
     split = tl.program_id(0)
     SPLITS = tl.num_programs(0)
@@ -160,10 +161,10 @@ def decode_compressed_kernel(
     q_offsets = row_tokens.to(tl.int64) * stride_qt + group_heads.to(tl.int64) * stride_qh
     q = load_qk_rows(q_base, q_offsets, 1, valid)
 
-    # Tiles that the first token sees in full are seen in full by all.
+    # If the first token sees all of a tile, all tokens do.
     seen = tl.where(valid, end_compressed(first_position + row_tokens), 0)
     key_count = end_compressed(first_position + tl.minimum(first_token + TOKEN_BLOCK, new_tokens) - 1)
-    # One tile more where the last compressed blocks reach into selection blocks of it: it has their importance.
+    # One more tile if the last compressed blocks overlap its selection blocks: it stores their importance.
     reached = tl.where(key_count > 0, key_count - FIRST_OVERLAP, 0)
     tiles = tl.where(first_token < new_tokens, tl.cdiv(reached, KEY_BLOCK), 0)
     first_tile = (tiles.to(tl.int64) * split // SPLITS).to(tl.int32)
@@ -182,7 +183,7 @@ def decode_compressed_kernel(
             state, q, cached, seen, key_count, scored, tile, TOKEN_ROWS, PAGE_SIZE, KEY_BLOCK, EDGE=True
         )
 
-    # Parts of a row lie together; a part whose sum is 0 is not read.
+    # The parts of a row are adjacent. A part whose sum is 0 is not read.
     parts = output_rows * SPLITS + split
     tl.store(max_parts_ptr + parts, state.row_max, mask=stored)
     tl.store(sum_parts_ptr + parts, tl.where(seen > 0, state.row_sum, 0.0), mask=stored)
@@ -191,7 +192,7 @@ def decode_compressed_kernel(
 
 
 def token_block(tokens: int) -> int:
-    """Tokens whose group's heads are the rows of one program."""
+    """Number of tokens per program; its rows are these tokens' heads of one group."""
     return min(sizes.next_power_of_2(tokens), max(1, MOST_ROWS // GROUP_ROWS.value))
 
 
@@ -204,14 +205,14 @@ def decode_compressed(
     layout: Layout,
     splits: int,
 ) -> None:
-    """Launch it for q (B, N, Hq, Dk), which leaves the parts of `splits` programs in the workspace."""
+    """Launch the kernel for q (B, N, Hq, Dk): `splits` programs store their parts in the workspace."""
     config = dict(configs.get("decode_compressed", q.device))
     config.pop("PROGRAMS")
     tokens = q.shape[1]
     block = token_block(tokens)
     rows = max(16, block * GROUP_ROWS.value)
     if rows > 16:
-        # The configuration is that of one product's height; taller ones need more registers.
+        # The configuration is for 16 rows, the least that a product has; more rows need more registers.
         config["num_warps"] *= 2
     tensors = (q, layer.k_cmp, layer.v_cmp)
     tensors += (workspace.compressed_parts, workspace.compressed_max, workspace.compressed_sum)

@@ -20,7 +20,7 @@ from .primitives import complete_blocks, load_tile, locate_tile, row_base, store
 
 @triton.jit
 def load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Token `element` of each block, fp32: (blocks, COLUMNS)."""
+    """Load token `element` of each block, fp32: (blocks, COLUMNS)."""
     tokens = blocks * COMPRESSION_STRIDE + element
     return load_tile(x_base, tokens, stride_xt, in_range, 0, COLUMNS, HEAD_DIM).to(tl.float32)
 
@@ -115,7 +115,7 @@ def pool_forward(
 def prepare_pool(
     kernel: Any, config: Constants, shape: torch.Size, sequences: Sequences, rows: int, *strides: int
 ) -> Launch:
-    """The launch of a kernel of this module for tokens of a shape (B, T, H, D), and so many rows of compressed ones."""
+    """Prepare the launch of a kernel of this module for tokens of shape (B, T, H, D) and `rows` compressed rows."""
     _, tokens, kv_heads, size = shape
     tile = config["TOKEN_BLOCK"] if "TOKEN_BLOCK" in config else config["BLOCK_TILE"] * COMPRESSION_STRIDE.value
     constants = {"HEAD_DIM": size, "COLUMNS": sizes.next_power_of_2(size), "PACKED": sequences.packed, **config}
