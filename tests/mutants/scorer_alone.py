@@ -13,11 +13,11 @@ BANDED, OPERATOR = "kernels/banded.py", "operator.py"
 
 MUTANTS = (
     Mutant(
-        "lse_of_blocks_seen_early",
-        "a compressed block is in the lse, whose scores alone it serves, two tokens before its last one",
+        "lse_of_blocks_seen_late",
+        "a compressed block is in the lse, which serves scores alone, four tokens after its last one",
         CHECK,
         ("selection",),
-        (Edit(BANDED, "BLOCK=spec.COMPRESSION_BLOCK.value,", "BLOCK=spec.COMPRESSION_BLOCK.value - 4,"),),
+        (Edit(BANDED, "BLOCK=spec.COMPRESSION_BLOCK.value,", "BLOCK=spec.COMPRESSION_BLOCK.value + 4,"),),
     ),
     Mutant(
         "lse_of_the_last_tile",
