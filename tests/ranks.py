@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.conftest import PROJECT_ROOT
 
 
 def run_ranks(world: int, folder: Path, before: list[str], *after: str, timeout: float) -> list[str]:
-    """What `world` processes print, each `python *before rank world *after`; all of them have to end well.
+    """What `world` processes print, each `python *before rank world *after`. All of them have to exit with 0.
+
+    If one fails, the others are killed: they would wait for it.
 
     Args:
         world: how many.
@@ -31,10 +34,17 @@ def run_ranks(world: int, folder: Path, before: list[str], *after: str, timeout:
         )
         for rank in range(world)
     ]
+    deadline = time.monotonic() + timeout
     try:
-        codes = [rank.wait(timeout=timeout) for rank in ranks]
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            if any(rank.poll() for rank in ranks):
+                break
+            time.sleep(0.05)
+        codes = [rank.poll() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * world, "\n".join(path.read_text()[-3000:] for path in err)
+            rank.wait()
+    told = "\n".join(path.read_text()[-3000:] for path in err)
+    assert codes == [0] * world, f"exit codes {codes}, None where a rank still ran after {timeout:g} s or less\n{told}"
     return [path.read_text() for path in out]
