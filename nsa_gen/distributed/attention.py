@@ -217,7 +217,7 @@ class ContextParallel:
                     layout = "(B, rows, ...)" if shards.bounds is None else "(rows, ...)"
                     raise ValueError(f"{name}: expected this rank's {rows} rows of {layout}, got shape {shape}")
             found[name] = x
-        for name in ("q", *names.raw):
+        for name in names.required:
             if name not in found:
                 raise TypeError(f"{name}: expected a torch.Tensor, got None")
         return found
@@ -249,7 +249,7 @@ def _group_arguments(
         return x.narrow(dim, number * size, size)
 
     # All heads have the same index keys.
-    found = {name: x if name in INDEX_KEYS else share(x, 0 if x.dim() == 1 else 2) for name, x in tensors.items()}
+    found = {name: x if name == INDEX_KEYS else share(x, 0 if x.dim() == 1 else 2) for name, x in tensors.items()}
     return found, None if parameters is None else tuple(share(x, 0) for x in parameters)
 
 

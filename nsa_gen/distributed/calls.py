@@ -6,7 +6,6 @@ import functools
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ from nsa_gen.spec.fields import MAX_NAME
 
 ROWS = ("q", "gates", "indices", "counts", "q_idx")
 """Arguments that belong to queries. A rank has those of its own queries."""
-INDEX_KEYS = ("k_idx",)
-"""Arguments that belong to keys, besides those of the branches. They are gathered like those."""
+INDEX_KEYS = "k_idx"
+"""The argument that belongs to keys and has one head for all. It may be missing if the blocks are given."""
 LOSS = "alignment_loss"
 """The auxiliary output that belongs to sequences and not to queries."""
 
@@ -35,14 +34,16 @@ class Names(NamedTuple):
     Attributes:
         known: all that a call may have.
         sinks: those that have no tokens.
-        raw: keys and values that are gathered.
+        required: those that every call must have.
+        gathered: those that belong to keys.
         compressed: of these, the ones that are compressed and gathered again; empty if compressed blocks do not travel.
-        sources: of a piece with a span, each raw argument and what it is a part of.
+        sources: for a piece with a span, each of its arguments that belong to keys, and the gathered one it is part of.
     """
 
     known: frozenset[str]
     sinks: tuple[str, ...]
-    raw: tuple[str, ...]
+    required: tuple[str, ...]
+    gathered: tuple[str, ...]
     compressed: tuple[str, ...]
     sources: tuple[tuple[str, str], ...]
 
@@ -50,11 +51,13 @@ class Names(NamedTuple):
     def of(plan: Plan, given: Plan | None) -> Names:
         """The names of a spec's plan, and of its plan with given blocks where compressed blocks travel."""
         known = frozenset((*(argument.name for argument in plan.arguments), "gates", "k", "v"))
-        if given is None:
-            return Names(known, plan.sinks, plan.raw_names, (), tuple((name, name) for name in plan.raw_names))
-        pairs = (zip(given.kv(branch), plan.kv(branch), strict=True) for branch in given.raw_branches)
-        sources = dict(pair for some in pairs for pair in some)
-        return Names(known, plan.sinks, plan.raw_names, plan.kv("cmp"), tuple(sources.items()))
+        index_keys = (INDEX_KEYS,) if plan.index_dim else ()
+        sources = {name: name for name in (*(plan.raw_names if given is None else ()), *index_keys)}
+        for branch in () if given is None else given.raw_branches:
+            sources |= zip(given.kv(branch), plan.kv(branch), strict=True)
+        compressed = () if given is None else plan.kv("cmp")
+        gathered = (*plan.raw_names, *index_keys)
+        return Names(known, plan.sinks, ("q", *plan.raw_names), gathered, compressed, tuple(sources.items()))
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,6 @@ class Started(NamedTuple):
     buffers: list[Tensor]
 
 
-class Queries(NamedTuple):
-    """A piece's `share` of the queries of each of `count` packed sequences, from number `first` on."""
-
-    first: int
-    count: int
-    share: float
-
-
 @dataclass(frozen=True)
 class Routes:
     """What a rank computes of a batch, and what it needs from other ranks for it.
@@ -140,7 +135,6 @@ class Routes:
         whole_blocks: for each such piece, the compressed blocks among its keys.
         tokens_of_blocks: the tokens of each run of blocks that this rank compresses.
         sequences: the number of packed sequences; None for a batch.
-        queries: for each piece, its share of which sequences' queries.
     """
 
     pieces: tuple[Piece, ...]
@@ -150,7 +144,6 @@ class Routes:
     whole_blocks: tuple[Part, ...]
     tokens_of_blocks: tuple[Part, ...]
     sequences: int | None
-    queries: tuple[Queries, ...]
 
 
 @functools.lru_cache(maxsize=64)
@@ -160,12 +153,11 @@ def routes_of(
     """The routes of a rank; `compression` is block and stride if compressed blocks travel."""
     pieces = shards.pieces(rank)
     sequences = None if shards.bounds is None else len(shards.bounds) - 1
-    queries = tuple(_queries_of(shards, rank, piece) for piece in pieces)
     where = rank, shards.ranks, group, reduction
     tokens = Route.of(shards.segments, *where)
     whole = tuple(Part(piece.span, 0, piece.keys) for piece in pieces if piece.span is not None)
     if compression is None:
-        return Routes(pieces, tokens, None, whole, (), (), sequences, queries)
+        return Routes(pieces, tokens, None, whole, (), (), sequences)
     block, stride = compression
     segments = shards.block_segments(block, stride)
     return Routes(
@@ -181,21 +173,7 @@ def routes_of(
             if each.rank == rank
         ),
         sequences,
-        queries,
     )
-
-
-def _queries_of(shards: Shards, rank: int, piece: Piece) -> Queries:
-    bounds = (0, shards.tokens) if shards.bounds is None else shards.bounds
-    if piece.span is not None:
-        start, end = shards.spans[piece.span]
-        return Queries(list(pairwise(bounds)).index((start, end)), 1, (piece.end - piece.begin) / (end - start))
-    if piece.bounds is None:
-        return Queries(0, 1, 1.0)
-    chunk = next(x for x in shards.chunks_of(rank) if x.offset <= piece.begin < x.offset + x.end - x.start)
-    begin = chunk.start + piece.begin - chunk.offset
-    inside = [number for number, bound in enumerate(bounds) if begin <= bound <= begin + piece.end - piece.begin]
-    return Queries(inside[0] if inside else 0, max(0, len(inside) - 1), 1.0)
 
 
 class Call:
@@ -216,8 +194,8 @@ class Call:
     def start(self, tensors: Mapping[str, Tensor]) -> Started:
         """Start to gather raw keys and values."""
         known, whole, blocks = self._operators.names, self._routes.whole, self._routes.tokens_of_blocks
-        names = [*known.raw, *(name for name in INDEX_KEYS if name in tensors)]
-        read = [*(source for _, source in known.sources), *INDEX_KEYS]
+        names = [name for name in known.gathered if name in tensors]
+        read = [source for _, source in known.sources]
         parts = tuple(
             (*(whole if name in read else ()), *(blocks if name in known.compressed else ()), Part(0, 0, 0))
             for name in names
@@ -239,31 +217,31 @@ class Call:
             if self._routes.blocks is not None:
                 anchors.append(self._compress(gathered, parameters))
         found, losses, spanning = [], [], 0
-        for piece, queries in zip(self._routes.pieces, self._routes.queries, strict=True):
+        for piece in self._routes.pieces:
             if piece.span is None:
                 found.append(self._within(piece, tensors, parameters))
             else:
                 found.append(self._across(piece, spanning, tensors, parameters, gathered))
                 spanning += 1
-            losses.append(self._shared_loss(found[-1], queries))
+            losses.append(self._shared_loss(found[-1], piece))
         if not found:  # a rank without tokens
-            found.append(self._within(Piece(0, 0), tensors, parameters))
-            losses.append(self._shared_loss(found[-1], Queries(0, 0, 0.0)))
+            nothing = Piece(0, 0, share=0.0)
+            found.append(self._within(nothing, tensors, parameters))
+            losses.append(self._shared_loss(found[-1], nothing))
         outputs = [each[0] if len(found) == 1 else torch.cat(each, 1) for each in zip(*found, strict=True)]
         outputs += [sum(losses[1:], losses[0])] if losses[0] is not None else []
         if anchors:
             outputs = [Anchor.apply(x, *anchors) if x.requires_grad else x for x in outputs]
         return outputs
 
-    def _shared_loss(self, found: list[Any], queries: Queries) -> Any:
+    def _shared_loss(self, found: list[Any], piece: Piece) -> Any:
         """Remove the indexer's loss from a piece's outputs; return its part of each sequence's mean over queries."""
         if LOSS not in self._operators.auxiliary._fields or not self._return_aux:
             return None
         loss = found.pop()
         if loss is None or self._routes.sequences is None:
-            return None if loss is None else loss * queries.share
-        behind = self._routes.sequences - queries.first - queries.count
-        return pad(loss[: queries.count] * queries.share, (queries.first, behind))
+            return None if loss is None else loss * piece.share
+        return pad(loss * piece.share, (piece.sequence, self._routes.sequences - piece.sequence - len(loss)))
 
     def _compress(self, gathered: dict[str, list[Tensor]], parameters: tuple[Tensor, ...] | None) -> Tensor:
         """Compress this rank's blocks and gather all. Adds k_cmp and v_cmp of each piece to `gathered`."""
@@ -311,8 +289,7 @@ class Call:
         names, given = self._operators.names, self._operators.given
         some = {name: tensors[name][:, piece.begin : piece.end] for name in ROWS if name in tensors}
         some |= {name: tensors[name] for name in names.sinks if name in tensors}
-        some |= {name: gathered[source][number] for name, source in names.sources}
-        some |= {name: gathered[name][number] for name in INDEX_KEYS if name in gathered}
+        some |= {name: gathered[source][number] for name, source in names.sources if source in gathered}
         if given is not None:
             some["k_cmp"], some["v_cmp"] = gathered["k_cmp"][number], gathered["v_cmp"][number]
         elif parameters is not None:

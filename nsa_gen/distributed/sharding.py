@@ -40,7 +40,8 @@ class Piece:
 
     With `span`, the keys are the first `keys` of that span, and the queries are the last of these. Without `span`, the
     keys are the rows' own. `bounds` separates their sequences like cu_seqlens; with None, each batch entry is one
-    sequence.
+    sequence. `sequence` is the number of the first one in a packed batch. `share` is the piece's part of the queries of
+    each.
     """
 
     begin: int
@@ -48,6 +49,8 @@ class Piece:
     span: int | None = None
     keys: int = 0
     bounds: tuple[int, ...] | None = None
+    sequence: int = 0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,18 +173,24 @@ class Shards:
             if first >= last:
                 continue
             if done < first:
-                yield Piece(local(done), local(first), bounds=self._bounds_within(done, first))
-            yield Piece(local(first), local(last), span=number, keys=last - start)
+                yield Piece(local(done), local(first), None, 0, *self._sequences_within(done, first))
+            share = (last - first) / (end - start)
+            sequence = sum(bound <= start for bound in self.bounds or (0,)) - 1
+            yield Piece(local(first), local(last), number, last - start, None, sequence, share)
             done = last
         if done < chunk.end:
-            yield Piece(local(done), local(chunk.end), bounds=self._bounds_within(done, chunk.end))
+            yield Piece(local(done), local(chunk.end), None, 0, *self._sequences_within(done, chunk.end))
 
-    def _bounds_within(self, first: int, end: int) -> tuple[int, ...] | None:
-        """cu_seqlens of tokens [first, end), in which sequences lie completely. Tokens after the last are padding."""
+    def _sequences_within(self, first: int, end: int) -> tuple[tuple[int, ...] | None, int]:
+        """cu_seqlens of the sequences that lie in tokens [first, end), and the number of the first.
+
+        Tokens after the last sequence are padding. If all are, they follow one empty sequence.
+        """
         if self.bounds is None:
-            return None
+            return None, 0
         inside = [bound - first for bound in self.bounds if first <= bound <= end]
-        return tuple(inside) if len(inside) > 1 else (0, 0)
+        number = min(sum(bound < first for bound in self.bounds), len(self.bounds) - 2)
+        return tuple(inside) if len(inside) > 1 else (0, 0), number
 
     def block_segments(self, block: int, stride: int) -> tuple[tuple[Segment, ...], ...]:
         """For each span, the compressed blocks whose first token a chunk holds; offsets count the rank's own blocks.
