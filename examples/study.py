@@ -323,8 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
     if kept is not None and kept["profile"] != options.profile:
         parser.error(f"--out: {options.out} holds a study of profile {kept['profile']}, got {options.profile}")
     tokens = profile.settings["tokens"]
-    if kept is not None and kept["tokens"] != tokens:
-        parser.error(f"--tokens: the study in {options.out} has sequences of {kept['tokens']} bytes, got {tokens}")
+    before = tokens if kept is None else kept.get("tokens", PROFILES[options.profile].settings["tokens"])
+    if before != tokens:
+        parser.error(f"--tokens: the study in {options.out} has sequences of {before} bytes, got {tokens}")
     if kept is not None and options.steps not in (0, kept["steps"]):
         parser.error(f"--steps: the study in {options.out} has {kept['steps']} steps, got {options.steps}")
     options.steps = options.steps or (kept["steps"] if kept else choose_steps(options, runs, started))
