@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from nsa_gen.bench import decode
-from nsa_gen.bench.decode import DecodeInputs, cache_bytes, decode_faults, decode_inputs, measure_decode, step_bytes
+from nsa_gen.bench.decode import (
+    DecodeInputs,
+    cache_bytes,
+    decode_faults,
+    decode_inputs,
+    graph_microseconds,
+    measure_decode,
+    step_bytes,
+)
 from nsa_gen.spec import load_spec
 from tests.support import DEVICE, operator_of_spec, small_spec
 
@@ -83,3 +91,23 @@ def test_a_wrong_decode_is_found_before_it_is_timed(monkeypatch: pytest.MonkeyPa
 
 def wrong(found: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
     return found[0] * 1.01, found[1]
+
+
+def test_timed_replays_follow_an_untimed_one_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("mark")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.006
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    graph: Any = SimpleNamespace(replay=lambda: log.append("replay"))
+    assert graph_microseconds(graph, repeats=2, inner=3) == pytest.approx(2.0)
+    assert log == ["replay", "mark", *["replay"] * 3, "mark", "wait"] * 2
