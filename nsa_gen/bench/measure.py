@@ -1,4 +1,9 @@
-"""Interleaved measurement: contenders take turns, round after round, so a warm GPU slows all of them equally."""
+"""Interleaved measurement: contenders take turns, round after round, so a warm GPU slows all of them equally.
+
+A contender's time is that of training, where the host prepares launches while the GPU still works on earlier ones. A
+short run therefore directly follows an untimed run of the same passes. Where the host is the slower one, two runs in a
+row still take the host's time.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +35,12 @@ REPEATS = (3, 20)
 """Minimum and maximum of timed rounds; within these limits, as many as the seconds allow."""
 SLOW_SECONDS = 8.0
 """If a contender's forward and backward take longer than this, it is not run again: its warm-up is its one sample."""
+LED_BELOW_MS = 50.0
+"""If all passes together take less than this, each timed run directly follows an untimed one.
+
+After a wait, the host's time until the first kernels run counts too: up to 0.6 ms of a forward and its backward on an
+H200. Of 50 ms this is about 1%, for which longer passes do not run twice.
+"""
 GRAPH_BELOW_MS = 0.05
 """Faster passes are timed as replays of a CUDA graph, because launching them takes as long as running them."""
 REPLAYS = 10
@@ -166,13 +177,17 @@ def captured(action: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 @dataclass
 class _Runner:
-    """A contender during measurement; `samples` are milliseconds by pass, `peaks` the peak memory of each pass."""
+    """A contender during measurement; `samples` are milliseconds by pass, `peaks` the peak memory of each pass.
+
+    `led` says that each timed run directly follows an untimed one.
+    """
 
     contender: Contender
     passes: tuple[str, ...]
     refusal: str = ""
     prepared: Prepared | None = None
     graphs: Graphs | None = None
+    led: bool = False
     peaks: dict[str, int] = field(default_factory=dict)
     samples: list[Times] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
@@ -180,11 +195,17 @@ class _Runner:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the last sample, all passes together."""
-        return sum(self.samples[-1].values()) / 1000
+        """Seconds of the last timed run, all passes together."""
+        assert self.prepared is not None
+        return sum(self.samples[-1].values()) * self.prepared.share / 1000
+
+    @property
+    def turn_seconds(self) -> float:
+        """Seconds of a turn: of the timed run, and of the untimed one before it if there is one."""
+        return self.seconds * (2 if self.led else 1)
 
     def warm_up(self, spec: Spec, inputs: Inputs, clock: Clock, graph_below_ms: float) -> None:
-        """Prepare and run the contender, and capture its graphs if it is fast; the last run is its first sample."""
+        """Prepare and run the contender; the last run is its first sample. It decides how the contender is timed."""
         self.prepared = self.contender.prepare(spec, inputs)
         self.notes.append(self.prepared.note)
         for _ in range(WARM_UP):
@@ -197,10 +218,11 @@ class _Runner:
             except Exception as error:
                 clock.recover()
                 self.notes.append(f"timed without a CUDA graph: {first_line(error)}")
+        self.led = self.graphs is None and self.seconds < LED_BELOW_MS / 1000
         clock.recover()
 
     def sample(self, clock: Clock) -> None:
-        """Run one call and, if there are two passes, one backward."""
+        """Time one call and, if there are two passes, one backward."""
         assert self.prepared is not None
         if self.graphs is not None:
             found = self.graphs.milliseconds(clock)
@@ -210,7 +232,10 @@ class _Runner:
         self.samples.append({name: ms / self.prepared.share for name, ms in zip(self.passes, found, strict=True)})
 
     def _launched(self, prepared: Prepared, clock: Clock) -> list[float]:
-        """Milliseconds of each pass. An error in the backward disables only the backward."""
+        """Milliseconds of each pass."""
+        if self.led:
+            self._run(prepared, clock)
+        # Nothing waits from here to the first pass, and nothing of the untimed run is alive.
         before = clock.allocated_bytes()
         clock.reset_peak()
         marks = [clock.mark()]
@@ -219,6 +244,11 @@ class _Runner:
             marks.append(clock.mark())
             self.peaks[name] = max(self.peaks.get(name, 0), clock.peak_bytes() - before)
 
+        self._run(prepared, clock, end)
+        return clock.milliseconds(marks)
+
+    def _run(self, prepared: Prepared, clock: Clock, end: Callable[[str], None] = lambda name: None) -> None:
+        """Run the passes and call `end` after each. An error in the backward disables only the backward."""
         first, *second = self.passes
         with torch.set_grad_enabled(bool(second)):
             o = prepared.call()
@@ -232,7 +262,6 @@ class _Runner:
                 self.passes = (first,)
                 del o
                 clock.recover()
-        return clock.milliseconds(marks)
 
     def result(self) -> Measurement:
         """The result so far."""
@@ -262,7 +291,8 @@ def race(
 
     There are at least 3 and at most 20 rounds, as many as `seconds` allow. A contender that refuses the shapes is not
     tried. One that raises is left out of further rounds and keeps its error. Each backward follows its own forward, as
-    in training. If `passes` has only one pass, nothing is kept for a backward.
+    in training. If `passes` has only one pass, nothing is kept for a backward. Untimed runs before timed ones count
+    towards `seconds`.
 
     Args:
         contenders: what is timed.
@@ -304,7 +334,7 @@ def race(
     timed = [runner for runner in runners if runner.passes and runner.seconds <= SLOW_SECONDS]
     for runner in (runner for runner in runners if runner.passes and runner not in timed):
         runner.notes.append("one sample after warm-up: it is slow")
-    round_seconds = sum(runner.seconds for runner in timed)
+    round_seconds = sum(runner.turn_seconds for runner in timed)
     repeats = min(REPEATS[1], max(REPEATS[0], int(seconds / max(round_seconds, 1e-6))))
     for number, runner in enumerate(runners):
         if runner in timed:

@@ -282,6 +282,8 @@ CHECK_SECONDS, DRAW_SECONDS, TURN_SECONDS = 0.5, 1.5, 0.02
 """Seconds of a check; to draw the inputs of one kind for a bucket; of a race per candidate, besides its samples."""
 WARM_UP, FEWEST, MOST = 2, 3, 20
 """Rounds of a race, as in `nsa_gen.bench.measure`."""
+LED_BELOW_SECONDS = 0.05
+"""Before a timed run shorter than this there is an untimed one, as in `nsa_gen.bench.measure`."""
 SCHEDULES = 8
 """Approximate number of combinations of schedules that are pursued."""
 
@@ -313,8 +315,9 @@ def estimate(selections: Mapping[Bucket, Sequence[Selection]], effort: Effort, j
 
 def _race_seconds(count: int, one: float, seconds: float) -> float:
     """The time of a race of `count` candidates that take about `one` second each and have `seconds` for rounds."""
-    rounds = min(MOST, max(FEWEST, int(seconds / max(count * one, 1e-6))))
-    return count * (one * (WARM_UP + rounds) + TURN_SECONDS)
+    turn = one * (2 if one < LED_BELOW_SECONDS else 1)
+    rounds = min(MOST, max(FEWEST, int(seconds / max(count * turn, 1e-6))))
+    return count * (one * WARM_UP + turn * rounds + TURN_SECONDS)
 
 
 def _bucket_seconds(bucket: Bucket, selections: Sequence[Selection], effort: Effort) -> float:

@@ -13,7 +13,10 @@ from nsa_gen.bench.records import CheckRow, KernelRow, OverlapRow, Results, Row
 
 
 class FakeClock:
-    """A clock that only contenders move, and an allocator that holds what it is told."""
+    """A clock that only contenders move, and an allocator that holds what it is told.
+
+    `log` has what happened in turn: marks, waits and passes.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -21,11 +24,14 @@ class FakeClock:
         self.peak = 0
         self.lost = False
         self.recoveries = 0
+        self.log: list[str] = []
 
     def mark(self) -> float:
+        self.log.append("mark")
         return self.now
 
     def milliseconds(self, marks: Sequence[float]) -> list[float]:
+        self.log.append("wait")
         return [end - start for start, end in pairwise(marks)]
 
     def allocated_bytes(self) -> int:
@@ -39,6 +45,7 @@ class FakeClock:
 
     def recover(self) -> None:
         self.recoveries += 1
+        self.log.append("wait")
         if self.lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
@@ -98,6 +105,7 @@ class FakeContender:
 
     def _spend(self, times: list[float | Exception], what: str) -> None:
         self.log.append(what)
+        self._clock.log.append(what)
         next_one = times.pop(0) if len(times) > 1 else times[0]
         if isinstance(next_one, Exception):
             raise next_one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,26 @@ from tests.machine import GPU
 
 SPEC = SimpleNamespace()
 INPUTS = SimpleNamespace(q=torch.zeros(1, 64, 1, 1))
+
+
+class AheadClock(FakeClock):
+    """A host that takes 0.1 ms for each of three launches of a pass, and a device that is done later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = 0.0
+
+    def mark(self) -> float:
+        return max(self.host, self.now)
+
+    def milliseconds(self, marks):
+        self.host = self.mark()
+        return super().milliseconds(marks)
+
+    def spend(self, ms, memory=0):
+        for _ in range(3):
+            self.host += 0.1
+            self.now = self.mark() + ms / 3
 
 
 @pytest.fixture
@@ -44,6 +66,61 @@ def test_the_seconds_bound_the_rounds_from_above_and_there_are_never_fewer_than_
     assert easy.timings["forward"].repeats == 20
 
 
+def medians(one):
+    return {name: pytest.approx(timing.median_ms) for name, timing in one.timings.items()}
+
+
+def test_a_timed_run_directly_follows_an_untimed_one(clock):
+    run(clock, FakeContender("a", clock), seconds=0)
+    timed = ["mark", "forward", "mark", "backward", "mark", "wait"]
+    assert clock.log == [*timed, *timed, "wait", *(["forward", "backward", *timed] * 3)]
+
+
+def test_a_slow_run_follows_no_untimed_one(clock):
+    slow = FakeContender("a", clock, [measure.LED_BELOW_MS - 2.0])
+    run(clock, slow, seconds=0)
+    assert slow.log == ["forward", "backward"] * (measure.WARM_UP + 3)
+    assert clock.log.count("wait") == measure.WARM_UP + 1 + 3
+
+
+def test_the_launches_of_a_short_run_are_hidden_behind_the_run_before_it():
+    one = run(clock := AheadClock(), FakeContender("a", clock, [3.0], [6.0]))[0]
+    assert medians(one) == {"forward": 3.0, "backward": 6.0}
+    alone = run(clock := AheadClock(), FakeContender("a", clock, [3.0]), passes=("forward",))[0]
+    assert medians(alone) == {"forward": 3.0}
+    slow = run(clock := AheadClock(), FakeContender("a", clock, [30.0], [60.0]))[0]
+    assert medians(slow) == {"forward": 30.1, "backward": 60.0}
+
+
+def test_the_time_of_a_host_that_is_slower_than_the_device_counts():
+    one = run(clock := AheadClock(), FakeContender("a", clock, [0.15], [0.15]), graph_below_ms=0)[0]
+    assert medians(one) == {"forward": 0.3, "backward": 0.3}
+
+
+def test_the_seconds_are_for_the_untimed_runs_too(clock):
+    short = run(clock, FakeContender("a", clock, [8.0], [12.0]), seconds=0.2)[0]
+    assert short.timings["forward"].repeats == 5
+    slow = run(clock, FakeContender("a", clock, [20.0], [30.0]), seconds=0.2)[0]
+    assert slow.timings["forward"].repeats == 4
+
+
+def test_the_seconds_are_for_whole_calls_whose_time_is_shared(clock):
+    class Layers(FakeContender):
+        def prepare(self, spec, inputs):
+            return replace(super().prepare(spec, inputs), share=4)
+
+    one = run(clock, Layers("a", clock, [8.0], [12.0]), seconds=0.2)[0]
+    assert one.timings["forward"].repeats == 5 and one.timings["forward"].median_ms == 2.0
+
+
+def test_an_untimed_run_that_cannot_go_back_leaves_the_forward(clock):
+    half = FakeContender("half", clock, backward=[2.0, 2.0, NotImplementedError("no more")])
+    one = run(clock, half)[0]
+    assert set(one.timings) == {"forward"} and one.timings["forward"].median_ms == 1.0
+    assert one.errors == {"backward": "NotImplementedError: no more"}
+    assert half.log.count("backward") == 3
+
+
 def test_contenders_take_turns_and_are_announced_each_time(clock):
     said = []
     run(clock, FakeContender("a", clock), FakeContender("b", clock), seconds=0, announce=said.append)
@@ -54,6 +131,32 @@ def test_memory_is_counted_beside_what_was_in_use_before(clock):
     one = run(clock, FakeContender("a", clock, memory=500))[0]
     assert {name: timing.peak_bytes for name, timing in one.timings.items()} == {"forward": 500, "backward": 500}
     assert one.note == "note of a"
+
+
+def test_memory_is_that_of_the_timed_run_alone(clock):
+    class Keeping(FakeContender):
+        """Its output takes memory for as long as it is alive, most in the untimed runs."""
+
+        def prepare(self, spec, inputs):
+            prepared, calls = super().prepare(spec, inputs), []
+
+            def call():
+                calls.append(len(calls))
+                size = 900 if len(calls) > measure.WARM_UP and len(calls) % 2 else 500
+                clock.in_use += size
+                o = prepared.call()
+                weakref.finalize(o, free, size)
+                return o
+
+            return replace(prepared, call=call)
+
+    def free(size):
+        clock.in_use -= size
+
+    for passes in (measure.PASSES, measure.PASSES[:1]):
+        one = run(clock, Keeping("a", clock), passes=passes)[0]
+        assert {name: timing.peak_bytes for name, timing in one.timings.items()} == dict.fromkeys(passes, 510)
+    assert clock.in_use == 1000
 
 
 def test_one_that_raises_keeps_the_first_line_of_its_error_and_the_others_their_times(clock):

@@ -68,7 +68,7 @@ def test_another_gpu_of_the_architecture_is_used_where_there_is_nothing_better(c
         ({"kernels": "0123"}, f"kernels: wanted {KERNELS}, the entry has 0123 (the code of the kernels has changed"),
         ({"space": "0123"}, "the entry has 0123 (the tunables or their constraints have changed since)"),
         ({"dtype": "float16"}, "dtype: wanted float32, the entry has float16 (tuned for tensors of another type)"),
-        ({"measurement": "0"}, "measurement: wanted interleaved-1, the entry has 0 (times were taken in another way)"),
+        ({"measurement": "0"}, "measurement: wanted interleaved-2, the entry has 0 (times were taken in another way)"),
         ({"architecture": "sm_80"}, "architecture: wanted sm_90, the entry has sm_80 (another architecture"),
         ({"bucket": Bucket(65536)}, "bucket: wanted t8192_b1, the entry has t65536_b1 (too far from the call"),
         ({"bucket": Bucket(8192, 64)}, "bucket: wanted t8192_b1, the entry has t8192_b64 (too far from the call"),

@@ -29,7 +29,7 @@ from nsa_gen.tuning.store import (
 )
 
 IDENTITY = Identity(
-    "llama", "aaaa", "bbbb", "bfloat16", "interleaved-1", "NVIDIA H100 80GB HBM3", 132, "sm_90", Bucket(8192)
+    "llama", "aaaa", "bbbb", "bfloat16", "interleaved-2", "NVIDIA H100 80GB HBM3", 132, "sm_90", Bucket(8192)
 )
 ENTRY = Entry(
     IDENTITY,
