@@ -195,11 +195,16 @@ _KINDS: dict[str, type[Any]] = {
 """Records by their name in a journal's line; with an s, it is the name of their list in `Results`."""
 _LATER = ("selection", "decode")
 """Kinds of records that results of earlier versions lack."""
+FIRST_MEASUREMENT = "interleaved-1"
+"""The measurement of results whose settings do not name one: every timed run began on an idle GPU."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """A whole benchmark. `machine` has GPU, driver, versions and commit; `settings` has seeds, budget and so on."""
+    """A whole benchmark. `machine` has GPU, driver, versions and commit; `settings` has seeds, budget and so on.
+
+    `settings["measurement"]` is the version of the measurement, `nsa_gen.rendering.identity.MEASUREMENT`.
+    """
 
     machine: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -210,6 +215,11 @@ class Results:
     tasks: tuple[TaskRow, ...] = ()
     selections: tuple[SelectionRow, ...] = ()
     decodes: tuple[DecodeRow, ...] = ()
+
+    @property
+    def measurements(self) -> list[str]:
+        """The versions of the measurement that took the times: several in merged results."""
+        return str(self.settings.get("measurement", FIRST_MEASUREMENT)).split(", ")
 
     @property
     def ours_is_timed(self) -> bool:
@@ -287,6 +297,8 @@ def read_results(path: Path) -> Results:
 def merge(several: Sequence[Results]) -> Results:
     """Several results as one, with the machine and settings of the first. Of equal subjects, the last record counts.
 
+    If they were measured in different ways, the settings name all of them.
+
     Raises:
         ValueError: the results are from different GPUs, whose times cannot be compared.
     """
@@ -299,7 +311,11 @@ def merge(several: Sequence[Results]) -> Results:
         for name in _KINDS
         for record in getattr(each, f"{name}s")
     }
-    return Results.of(last.values(), several[0].machine, several[0].settings)
+    settings = several[0].settings
+    measurements = list(dict.fromkeys(name for each in several for name in each.measurements))
+    if len(measurements) > 1:
+        settings = {**settings, "measurement": ", ".join(measurements)}
+    return Results.of(last.values(), several[0].machine, settings)
 
 
 def kernels_of(results: Results, spec: Spec) -> list[KernelRow]:

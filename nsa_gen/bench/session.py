@@ -15,6 +15,7 @@ from nsa_gen.bench.records import OURS, CheckRow, Record, Results, Row, TaskRow,
 from nsa_gen.bench.worker import task_fields
 from nsa_gen.bench.workloads import Task
 from nsa_gen.machine import machine
+from nsa_gen.rendering.identity import MEASUREMENT
 from nsa_gen.workers import Worker, WorkerDied, WorkerFailure, share, worker_environment
 
 GRACE_SECONDS = 20.0
@@ -153,7 +154,7 @@ def _wrong(checks: Sequence[Task], records: Iterable[Record]) -> dict[str, str]:
 def run_session(session: Session, tasks: Sequence[Task], settings: Mapping[str, Any]) -> Results:
     """Run tasks and collect their records, with the machine and the settings."""
     found_on = machine()
-    given = {"seed": session.seed, "budget_seconds": session.budget, **settings}
+    given = {"seed": session.seed, "budget_seconds": session.budget, "measurement": MEASUREMENT, **settings}
     if session.journal is not None:
         session.journal.parent.mkdir(parents=True, exist_ok=True)
         session.journal.write_text(json.dumps({"machine": found_on, "settings": given}) + "\n", encoding="utf-8")

@@ -191,6 +191,7 @@ def _decode_results(
     from nsa_gen.bench.decode import decode_faults, measure_decode
     from nsa_gen.bench.records import OURS, CheckRow, DecodeRow, Record, Results
     from nsa_gen.machine import machine
+    from nsa_gen.rendering.identity import MEASUREMENT
 
     started = time.monotonic()
     package = nsa_gen.load(spec)
@@ -205,7 +206,7 @@ def _decode_results(
             else:
                 note(f"{tokens:,} tokens, batch {batch}")
                 found.append(next(rows))
-    settings = {"seed": seed, "budget_seconds": budget, "spec": spec.resolved_yaml()}
+    settings = {"seed": seed, "budget_seconds": budget, "measurement": MEASUREMENT, "spec": spec.resolved_yaml()}
     return Results.of(found, machine(), settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nsa_gen.bench.records import OURS, KernelRow, Results, Row
+from nsa_gen.bench.records import FIRST_MEASUREMENT, OURS, KernelRow, Results, Row
 from nsa_gen.bench.summary import (
     BOTH,
     DIRECTIONS,
@@ -19,6 +19,13 @@ from nsa_gen.bench.summary import (
 )
 from nsa_gen.cli.blocks import Block, Heading, Table, Text, bullets
 from nsa_gen.lowering.parts import BRANCH_NAMES
+from nsa_gen.rendering.identity import MEASUREMENT
+
+STARTS = {
+    FIRST_MEASUREMENT: "Timed runs begin on an idle GPU, so the host's time until the first kernels run counts too",
+    MEASUREMENT: "A timed run of less than 50 ms directly follows an untimed one",
+}
+"""What the GPU does when a timed run begins, by version of the measurement."""
 
 
 def report_blocks(results: Results) -> list[Block]:
@@ -52,8 +59,18 @@ def _machine(results: Results) -> str:
     )
     return (
         f"{', '.join(filter(None, facts))}. Medians of rounds in which every contender takes its turn; one sequence. "
-        "Speed-ups are over the quickest dense contender of the same column; memory is what the passes need beside "
-        "their inputs."
+        f"{_starts(results)}Speed-ups are over the quickest dense contender of the same column; memory is what the "
+        "passes need beside their inputs."
+    )
+
+
+def _starts(results: Results) -> str:
+    """What the GPU does when a timed run begins, as sentences; of merged results, a warning if they differ."""
+    if not results.rows:
+        return ""
+    said = [f"{STARTS[name]}. " for name in results.measurements if name in STARTS]
+    return "".join(
+        said if len(said) < 2 else ["Times were taken in different ways, which differ for short runs. ", *said]
     )
 
 

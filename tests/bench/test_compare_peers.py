@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from nsa_gen.bench.measure import LED_BELOW_MS
 from nsa_gen.bench.records import merge, read_results, write_json
+from nsa_gen.rendering.identity import MEASUREMENT
 from tests.bench.fakes import sample_results
 from tools import compare_peers
 
@@ -34,6 +38,24 @@ def test_the_report_of_an_earlier_run_needs_no_gpu(tmp_path, capsys):
     assert "| window | 4.00 | 500 | 50% | 8.00 | 500 | 50% |" in text
     assert "| 16 | 64/4 | 8.53x |" in text
     assert "| 16 | 64/4 | nsa_gen | below 2,048 tokens | 4,096 tokens | 3,072 tokens |" in text
+
+
+def test_the_report_says_how_timed_runs_began(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_json(tmp_path / "earlier.json", sample_results())
+    write_json(tmp_path / "later.json", replace(sample_results(), settings={"measurement": MEASUREMENT}))
+    idle = "Timed runs begin on an idle GPU"
+    led = f"A timed run of less than {LED_BELOW_MS:.0f} ms directly follows an untimed one"
+    for names, shown in (
+        (["earlier"], (True, False)),
+        (["later"], (False, True)),
+        (["earlier", "later"], (True, True)),
+    ):
+        files = [str(tmp_path / f"{name}.json") for name in names]
+        assert compare_peers.main(["--out", str(tmp_path / "out"), "--from", *files]) == 0
+        text = (tmp_path / "out" / "comparison.md").read_text()
+        assert (idle in text, led in text) == shown
+        assert ("taken in different ways" in text) == all(shown)
 
 
 def test_what_is_no_result_is_a_wrong_call(tmp_path, capsys):

@@ -53,6 +53,16 @@ def test_a_later_answer_to_the_same_question_replaces_the_earlier():
     assert found.settings == {"seed": 1}
 
 
+def test_merged_results_name_every_way_in_which_they_were_measured():
+    earlier = replace(sample_results(), settings={"seed": 1})
+    later = replace(sample_results(), settings={"seed": 2, "measurement": "interleaved-2"})
+    assert (earlier.measurements, later.measurements) == (["interleaved-1"], ["interleaved-2"])
+    assert merge([later, later]).settings == {"seed": 2, "measurement": "interleaved-2"}
+    both = merge([earlier, later])
+    assert both.settings == {"seed": 1, "measurement": "interleaved-1, interleaved-2"}
+    assert merge([both, later]).measurements == both.measurements == ["interleaved-1", "interleaved-2"]
+
+
 def test_results_of_two_gpus_are_not_mixed():
     other = replace(sample_results(), machine={"gpu": "NVIDIA H200"})
     with pytest.raises(ValueError, match="one GPU"):

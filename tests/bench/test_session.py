@@ -15,6 +15,7 @@ from nsa_gen.bench.records import OURS, CheckRow, Row, TaskRow, read_results
 from nsa_gen.bench.session import Session, machine, run_session
 from nsa_gen.bench.worker import rows_of, task_fields, task_of
 from nsa_gen.bench.workloads import Task, nsa_spec, spec_tasks
+from nsa_gen.rendering.identity import MEASUREMENT
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 SPEC = nsa_spec("small", 8, 2, 64, 64)
@@ -138,7 +139,7 @@ def test_the_journal_holds_everything_as_soon_as_it_is_known(tmp_path):
     results = run_session(session(tmp_path, journal=journal, seed=5), tasks, {"spec": "text"})
     kept = read_results(journal)
     assert (kept.rows, kept.checks, kept.tasks) == (results.rows, results.checks, results.tasks)
-    assert kept.settings == {"seed": 5, "budget_seconds": 1e9, "spec": "text"}
+    assert kept.settings == {"seed": 5, "budget_seconds": 1e9, "measurement": MEASUREMENT, "spec": "text"}
     assert results.settings["seconds"] > 0
 
 
