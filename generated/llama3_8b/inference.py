@@ -60,7 +60,7 @@ def nsa_decode(
     out: torch.Tensor | None = None,
     return_aux: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, InferenceAuxiliary]:
-    """Attention of the newest tokens of each sequence to all tokens in the cache, in three launches.
+    """Attention of the newest tokens of each sequence to all tokens in the cache, in one launch or three.
 
     Row r of a sequence is the r-th token that the last `extend` made room for. If there are more than N such tokens,
     the rows are the last N of them. If there are fewer, the remaining rows pad the batch and their o is 0. The call

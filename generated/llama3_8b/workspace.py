@@ -32,6 +32,8 @@ OUTPUTS = ("o_cmp", "lse_cmp", "o_slc", "lse_slc", "o_win", "lse_win", "indices"
 MOST_COMPRESSED_SPLITS = 64
 # Most programs that share the tiles of one token and list. The last one to arrive merges the parts.
 MOST_ATTEND_SPLITS = 16
+# Fewest and most programs that share a list if a step is one launch. They merge the parts of all branches at a time.
+STEP_SPLITS = 2, 32
 # Most candidates from which one program selects, and the range of the tiles of blocks. They bound the workspace.
 MOST_CANDIDATES = 8192
 SMALLEST_TILE = 16
@@ -54,10 +56,12 @@ class DecodeWorkspace(NamedTuple):
     reference: torch.Tensor  # (rows, tiles) fp32, the maximum of each tile
     values: torch.Tensor  # (choices, tiles, candidates) fp32
     candidates: torch.Tensor  # (choices, tiles, candidates) int32
-    parts: torch.Tensor  # (branches, lists, splits, heads, Dv) fp32
-    max_parts: torch.Tensor  # (branches, lists, splits, heads) fp32, base 2
-    sum_parts: torch.Tensor  # (branches, lists, splits, heads) fp32
+    parts: torch.Tensor  # (branches * lists * splits, heads, Dv) fp32
+    max_parts: torch.Tensor  # (branches * lists * splits, heads) fp32, base 2
+    sum_parts: torch.Tensor  # (branches * lists * splits, heads) fp32
     counters: torch.Tensor  # (lists,) int32, 0 between calls
+    sums: torch.Tensor  # (lists, selection blocks) fp32, importance summed over heads
+    arrivals: torch.Tensor  # (lists, 3) int32, the first two 0 between calls
     o_cmp: torch.Tensor  # (B, N, Hq, Dv)
     lse_cmp: torch.Tensor  # (B, N, Hq) fp32
     o_slc: torch.Tensor  # (B, N, Hq, Dv)
@@ -88,10 +92,12 @@ class DecodeWorkspace(NamedTuple):
             floats(rows, tiles),
             floats(layout.batch * tokens * SCOPES, named_tiles, CANDIDATES),
             torch.empty(layout.batch * tokens * SCOPES, named_tiles, CANDIDATES, dtype=torch.int32, device=device),
-            floats(2, lists, MOST_ATTEND_SPLITS, HQ // LISTS, DV),
-            floats(2, lists, MOST_ATTEND_SPLITS, HQ // LISTS),
-            floats(2, lists, MOST_ATTEND_SPLITS, HQ // LISTS),
+            floats(max(2 * lists * MOST_ATTEND_SPLITS, 3 * configs.multiprocessors(device)), HQ // LISTS, DV),
+            floats(max(2 * lists * MOST_ATTEND_SPLITS, 3 * configs.multiprocessors(device)), HQ // LISTS),
+            floats(max(2 * lists * MOST_ATTEND_SPLITS, 3 * configs.multiprocessors(device)), HQ // LISTS),
             torch.zeros(lists, dtype=torch.int32, device=device),
+            floats(lists, blocks),
+            torch.zeros(lists, 3, dtype=torch.int32, device=device),
             torch.empty(*outputs, DV, dtype=torch.bfloat16, device=device),
             floats(*outputs),
             torch.empty(*outputs, DV, dtype=torch.bfloat16, device=device),
@@ -147,3 +153,18 @@ def shares_of(tiles: int, lists: int, device: torch.device) -> int:
     The selection does not depend on this number.
     """
     return max(1, min(tiles, RANKING_PROGRAMS * configs.multiprocessors(device) // lists))
+
+
+def step_splits(lists: int, capacity: int, device: torch.device) -> int:
+    """Number of programs per list if a step is one launch, or 0 if three launches are faster.
+
+    All programs run at the same time, one on a multiprocessor. Few programs are slower if they have many tiles of
+    compressed blocks.
+    """
+    fewest, most = STEP_SPLITS
+    splits = min(most, configs.multiprocessors(device) // lists)
+    if splits < fewest:
+        return 0
+    tile = configs.get("decode_step", device)["KEY_BLOCK"] // BLOCKS_PER_SELECTION * SELECTION_BLOCK
+    rounds = sizes.cdiv(sizes.cdiv(capacity, tile), splits)
+    return splits if rounds <= configs.get("decode_launches", device)["MOST_ROUNDS"] else 0

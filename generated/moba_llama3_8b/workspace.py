@@ -45,9 +45,9 @@ class DecodeWorkspace(NamedTuple):
 
     values: torch.Tensor  # (choices, tiles, candidates) fp32
     candidates: torch.Tensor  # (choices, tiles, candidates) int32
-    parts: torch.Tensor  # (branches, lists, splits, heads, Dv) fp32
-    max_parts: torch.Tensor  # (branches, lists, splits, heads) fp32, base 2
-    sum_parts: torch.Tensor  # (branches, lists, splits, heads) fp32
+    parts: torch.Tensor  # (branches * lists * splits, heads, Dv) fp32
+    max_parts: torch.Tensor  # (branches * lists * splits, heads) fp32, base 2
+    sum_parts: torch.Tensor  # (branches * lists * splits, heads) fp32
     counters: torch.Tensor  # (lists,) int32, 0 between calls
     o_slc: torch.Tensor  # (B, N, Hq, Dv)
     lse_slc: torch.Tensor  # (B, N, Hq) fp32
@@ -68,9 +68,9 @@ class DecodeWorkspace(NamedTuple):
         return cls(
             floats(layout.batch * tokens * SCOPES, named_tiles, CANDIDATES),
             torch.empty(layout.batch * tokens * SCOPES, named_tiles, CANDIDATES, dtype=torch.int32, device=device),
-            floats(1, lists, MOST_ATTEND_SPLITS, HQ // LISTS, DV),
-            floats(1, lists, MOST_ATTEND_SPLITS, HQ // LISTS),
-            floats(1, lists, MOST_ATTEND_SPLITS, HQ // LISTS),
+            floats(1 * lists * MOST_ATTEND_SPLITS, HQ // LISTS, DV),
+            floats(1 * lists * MOST_ATTEND_SPLITS, HQ // LISTS),
+            floats(1 * lists * MOST_ATTEND_SPLITS, HQ // LISTS),
             torch.zeros(lists, dtype=torch.int32, device=device),
             torch.empty(*outputs, DV, dtype=torch.bfloat16, device=device),
             floats(*outputs),

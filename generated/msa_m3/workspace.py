@@ -31,9 +31,9 @@ class DecodeWorkspace(NamedTuple):
     (sequence, token, scope).
     """
 
-    parts: torch.Tensor  # (branches, lists, splits, heads, Dv) fp32
-    max_parts: torch.Tensor  # (branches, lists, splits, heads) fp32, base 2
-    sum_parts: torch.Tensor  # (branches, lists, splits, heads) fp32
+    parts: torch.Tensor  # (branches * lists * splits, heads, Dv) fp32
+    max_parts: torch.Tensor  # (branches * lists * splits, heads) fp32, base 2
+    sum_parts: torch.Tensor  # (branches * lists * splits, heads) fp32
     counters: torch.Tensor  # (lists,) int32, 0 between calls
     o_slc: torch.Tensor  # (B, N, Hq, Dv)
     lse_slc: torch.Tensor  # (B, N, Hq) fp32
@@ -48,9 +48,9 @@ class DecodeWorkspace(NamedTuple):
 
         outputs = (layout.batch, tokens, HQ)
         return cls(
-            floats(1, lists, MOST_ATTEND_SPLITS, HQ // LISTS, DV),
-            floats(1, lists, MOST_ATTEND_SPLITS, HQ // LISTS),
-            floats(1, lists, MOST_ATTEND_SPLITS, HQ // LISTS),
+            floats(1 * lists * MOST_ATTEND_SPLITS, HQ // LISTS, DV),
+            floats(1 * lists * MOST_ATTEND_SPLITS, HQ // LISTS),
+            floats(1 * lists * MOST_ATTEND_SPLITS, HQ // LISTS),
             torch.zeros(lists, dtype=torch.int32, device=device),
             torch.empty(*outputs, DV, dtype=torch.bfloat16, device=device),
             floats(*outputs),

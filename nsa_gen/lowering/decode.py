@@ -10,6 +10,7 @@ import sympy
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.branches import raw_readers
 from nsa_gen.lowering.common import FEWEST_ROWS, FP32, QK_V, launch
+from nsa_gen.lowering.decode_step import decode_step_fits
 from nsa_gen.lowering.heads import power_of_two
 from nsa_gen.lowering.overlap import overlap
 from nsa_gen.lowering.parts import Kernel, Resources, Tunable
@@ -55,6 +56,8 @@ def inference_kernels(spec: Spec) -> tuple[Kernel, ...]:
         kernels.append(_decode_select(spec))
     if spec.selection is not None or spec.window is not None:
         kernels.append(_decode_attend(spec))
+    if decode_step_fits(spec):
+        kernels.append(_decode_step(spec))
     return tuple(kernels)
 
 
@@ -211,6 +214,36 @@ def _decode_compressed(spec: Spec) -> Kernel:
         ),
         useful_flops=2 * keys * s.G * dims,
         compulsory_bytes=keys * row_bytes,
+    )
+
+
+def _decode_step(spec: Spec) -> Kernel:
+    assert spec.selection is not None and spec.compression is not None
+    compressed, raw = s.T / s.CMP_STRIDE, s.SLC_COUNT * s.SLC_BLOCK + s.WINDOW
+    keys = s.B * s.Hkv * (compressed + raw)
+    moved = s.B * s.Hkv * (compressed * _compressed_row(spec) + raw * _raw_bytes(spec))
+    ratio = spec.selection.block // spec.compression.stride
+    tiles = (size for size in _key_tiles(spec, max(FEWEST_ROWS, ratio)).values if size <= spec.selection.block)
+    return Kernel(
+        name="decode_step",
+        module="decode_step",
+        branch="all",
+        direction="decode",
+        purpose="all steps of decode for few sequences and short contexts",
+        schedule="one launch; the programs of a list wait for each other between the steps",
+        tunables=(Tunable(s.KEY_BLOCK.name, tuple(tiles)), *launch((4,), (1, 2))),
+        constraints=(sympy.Or(sympy.Lt(s.SELECTED_ROWS, 64), sympy.Le(s.NUM_STAGES, 1)),),
+        resources=Resources(
+            shared_memory=_KV_TILE,
+            registers=s.SELECTED_ROWS * 2 * s.PAD_V + s.KEY_BLOCK * QK_V / 2 + _LIST_REGISTERS,
+            flops=2 * keys * s.SELECTED_ROWS * QK_V,
+            traffic=moved * (1 + 16 / s.KEY_BLOCK + 1 / (4 * s.NUM_STAGES)),
+            streamed=s.KEY_BLOCK,
+            height=sympy.Integer(64),
+        ),
+        useful_flops=2 * keys * s.G * (s.Dk + s.Dv),
+        compulsory_bytes=moved,
+        whole=False,
     )
 
 

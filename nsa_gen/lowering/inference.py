@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 _MOST_POOLED_ELEMENTS = 32
 #: Floats of the parts that one program merges at a time.
 _MERGED_FLOATS = 8192
+#: The same if a step is one launch, where a program merges the parts of all branches together.
+_STEP_FLOATS = 16384
+#: Most programs per list if a step is one launch. A query of NSA's paper has 25 tiles of selected blocks and the window.
+_STEP_SPLITS = 32
 
 
 def _literal(names: tuple[str, ...]) -> str:
@@ -49,6 +53,8 @@ class InferencePlan:
         pools_by_maximum: bool
         combined: bool
         raw_names: tuple[str, ...]
+
+        kernels: tuple[Kernel, ...]
 
         def kernel(self, name: str) -> Kernel: ...
 
@@ -149,11 +155,17 @@ class InferencePlan:
         return tuple(dict.fromkeys(name for branch in branches for name in self.kv(branch)))
 
     @property
+    def decode_steps(self) -> bool:
+        """Decode also has a kernel with all steps, for few sequences and short contexts."""
+        return any(kernel.name == "decode_step" for kernel in self.kernels)
+
+    @property
     def decode_launches(self) -> str:
         """The number of launches in a decode step, in words."""
         compressed = self.compressed is not None
         count = compressed + (compressed or self.decode_selects) + (self.branches != ("cmp",))
-        return {1: "one launch", 2: "two launches", 3: "three launches"}[count]
+        found = {1: "one launch", 2: "two launches", 3: "three launches"}[count]
+        return f"one launch or {found.removesuffix(' launches')}" if self.decode_steps else found
 
     @property
     def candidates(self) -> int:
@@ -186,6 +198,16 @@ class InferencePlan:
     def most_compressed_splits(self) -> int:
         """Parts of a row that one program merges at a time, at most."""
         return _MERGED_FLOATS // power_of_two(self.v.size)
+
+    @property
+    def most_step_splits(self) -> int:
+        """Most programs that share a list if a step is one launch. One program merges their parts of all branches."""
+        return min(_STEP_SPLITS, _STEP_FLOATS // (power_of_two(len(self.branches)) * power_of_two(self.v.size)))
+
+    @property
+    def step_floats(self) -> int:
+        """Floats of parts that one program of a step in one launch merges at a time."""
+        return _STEP_FLOATS
 
     @property
     def decode_outputs(self) -> tuple[str, ...]:
@@ -250,13 +272,22 @@ class InferencePlan:
             ]  # fmt: skip
         if self.branches != ("cmp",):
             branches = len([branch for branch in self.branches if branch != "cmp"])
-            parts = f"{branches}, lists, MOST_ATTEND_SPLITS, HQ // LISTS"
+            parts = f"{branches} * lists * MOST_ATTEND_SPLITS"
+            if self.decode_steps:
+                # A step in one launch has parts of all branches, from no more programs than there are multiprocessors.
+                parts = f"max({parts}, {len(self.branches)} * configs.multiprocessors(device))"
             found += [
-                ("parts", "(branches, lists, splits, heads, Dv) fp32", f"floats({parts}, DV)"),
-                ("max_parts", "(branches, lists, splits, heads) fp32, base 2", f"floats({parts})"),
-                ("sum_parts", "(branches, lists, splits, heads) fp32", f"floats({parts})"),
+                ("parts", "(branches * lists * splits, heads, Dv) fp32", f"floats({parts}, HQ // LISTS, DV)"),
+                ("max_parts", "(branches * lists * splits, heads) fp32, base 2", f"floats({parts}, HQ // LISTS)"),
+                ("sum_parts", "(branches * lists * splits, heads) fp32", f"floats({parts}, HQ // LISTS)"),
                 ("counters", "(lists,) int32, 0 between calls", "torch.zeros(lists, dtype=torch.int32, device=device)"),
             ]
+        if self.decode_steps:
+            found += [
+                ("sums", "(lists, selection blocks) fp32, importance summed over heads", "floats(lists, blocks)"),
+                ("arrivals", "(lists, 3) int32, the first two 0 between calls",
+                 "torch.zeros(lists, 3, dtype=torch.int32, device=device)"),
+            ]  # fmt: skip
         for branch in self.branches:
             output = f"torch.empty(*outputs, DV, dtype={dtype}, device=device)"
             found += [

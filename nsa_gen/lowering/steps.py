@@ -57,7 +57,10 @@ def build_steps(
         gates = ("gates",) if spec.combine.gate != "none" else ()
         reads = (*(f"o_{branch}" for branch in spec.branches), *gates)
         names = ("combine_forward", "combine_backward")
-        schedules = (Schedule("one_pass", _among(names, present)), *_decoding(("decode_attend",), present))
+        schedules = (
+            Schedule("one_pass", _among(names, present)),
+            *_decoding(("decode_attend", "decode_step"), present),
+        )
         steps.append(Step("combine", "combine", reads, ("o",), reads if backward else (), (), {}, schedules))
     return tuple(steps)
 
@@ -132,7 +135,7 @@ def _attend_compressed(spec: Spec, combined: bool, present: set[str]) -> Step:
     """Attention to the compressed blocks that end at or before a query (Eq. 7)."""
     assert spec.compression is not None
     constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride, "WINDOW": None}
-    decode = _decoding(("append_compressed", "decode_compressed"), present)
+    decode = _decoding(("append_compressed", "decode_compressed", "decode_step"), present)
     schedules = (*_banded(spec, "cmp", "compressed", combined, present), *decode)
     return _attend(spec, combined, "cmp", "compressed", ("k_cmp", "v_cmp"), constants, schedules)
 
@@ -141,7 +144,7 @@ def _sum_compressed(spec: Spec, present: set[str]) -> Step:
     """The lse of the scores of compressed keys without values, which importance needs (Eq. 8)."""
     assert spec.compression is not None
     constants = {"BLOCK": spec.compression.block, "STRIDE": spec.compression.stride, "WINDOW": None}
-    decode = _decoding(("append_compressed", "decode_compressed"), present)
+    decode = _decoding(("append_compressed", "decode_compressed", "decode_step"), present)
     schedules = (Schedule(QUERY_MAJOR, ("compressed_lse",)), *decode)
     return Step("score", "compressed_lse", ("q", "k_cmp"), ("lse_cmp",), (), (), constants, schedules)
 
@@ -154,7 +157,7 @@ def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
         names = schedules[0].kernels
         schedules.append(Schedule(LOCAL_BLOCKS, names, decided_by=("LOCAL_IN_WINDOW", 1), fuses=("selected",)))
     constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size}
-    decode = _decoding(("decode_attend",), present)
+    decode = _decoding(("decode_attend", "decode_step"), present)
     return _attend(spec, combined, "win", "window", kv_names(spec, "win"), constants, (*schedules, *decode))
 
 
@@ -208,7 +211,7 @@ def _selected(spec: Spec, always: Iterable[str], kernels: Sequence[Kernel]) -> t
         schedules.append(Schedule(HOPPER_GATHER_QUERIES, (), (HOPPER,), decided_by=("HOPPER_TOKENS", None)))
     if hopper_selected_backward_fits(spec):
         schedules.append(Schedule(HOPPER_GATHER, (), (HOPPER,), decided_by=("HOPPER_BACKWARD_TOKENS", None)))
-    return (*schedules, *_decoding(("decode_attend",), present))
+    return (*schedules, *_decoding(("decode_attend", "decode_step"), present))
 
 
 #: Modules of the kernels that choose blocks. The other kernels of the branch attend to these blocks.
@@ -232,7 +235,7 @@ def _choose_blocks(spec: Spec, present: set[str]) -> list[Step]:
         "MEAN_SCORES": int(selection.scores == "mean"), "INDEX_DIM": selection.index_dim,
         "MAXIMUM": int(selection.pool == "max"),
     }  # fmt: skip
-    decode = _decoding(("decode_select",), present)
+    decode = _decoding(("decode_select", "decode_step"), present)
     select = Step(
         "select", "select_blocks", scorer[-1].writes if scorer else (), ("indices", "counts"), (), (), block | count,
         (Schedule("sorted_list", ("select_blocks",)), *decode),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -123,7 +123,7 @@ def trace_inference(
             if plan.selected and not plan.selects:
                 count = int(plan.selected.constants["COUNT"] or 0)
                 lists = (empty(batch, number, plan.scopes, count, dtype=torch.int32), None)
-            decode.decode_forward(
+            arguments = (
                 empty(batch, number, plan.query_heads, plan.qk.size),
                 *gates,
                 *((empty(batch, number, plan.scopes, plan.index_dim),) if plan.index_dim else ()),
@@ -136,6 +136,11 @@ def trace_inference(
                 lengths,
                 layout,
             )
+            configs = _module(package, "configs")
+            with configs.override("decode_launches", MOST_ROUNDS=0) if plan.decode_steps else nullcontext():
+                decode.decode_forward(*arguments)
+            if plan.decode_steps and configs.get("decode_launches", torch.device(device))["MOST_ROUNDS"]:
+                decode.decode_step(*arguments, workspace.STEP_SPLITS[1])
 
 
 def _module(package: ModuleType, name: str) -> Any:

@@ -86,7 +86,7 @@ def with_chunks(program: Plan, variation: Variation, rows: int) -> Variation:
         (decision.name, tunable.name, max(1, tokens))
         for decision in program.decisions
         for tunable in decision.tunables
-        if tunable.name not in decision.choices
+        if tunable.name not in decision.choices and decision.passes != ("decode",)
     ]
     # Values of one kernel must stay adjacent.
     values = sorted((*variation.values, *sizes), key=lambda value: value[0])
@@ -94,9 +94,12 @@ def with_chunks(program: Plan, variation: Variation, rows: int) -> Variation:
 
 
 def decode_variation(program: Plan, number: int, interpreted: bool) -> Variation:
-    """Tile sizes and splits of decode for a cache's scenario `number`, counted from the last of each kernel."""
+    """Tile sizes, splits and launches of decode for a cache's scenario `number`, from the last of each kernel's."""
     kernels = [kernel for kernel in program.kernels if kernel.direction == "decode"]
-    return Variation(number, tuple(_values(program, kernels, -1 - number, -1 - number, interpreted)))
+    values = _values(program, kernels, -1 - number, -1 - number, interpreted)
+    decisions = [decision for decision in program.decisions if decision.passes == ("decode",)]
+    values += [(each.name, limit.name, limit.values[number % 2 - 1]) for each in decisions for limit in each.tunables]
+    return Variation(number, tuple(values))
 
 
 def most_unlike_the_defaults(program: Plan, found: Sequence[Variation]) -> Variation | None:

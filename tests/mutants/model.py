@@ -224,11 +224,13 @@ class CacheCheck:
 
     spec: str
     scenario: Scenario
+    values: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def label(self) -> str:
         """A short name, such as "cached: B=1 contiguous: fill 100, decode 1"."""
-        return f"{self.spec}: {self.scenario.text}"
+        values = "".join(f", {name} {value}" for _, name, value in self.values)
+        return f"{self.spec}: {self.scenario.text}{values}"
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,8 @@ def run(check: Check | CacheCheck, module: ModuleType | None = None) -> list[Row
     op = operator_of_spec(SPECS[check.spec])
     module = module or op.module
     if isinstance(check, CacheCheck):
-        return run_scenario(op.spec, module, check.scenario, "cpu")
+        with varied(module, Variation(0, check.values) if check.values else None):
+            return run_scenario(op.spec, module, check.scenario, "cpu")
     inputs, references = _inputs(check)
     with check.schedule(module):
         if check.altered == "far":

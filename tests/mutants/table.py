@@ -17,6 +17,7 @@ from tests.mutants import (
     alignment,
     attention,
     backward,
+    decode_step,
     index_scores,
     inference,
     joint,
@@ -51,6 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *sink.MUTANTS,
     *joint.MUTANTS,
     *inference.MUTANTS,
+    *decode_step.MUTANTS,
     *options.MUTANTS,
 )
 EQUIVALENT: tuple[Equivalent, ...] = options.EQUIVALENT

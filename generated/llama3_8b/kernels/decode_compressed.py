@@ -92,6 +92,11 @@ def decode_compressed_step(
     rows = cached_blocks(cached.head, keys, exists, PAGE_SIZE)
     k = load_qk_rows(cached.k_ptr, rows, HEAD_DIM_QK, exists)
     v = load_v_rows(cached.v_ptr, rows, HEAD_DIM_V, exists)
+    # Compressed blocks before the tile that overlap its first selection block.
+    before = tile * KEY_BLOCK - BEFORE_KEYS + tl.arange(0, BEFORE_KEYS)
+    reaches = (before >= 0) & (before >= tile * KEY_BLOCK + FIRST_OVERLAP)
+    rows = cached_blocks(cached.head, before, reaches, PAGE_SIZE)
+    k_before = load_qk_rows(cached.k_ptr, rows, HEAD_DIM_QK, reaches)
     scores = dot_rows(q, k) * SCALE_LOG2
     visible = None
     if EDGE:
@@ -99,12 +104,8 @@ def decode_compressed_step(
         scores = tl.where(visible, scores, float("-inf"))
     tile_max = tl.max(scores, 1)
 
-    # Compressed blocks before the tile that overlap its first selection block. The reference includes them: equal keys
-    # then have equal probabilities in every tile, and equal blocks have equal importance.
-    before = tile * KEY_BLOCK - BEFORE_KEYS + tl.arange(0, BEFORE_KEYS)
-    reaches = (before >= 0) & (before >= tile * KEY_BLOCK + FIRST_OVERLAP)
-    rows = cached_blocks(cached.head, before, reaches, PAGE_SIZE)
-    k_before = load_qk_rows(cached.k_ptr, rows, HEAD_DIM_QK, reaches)
+    # The reference includes the blocks before the tile: equal keys then have equal probabilities in every tile, and
+    # equal blocks have equal importance.
     before_scores = dot_rows(q, k_before) * SCALE_LOG2
     before_scores = tl.where(reaches[None, :] & (before[None, :] < seen[:, None]), before_scores, float("-inf"))
     tile_max = tl.maximum(tile_max, tl.max(before_scores, 1))
