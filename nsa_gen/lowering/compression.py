@@ -54,7 +54,7 @@ _POOLED_KEY_BYTES = KEY_BYTES * (1 + 1 / s.CMP_STRIDE)
 
 
 def compression_kernels(spec: Spec) -> tuple[Kernel, ...]:
-    """The kernels of phi, forward and backward. Keys and values use the same ones."""
+    """The kernels of phi, forward and backward. Keys and values use the same ones; means share a launch."""
     sides = compressed_sides(spec)
     backward = "backward" in spec.passes and "cmp" in spec.branches
     kernels: list[Kernel] = []
@@ -84,6 +84,9 @@ def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sy
     """A pooling kernel, bound by the bytes it moves: by default keys, values and their compressed rows."""
     columns = s.maximum(s.PAD_QK, s.PAD_V)
     zero = sympy.Integer(0)
+    # The forward reads a token once for each block that holds it, whatever the tile. Of equal candidates the first is
+    # chosen, the smallest tile: it has the most programs, whose loads short calls need to fill a device.
+    traffic = moved if name == "pool_forward" else moved * (1 + 1 / tile)
     return Kernel(
         name=name,
         module="compression_pool",
@@ -93,10 +96,8 @@ def _pool(name: str, direction: str, purpose: str, tile: sympy.Symbol, moved: sy
         schedule="one pass over the tokens",
         tunables=(Tunable(tile.name, (4, 8, 16, 32, 64)), Tunable("num_warps", (4,)), Tunable("num_stages", (2,))),
         constraints=(),
-        # Beyond 32 values per thread, more tiles in flight gain nothing. The traffic term makes larger tiles win.
-        resources=Resources(
-            zero, 4 * tile * columns, zero, moved * (1 + 1 / tile), sympy.Integer(1), sympy.Integer(64)
-        ),
+        # Beyond 32 values per thread, more tiles in flight gain nothing. A traffic by tiles makes larger tiles win.
+        resources=Resources(zero, 4 * tile * columns, zero, traffic, sympy.Integer(1), sympy.Integer(64)),
         useful_flops=zero,
         compulsory_bytes=moved,
     )

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,12 @@ CASES = (
     Case("mlp", "linear+"),
     Case("mlp+", "weighted+"),
 )
-HEAD_DIMS = (Case("mean+", "weighted", (80, 200)), Case("linear", "mean", (80, 16)), Case("mlp", "linear", (16, 80)))
+HEAD_DIMS = (
+    Case("mean", "mean", (80, 200)),
+    Case("mean+", "weighted", (80, 200)),
+    Case("linear", "mean", (80, 16)),
+    Case("mlp", "linear", (16, 80)),
+)
 BLOCKS = (
     Case("weighted+", "mlp", block=12, stride=4),
     Case("linear+", "mean", block=12, stride=4),
@@ -367,6 +373,22 @@ def test_a_nan_in_the_tail_that_no_block_covers_is_never_read(package_of: Callab
         x[0, 12] = torch.nan  # the last of 13 tokens: the last block ends with token 11
     for before, after in zip(clean, forward(package, problem), strict=True):
         assert torch.equal(after, before)
+
+
+def test_means_of_keys_and_values_share_a_launch(
+    package_of: Callable[[Case], Package], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = package_of(Case("mean", "mean"))
+    pool = importlib.import_module(f"{package.compression.__package__}.compression_pool")
+    prepare, launched = pool.prepare_pool, []
+
+    def noted(kernel: Any, *sizes: Any) -> Any:
+        launched.append(kernel.__name__)
+        return prepare(kernel, *sizes)
+
+    monkeypatch.setattr(pool, "prepare_pool", noted)
+    run(package, make_problem(package, 9))
+    assert launched == ["pool_forward_kernel", "pool_backward_input_kernel"]
 
 
 def test_rows_of_a_packed_call_that_belong_to_no_block_are_zero(package_of: Callable[[Case], Package]) -> None:

@@ -167,7 +167,7 @@ MUTANTS = (
             Edit(
                 "kernels/compression_pool.py",
                 "x += tl.load(embedding + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)[None, :]",
-                "x += tl.zeros((1, COLUMNS), dtype=tl.float32) * columns[None, :]",
+                "x += tl.zeros((1, x.shape[1]), dtype=tl.float32) * columns[None, :]",
             ),
         ),
     ),
@@ -180,8 +180,8 @@ MUTANTS = (
             Edit(
                 "kernels/compression_pool.py",
                 "        partial = partial_ptr +",
-                "        x = load_elements(x_base, blocks, element ^ 1, stride_xt, in_range, HEAD_DIM, COLUMNS)\n"
-                "        x = add_position(x, position_ptr, kv_head, element ^ 1, HEAD_DIM, COLUMNS)\n"
+                "        x = load_elements(x_base, blocks, element ^ 1, stride_xt, in_range, HEAD_DIM)\n"
+                "        x = add_position(x, position_ptr, kv_head, element ^ 1, HEAD_DIM)\n"
                 "        partial = partial_ptr +",
             ),
         ),
