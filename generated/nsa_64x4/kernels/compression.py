@@ -24,8 +24,7 @@ def compress_forward(
     """k (B, T, H, Dk), v (B, T, H, Dv) -> k_cmp (B, rows, H, Dk), v_cmp (B, rows, H, Dv), and what phi saves."""
     k_cmp = new_rows(k, sequences, k.shape[3], k.dtype)
     v_cmp = new_rows(v, sequences, v.shape[3], v.dtype)
-    pool_forward(k, k_cmp, sequences)
-    pool_forward(v, v_cmp, sequences)
+    pool_forward(k, v, k_cmp, v_cmp, sequences)
     return k_cmp, v_cmp, ()
 
 
@@ -49,6 +48,5 @@ def compress_backward(
     block. dk and dv are contiguous and of any float dtype. A token in no complete block has gradient 0. `dk_before` and
     `dv_before`, the float32 sums of other branches, are added. They may be the same tensors as dk and dv.
     """
-    pool_backward_input(dk_cmp, dk, sequences, dk_before)
-    pool_backward_input(dv_cmp, dv, sequences, dv_before)
+    pool_backward_input(dk_cmp, dv_cmp, dk, dv, sequences, dk_before, dv_before)
     return ()

@@ -9,33 +9,62 @@ import triton
 import triton.language as tl
 
 from .. import configs
-from ..runtime import sizes
-from ..runtime.launch import Constants, Launch, kept, lean, prepare
+from ..runtime.launch import Constants, Launch, kept, lean, prepare, strides
 from ..runtime.sequences import Sequences
-from ..spec import COMPRESSION_BLOCK, COMPRESSION_STRIDE, KV_HEADS
+from ..spec import COMPRESSION_BLOCK, COMPRESSION_STRIDE, HEAD_DIM_QK, HEAD_DIM_V, KV_HEADS
 from .primitives import complete_blocks, load_tile, locate_tile, row_base, store_tile
 
-# Pooling: y[i] = sum_j weight[j] * x[i * STRIDE + j]. Keys and values launch the same kernels.
+# Pooling: y[i] = sum_j weight[j] * x[i * STRIDE + j]. Keys and values share each launch.
 
 
 @triton.jit
-def load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load token `element` of each block, fp32: (blocks, COLUMNS)."""
+def load_padded(base, rows, stride, valid, HEAD_DIM: tl.constexpr):
+    """Load rows of HEAD_DIM elements, padded with 0 to a power of two; 0 for invalid rows."""
+    return load_tile(base, rows, stride, valid, 0, triton.next_power_of_2(HEAD_DIM), HEAD_DIM)
+
+
+@triton.jit
+def store_padded(base, rows, valid, x, HEAD_DIM: tl.constexpr, before=None):
+    """Inverse of load_padded, to contiguous rows; see store_tile."""
+    store_tile(base, rows, HEAD_DIM, valid, x, 0, triton.next_power_of_2(HEAD_DIM), HEAD_DIM, before)
+
+
+@triton.jit
+def load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM: tl.constexpr):
+    """Load token `element` of each block, fp32."""
     tokens = blocks * COMPRESSION_STRIDE + element
-    return load_tile(x_base, tokens, stride_xt, in_range, 0, COLUMNS, HEAD_DIM).to(tl.float32)
+    return load_padded(x_base, tokens, stride_xt, in_range, HEAD_DIM).to(tl.float32)
+
+
+@triton.jit
+def pool_blocks(
+    x_base,
+    blocks,
+    stride_xt,
+    in_range,
+    HEAD_DIM: tl.constexpr,
+):
+    """y of blocks of one KV head, fp32."""
+    y = tl.zeros((blocks.shape[0], triton.next_power_of_2(HEAD_DIM)), dtype=tl.float32)
+    # Unrolled, so that several loads are in flight. ptxas keeps five to seven, and fewer if the loop is unrolled by 8.
+    for element in tl.range(0, COMPRESSION_BLOCK, loop_unroll_factor=32):
+        x = load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM)
+        y += (1.0 / COMPRESSION_BLOCK) * x
+    return y
 
 
 @lean
 @triton.jit(do_not_specialize=["tokens", "rows", "num_sequences"])
 def pool_forward_kernel(
-    x_ptr,
-    y_ptr, cu_seqlens,
-    stride_xb, stride_xt, stride_xh,
+    k_ptr, v_ptr, k_cmp_ptr, v_cmp_ptr,
+    cu_seqlens,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh,
     tokens, rows, num_sequences,
-    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, BLOCK_TILE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_TILE: tl.constexpr,
 ):  # fmt: skip
-    """y of BLOCK_TILE blocks of one KV head."""
-    kv_head = tl.program_id(1)
+    """Compressed keys or, in the upper half of the grid's heads, values of BLOCK_TILE blocks of one KV head."""
+    kv_head = tl.program_id(1) % KV_HEADS
     batch = tl.program_id(2)
     rows_before = tl.cast(batch, tl.int64) * rows
     first_token, tile, _, tokens = locate_tile(
@@ -47,34 +76,54 @@ def pool_forward_kernel(
 
     blocks = tile * BLOCK_TILE + tl.arange(0, BLOCK_TILE)
     in_range = blocks < block_count
-    x_base = row_base(x_ptr, batch, first_token, kv_head, stride_xb, stride_xt, stride_xh)
-
-    y = tl.zeros((BLOCK_TILE, COLUMNS), dtype=tl.float32)
-    for element in range(0, COMPRESSION_BLOCK):
-        x = load_elements(x_base, blocks, element, stride_xt, in_range, HEAD_DIM, COLUMNS)
-        y += (1.0 / COMPRESSION_BLOCK) * x
-
     row_offsets = (rows_before + first_token // COMPRESSION_STRIDE + blocks) * KV_HEADS + kv_head
-    store_tile(y_ptr, row_offsets, HEAD_DIM, in_range, y, 0, COLUMNS, HEAD_DIM)
+    if tl.program_id(1) < KV_HEADS:
+        k_base = row_base(k_ptr, batch, first_token, kv_head, stride_kb, stride_kt, stride_kh)
+        k_cmp = pool_blocks(k_base, blocks, stride_kt, in_range, HEAD_DIM_QK)
+        store_padded(k_cmp_ptr, row_offsets, in_range, k_cmp, HEAD_DIM_QK)
+    else:
+        v_base = row_base(v_ptr, batch, first_token, kv_head, stride_vb, stride_vt, stride_vh)
+        v_cmp = pool_blocks(v_base, blocks, stride_vt, in_range, HEAD_DIM_V)
+        store_padded(v_cmp_ptr, row_offsets, in_range, v_cmp, HEAD_DIM_V)
+
+
+@triton.jit
+def spread_rows(
+    dy_ptr,
+    first_row,
+    kv_head,
+    positions,
+    block_count,
+    HEAD_DIM: tl.constexpr,
+):
+    """dx of tokens of one KV head: token c * STRIDE + r is element a * STRIDE + r of block c - a."""
+    dx = tl.zeros((positions.shape[0], triton.next_power_of_2(HEAD_DIM)), dtype=tl.float32)
+    for step in range(0, COMPRESSION_BLOCK // COMPRESSION_STRIDE):
+        blocks = positions // COMPRESSION_STRIDE - step
+        valid = (blocks >= 0) & (blocks < block_count)
+        dy = load_padded(dy_ptr, (first_row + blocks) * KV_HEADS + kv_head, HEAD_DIM, valid, HEAD_DIM)
+        dx += (1.0 / COMPRESSION_BLOCK) * dy
+    return dx
 
 
 @lean
 @triton.jit(do_not_specialize=["tokens", "rows", "num_sequences"])
 def pool_backward_input_kernel(
-    dy_ptr,
-    dx_ptr,
-    dx_before_ptr,
+    dk_cmp_ptr,
+    dv_cmp_ptr,
+    dk_ptr,
+    dv_ptr,
+    dk_before_ptr,
+    dv_before_ptr,
     cu_seqlens,
     tokens,
     rows,
     num_sequences,
-    HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PACKED: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
 ):
-    """dx of TOKEN_BLOCK tokens of one KV head: token c * STRIDE + r is element a * STRIDE + r of block c - a."""
-    kv_head = tl.program_id(1)
+    """dk or, in the upper half of the grid's heads, dv of TOKEN_BLOCK tokens of one KV head."""
+    kv_head = tl.program_id(1) % KV_HEADS
     batch = tl.program_id(2)
     tokens_before = tl.cast(batch, tl.int64) * tokens
     rows_before = tl.cast(batch, tl.int64) * rows
@@ -85,51 +134,53 @@ def pool_backward_input_kernel(
         return
 
     positions = tile * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+    in_range = positions < tokens
     block_count = complete_blocks(tokens, COMPRESSION_BLOCK, COMPRESSION_STRIDE)
     first_row = rows_before + first_token // COMPRESSION_STRIDE
-
-    dx = tl.zeros((TOKEN_BLOCK, COLUMNS), dtype=tl.float32)
-    for step in range(0, COMPRESSION_BLOCK // COMPRESSION_STRIDE):
-        blocks = positions // COMPRESSION_STRIDE - step
-        valid = (blocks >= 0) & (blocks < block_count)
-        row_offsets = (first_row + blocks) * KV_HEADS + kv_head
-        dy = load_tile(dy_ptr, row_offsets, HEAD_DIM, valid, 0, COLUMNS, HEAD_DIM)
-        dx += (1.0 / COMPRESSION_BLOCK) * dy
-
     token_offsets = (tokens_before + first_token + positions) * KV_HEADS + kv_head
-    store_tile(dx_ptr, token_offsets, HEAD_DIM, positions < tokens, dx, 0, COLUMNS, HEAD_DIM, dx_before_ptr)
+    if tl.program_id(1) < KV_HEADS:
+        dk = spread_rows(dk_cmp_ptr, first_row, kv_head, positions, block_count, HEAD_DIM_QK)
+        store_padded(dk_ptr, token_offsets, in_range, dk, HEAD_DIM_QK, dk_before_ptr)
+    else:
+        dv = spread_rows(dv_cmp_ptr, first_row, kv_head, positions, block_count, HEAD_DIM_V)
+        store_padded(dv_ptr, token_offsets, in_range, dv, HEAD_DIM_V, dv_before_ptr)
 
 
 def pool_forward(
-    x: torch.Tensor,
-    y: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
     sequences: Sequences,
 ) -> None:
-    """y (B, rows, H, D) = the weighted sum of each block's tokens of x (B, T, H, D)."""
-    config = configs.get("pool_forward", x.device)
-    prepared = prepare_pool(pool_forward_kernel, config, x.shape, sequences.sizes, y.shape[1], *x.stride()[:3])
-    prepared(x, y, sequences.cu_seqlens)
+    """k_cmp and v_cmp (B, rows, H, D) = the mean of each block's tokens of k and v (B, T, H, D)."""
+    config = configs.get("pool_forward", k.device)
+    prepared = prepare_pool(pool_forward_kernel, config, k.shape, sequences.sizes, k_cmp.shape[1], *strides(k, v))
+    prepared(k, v, k_cmp, v_cmp, sequences.cu_seqlens)
 
 
 @kept
 def prepare_pool(
-    kernel: Any, config: Constants, shape: torch.Size, sequences: Sequences, rows: int, *strides: int
+    kernel: Any, config: Constants, shape: torch.Size, sequences: Sequences, rows: int, *row_strides: int
 ) -> Launch:
     """Prepare the launch of a kernel of this module for tokens of shape (B, T, H, D) and `rows` compressed rows."""
-    _, tokens, kv_heads, size = shape
+    tokens = shape[1]
     tile = config["TOKEN_BLOCK"] if "TOKEN_BLOCK" in config else config["BLOCK_TILE"] * COMPRESSION_STRIDE.value
-    constants = {"HEAD_DIM": size, "COLUMNS": sizes.next_power_of_2(size), "PACKED": sequences.packed, **config}
-    grid = (sequences.tiles(tokens, tile), kv_heads, sequences.batch)
-    return prepare(kernel, grid, *strides, tokens, rows, sequences.count, **constants)
+    constants = {"PACKED": sequences.packed, **config}
+    grid = (sequences.tiles(tokens, tile), 2 * KV_HEADS.value, sequences.batch)
+    return prepare(kernel, grid, *row_strides, tokens, rows, sequences.count, **constants)
 
 
 def pool_backward_input(
-    dy: torch.Tensor,
-    dx: torch.Tensor,
+    dk_cmp: torch.Tensor,
+    dv_cmp: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
     sequences: Sequences,
-    dx_before: torch.Tensor | None = None,
+    dk_before: torch.Tensor | None,
+    dv_before: torch.Tensor | None,
 ) -> None:
-    """Write the gradient of x (B, T, H, D), contiguous, for dy (B, rows, H, D) fp32, with `dx_before` added."""
-    config = configs.get("pool_backward_input", dx.device)
-    prepared = prepare_pool(pool_backward_input_kernel, config, dx.shape, sequences.sizes, dy.shape[1])
-    prepared(dy, dx, dx_before, sequences.cu_seqlens)
+    """Write the gradients of k and v, for those of k_cmp and v_cmp; see compress_backward."""
+    config = configs.get("pool_backward_input", dk.device)
+    prepared = prepare_pool(pool_backward_input_kernel, config, dk.shape, sequences.sizes, dk_cmp.shape[1])
+    prepared(dk_cmp, dv_cmp, dk, dv, dk_before, dv_before, sequences.cu_seqlens)
