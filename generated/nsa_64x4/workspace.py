@@ -32,8 +32,8 @@ OUTPUTS = ("o_cmp", "lse_cmp", "o_slc", "lse_slc", "o_win", "lse_win", "indices"
 MOST_COMPRESSED_SPLITS = 64
 # Most programs that share the tiles of one token and list. The last one to arrive merges the parts.
 MOST_ATTEND_SPLITS = 16
-# Fewest and most programs that share a list if a step is one launch. They merge the parts of all branches at a time.
-STEP_SPLITS = 2, 32
+# Fewest and most programs that share a list if a step is one launch, and most blocks from which it selects.
+STEP_SPLITS, STEP_BLOCKS = (4, 32), 1024
 # Most candidates from which one program selects, and the range of the tiles of blocks. They bound the workspace.
 MOST_CANDIDATES = 8192
 SMALLEST_TILE = 16
@@ -159,11 +159,11 @@ def step_splits(lists: int, capacity: int, device: torch.device) -> int:
     """Number of programs per list if a step is one launch, or 0 if three launches are faster.
 
     All programs run at the same time, one on a multiprocessor. Few programs are slower if they have many tiles of
-    compressed blocks.
+    compressed blocks. Each selects among all blocks.
     """
     fewest, most = STEP_SPLITS
     splits = min(most, configs.multiprocessors(device) // lists)
-    if splits < fewest:
+    if splits < fewest or capacity > STEP_BLOCKS * SELECTION_BLOCK:
         return 0
     tile = configs.get("decode_step", device)["KEY_BLOCK"] // BLOCKS_PER_SELECTION * SELECTION_BLOCK
     rounds = sizes.cdiv(sizes.cdiv(capacity, tile), splits)

@@ -231,13 +231,14 @@ def _decode_step(spec: Spec) -> Kernel:
         direction="decode",
         purpose="all steps of decode for few sequences and short contexts",
         schedule="one launch; the programs of a list wait for each other between the steps",
-        tunables=(Tunable(s.KEY_BLOCK.name, tuple(tiles)), *launch((4,), (1, 2))),
-        constraints=(sympy.Or(sympy.Lt(s.SELECTED_ROWS, 64), sympy.Le(s.NUM_STAGES, 1)),),
+        # Most programs have one tile of each kind, for which a pipeline makes them slower.
+        tunables=(Tunable(s.KEY_BLOCK.name, tuple(tiles)), *launch((4,), (1,))),
+        constraints=(),
         resources=Resources(
             shared_memory=_KV_TILE,
             registers=s.SELECTED_ROWS * 2 * s.PAD_V + s.KEY_BLOCK * QK_V / 2 + _LIST_REGISTERS,
             flops=2 * keys * s.SELECTED_ROWS * QK_V,
-            traffic=moved * (1 + 16 / s.KEY_BLOCK + 1 / (4 * s.NUM_STAGES)),
+            traffic=moved * (1 + 16 / s.KEY_BLOCK),
             streamed=s.KEY_BLOCK,
             height=sympy.Integer(64),
         ),

@@ -171,9 +171,10 @@ def test_how_many_programs_share_a_list() -> None:
             assert workspace.step_splits(1, 2 * most * tokens + 1, DEVICE) == 0, "three tiles for a program"
             assert workspace.step_splits(20, tokens, DEVICE) == 6, "one program on a multiprocessor"
             assert workspace.step_splits(20, 12 * tokens + 1, DEVICE) == 0
-            assert workspace.step_splits(66, tokens, DEVICE) == 2 and workspace.step_splits(67, 1, DEVICE) == 0
+            assert workspace.step_splits(33, tokens, DEVICE) == 4 and workspace.step_splits(34, 1, DEVICE) == 0
         with configs.override("decode_launches", MOST_ROUNDS=ALWAYS):
-            assert workspace.step_splits(1, 10**6, DEVICE) == most
+            assert workspace.step_splits(1, 1024 * 16, DEVICE) == most
+            assert workspace.step_splits(1, 1024 * 16 + 1, DEVICE) == 0, "more blocks than one program ranks"
 
 
 def test_few_programs_merge_their_heads_in_turns() -> None:
