@@ -33,7 +33,7 @@ MOST_COMPRESSED_SPLITS = 64
 # Most programs that share the tiles of one token and list. The last one to arrive merges the parts.
 MOST_ATTEND_SPLITS = 16
 # Fewest and most programs that share a list if a step is one launch, and most blocks from which it selects.
-STEP_SPLITS, STEP_BLOCKS = (4, 32), 1024
+STEP_SPLITS, STEP_BLOCKS = (4, 32), 1536
 # Most candidates from which one program selects, and the range of the tiles of blocks. They bound the workspace.
 MOST_CANDIDATES = 8192
 SMALLEST_TILE = 16

@@ -11,8 +11,8 @@ from nsa_gen.spec import Spec
 NAME, MOST_ROUNDS = "decode_launches", "MOST_ROUNDS"
 #: More tiles of compressed blocks than any program has. As the limit, it means that one launch serves every call.
 ALWAYS = 2**16
-#: Most tiles of compressed blocks per program with which one launch is faster than three. On an H200 it takes 0.6 of the
-#: time of three with one tile, 0.75 with two, and 0.93 with four.
+#: Most tiles of compressed blocks per program with which one launch is faster than three. On an H200 it takes 0.6 of
+#: the time of three with one tile, 0.75 with two, and 0.93 with four.
 _ROUNDS = 4
 
 

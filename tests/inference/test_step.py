@@ -173,8 +173,8 @@ def test_how_many_programs_share_a_list() -> None:
             assert workspace.step_splits(20, 12 * tokens + 1, DEVICE) == 0
             assert workspace.step_splits(33, tokens, DEVICE) == 4 and workspace.step_splits(34, 1, DEVICE) == 0
         with configs.override("decode_launches", MOST_ROUNDS=ALWAYS):
-            assert workspace.step_splits(1, 1024 * 16, DEVICE) == most
-            assert workspace.step_splits(1, 1024 * 16 + 1, DEVICE) == 0, "more blocks than one program ranks"
+            assert workspace.step_splits(1, 1536 * 16, DEVICE) == most
+            assert workspace.step_splits(1, 1536 * 16 + 1, DEVICE) == 0, "more blocks than one program ranks"
 
 
 def test_few_programs_merge_their_heads_in_turns() -> None:

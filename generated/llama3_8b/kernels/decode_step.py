@@ -114,33 +114,42 @@ def end_scored_blocks(asked):
 
 
 @triton.jit
-def best_of(value):
-    """Mask of the best blocks, as of `best_blocks`."""
-    if value.shape[0] > MOST_COMPARED_BLOCKS:
+def best_slots(sums_ptr, free_end, end_scored, BLOCK_TILE: tl.constexpr):
+    """The best of the blocks before `free_end` that compete, in ascending order, in the slots that are not forced."""
+    blocks = tl.arange(0, BLOCK_TILE)
+    importance = tl.load(sums_ptr + blocks, mask=blocks < end_scored, other=0.0)
+    # NaN ranks below all candidates, and blocks that do not compete rank below NaN.
+    competing = (blocks >= INITIAL_BLOCKS) & (blocks < free_end)
+    value = tl.where(competing, tl.where(importance >= 0.0, importance, -1.0), -2.0)
+    if BLOCK_TILE > MOST_COMPARED_BLOCKS:
         best = best_blocks(value)
     else:
-        places = tl.arange(0, value.shape[0])
-        earlier = (value[None, :] == value[:, None]) & (places[None, :] < places[:, None])
+        earlier = (value[None, :] == value[:, None]) & (blocks[None, :] < blocks[:, None])
         rank = tl.sum(((value[None, :] > value[:, None]) | earlier).to(tl.int32), 1)
-        best = (value > -2.0) & (rank < FREE_BLOCKS)
-    return best
+        best = competing & (rank < FREE_BLOCKS)
+    slot = INITIAL_BLOCKS + tl.cumsum(best.to(tl.int32), 0) - 1
+    return tl.max(tl.where(best[:, None] & (slot[:, None] == tl.arange(0, SLOTS)[None, :]), blocks[:, None], -1), 0)
 
 
 @triton.jit
 def choose_blocks(asked, sums_ptr, BLOCK_TILE: tl.constexpr):
-    """The blocks of the query's list, in ascending order, by the sums of their importance; -1 in empty slots."""
+    """The blocks of the query's list, in ascending order, by the sums of their importance; -1 in empty slots.
+
+    A cache may have room for BLOCK_TILE blocks, but fewer are ranked if the context is shorter.
+    """
     own_block = asked.position // SELECTION_BLOCK
     slots = tl.arange(0, SLOTS)
     chosen = tl.where(asked.exists & (slots < SELECTION_COUNT), forced_block(slots, own_block), -1)
     if asked.exists & (own_block >= SELECTION_COUNT):
         free_end, end_scored = end_scored_blocks(asked)
-        blocks = tl.arange(0, BLOCK_TILE)
-        importance = tl.load(sums_ptr + blocks, mask=blocks < end_scored, other=0.0)
-        # NaN ranks below all candidates, and blocks that do not compete rank below NaN.
-        competing = (blocks >= INITIAL_BLOCKS) & (blocks < free_end)
-        best = best_of(tl.where(competing, tl.where(importance >= 0.0, importance, -1.0), -2.0))
-        slot = INITIAL_BLOCKS + tl.cumsum(best.to(tl.int32), 0) - 1
-        found = tl.max(tl.where(best[:, None] & (slot[:, None] == slots[None, :]), blocks[:, None], -1), 0)
+        if BLOCK_TILE <= MOST_COMPARED_BLOCKS:
+            found = best_slots(sums_ptr, free_end, end_scored, BLOCK_TILE)
+        elif free_end <= MOST_COMPARED_BLOCKS:
+            found = best_slots(sums_ptr, free_end, end_scored, MOST_COMPARED_BLOCKS)
+        elif free_end <= BLOCK_TILE // 2:
+            found = best_slots(sums_ptr, free_end, end_scored, BLOCK_TILE // 2)
+        else:
+            found = best_slots(sums_ptr, free_end, end_scored, BLOCK_TILE)
         chosen = tl.where((slots < INITIAL_BLOCKS) | (slots >= SELECTION_COUNT - LOCAL_BLOCKS), chosen, found)
     return chosen
 
