@@ -17,7 +17,7 @@ _MOST_POOLED_ELEMENTS = 32
 _MERGED_FLOATS = 8192
 #: The same if a step is one launch, where a program merges the parts of all branches together.
 _STEP_FLOATS = 16384
-#: Most programs per list if a step is one launch. In NSA's paper, a list has 25 tiles of selected blocks and the window.
+#: Most programs per list if a step is one launch. In NSA's paper, a list has 25 tiles of selected blocks and window.
 _STEP_SPLITS = 32
 
 
