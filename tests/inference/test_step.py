@@ -183,3 +183,26 @@ def test_few_programs_merge_their_heads_in_turns() -> None:
     with mock.patch.multiple(op.module.kernels.decode_step, MERGED_FLOATS=64), in_one_launch(op, 3):
         rows = run_scenario(op.spec, op.module, Scenario(1, 240, None, steps), DEVICE.type)
     assert rows and [row for row in rows if not row.ok] == []
+
+
+def test_programs_that_wait_for_each_other_are_launched_to_run_at_the_same_time() -> None:
+    op = package()
+    module, kernel = op.module, op.module.kernels.decode_step
+    layout = module.storage.Layout(3, 320, 0, None)
+    cache = op.NSACache(3, 320, device=DEVICE)
+
+    def meta(tensors: Any) -> Any:
+        return type(tensors)(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in tensors))
+
+    starts = torch.zeros(3, dtype=torch.int32, device="meta")
+    q, gates, o = (torch.zeros(3, 1, 4, width, device="meta") for width in (16, 3, 16))
+    launched: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+
+    class Launches:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given, **named: launched.append((grid, named))
+
+    with mock.patch.multiple(kernel, decode_step_kernel=Launches()), module.configs.use_target("sm_90"):
+        kernel.decode_step(q, gates, meta(cache.layers[0]), meta(cache.workspace), o, starts, starts, layout, 7)
+    ((grid, named),) = launched
+    assert grid == (7, 2, 3) and named["launch_cooperative_grid"] is True and named["STAGE"] is None
