@@ -8,6 +8,7 @@ import sympy
 
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
+from nsa_gen.lowering.decode_step import kernels_of_call
 from nsa_gen.lowering.parts import Kernel
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.space import matrix_rate
@@ -46,8 +47,9 @@ def explain(program: Plan, *, tokens: int = 65536, batch: int = 1, gpu_key: str 
     if tokens < 1 or batch < 1:
         raise ValueError(f"tokens and batch: expected positive numbers, got tokens={tokens}, batch={batch}")
     device = gpu(gpu_key)
-    kernels = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
-    return [_estimate(program, kernel, tokens, batch, device) for kernel in kernels]
+    return [
+        _estimate(program, kernel, tokens, batch, device) for kernel in kernels_of_call(program, device, tokens, batch)
+    ]
 
 
 def _estimate(program: Plan, kernel: Kernel, tokens: int, batch: int, device: Gpu) -> KernelEstimate:

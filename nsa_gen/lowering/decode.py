@@ -245,6 +245,7 @@ def _decode_step(spec: Spec) -> Kernel:
         useful_flops=2 * keys * s.G * (s.Dk + s.Dv),
         compulsory_bytes=moved,
         whole=False,
+        waits=3,
     )
 
 
@@ -280,6 +281,7 @@ def _decode_select(spec: Spec) -> Kernel:
         direction="decode",
         purpose=", and ".join(filter(None, (merged, best if scored else ""))),
         schedule="programs share tiles of blocks; the last selects among the best" if scored else "one program per row",
+        waits=int(scored),
         tunables=(*tiles, *launch((4, 8), (1, 2, 3) if indexed else (1,))),
         constraints=(),
         resources=Resources(shared_memory, registers, _ZERO, traffic, _ONE, sympy.Integer(64)),
@@ -305,6 +307,7 @@ def _decode_attend(spec: Spec) -> Kernel:
         direction="decode",
         purpose="selected and window attention, and the sum of the branches",
         schedule="split over tiles of keys; the last program merges the parts",
+        waits=1,
         tunables=(tile, Tunable(_PROGRAMS.name, _PROGRAMS_CHOICES), *launch((4,), (1, 2, 3))),
         # No pipeline with 64 rows: those products still run while the next tile is loaded, and a step reads the values
         # twice.

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 from nsa_gen.lowering.branches import sunk_branches
 from nsa_gen.lowering.hopper import HOPPER
-from nsa_gen.lowering.parts import Config, Decision, Tunable
+from nsa_gen.lowering.parts import Config, Decision, Kernel, Tunable
 from nsa_gen.lowering.selection import free_slots
 from nsa_gen.spec import Spec
 
+if TYPE_CHECKING:
+    from nsa_gen.hardware import Gpu
+    from nsa_gen.lowering.plan import Plan
+
 NAME, MOST_ROUNDS = "decode_launches", "MOST_ROUNDS"
+_THREE = ("decode_compressed", "decode_select", "decode_attend")
 #: More tiles of compressed blocks than any program has. As the limit, it means that one launch serves every call.
 ALWAYS = 2**16
 #: Most tiles of compressed blocks per program with which one launch is faster than three. On an H200 it takes 0.6 of
 #: the time of three with one tile, 0.75 with two, and 0.93 with four.
 _ROUNDS = 4
+#: Fewest programs per list. With two, one launch is not faster.
+FEWEST_SPLITS = 4
+#: Most selection blocks from which each program selects: in caches of more, three launches are faster.
+MOST_BLOCKS = 1536
 
 
 def decode_step_fits(spec: Spec) -> bool:
@@ -39,3 +51,29 @@ def choose(spec: Spec, target: str) -> dict[str, Config]:
     """The default of that decision on an architecture or on the interpreter, by the decision's name."""
     rounds = _ROUNDS if target == HOPPER else 0
     return {each.name: Config(each.name, ((MOST_ROUNDS, rounds),)) for each in decisions(spec)}
+
+
+def programs_per_list(plan: Plan, gpu: Gpu, tokens: int, batch: int) -> int:
+    """Programs that share a list if a step is one launch, for caches of `tokens` tokens; 0 if it is three launches.
+
+    This is the rule of a package's `step_splits`, with the defaults of a GPU.
+    """
+    if not plan.decode_steps:
+        return 0
+    assert plan.selected is not None and plan.overlap is not None
+    splits = min(plan.most_step_splits, gpu.sm_count // (batch * plan.lists))
+    block, configs = plan.selected.size("BLOCK"), plan.defaults[gpu.target]
+    if splits < FEWEST_SPLITS or tokens > MOST_BLOCKS * block:
+        return 0
+    tile = configs["decode_step"].mapping()["KEY_BLOCK"] // plan.overlap.ratio * block
+    rounds = math.ceil(math.ceil(tokens / tile) / splits)
+    return splits if rounds <= configs[NAME].mapping()[MOST_ROUNDS] else 0
+
+
+def kernels_of_call(plan: Plan, gpu: Gpu, tokens: int, batch: int) -> list[Kernel]:
+    """The kernels that a forward and backward, and a decode step after `tokens` tokens, launch on a GPU by default."""
+    running = [kernel for kernel in plan.kernels if plan.runs(kernel, gpu.target)]
+    if programs_per_list(plan, gpu, tokens, batch):
+        running = [kernel for kernel in running if kernel.name not in _THREE]
+        running.append(plan.kernel("decode_step"))
+    return running

@@ -124,7 +124,8 @@ class Kernel:
     is not ``whole`` does not run in every call of the operator: it serves packed calls, the indexer's loss, or a step
     that is called alone. A kernel with a ``choice`` (name, value) runs only if that choice of schedule is in force.
     ``function`` is the function, without "_kernel", of which the kernel is a specialisation. Compilers and profilers
-    show each specialisation under its ``name``.
+    show each specialisation under its ``name``. ``waits`` counts how often programs of a launch wait for others, or
+    leave the rest to the last that arrives.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Kernel:
     whole: bool = True
     choice: tuple[str, int] | None = None
     function: str = ""
+    waits: int = 0
 
     def __post_init__(self) -> None:
         """Use the kernel's name as its function unless another is given."""

@@ -17,6 +17,7 @@ import sympy
 from nsa_gen.hardware import Gpu, gpu
 from nsa_gen.lowering import symbols as s
 from nsa_gen.lowering.calibration import FACTORS
+from nsa_gen.lowering.decode_step import kernels_of_call
 from nsa_gen.lowering.parts import Kernel
 from nsa_gen.lowering.plan import Plan
 from nsa_gen.lowering.space import (
@@ -31,7 +32,10 @@ from nsa_gen.lowering.space import (
 )
 
 LAUNCH_SECONDS = 4e-6
-"""GPU time of a kernel however little work it has: the start of the launch and the end of its last programs."""
+"""GPU time of a kernel however little work it has: the start of the launch and the end of its last programs.
+
+What begins when all programs of a launch have arrived takes about as long to begin.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def predict(program: Plan, *, tokens: int, batch: int = 1, gpu_key: str = "h100"
     """
     device = gpu(gpu_key)
     sizes = {**program.sizes_on(device.target), s.T: tokens, s.B: batch}
-    running = (kernel for kernel in program.kernels if program.runs(kernel, device.target))
+    running = kernels_of_call(program, device, tokens, batch)
     return {kernel.name: _predict(program, kernel, sizes, device) for kernel in running}
 
 
@@ -126,7 +130,7 @@ def _seconds(
     program: Plan, kernel: Kernel, sizes: Mapping[sympy.Symbol, int], device: Gpu, factors: Mapping[str, float]
 ) -> float:
     modelled, floor = _modelled_and_floor(program, kernel, sizes, device)
-    return max(factors.get(kernel.name, 1.0) * modelled, floor) + LAUNCH_SECONDS
+    return max(factors.get(kernel.name, 1.0) * modelled, floor) + LAUNCH_SECONDS * (1 + kernel.waits)
 
 
 def _modelled_and_floor(

@@ -19,6 +19,7 @@ from typing import Any
 from nsa_gen._files import read_text
 from nsa_gen.hardware import Gpu
 from nsa_gen.lowering import Plan
+from nsa_gen.lowering.decode_step import kernels_of_call
 from nsa_gen.targets.compile import COMPILER, compiler_environment
 from nsa_gen.targets.resources import Resources, excess
 from nsa_gen.tuning.space import Bucket, KernelSpace, kernel_space
@@ -116,7 +117,8 @@ def spaces_of(program: Plan, gpu: Gpu, bucket: Bucket, most: int, passes: Sequen
     """The spaces of the operator's kernels for the passes to tune, without kernels that have only one configuration."""
     if bucket.decode:
         # Only the launches of decode itself: adding tokens to a cache is not timed.
-        kernels = [kernel for kernel in program.kernels if kernel.module.startswith("decode")]
+        running = kernels_of_call(program, gpu, bucket.tokens, bucket.batch)
+        kernels = [kernel for kernel in running if kernel.module.startswith("decode")]
     else:
         kernels = [kernel for kernel in program.kernels if kernel.whole and kernel.direction in passes]
     found = (kernel_space(program, kernel, gpu, bucket, most) for kernel in kernels)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+from nsa_gen.hardware import gpu
 from nsa_gen.lowering import lower
-from nsa_gen.lowering.decode_step import ALWAYS, decode_step_fits
+from nsa_gen.lowering.decode_step import ALWAYS, decode_step_fits, kernels_of_call, programs_per_list
+from nsa_gen.rendering import import_package
+from nsa_gen.spec import load_spec
 from nsa_gen.verification.inference import Scenario, Step, run_scenario
 from tests.inference.test_choice import BLOCKS, IMPORTANCE, best, package
 from tests.inference.test_scenarios import PASSES, SPECS, STEPS
@@ -206,3 +211,22 @@ def test_programs_that_wait_for_each_other_are_launched_to_run_at_the_same_time(
         kernel.decode_step(q, gates, meta(cache.layers[0]), meta(cache.workspace), o, starts, starts, layout, 7)
     ((grid, named),) = launched
     assert grid == (7, 2, 3) and named["launch_cooperative_grid"] is True and named["STAGE"] is None
+
+
+@pytest.mark.parametrize("name", ["nsa_64x4", "llama3_8b", "tiny"])
+def test_explain_predicts_the_launches_that_a_package_makes(name: str, project_root: Path) -> None:
+    plan, h100 = lower(load_spec(project_root / "specs" / f"{name}.yaml")), gpu("h100")
+    package = import_package(project_root / "generated" / name)
+    device, seen = torch.device("meta"), set()
+    with package.configs.use_target("sm_90"):
+        for tokens, batch in itertools.product(
+            (1, 1000, 4096, 16384, 32769, 65536, 98304, 98305, 10**6), (1, 3, 8, 40)
+        ):
+            splits = package.workspace.step_splits(batch * plan.lists, tokens, device)
+            assert splits == programs_per_list(plan, h100, tokens, batch), (tokens, batch)
+            kernels = [each.name for each in kernels_of_call(plan, h100, tokens, batch)]
+            assert ("decode_step" in kernels, "decode_attend" in kernels) == (splits > 0, splits == 0)
+            seen.add(splits > 0)
+    assert seen == {False, True}
+    a100 = [each.name for each in kernels_of_call(plan, gpu("a100"), 4096, 1)]
+    assert "decode_step" not in a100 and "decode_select" in a100

@@ -53,9 +53,10 @@ def test_no_prediction_is_below_the_floor_and_longer_calls_take_longer(name):
     short, long = (predict(program(name), tokens=tokens) for tokens in (8192, 65536))
     floors = {one.kernel: one.seconds_floor for one in explain(program(name), tokens=65536)}
     assert floors.keys() == long.keys()
+    assert {name.partition("_")[0] for name in floors.keys() ^ short.keys()} <= {"decode"}, "one launch or three"
     for kernel, prediction in long.items():
         assert prediction.seconds > floors[kernel]
-        assert prediction.seconds >= short[kernel].seconds
+        assert kernel not in short or prediction.seconds >= short[kernel].seconds
         assert 1 <= prediction.legal <= prediction.candidates
         assert prediction.bound_by in ("matrix units", "L2", "memory")
         assert prediction.calibrated == (kernel in FACTORS)

@@ -43,7 +43,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _mutant(
         "step_ties_to_the_higher_block", "in a step in one launch equal importances go to the higher block", TIED,
-        ("selection",), "(places[None, :] < places[:, None])", "(places[None, :] > places[:, None])",
+        ("selection",), "(blocks[None, :] < blocks[:, None])", "(blocks[None, :] > blocks[:, None])",
     ),
     _mutant(
         "step_chooses_one_block_too_few", "in a step in one launch one slot that is not forced stays empty", LONG,
