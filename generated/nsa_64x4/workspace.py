@@ -32,8 +32,8 @@ OUTPUTS = ("o_cmp", "lse_cmp", "o_slc", "lse_slc", "o_win", "lse_win", "indices"
 MOST_COMPRESSED_SPLITS = 64
 # Most programs that share the tiles of one token and list. The last one to arrive merges the parts.
 MOST_ATTEND_SPLITS = 16
-# Fewest and most programs that share a list if a step is one launch, and most blocks from which it selects.
-STEP_SPLITS, STEP_BLOCKS = (4, 32), 1536
+# Most programs that share a list if a step is one launch, and most blocks from which it selects.
+MOST_STEP_SPLITS, MOST_STEP_BLOCKS = 32, 1536
 # Most candidates from which one program selects, and the range of the tiles of blocks. They bound the workspace.
 MOST_CANDIDATES = 8192
 SMALLEST_TILE = 16
@@ -161,10 +161,10 @@ def step_splits(lists: int, capacity: int, device: torch.device) -> int:
     All programs run at the same time, one on a multiprocessor. Few programs are slower if they have many tiles of
     compressed blocks. Each selects among all blocks.
     """
-    fewest, most = STEP_SPLITS
-    splits = min(most, configs.multiprocessors(device) // lists)
-    if splits < fewest or capacity > STEP_BLOCKS * SELECTION_BLOCK:
+    limits = configs.get("decode_launches", device)
+    splits = min(MOST_STEP_SPLITS, configs.multiprocessors(device) // lists)
+    if splits < limits["FEWEST_PROGRAMS"] or capacity > MOST_STEP_BLOCKS * SELECTION_BLOCK:
         return 0
     tile = configs.get("decode_step", device)["KEY_BLOCK"] // BLOCKS_PER_SELECTION * SELECTION_BLOCK
     rounds = sizes.cdiv(sizes.cdiv(capacity, tile), splits)
-    return splits if rounds <= configs.get("decode_launches", device)["MOST_ROUNDS"] else 0
+    return splits if rounds <= limits["MOST_ROUNDS"] else 0

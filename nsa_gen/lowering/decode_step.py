@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from nsa_gen.hardware import Gpu
     from nsa_gen.lowering.plan import Plan
 
-NAME, MOST_ROUNDS = "decode_launches", "MOST_ROUNDS"
+NAME, MOST_ROUNDS, FEWEST_PROGRAMS = "decode_launches", "MOST_ROUNDS", "FEWEST_PROGRAMS"
 _THREE = ("decode_compressed", "decode_select", "decode_attend")
 #: More tiles of compressed blocks than any program has. As the limit, it means that one launch serves every call.
 ALWAYS = 2**16
 #: Most tiles of compressed blocks per program with which one launch is faster than three. On an H200 it takes 0.6 of
 #: the time of three with one tile, 0.75 with two, and 0.93 with four.
 _ROUNDS = 4
-#: Fewest programs per list. With two, one launch is not faster.
-FEWEST_SPLITS = 4
+#: Fewest programs per list with which one launch is faster. With two, it took 0.96 and 1.1 of the time.
+_PROGRAMS = 4
 #: Most selection blocks from which each program selects: in caches of more, three launches are faster.
 MOST_BLOCKS = 1536
 
@@ -39,18 +39,22 @@ def decode_step_fits(spec: Spec) -> bool:
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
-    """The decision up to how many tiles of compressed blocks per program decode uses this kernel; 0 means never."""
+    """The decision which calls of decode use this kernel.
+
+    They have at most MOST_ROUNDS tiles of compressed blocks per program (0 means never), and at least FEWEST_PROGRAMS
+    programs per list.
+    """
     if not decode_step_fits(spec):
         return ()
-    return (
-        Decision(NAME, (Tunable(MOST_ROUNDS, (0, 1, 2, 4, 8, ALWAYS), size=True, least=0),), (HOPPER,), ("decode",)),
-    )
+    rounds = Tunable(MOST_ROUNDS, (0, 1, 2, 4, 8, ALWAYS), size=True, least=0)
+    return (Decision(NAME, (rounds, Tunable(FEWEST_PROGRAMS, (8, 4, 2, 1))), (HOPPER,), ("decode",)),)
 
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:
     """The default of that decision on an architecture or on the interpreter, by the decision's name."""
     rounds = _ROUNDS if target == HOPPER else 0
-    return {each.name: Config(each.name, ((MOST_ROUNDS, rounds),)) for each in decisions(spec)}
+    values = ((MOST_ROUNDS, rounds), (FEWEST_PROGRAMS, _PROGRAMS))
+    return {each.name: Config(each.name, values) for each in decisions(spec)}
 
 
 def programs_per_list(plan: Plan, gpu: Gpu, tokens: int, batch: int) -> int:
@@ -63,11 +67,12 @@ def programs_per_list(plan: Plan, gpu: Gpu, tokens: int, batch: int) -> int:
     assert plan.selected is not None and plan.overlap is not None
     splits = min(plan.most_step_splits, gpu.sm_count // (batch * plan.lists))
     block, configs = plan.selected.size("BLOCK"), plan.defaults[gpu.target]
-    if splits < FEWEST_SPLITS or tokens > MOST_BLOCKS * block:
+    limits = configs[NAME].mapping()
+    if splits < limits[FEWEST_PROGRAMS] or tokens > MOST_BLOCKS * block:
         return 0
     tile = configs["decode_step"].mapping()["KEY_BLOCK"] // plan.overlap.ratio * block
     rounds = math.ceil(math.ceil(tokens / tile) / splits)
-    return splits if rounds <= configs[NAME].mapping()[MOST_ROUNDS] else 0
+    return splits if rounds <= limits[MOST_ROUNDS] else 0
 
 
 def kernels_of_call(plan: Plan, gpu: Gpu, tokens: int, batch: int) -> list[Kernel]:

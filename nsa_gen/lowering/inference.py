@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsa_gen.lowering.decode_step import MOST_BLOCKS
 from nsa_gen.lowering.heads import SMALLEST_TILE, power_of_two
 
 if TYPE_CHECKING:
@@ -198,6 +199,11 @@ class InferencePlan:
     def most_compressed_splits(self) -> int:
         """Parts of a row that one program merges at a time, at most."""
         return _MERGED_FLOATS // power_of_two(self.v.size)
+
+    @property
+    def most_step_blocks(self) -> int:
+        """Most selection blocks of a cache for which a step is one launch."""
+        return MOST_BLOCKS
 
     @property
     def most_step_splits(self) -> int:

@@ -140,7 +140,7 @@ def trace_inference(
             with configs.override("decode_launches", MOST_ROUNDS=0) if plan.decode_steps else nullcontext():
                 decode.decode_forward(*arguments)
             if plan.decode_steps and configs.get("decode_launches", torch.device(device))["MOST_ROUNDS"]:
-                decode.decode_step(*arguments, workspace.STEP_SPLITS[1])
+                decode.decode_step(*arguments, workspace.MOST_STEP_SPLITS)
 
 
 def _module(package: ModuleType, name: str) -> Any:
