@@ -277,6 +277,18 @@ def write_json(path: Path, results: Results) -> None:
     write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def begin_journal(path: Path, machine: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Begin the file of a benchmark that runs. It has a line for machine and settings, then one for each record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "settings": settings}) + "\n", encoding="utf-8")
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append a record to the journal of a benchmark that runs."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_line(record) + "\n")
+
+
 def read_results(path: Path) -> Results:
     """Read results from their JSON, or from the journal (.jsonl) of an interrupted session.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -11,7 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_gen.bench.records import OURS, CheckRow, Record, Results, Row, TaskRow, from_line, to_line
+from nsa_gen.bench.records import (
+    OURS,
+    CheckRow,
+    Record,
+    Results,
+    Row,
+    TaskRow,
+    append_record,
+    begin_journal,
+    from_line,
+)
 from nsa_gen.bench.worker import task_fields
 from nsa_gen.bench.workloads import Task
 from nsa_gen.machine import machine
@@ -124,8 +133,7 @@ class Session:
         with self._writing:
             self._records.append(record)
             if self.journal is not None:
-                with self.journal.open("a", encoding="utf-8") as file:
-                    file.write(to_line(record) + "\n")
+                append_record(self.journal, record)
 
     def _environment(self) -> dict[str, str]:
         """The workers' environment: kernels are compiled, and packages are generated into the session's folder."""
@@ -156,8 +164,7 @@ def run_session(session: Session, tasks: Sequence[Task], settings: Mapping[str, 
     found_on = machine()
     given = {"seed": session.seed, "budget_seconds": session.budget, "measurement": MEASUREMENT, **settings}
     if session.journal is not None:
-        session.journal.parent.mkdir(parents=True, exist_ok=True)
-        session.journal.write_text(json.dumps({"machine": found_on, "settings": given}) + "\n", encoding="utf-8")
+        begin_journal(session.journal, found_on, given)
     started = time.monotonic()
     records = session.run(tasks)
     return Results.of(records, found_on, {**given, "seconds": round(time.monotonic() - started, 1)})

@@ -131,7 +131,8 @@ def bench(
             raise typer.BadParameter("--plot: decode has no plot, only a table")
         _require_gpu(str(spec))
         shapes = [(n, b) for n in tuple(tokens) or DECODE_LENGTHS for b in tuple(batch) or DECODE_BATCHES]
-        _report(_decode_results(loaded, shapes, against != ["none"], budget, seed), output, as_json)
+        journal = None if output is None else output.with_suffix(".jsonl")
+        _report(_decode_results(loaded, shapes, against != ["none"], budget, seed, journal), output, as_json)
         return
     if batch:
         raise typer.BadParameter("--batch: passes other than decode are timed on one sequence")
@@ -184,30 +185,44 @@ def _report(results: Results, output: Path | None, as_json: bool, plot: Path | N
 
 
 def _decode_results(
-    spec: Spec, shapes: Sequence[tuple[int, int]], dense: bool, budget: float | None, seed: int
+    spec: Spec,
+    shapes: Sequence[tuple[int, int]],
+    dense: bool,
+    budget: float | None,
+    seed: int,
+    journal: Path | None,
 ) -> Results:
-    """Steps of decode, in this process; nothing is timed where decode is wrong."""
+    """Steps of decode, in this process; nothing is timed where decode is wrong. A journal gets each record at once."""
     import nsa_gen
     from nsa_gen.bench.decode import decode_faults, measure_decode
-    from nsa_gen.bench.records import OURS, CheckRow, DecodeRow, Record, Results
+    from nsa_gen.bench.records import OURS, CheckRow, DecodeRow, Record, Results, append_record, begin_journal
     from nsa_gen.machine import machine
     from nsa_gen.rendering.identity import MEASUREMENT
 
-    started = time.monotonic()
+    started, found_on = time.monotonic(), machine()
+    settings = {"seed": seed, "budget_seconds": budget, "measurement": MEASUREMENT, "spec": spec.resolved_yaml()}
+    found: list[Record] = []
+    if journal is not None:
+        begin_journal(journal, found_on, settings)
+
+    def keep(record: Record) -> None:
+        found.append(record)
+        if journal is not None:
+            append_record(journal, record)
+
     package = nsa_gen.load(spec)
     note("checking decode against the oracle")
     wrong = tuple(decode_faults(spec, package))
-    found: list[Record] = [CheckRow(spec.name, 0, OURS, wrong)]
+    keep(CheckRow(spec.name, 0, OURS, wrong))
     if not wrong:
         rows = measure_decode(spec, package, shapes, dense=dense, seed=seed)
         for tokens, batch in shapes:
             if budget is not None and time.monotonic() - started > budget:
-                found.append(DecodeRow(spec.name, tokens, batch, problem="the budget was spent"))
+                keep(DecodeRow(spec.name, tokens, batch, problem="the budget was spent"))
             else:
                 note(f"{tokens:,} tokens, batch {batch}")
-                found.append(next(rows))
-    settings = {"seed": seed, "budget_seconds": budget, "measurement": MEASUREMENT, "spec": spec.resolved_yaml()}
-    return Results.of(found, machine(), settings)
+                keep(next(rows))
+    return Results.of(found, found_on, settings)
 
 
 def _require_gpu(spec: str) -> None:

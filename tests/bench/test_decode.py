@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,3 +113,24 @@ def test_timed_replays_follow_an_untimed_one_without_a_wait(monkeypatch: pytest.
     graph: Any = SimpleNamespace(replay=lambda: log.append("replay"))
     assert graph_microseconds(graph, repeats=2, inner=3) == pytest.approx(2.0)
     assert log == ["replay", "mark", *["replay"] * 3, "mark", "wait"] * 2
+
+
+def test_dense_attention_goes_through_all_layers_as_the_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.nn.attention
+
+    op, read = operator_of_spec(small_spec(passes=("forward", "decode"))), []
+    inputs = decode_inputs(op.spec, op, 40, 1, device=DEVICE, room=8)
+    layers = [*inputs.cache.layers] * 3
+    inputs = replace(inputs, cache=SimpleNamespace(layers=layers), layers=3)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def reading(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> torch.Tensor:
+        read.append((k.data_ptr(), tuple(k.shape)))
+        return attend(q, k, v, **given)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", reading)
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda kernel: nullcontext())
+    monkeypatch.setattr(decode, "captured", lambda action: action())
+    monkeypatch.setattr(decode, "graph_microseconds", lambda graph, repeats, inner: 60.0)
+    assert decode._dense_microseconds(op.spec, inputs, 40) == 20.0
+    assert read == [(layer.k.data_ptr(), (1, 1, 40, 16)) for layer in layers]

@@ -193,6 +193,24 @@ def test_decode_is_a_table_over_contexts_and_batches(call, decoded, tmp_path):
     assert [(row.tokens, row.batch) for row in kept.decodes] == list(decoded.shapes) and kept.ours_is_timed
     assert call("report", "decode.json", "--output", "decode.html").returncode == 0
     assert "65,536" in (tmp_path / "decode.html").read_text()
+    assert not (tmp_path / "decode.jsonl").exists()
+
+
+def test_times_of_decode_are_kept_as_they_are_taken(call, decoded, monkeypatch, tmp_path):
+    measured = decode_module.measure_decode
+
+    def interrupted(spec, package, shapes, **given):
+        rows = measured(spec, package, shapes, **given)
+        yield next(rows)
+        yield next(rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode_module, "measure_decode", interrupted)
+    shapes = ("--tokens", "4096,65536", "--batch", "1,4")
+    assert call("bench", "tiny", "--passes", "decode", *shapes, "--output", "decode.json").returncode != 0
+    kept = read_results(tmp_path / "decode.jsonl")
+    assert [(row.tokens, row.batch) for row in kept.decodes] == [(4096, 1), (4096, 4)] and kept.settings["spec"]
+    assert not (tmp_path / "decode.json").exists()
 
 
 def test_decode_without_dense_and_by_default_takes_every_context(call, decoded):
