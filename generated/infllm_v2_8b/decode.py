@@ -29,11 +29,11 @@ def decode_forward(
     The outputs of the branches are written to the workspace.
     """
     device = q.device
+    lists = layout.batch * q.shape[1] * LISTS
     splits = splits_of("decode_compressed", layout.batch * HKV, MOST_COMPRESSED_SPLITS, device)
     decode_compressed(q, layer, workspace, starts, lengths, layout, splits)
     score_blocks = configs.get("decode_compressed", device)["KEY_BLOCK"]
     decode_select(workspace, starts, lengths, layout.batch, q.shape[1], splits, score_blocks)
     tiles = tiles_of_token(configs.get("decode_attend", device)["KEY_BLOCK"])
-    lists = layout.batch * q.shape[1] * LISTS
     splits = even_splits(tiles, splits_of("decode_attend", lists, min(tiles, MOST_ATTEND_SPLITS), device))
     decode_attend(q, layer, workspace, o, starts, lengths, layout, splits)

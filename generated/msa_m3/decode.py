@@ -29,7 +29,7 @@ def decode_forward(
     The outputs of the branches are written to the workspace.
     """
     device = q.device
-    tiles = tiles_of_token(configs.get("decode_attend", device)["KEY_BLOCK"])
     lists = layout.batch * q.shape[1] * LISTS
+    tiles = tiles_of_token(configs.get("decode_attend", device)["KEY_BLOCK"])
     splits = even_splits(tiles, splits_of("decode_attend", lists, min(tiles, MOST_ATTEND_SPLITS), device))
     decode_attend(q, layer, indices, counts, workspace, o, starts, lengths, layout, splits)

@@ -29,8 +29,8 @@ def decode_forward(
     The outputs of the branches are written to the workspace.
     """
     device = q.device
+    lists = layout.batch * q.shape[1] * LISTS
     decode_select(q_idx, layer, workspace, starts, lengths, layout)
     tiles = tiles_of_token(configs.get("decode_attend", device)["KEY_BLOCK"])
-    lists = layout.batch * q.shape[1] * LISTS
     splits = even_splits(tiles, splits_of("decode_attend", lists, min(tiles, MOST_ATTEND_SPLITS), device))
     decode_attend(q, layer, workspace, o, starts, lengths, layout, splits)

@@ -41,7 +41,8 @@ def decode_forward(
     The outputs of the branches are written to the workspace.
     """
     device = q.device
-    splits = step_splits(layout.batch * q.shape[1] * LISTS, layout.capacity, device)
+    lists = layout.batch * q.shape[1] * LISTS
+    splits = step_splits(lists, layout.capacity, device)
     if splits:
         decode_step(q, gates, layer, workspace, o, starts, lengths, layout, splits)
         return
@@ -50,6 +51,5 @@ def decode_forward(
     score_blocks = configs.get("decode_compressed", device)["KEY_BLOCK"] // BLOCKS_PER_SELECTION
     decode_select(workspace, starts, lengths, layout.batch, q.shape[1], splits, score_blocks)
     tiles = tiles_of_token(configs.get("decode_attend", device)["KEY_BLOCK"])
-    lists = layout.batch * q.shape[1] * LISTS
     splits = even_splits(tiles, splits_of("decode_attend", lists, min(tiles, MOST_ATTEND_SPLITS), device))
     decode_attend(q, gates, layer, workspace, o, starts, lengths, layout, splits)

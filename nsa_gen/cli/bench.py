@@ -124,6 +124,7 @@ def bench(
     loaded = read_spec(spec, as_json=as_json)
     wanted = tuple(passes) or tuple(name for name in loaded.passes if name != "decode")
     require_pass(loaded, wanted)
+    journal = None if output is None else output.with_suffix(".jsonl")
     if "decode" in wanted:
         if wanted != ("decode",):
             raise typer.BadParameter("--passes: decode is timed alone")
@@ -131,7 +132,6 @@ def bench(
             raise typer.BadParameter("--plot: decode has no plot, only a table")
         _require_gpu(str(spec))
         shapes = [(n, b) for n in tuple(tokens) or DECODE_LENGTHS for b in tuple(batch) or DECODE_BATCHES]
-        journal = None if output is None else output.with_suffix(".jsonl")
         _report(_decode_results(loaded, shapes, against != ["none"], budget, seed, journal), output, as_json)
         return
     if batch:
@@ -157,7 +157,6 @@ def bench(
         contenders=[each.name for each in contenders],
         passes=wanted,
     )
-    journal = None if output is None else output.with_suffix(".jsonl")
     with tempfile.TemporaryDirectory(prefix="nsa_gen_bench_") as folder:
         session = Session(Path(folder), 1e9 if budget is None else budget, seed, journal, progress=note)
         results = run_session(session, tasks, {"spec": loaded.resolved_yaml()})
