@@ -81,8 +81,8 @@ def attention_backward(given: list[Any]) -> tuple[torch.Tensor, ...]:
     dk_sum = k.new_zeros(*k.shape, dtype=torch.float32)
     dv_sum = v.new_zeros(*v.shape, dtype=torch.float32)
     slc = OutputGradient(do, lse_slc, delta, None)
-    lists = indices, counts, sorted_keys, sorted_slots
-    selected_backward(q, k, v, lists, slc, dq, dk_sum, dv_sum, sequences, chunk_tokens)
+    index = indices, counts, sorted_keys, sorted_slots
+    selected_backward(q, k, v, index, slc, dq, dk_sum, dv_sum, sequences, chunk_tokens)
     if sequences.packed:
         pad_gradients(sequences, dq=dq, dk=dk_sum, dv=dv_sum)
     return (dq, dk_sum.to(k.dtype), dv_sum.to(v.dtype))

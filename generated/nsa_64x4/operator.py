@@ -25,7 +25,14 @@ from .kernels.banded_backward import compressed_backward, window_backward
 from .kernels.combine import combine_backward, combine_forward
 from .kernels.compression import compress_backward, compress_forward
 from .kernels.padding import pad_gradients, pad_outputs
-from .kernels.selected_attention import most_chunk_tokens, selected_backward, selected_forward, window_does_local
+from .kernels.selected_attention import (
+    local_lists,
+    most_chunk_tokens,
+    selected_backward,
+    selected_forward,
+    where_local,
+    window_does_local,
+)
 from .kernels.selection import select_blocks
 from .registration import call
 from .runtime.arguments import check_workspace, copied_lists, refuse, with_batch_dim
@@ -60,7 +67,8 @@ def attention_forward(
         indices, counts = select_blocks(q, k_cmp, lse_cmp, sequences)
     # Attention to the last tokens, section 3.3.3. The window contains the selected branch's local blocks. If the
     # schedule says so, the window's kernel also attends to them for the selected branch.
-    local = LocalPart.empty(q) if local_in_window else None
+    lists = local_lists(local_in_window, indices, counts, sequences)
+    local = LocalPart.empty(q, lists) if local_in_window else None
     o_win, lse_win = window_forward(q, k, v, sequences, local)
     # Attention to the tokens of the selected blocks, Eq. 12.
     o_slc, lse_slc, sorted_keys, sorted_slots = selected_forward(
@@ -100,17 +108,20 @@ def attention_backward(given: list[Any]) -> tuple[torch.Tensor, ...]:
     del saved
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], cu_seqlens)
     do = do.contiguous()
-    local = LocalPart.empty(q) if local_in_window and ("slc" in recompute or "win" in recompute) else None
+    lists = local_lists(local_in_window, indices, counts, sequences)
+    local = LocalPart.empty(q, lists) if local_in_window and ("slc" in recompute or "win" in recompute) else None
     if "win" in recompute or local is not None:
         again = window_forward(q, k, v, sequences, local)
         o_win, lse_win = again if "win" in recompute else (o_win, lse_win)
-    if "cmp" in recompute:
-        k_cmp, v_cmp, _ = compress_forward(k, v, None, sequences)
-        o_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, sequences)
+        del again
     if "slc" in recompute:
         o_slc, lse_slc, sorted_keys, sorted_slots = selected_forward(
             q, k, v, indices, counts, sequences, chunk_tokens, local
         )
+    del local
+    if "cmp" in recompute:
+        k_cmp, v_cmp, _ = compress_forward(k, v, None, sequences)
+        o_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, sequences)
     delta, dgates = combine_backward(do, o_cmp, o_slc, o_win, gates)
     # The branches' outputs are not read again. Free them so that the gradients can use their memory.
     del o_cmp, o_slc, o_win
@@ -129,15 +140,24 @@ def attention_backward(given: list[Any]) -> tuple[torch.Tensor, ...]:
     win = OutputGradient(do, lse_win, deltas[2], branch_gates[2])
     compressed_backward(q, k_cmp, v_cmp, cmp, dq_sum, dk_cmp, dv_cmp, sequences)
     window_backward(
-        q, k, v, win, dq_sum, dk_sum, dv_sum, sequences, selected=slc if local_in_window else None, dq_before=dq_sum
+        q,
+        k,
+        v,
+        win,
+        dq_sum,
+        dk_sum,
+        dv_sum,
+        sequences,
+        selected=where_local(slc, lists) if local_in_window else None,
+        dq_before=dq_sum,
     )
     dq = q.new_empty(*q.shape)
-    lists = indices, counts, sorted_keys, sorted_slots
+    index = indices, counts, sorted_keys, sorted_slots
     selected_backward(
         q,
         k,
         v,
-        lists,
+        index,
         slc,
         dq,
         dk_sum,
@@ -145,6 +165,7 @@ def attention_backward(given: list[Any]) -> tuple[torch.Tensor, ...]:
         sequences,
         chunk_tokens,
         without_local=bool(local_in_window),
+        local_lists=lists,
         dq_before=dq_sum,
     )
     del dq_sum

@@ -96,13 +96,13 @@ def attention_backward(given: list[Any]) -> tuple[torch.Tensor, ...]:
     del saved
     sequences = Sequences(q.shape[0], q.shape[1], k.shape[1], cu_seqlens)
     do = do.contiguous()
-    if "cmp" in recompute:
-        k_cmp, v_cmp, _ = compress_forward(k, v, None, sequences)
-        o_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, sequences)
     if "joint" in recompute:
         o_joint, lse_joint, sorted_keys, sorted_slots = joint_forward(
             q, k, v, sink, indices, counts, sequences, chunk_tokens
         )
+    if "cmp" in recompute:
+        k_cmp, v_cmp, _ = compress_forward(k, v, None, sequences)
+        o_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, sequences)
     delta, dgates = combine_backward(do, o_cmp, o_joint, gates)
     # The branches' outputs are not read again. Free them so that the gradients can use their memory.
     del o_cmp, o_joint
@@ -120,10 +120,10 @@ def attention_backward(given: list[Any]) -> tuple[torch.Tensor, ...]:
     joint = OutputGradient(do, lse_joint, deltas[1], branch_gates[1])
     compressed_backward(q, k_cmp, v_cmp, cmp, dq_sum, dk_cmp, dv_cmp, sequences)
     dq = q.new_empty(*q.shape)
-    lists = indices, counts, sorted_keys, sorted_slots
+    index = indices, counts, sorted_keys, sorted_slots
     dsink = torch.empty_like(sink)
     joint_backward(
-        q, k, v, lists, joint, dq, dk_sum, dv_sum, sequences, chunk_tokens, dq_before=dq_sum, sink=sink, dsink=dsink
+        q, k, v, index, joint, dq, dk_sum, dv_sum, sequences, chunk_tokens, dq_before=dq_sum, sink=sink, dsink=dsink
     )
     del dq_sum
     dk = k.new_empty(*k.shape)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from nsa_gen.hardware import SHARED_TABLES, TABLES, gpu_for_target
-from nsa_gen.lowering import banded, decode_step, hopper, hopper_backward, selected, space
+from nsa_gen.lowering import banded, decode_step, hopper, hopper_backward, selected, sharing, space
 from nsa_gen.lowering.branches import raw_readers, selected_lists, sink_name, sunk_branches
 from nsa_gen.lowering.common import FEWEST_ROWS
 from nsa_gen.lowering.compression import compression_kernels, compression_outputs, compression_parameters
@@ -69,6 +69,7 @@ def lower(spec: Spec) -> Plan:
             *selected.decisions(spec),
             *hopper.decisions(spec),
             *hopper_backward.decisions(spec),
+            *sharing.decisions(spec),
             *decode_step.decisions(spec),
         ),
         sizes=sizes,
@@ -148,5 +149,6 @@ def _defaults(spec: Spec, kernels: tuple[Kernel, ...], sizes: Mapping) -> dict[s
             gpu = None if target == INTERPRETER else gpu_for_target(target)
             configs["selected_attention"] = selected.choose_schedule(spec, kernels, sizes, configs, gpu)
     for target, configs in table.items():
-        configs |= hopper.choose(spec, target) | hopper_backward.choose(spec, target) | decode_step.choose(spec, target)
+        for chooser in (hopper, hopper_backward, sharing, decode_step):
+            configs |= chooser.choose(spec, target)
     return table | {target: table[shared] for target, shared in SHARED_TABLES.items()}

@@ -15,10 +15,11 @@ INTERPRETER = "interpreter"
 
 HOPPER_ROWS, HOPPER_DQ, HOPPER_KEYS = "hopper_rows", "hopper_dq", "hopper_keys"
 HOPPER_GATHER, HOPPER_GATHER_QUERIES = "hopper_gather", "hopper_gather_queries"
+HOPPER_LOCAL = "hopper_local_blocks"
 """Names of the schedules for Hopper, written in Gluon.
 
-The first three are banded attention's forward, dq, and dk and dv. The others are the gradients and the forward of
-attention to selected blocks.
+The first three are banded attention's forward, dq, and dk and dv. The next two are the gradients and the forward of
+attention to selected blocks. With the last, the first three also process the selected branch's local blocks.
 """
 
 BRANCH_NAMES = {

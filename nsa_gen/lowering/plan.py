@@ -16,6 +16,7 @@ from nsa_gen.lowering.parts import (
     HOPPER_GATHER,
     HOPPER_GATHER_QUERIES,
     HOPPER_KEYS,
+    HOPPER_LOCAL,
     HOPPER_ROWS,
     Argument,
     Config,
@@ -247,6 +248,11 @@ class Plan(InferencePlan):
     def hopper_banded_dq(self) -> bool:
         """The package has the kernel of banded attention's dq for Hopper."""
         return any(step.schedule(HOPPER_DQ) for step in self.steps)
+
+    @property
+    def hopper_local(self) -> bool:
+        """The kernels of the window for Hopper can attend to the selected branch's local blocks."""
+        return any(step.schedule(HOPPER_LOCAL) for step in self.steps)
 
     @property
     def hopper_selected_forward(self) -> bool:

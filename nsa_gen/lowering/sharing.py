@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits
+from nsa_gen.lowering.hopper_backward import hopper_banded_dq_fits
+from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
+
+HOPPER_LOCAL_TOKENS = "HOPPER_LOCAL_TOKENS"
+#: Rows of a row tile of Hopper's kernels, and keys of a tile of the forward and of the gradients.
+_ROWS, _FORWARD_KEYS, _BACKWARD_KEYS = 128, 128, 64
+#: Query rows (tokens times heads) of a call from which the window's kernels for Hopper process the local blocks.
+_FROM_ROWS = 2**19
 
 
 def local_in_window(spec: Spec) -> bool:
@@ -18,3 +27,34 @@ def local_in_window(spec: Spec) -> bool:
     if spec.combine.joint:
         return False
     return 0 < selection.local * selection.block <= window.size
+
+
+def hopper_local_fits(spec: Spec) -> bool:
+    """Whether the window's kernels for Hopper can attend to the local blocks, in all passes that the spec has.
+
+    The local keys fit in one tile of the forward. A tile of the gradients lies in one block, and a row tile has queries
+    of one block, so that a query's local blocks are whole tiles. Tiles at the other end of the window are not local.
+    """
+    if not local_in_window(spec) or not hopper_fits(spec, "win"):
+        return False
+    if "backward" in spec.passes and not hopper_banded_dq_fits(spec, "win"):
+        return False
+    assert spec.selection is not None and spec.window is not None
+    block, keys = spec.selection.block, spec.selection.local * spec.selection.block
+    tokens = _ROWS // (spec.heads.group & -spec.heads.group)
+    fits = keys <= _FORWARD_KEYS and block % _BACKWARD_KEYS == 0 and tokens <= block
+    return fits and spec.window.size >= keys + _ROWS
+
+
+def decisions(spec: Spec) -> tuple[Decision, ...]:
+    """The decision how many query tokens a call needs so that Hopper's kernels process the local blocks."""
+    if not hopper_local_fits(spec):
+        return ()
+    tokens = Tunable(HOPPER_LOCAL_TOKENS, (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
+    return (Decision("local_blocks", (tokens,), (HOPPER,)),)
+
+
+def choose(spec: Spec, target: str) -> dict[str, Config]:
+    """The default of that decision on an architecture or on the interpreter, by the decision's name."""
+    least = 2 ** max((_FROM_ROWS // spec.heads.query).bit_length() - 1, 10) if target == HOPPER else NEVER
+    return {each.name: Config(each.name, ((HOPPER_LOCAL_TOKENS, least),)) for each in decisions(spec)}

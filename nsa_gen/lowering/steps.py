@@ -19,6 +19,7 @@ from nsa_gen.lowering.parts import (
     HOPPER_GATHER,
     HOPPER_GATHER_QUERIES,
     HOPPER_KEYS,
+    HOPPER_LOCAL,
     HOPPER_ROWS,
     Argument,
     Kernel,
@@ -26,7 +27,7 @@ from nsa_gen.lowering.parts import (
     Schedule,
     Step,
 )
-from nsa_gen.lowering.sharing import local_in_window
+from nsa_gen.lowering.sharing import HOPPER_LOCAL_TOKENS, hopper_local_fits, local_in_window
 from nsa_gen.spec import Spec
 
 QUERY_MAJOR, KEY_MAJOR, LOCAL_BLOCKS = "query_major", "key_major", "local_blocks"
@@ -156,6 +157,9 @@ def _attend_window(spec: Spec, combined: bool, present: set[str]) -> Step:
     if local_in_window(spec):
         names = schedules[0].kernels
         schedules.append(Schedule(LOCAL_BLOCKS, names, decided_by=("LOCAL_IN_WINDOW", 1), fuses=("selected",)))
+        if hopper_local_fits(spec):
+            decided_by = (HOPPER_LOCAL_TOKENS, None)
+            schedules.append(Schedule(HOPPER_LOCAL, (), (HOPPER,), decided_by=decided_by, fuses=("selected",)))
     constants = {"BLOCK": 1, "STRIDE": 1, "WINDOW": spec.window.size}
     decode = _decoding(("decode_attend", "decode_step"), present)
     return _attend(spec, combined, "win", "window", kv_names(spec, "win"), constants, (*schedules, *decode))

@@ -182,9 +182,15 @@ def _schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
         yield from _selected_schedules(package, plan)
         return
     # With Hopper's kernel, on architectures that have it, and with the ordinary ones.
-    with override("banded_attention", HOPPER_TOKENS=ALWAYS):
+    with override("banded_attention", HOPPER_TOKENS=ALWAYS), ExitStack() as stack:
+        if plan.hopper_local:
+            with override("local_blocks", HOPPER_LOCAL_TOKENS=ALWAYS):
+                yield True
+            stack.enter_context(override("local_blocks", HOPPER_LOCAL_TOKENS=NEVER))
         yield False
-    with override("banded_attention", HOPPER_TOKENS=NEVER):
+    with override("banded_attention", HOPPER_TOKENS=NEVER), ExitStack() as stack:
+        if plan.hopper_local:
+            stack.enter_context(override("local_blocks", HOPPER_LOCAL_TOKENS=NEVER))
         yield from _selected_schedules(package, plan)
 
 
@@ -210,8 +216,25 @@ def _selected_schedules(package: ModuleType, plan: Plan) -> Iterator[bool]:
 def _trace_operator(
     package: ModuleType, plan: Plan, arguments: tuple[Any, ...], sequences: Any, passes: Sequence[str]
 ) -> None:
+    agreed = agreed_values(package, arguments[0], sequences)
+    _trace_passes(package, plan, arguments, agreed, sequences, passes)
+    if plan.local_in_window:
+        place = 1 + plan.schema_constants.index("local_in_window")
+        if agreed[place]:
+            # The same for lists that the caller gives: whether they end with the local blocks is checked.
+            given = _module(package, "kernels.selected_attention").GIVEN_LISTS
+            _trace_passes(package, plan, arguments, (*agreed[:place], given, *agreed[place + 1 :]), sequences, passes)
+
+
+def _trace_passes(
+    package: ModuleType,
+    plan: Plan,
+    arguments: tuple[Any, ...],
+    agreed: tuple[Any, ...],
+    sequences: Any,
+    passes: Sequence[str],
+) -> None:
     operator, q = _module(package, "operator"), arguments[0]
-    agreed = agreed_values(package, q, sequences)
     outputs = operator.attention_forward(*arguments, *agreed)
     if not (plan.backward and "backward" in passes):
         return

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from nsa_gen.lowering import lower
 from nsa_gen.rendering import import_package
+from nsa_gen.spec import Spec
 from nsa_gen.verification.calls import call_package
 from nsa_gen.verification.cases import Case
 from nsa_gen.verification.checking import check_case
@@ -38,11 +41,32 @@ def verify_job(
     packed: Sequence[Sequence[int]],
     device: str,
     seed: int,
+    hopper: bool = False,
 ) -> None:
     """Verify a shipped spec in a dtype: `verify` at the short lengths and with its own packed batch and input kinds,
-    then the long lengths, many short sequences and the packed batches named here, forward and backward."""
+    then the long lengths, many short sequences and the packed batches named here, forward and backward.
+
+    With `hopper`, calls of any length use every kernel for Hopper that the package has.
+    """
     meaning = variant(spec, dtype)
     module = import_package(package_of(meaning))
+    with ExitStack() as stack:
+        for decision in lower(meaning).decisions if hopper else ():
+            tokens = [tunable.name for tunable in decision.tunables if tunable.name.startswith("HOPPER_")]
+            if tokens:
+                stack.enter_context(module.configs.override(decision.name, **dict.fromkeys(tokens, 0)))
+        _verify(result, module, meaning, lengths, packed, device, seed)
+
+
+def _verify(
+    result: dict[str, Any],
+    module: Any,
+    meaning: Spec,
+    lengths: Sequence[int],
+    packed: Sequence[Sequence[int]],
+    device: str,
+    seed: int,
+) -> None:
     short = [length for length in lengths if length < LONG_FROM]
     report = verify(meaning, package=module, lengths=short, device=device, seed=seed, progress=say)
     result.update(json.loads(report.to_json()), ok=False)
@@ -55,7 +79,7 @@ def verify_job(
     with memory_slot():
         parameters = OracleParameters.from_spec(meaning)
         for number, case in enumerate(cases, 1):
-            say(f"{spec}: {case.label}")
+            say(f"{meaning.name}: {case.label}")
             labels.append(case.label)
             rows += _rows_of(module, meaning, parameters, case, device, seed + 1000 + number)
             result.update(cases=labels, rows=[asdict(row) for row in rows])

@@ -35,7 +35,7 @@ from tests.gpu import (
 from tests.gpu.common import expect_ok, save
 from tests.gpu.device import DEVICE, SEED
 from tests.gpu.support import package_of, variant
-from tests.gpu.test_hopper import having
+from tests.gpu.test_hopper import having, needs_hopper
 
 CPU = DEVICE == "cpu"
 ON_A_GPU = pytest.mark.skipif(CPU, reason="the interpreter cannot do this")
@@ -101,6 +101,15 @@ def test_a_spec_is_verified_at_every_length_and_packed(spec: str, dtype: str) ->
     found = expect_ok(correctness.verify_job, spec=spec, dtype=dtype, **check)
     compared = {row["quantity"] for row in found["rows"]}
     assert {"alignment_loss", "dq_idx", "dk_idx"} <= compared or not OracleParameters.from_spec(load_spec(spec)).aligned
+
+
+@ON_A_GPU
+@pytest.mark.gpu(seconds=900)
+@pytest.mark.parametrize(("spec", "dtype"), [case for case in CASES if case[1] != "float32"])
+def test_a_spec_is_verified_with_every_kernel_for_hopper(spec: str, dtype: str) -> None:
+    needs_hopper()
+    check = {"lengths": (1, 65, 200, 1300), "packed": PACKED, "device": DEVICE, "seed": SEED + 1, "hopper": True}
+    expect_ok(correctness.verify_job, spec=spec, dtype=dtype, **check)
 
 
 @ON_A_GPU

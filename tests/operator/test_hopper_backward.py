@@ -218,6 +218,61 @@ def test_row_statistics_are_the_bias_of_scores_in_base_2_and_minus_delta(gated: 
     assert torch.equal(other, -delta)
 
 
+LOCAL = {**CALL, "branches": "cmp slc win", "group": 2, "kv_heads": 2, "local": 2, "count": 4, "window": 256}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"group": 6}, True),
+        ({"group": 3}, False),  # a row tile has 128 tokens, two blocks
+        ({"group": 3, "block": 128, "local": 1}, True),
+        ({"local": 3, "window": 512}, False),  # more than one tile of keys
+        ({"window": 255}, False),  # a tile may have local keys and keys before the window
+        ({"block": 32}, False),
+        ({"dtype": "float32"}, False),
+        ({"gate": "given"}, False),  # no kernel for dq
+        ({"gate": "given", "passes": ("forward",)}, True),
+        ({"dims": (128, 64)}, False),
+        ({"kv": "per_branch"}, False),
+        ({"sink": "learned"}, False),
+    ],
+    ids=str,
+)
+def test_the_windows_kernels_do_the_local_blocks_where_these_are_whole_tiles(
+    changes: dict[str, Any], fits: bool
+) -> None:
+    spec = small_spec(**{**LOCAL, **changes})
+    program = lower(spec)
+    assert program.hopper_local is fits
+    least = {target: table.get("local_blocks") for target, table in program.defaults.items()}
+    assert all((config is not None) is fits for config in least.values())
+    if fits:
+        tokens = {target: config.mapping()["HOPPER_LOCAL_TOKENS"] for target, config in least.items()}
+        assert tokens.pop("sm_90") * spec.heads.query <= 2**19 and set(tokens.values()) == {NEVER}
+
+
+def test_two_branches_with_the_same_keys_are_one_with_other_row_statistics() -> None:
+    hopper = importlib.import_module(f"{operator_of(**LOCAL).module.__name__}.kernels.hopper_backward")
+    lse, delta, slc_lse, slc_delta = torch.randn(4, 2, 90, 4, device=DEVICE) * 30
+    slc_lse[0, :3] = torch.inf  # lists that lack the local blocks
+    logits = (torch.randn(2, 90, 4, 3, device=DEVICE) * 20).half()
+    window = OutputGradient(lse, lse, delta, logits[..., 2])
+    selected = OutputGradient(lse, slc_lse, slc_delta, logits[..., 1])
+    found = hopper.row_statistics(window, selected)
+    assert torch.equal(found[:2], hopper.row_statistics(window))
+
+    gates = logits.double().sigmoid()
+    score, dp = torch.minimum(lse, slc_lse).double() + 2.0, torch.randn_like(lse).double() * 40
+    p, slc_p = gates[..., 2] * (score - lse.double()).exp(), gates[..., 1] * (score - slc_lse.double()).exp()
+    both = ((score / math.log(2)) + found[2].double()).exp2()
+    torch.testing.assert_close(both, p + slc_p, rtol=1e-4, atol=0.0)
+    ds = p * (dp - delta.double()) + slc_p * (dp - slc_delta.double())
+    near = 1e-4 * (p * (dp.abs() + delta.abs()) + slc_p * (dp.abs() + slc_delta.abs()))
+    assert ((both * (dp + found[3].double()) - ds).abs() <= near).all()
+
+
 def test_a_profile_tells_which_kernel_of_the_plan_hoppers_stands_for(compiling) -> None:
     op = operator_of("cmp slc win", **CALL)
     done = compiling(TRACED, str(op.folder), "sm_90")

@@ -80,15 +80,53 @@ def test_another_choice_is_what_a_spec_with_given_indices_makes_of_it(name: str)
     assert_equal_bits(found, expected)
 
 
-@pytest.mark.parametrize("local", [0, 1])
-def test_local_blocks_are_the_windows_business_only_where_they_are_known_to_be_chosen(local: int) -> None:
+def local_in_window(op: Operator, local: int, key_major: int) -> Any:
+    values = {"LOCAL_IN_WINDOW": local, "KEY_MAJOR_FORWARD": key_major, "KEY_MAJOR_DQ": key_major}
+    return op.configs.override("selected_attention", **values)
+
+
+@pytest.mark.parametrize("key_major", [0, 1], ids=["query-major", "key-major"])
+@pytest.mark.parametrize("shape", CALLS)
+def test_the_same_bits_again_if_the_window_does_the_local_blocks(shape: str, key_major: int) -> None:
+    op = operator("three branches")
+    inputs = inputs_of(op, **CALLS[shape])
+    with local_in_window(op, 1, key_major):
+        first = call_with_gradients(op, inputs)
+        again = call_with_gradients(op, inputs, indices=first["indices"], counts=first["counts"])
+    assert_equal_bits(again, first)
+
+
+@pytest.mark.parametrize("key_major", [0, 1], ids=["query-major", "key-major"])
+@pytest.mark.parametrize("scope", ["group", "all"])
+def test_the_window_does_the_local_blocks_of_lists_that_end_with_them_alone(scope: str, key_major: int) -> None:
+    op = operator("three branches", scope=scope)
+    inputs = inputs_of(op, 53)
+    with local_in_window(op, 0, key_major):
+        indices = call_with_gradients(op, inputs)["indices"].clone()
+        # Of every three tokens' lists, one lacks its own block, and one has the same blocks in another order.
+        indices[:, 30::3, :, -1] = -1
+        indices[:, 31::3] = indices[:, 31::3].flip(-1)
+        expected = call_with_gradients(op, inputs, indices=indices)
+    with local_in_window(op, 1, key_major):
+        found = call_with_gradients(op, inputs, indices=indices)
+        recomputed = call_with_gradients(op, inputs, indices=indices, recompute=("slc", "win"))
+    assert_equal_bits(recomputed, found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("key_major", [0, 1], ids=["query-major", "key-major"])
+def test_a_nan_in_a_local_block_that_a_list_lacks_stays_out_of_the_selected_branch(key_major: int) -> None:
     op = operator("three branches")
     inputs = inputs_of(op, 53)
-    indices = other_choice(op, inputs)
-    with op.configs.override("selected_attention", LOCAL_IN_WINDOW=0):
-        expected = call_with_gradients(op, inputs, indices=indices)
-    with op.configs.override("selected_attention", LOCAL_IN_WINDOW=local):
-        assert_equal_bits(call_with_gradients(op, inputs, indices=indices), expected)
+    with local_in_window(op, 1, key_major):
+        indices = call_with_gradients(op, inputs)["indices"].clone()
+        # Token 45 is in block 2, which no list has any more.
+        assert op.spec.selection.block == 16
+        indices[indices == 2] = -1
+        inputs.v[:, 45] = float("nan")
+        _, aux = call(op, inputs, indices=indices, return_aux=True)
+    assert aux.o_win[:, 45:].isnan().all() and aux.o_slc.isfinite().all()
 
 
 def test_counts_leave_out_the_slots_behind_them() -> None:

@@ -163,6 +163,8 @@ def test_kernels_and_configurations_name_each_other(spec, texts, modules):
     if program.hopper:  # it has one configuration, by its design
         for name in ("hopper_banded_forward", "hopper_banded_repair"):
             assert kernels.pop(name) == name
+    if program.local_in_window:
+        assert kernels.pop("local_lists") == "inverted_index"
     if program.hopper_banded_backward or program.hopper_selected_backward:
         assert kernels.pop("row_statistics") == "hopper_backward"
     if program.hopper_banded_dq:  # it has one configuration, by its design

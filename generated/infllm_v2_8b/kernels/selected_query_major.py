@@ -119,8 +119,8 @@ def load_count(counts_ptr, offset):
 @lean
 @triton.jit(do_not_specialize=["tokens_q", "tokens_kv", "num_sequences"])
 def selected_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, dq_before_ptr,
-    cu_seqlens,
+    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr,
+    dq_ptr, dq_before_ptr, cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh,
     tokens_q, tokens_kv, num_sequences,

@@ -242,19 +242,21 @@ def locate_queries(tile, tokens_q, tokens_kv, QUERY_BLOCK: tl.constexpr):
 class LocalPart(NamedTuple):
     """Partial result of the selected branch: attention to its local blocks, computed by the window's kernel.
 
-    o is (B, Tq, Hq, Dv) in q's dtype. The base-2 maximum and sum of each row's softmax are (B, Tq, Hq) float32.
+    o is (B, Tq, Hq, Dv) in q's dtype. The base-2 maximum and sum of each row's softmax are (B, Tq, Hq) float32. `lists`
+    (B, Tq, S) int8 is 0 where a list does not end with the local blocks, and the part is not used; None means nowhere.
     """
 
     o: torch.Tensor
     row_max: torch.Tensor
     row_sum: torch.Tensor
+    lists: torch.Tensor | None
 
     @classmethod
-    def empty(cls, q: torch.Tensor) -> "LocalPart":
+    def empty(cls, q: torch.Tensor, lists: torch.Tensor | None = None) -> "LocalPart":
         """Allocate the partial result for queries q."""
         rows = q.shape[:3]
         row_max, row_sum = (q.new_empty(*rows, dtype=torch.float32) for _ in range(2))
-        return cls(q.new_empty(*rows, HEAD_DIM_V.value), row_max, row_sum)
+        return cls(q.new_empty(*rows, HEAD_DIM_V.value), row_max, row_sum, lists)
 
 
 WINDOW_BAND = Constants(BLOCK=1, STRIDE=1, WINDOW=spec.WINDOW.value)
@@ -289,9 +291,11 @@ def forward(
     local: LocalPart | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch `kernel`: returns o (B, Tq, Hq, Dv) in q's dtype and lse (B, Tq, Hq) float32; fills `local` if given."""
-    on_hopper = None if local is not None else hopper.forward_for(q, k, v, sequences)
+    on_hopper = hopper.forward_for(q, k, v, sequences)
+    if local is not None and not hopper.has_whole_local_tiles(sequences):
+        on_hopper = None
     if on_hopper is not None:
-        return on_hopper(q, k, v, sequences, *band.values())
+        return on_hopper(q, k, v, sequences, *band.values(), local and local[:3])
     o = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, HEAD_DIM_V.value)
     lse = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, dtype=torch.float32)
     strides = q.stride(), k.stride(), v.stride()
@@ -302,7 +306,7 @@ def forward(
         v,
         o,
         lse,
-        *(local or (None, None, None)),
+        *(local[:3] if local else (None, None, None)),
         sequences.cu_seqlens,
     )
     return o, lse

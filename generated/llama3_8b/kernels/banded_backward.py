@@ -33,6 +33,7 @@ from .banded import (
     make_band,
     part_of,
 )
+from .hopper import has_whole_local_tiles
 from .primitives import (
     KeyGradients,
     KeyTile,
@@ -338,18 +339,20 @@ def backward(
     """
     inputs = (q, k, v, *gradient, *(selected[1:] if selected else (None, None, None)))
     strides = q.stride(), k.stride(), v.stride(), gradient.gate_strides
+    serves_hopper = not selected or has_whole_local_tiles(sequences)
     hopper = hopper_backward.dq_module_for(q, k, v, gradient.do, sequences)
-    hopper = None if selected else hopper
+    hopper = hopper if serves_hopper else None
     # Rows that the Triton kernel writes: those that the kernel for Hopper skipped, or all.
     wanted = None
     if hopper is not None:
-        wanted = hopper.backward_dq(band, q, k, v, gradient, dq, dq_before, sequences)
+        wanted = hopper.backward_dq(band, q, k, v, gradient, dq, dq_before, sequences, selected)
     prepared = prepare_dq(configs.get(f"{branch}_backward_dq", q.device), band, strides, sequences.sizes)
     prepared(*inputs, dq, dq_before, wanted, sequences.cu_seqlens)
 
-    hopper = None if selected else hopper_backward.module_for("banded", q, k, v, gradient.do, sequences)
+    hopper = hopper_backward.module_for("banded", q, k, v, gradient.do, sequences)
+    hopper = hopper if serves_hopper else None
     if hopper is not None:
-        hopper.backward_dkdv(band, q, k, v, gradient, dk, dv, sequences)
+        hopper.backward_dkdv(band, q, k, v, gradient, dk, dv, sequences, selected)
         return
     config = configs.get(f"{branch}_backward_dkdv", q.device)
     splits = config.get("HEAD_SPLITS", 1)

@@ -7,6 +7,7 @@ import torch
 
 from .. import configs
 from ..runtime.sequences import Sequences
+from ..spec import SELECTION_BLOCK
 from .hopper_device import has_boxes, module_on
 
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -22,3 +23,11 @@ def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Se
         return None
     found = module_on("hopper_launch", q.device, configs.target_of(q.device))
     return found.hopper_banded_forward if found is not None and all(map(has_boxes, (q, k, v))) else None
+
+
+def has_whole_local_tiles(sequences: Sequences) -> bool:
+    """Whether the queries of every row tile are in one selection block, so that their local blocks are whole tiles.
+
+    This is so if queries start at the begin of a block. Packed sequences do, since they have as many queries as keys.
+    """
+    return (sequences.tokens_kv - sequences.tokens_q) % SELECTION_BLOCK.value == 0

@@ -22,7 +22,7 @@ from ..runtime.launch import Constants, Launch, Strides, kept, lean, prepare, ro
 from ..runtime.sequences import OutputGradient, Sequences
 from ..runtime.shares import add_up, new_shares
 from ..spec import GROUP, HEAD_DIM_QK, HEAD_DIM_V, KV_HEADS, QUERY_HEADS, SCALE, SCALE_LOG2
-from .banded import WHOLE, end_visible, kernel_name, make_band
+from .banded import LOCAL, WHOLE, end_visible, kernel_name, make_band, part_of
 from .banded_backward import end_viewer, first_viewer
 from .hopper_backward import row_statistics
 from .hopper_tiles import (
@@ -46,7 +46,10 @@ ENOUGH_PROGRAMS = 1024
 
 
 class Queries(NamedTuple):
-    """Pointers to the first row and head of a KV head's queries, their strides, and the number of tokens."""
+    """Pointers to the first row and head of a KV head's queries, their strides, and the number of tokens.
+
+    Queries in tiles before `end_local` have the keys in their local blocks, and have other statistics, the last two.
+    """
 
     q: Any
     do: Any
@@ -55,6 +58,7 @@ class Queries(NamedTuple):
     stride_h: Any
     statistics_size: Any
     tokens: Any
+    end_local: Any
 
 
 class Buffers(NamedTuple):
@@ -83,6 +87,7 @@ def copy_queries(queries, head, tile, tokens, buffers, slot):
     numbers = gl.arange(0, 2 * ROWS, layout=FLAT)
     rows = tile * ROWS + numbers % ROWS
     offsets = rows.to(gl.int64) * QUERY_HEADS + head + numbers // ROWS * queries.statistics_size
+    offsets += gl.where(tile < queries.end_local, 2 * queries.statistics_size, 0)
     copy_async(buffers.statistics.index(slot), queries.statistics + offsets, mask=rows < tokens)
     async_copy.commit_group()
 
@@ -138,11 +143,13 @@ def hopper_banded_backward_dkdv_kernel(
     tokens_q, tokens_kv, key_rows, rows, num_sequences,
     PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
     HEAD_SPLITS: gl.constexpr,
+    WITH_LOCAL: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys of one KV head, summed in fp32 over a share of its group's query heads.
 
     Programs of the same keys are adjacent. Those of the first keys, which most queries see, start first. dk_ptr and
     dv_ptr hold HEAD_SPLITS shares, which the host sums in order.
+    WITH_LOCAL adds the selected branch's gradients of queries with these keys in their local blocks.
     """
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     HEADS: gl.constexpr = (GROUP + HEAD_SPLITS - 1) // HEAD_SPLITS
@@ -190,6 +197,9 @@ def hopper_banded_backward_dkdv_kernel(
         first_full = gl.minimum(gl.maximum(first_full, first), end)
         end_full = gl.maximum(gl.minimum(end_full, end), first_full)
 
+        end_local = 0
+        if WITH_LOCAL:
+            end_local = (end_viewer(first_key, part_of(band, LOCAL)) - offset) // ROWS
         row = rows_before + first_row
         queries = Queries(
             row_base(q_ptr, batch, first_row, 0, stride_qb, stride_qt, stride_qh),
@@ -199,6 +209,7 @@ def hopper_banded_backward_dkdv_kernel(
             stride_qh,
             rows.to(gl.int64) * QUERY_HEADS,
             tokens_q,
+            end_local,
         )
         dk = gl.zeros([KEYS, HEAD_DIM_QK], gl.float32, DK)
         dv = gl.zeros([KEYS, HEAD_DIM_V], gl.float32, DV)
@@ -253,14 +264,15 @@ def backward_dkdv(
     dk: torch.Tensor,
     dv: torch.Tensor,
     sequences: Sequences,
+    selected: OutputGradient | None = None,
 ) -> None:
     """Launch the kernel that writes dk and dv; see `banded_backward.backward`."""
     key_tiles = sequences.tiles(sequences.tokens_kv, KEYS.value * band["STRIDE"])
     splits = head_splits(key_tiles * KV_HEADS.value * sequences.batch)
     dk_shares, dv_shares = new_shares(splits, dk, sequences), new_shares(splits, dv, sequences)
     strides = q.stride(), k.stride(), v.stride()
-    prepared = prepare_dkdv(band, key_tiles, splits, k.shape[1], strides, sequences.sizes)
-    tensors = (q, k, v, gradient.do, row_statistics(gradient), dk_shares, dv_shares)
+    prepared = prepare_dkdv(band, key_tiles, splits, k.shape[1], strides, sequences.sizes, selected is not None)
+    tensors = (q, k, v, gradient.do, row_statistics(gradient, selected), dk_shares, dv_shares)
     prepared(*tensors, sequences.cu_seqlens)
     add_up(dk_shares, dk)
     add_up(dv_shares, dv)
@@ -268,7 +280,13 @@ def backward_dkdv(
 
 @kept
 def prepare_dkdv(
-    band: Constants, key_tiles: int, splits: int, key_rows: int, strides: Strides, sequences: Sequences
+    band: Constants,
+    key_tiles: int,
+    splits: int,
+    key_rows: int,
+    strides: Strides,
+    sequences: Sequences,
+    with_local: bool,
 ) -> Launch:
     """Prepare the launch for tiles of keys, each with shares of a group's heads."""
     numbers = (*row_strides(strides), sequences.tokens_q, sequences.tokens_kv, key_rows)
@@ -281,5 +299,6 @@ def prepare_dkdv(
         PACKED=sequences.packed,
         **band,
         HEAD_SPLITS=splits,
+        WITH_LOCAL=with_local,
         num_warps=4,
     )

@@ -42,8 +42,8 @@ from .hopper_rows import (
     find_item,
     mask_products,
     stage_rows,
-    store_lse,
     store_rows,
+    store_statistic,
     tile_at,
 )
 from .primitives import finish_softmax, online_softmax_step
@@ -186,8 +186,53 @@ def attend_to_tile(
 
 
 @gluon.jit
+def store_output(desc, pointer, work, item, o, o_smem, WARPGROUP: gl.constexpr, PACKED: gl.constexpr):
+    """Store a warpgroup's rows of o, through shared memory if it has room for them."""
+    if STAGED:
+        stage_rows(desc, pointer, work, item, o, o_smem.index(WARPGROUP), WARPGROUP, PACKED)
+    else:
+        store_rows(pointer, work, item, o, WARPGROUP)
+
+
+@gluon.jit
+def finish_local(
+    local_desc, pointers, work, item, rows, count, ring, o_smem, WARPGROUP: gl.constexpr, PACKED: gl.constexpr
+):
+    """Multiply p of the local blocks with their values, and store the result as a part of the selected branch."""
+    slot = count % STAGES
+    factor = gl.convert_layout(rows.p.to(ring.v.dtype), FACTOR)
+    mbarrier.wait(ring.v_full.index(slot), (count // STAGES) & 1)
+    acc = warpgroup_mma(factor, ring.v.index(slot).reshape([KEYS, HEAD_DIM_V]), rows.acc, is_async=True)
+    acc, factor = warpgroup_mma_wait(0, deps=(acc, factor))
+    mbarrier.arrive(ring.v_free.index(slot), count=1)
+    store_statistic(pointers.local_max, work, item, rows.row_max, WARPGROUP, ROW)
+    store_statistic(pointers.local_sum, work, item, rows.row_sum, WARPGROUP, ROW)
+    normaliser, _ = finish_softmax(rows.row_max, rows.row_sum)
+    part = acc * gl.convert_layout(normaliser, gl.SliceLayout(1, VALUES))[:, None]
+    store_output(local_desc, pointers.local, work, item, part.to(ring.v.dtype), o_smem, WARPGROUP, PACKED)
+    return acc
+
+
+@gluon.jit
+def attend_after_local(
+    rows, acc, count, queries, ring, first_key, positions,
+    WARPGROUP: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of the key tile after the local blocks, whose product with their values is in acc already."""
+    slot = count % STAGES
+    mbarrier.wait(ring.k_full.index(slot), (count // STAGES) & 1)
+    products = start_products(queries, ring.k, slot, WARPGROUP, SCORES)
+    products = warpgroup_mma_wait(0, deps=(products,))
+    mbarrier.arrive(ring.k_free.index(slot), count=1)
+    products = mask_products(products, positions, first_key, BLOCK, STRIDE, WINDOW, SCORES)
+    p, row_max, row_sum, rescale = online_softmax_step(products, rows.row_max, rows.row_sum)
+    return Progress(p, row_max, row_sum, acc * gl.convert_layout(rescale, gl.SliceLayout(1, VALUES))[:, None])
+
+
+@gluon.jit
 def attend(
     o_desc,
+    local_desc,
     pointers, work, queries, o_smem, ring, last,
     WARPGROUP: gl.constexpr, PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
     LAST: gl.constexpr,
@@ -219,9 +264,13 @@ def attend(
         last_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, LAST_SCORES))
         last_p, last_max, last_sum, _ = online_softmax_step(products, last_max, last_sum)
         rows = Progress(last_p, gl.convert_layout(last_max, ROW), gl.convert_layout(last_sum, ROW), acc)
-        FIRST: gl.constexpr = 1 if LAST < KEYS else 0
+        key = tile_at(item, 0)
+        FIRST: gl.constexpr = 1 if LAST < KEYS or work.local else 0
+        if work.local:
+            acc = finish_local(local_desc, pointers, work, item, rows, count, ring, o_smem, WARPGROUP, PACKED)
+            count += 1
+            rows = attend_after_local(rows, acc, count, queries, ring, key, positions, WARPGROUP, BLOCK, STRIDE, WINDOW)
         if LAST < KEYS:
-            key = tile_at(item, 0)
             rows = attend_to_tile(
                 rows, last, 0, phase, count, queries, ring, key, positions, WARPGROUP, BLOCK, STRIDE, WINDOW, True
             )
@@ -252,12 +301,8 @@ def attend(
         gl.store(pointers.broken + 2 * index + WARPGROUP, gl.max(broken, 0))
         normaliser, lse = finish_softmax(rows.row_max, rows.row_sum)
         acc = acc * gl.convert_layout(normaliser, gl.SliceLayout(1, VALUES))[:, None]
-        store_lse(pointers, work, item, lse, WARPGROUP, ROW)
-        o = acc.to(ring.v.dtype)
-        if STAGED:
-            stage_rows(o_desc, pointers, work, item, o, o_smem.index(WARPGROUP), WARPGROUP, PACKED)
-        else:
-            store_rows(pointers, work, item, o, WARPGROUP)
+        store_statistic(pointers.lse, work, item, lse, WARPGROUP, ROW)
+        store_output(o_desc, pointers.o, work, item, acc.to(ring.v.dtype), o_smem, WARPGROUP, PACKED)
         phase ^= 1
     tma.store_wait(0)
 
@@ -286,7 +331,10 @@ def new_buffers(k_desc, v_desc, AMOUNT: gl.constexpr, LENGTH: gl.constexpr):
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, repr=lambda launch: f"hopper_{kernel_name(launch.constants, 'forward')}")
 def hopper_banded_forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_last_desc, v_last_desc, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
+    q_desc, k_desc, v_desc, o_desc, k_last_desc, v_last_desc,
+    local_desc,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
+    local_ptr, local_max_ptr, local_sum_ptr,
     cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     tokens_q, tokens_kv, num_sequences, num_tiles, total,
@@ -296,12 +344,15 @@ def hopper_banded_forward_kernel(
 
     It is launched with 4 warps and 168 registers per thread. Of the 384 threads, those that compute get 240 registers,
     and those of the warpgroup that loads get 24. The last tile has LAST keys and, if LAST < KEYS, its own buffers.
+    With `local_ptr`, that tile has the keys of the local blocks, and its softmax and o are also stored by themselves.
     """
     pointers = Pointers(
         q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        local_ptr, local_max_ptr, local_sum_ptr,
     )  # fmt: skip
-    work = Work(cu_seqlens, num_sequences, tokens_q, tokens_kv, num_tiles, total)
+    local = None if local_ptr is None else True
+    work = Work(cu_seqlens, num_sequences, tokens_q, tokens_kv, num_tiles, total, local)
     queries = Queries(
         gl.allocate_shared_memory(q_desc.dtype, [2 * CHUNKS, 1, TOKENS, PACK, CHUNK], q_desc.layout),
         new_barriers(2, 1),
@@ -315,28 +366,28 @@ def hopper_banded_forward_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (attend, (o_desc, pointers, work, queries, o_smem, ring, last, 0, PACKED, BLOCK, STRIDE, WINDOW, LAST)),
-            (attend, (o_desc, pointers, work, queries, o_smem, ring, last, 1, PACKED, BLOCK, STRIDE, WINDOW, LAST)),
+            (
+                attend,
+                (
+                    o_desc, local_desc, pointers, work, queries, o_smem, ring, last, 0,
+                    PACKED, BLOCK, STRIDE, WINDOW, LAST,
+                ),
+            ),
+            (
+                attend,
+                (
+                    o_desc, local_desc, pointers, work, queries, o_smem, ring, last, 1,
+                    PACKED, BLOCK, STRIDE, WINDOW, LAST,
+                ),
+            ),
             (
                 load_tiles,
                 (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    k_last_desc,
-                    v_last_desc,
-                    work,
-                    queries,
-                    ring,
-                    last,
-                    PACKED,
-                    BLOCK,
-                    STRIDE,
-                    WINDOW,
-                    LAST,
+                    q_desc, k_desc, v_desc, k_last_desc, v_last_desc, work, queries, ring, last,
+                    PACKED, BLOCK, STRIDE, WINDOW, LAST,
                 ),
             ),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

@@ -33,7 +33,9 @@ SORT_TILE = 4096
     do_not_specialize=["tokens_q", "tokens_kv", "chunk_tokens", "blocks_per_batch", "block_rows", "num_sequences"]
 )
 def index_keys_kernel(
-    indices_ptr, counts_ptr, keys_ptr, cu_seqlens,
+    indices_ptr, counts_ptr,
+    local_lists_ptr,
+    keys_ptr, cu_seqlens,
     tokens_q, tokens_kv, chunk_tokens, blocks_per_batch, block_rows, num_sequences,
     PACKED: tl.constexpr, SLOT_TILE: tl.constexpr,
     WITHOUT_LOCAL: tl.constexpr,
@@ -63,7 +65,11 @@ def index_keys_kernel(
     blocks = tl.load(indices_ptr + row * (LISTS * SELECTION_COUNT) + slots, mask=stored, other=-1)
     last_block = position // SELECTION_BLOCK
     if WITHOUT_LOCAL:
-        last_block -= LOCAL_BLOCKS
+        left_out = LOCAL_BLOCKS
+        if local_lists_ptr is not None:
+            ends_local = tl.load(local_lists_ptr + row * LISTS + list_numbers, mask=stored, other=0)
+            left_out = tl.where(ends_local != 0, LOCAL_BLOCKS, 0)
+        last_block -= left_out
     valid = (blocks >= 0) & (blocks <= last_block)
     if counts_ptr is not None:
         valid &= slots % SELECTION_COUNT < tl.load(counts_ptr + row * LISTS + list_numbers, mask=stored, other=0)
@@ -75,6 +81,35 @@ def index_keys_kernel(
     lists = tl.where(valid, kv_heads * block_rows + first_block + blocks, KV_HEADS * block_rows)
     keys = row // chunk_tokens * (KV_HEADS * block_rows + 1) + lists
     tl.store(keys_ptr + row * (LISTS * SELECTION_COUNT) + slots, keys.to(tl.int32), mask=in_range)
+
+
+@lean
+@triton.jit(do_not_specialize=["tokens_q", "tokens_kv", "num_sequences"])
+def local_lists_kernel(
+    indices_ptr, counts_ptr, local_lists_ptr, cu_seqlens, tokens_q, tokens_kv, num_sequences,
+    PACKED: tl.constexpr, LIST_TILE: tl.constexpr, SCOPES: tl.constexpr,
+):  # fmt: skip
+    """Whether each of a token's SCOPES lists ends with all of its local blocks: 1 or 0."""
+    batch = tl.program_id(1)
+    rows_before = tl.cast(batch, tl.int64) * tokens_q
+    first_row, token, tokens_q, tokens_kv = locate_tile(
+        cu_seqlens, num_sequences, tl.program_id(0), tokens_q, tokens_kv, 1, PACKED
+    )
+    if token >= tokens_q:
+        return
+    list_numbers = tl.arange(0, LIST_TILE)
+    in_range = list_numbers < SCOPES
+    lists = (rows_before + first_row + token) * SCOPES + list_numbers
+    end = tl.full((LIST_TILE,), SELECTION_COUNT, dtype=tl.int32)
+    if counts_ptr is not None:
+        end = tl.minimum(tl.load(counts_ptr + lists, mask=in_range, other=0), SELECTION_COUNT)
+    own_block = (token + tokens_kv - tokens_q) // SELECTION_BLOCK
+    found = in_range
+    for distance in range(0, tl.minimum(own_block + 1, LOCAL_BLOCKS)):
+        slots = end - 1 - distance
+        blocks = tl.load(indices_ptr + lists * SELECTION_COUNT + slots, mask=in_range & (slots >= 0), other=-1)
+        found &= blocks == own_block - distance
+    tl.store(local_lists_ptr + lists, found.to(tl.int8), mask=in_range)
 
 
 @lean
@@ -163,15 +198,17 @@ def slot_keys(
     sequences: Sequences,
     layout: Layout,
     without_local: bool,
+    local_lists: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the sort key of each slot of `indices`, chunk by chunk: one-dimensional, int32.
 
-    If local blocks are left out, their slots have no list.
+    If local blocks are left out, their slots have no list. With `local_lists` (B, Tq, LISTS) they are left out only
+    where it is not 0.
     """
     keys = indices.new_empty(indices.numel())
     config = configs.get("index_keys", indices.device)
     prepared = prepare_keys(config, layout, sequences.sizes, without_local)
-    prepared(indices, counts, keys, sequences.cu_seqlens)
+    prepared(indices, counts, local_lists, keys, sequences.cu_seqlens)
     return keys
 
 
@@ -196,6 +233,24 @@ def prepare_keys(
         WITHOUT_LOCAL=without_local,
         **config,
     )
+
+
+def find_local_lists(indices: torch.Tensor, counts: torch.Tensor | None, sequences: Sequences) -> torch.Tensor:
+    """Find the lists that end with all local blocks of their query, in descending order from the end: (B, Tq, S) int8.
+
+    A list that the operator computes always does. One that is given need not.
+    """
+    found = indices.new_zeros(indices.shape[:3], dtype=torch.int8)
+    prepare_local_lists(indices.shape[2], sequences.sizes)(indices, counts, found, sequences.cu_seqlens)
+    return found
+
+
+@kept
+def prepare_local_lists(scopes: int, sequences: Sequences) -> Launch:
+    """Prepare the launch for `scopes` lists per token."""
+    grid = (sequences.tiles(sequences.tokens_q, 1), sequences.batch)
+    constants = {"PACKED": sequences.packed, "LIST_TILE": sizes.next_power_of_2(scopes), "SCOPES": scopes}
+    return prepare(local_lists_kernel, grid, *sequences.numbers, **constants, num_warps=1)
 
 
 def sort_slots(keys: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:

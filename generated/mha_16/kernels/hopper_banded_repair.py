@@ -129,12 +129,16 @@ def attend_to_tile_with_care(
 
 
 @gluon.jit
-def store_part(pointers, work, item, o, column, half):
-    """Store PART columns of a warpgroup's rows of o."""
+def store_part(pointer, work, item, state, column, half):
+    """Store PART columns of a warpgroup's rows of o: NaN if a row sees a value that is not finite."""
+    acc, poison, row_max, row_sum = state
+    normaliser, _lse = finish_softmax(row_max, row_sum)
+    o = acc * gl.convert_layout(normaliser, gl.SliceLayout(1, PART_VALUES))[:, None]
+    o = gl.where(poison > 0.0, float("nan"), o)
     queries, _, rows = find_rows(work, item, half, gl.SliceLayout(1, PART_VALUES))
     columns = column + gl.arange(0, PART, gl.SliceLayout(0, PART_VALUES))
-    addresses = pointers.o + rows[:, None] * HEAD_DIM_V + columns[None, :]
-    gl.store(addresses, o.to(pointers.o.dtype.element_ty), mask=(queries < item.tokens_q)[:, None])
+    addresses = pointer + rows[:, None] * HEAD_DIM_V + columns[None, :]
+    gl.store(addresses, o.to(pointer.dtype.element_ty), mask=(queries < item.tokens_q)[:, None])
 
 
 @gluon.jit
@@ -169,24 +173,22 @@ def attend_with_care(
         none = gl.zeros([ROWS, PART], gl.float32, PART_VALUES)
         state = (none, none, gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
         last_key = item.first_key + item.tiles * KEYS
-        acc, poison, row_max, row_sum = attend_to_tile_with_care(
+        state = attend_to_tile_with_care(
             part, pointers, bases, item, last_key, column, state, half, BLOCK, STRIDE, WINDOW, LAST
         )
         for step in range(0, item.tiles):
-            state = (acc, poison, row_max, row_sum)
             key = tile_at(item, step)
-            acc, poison, row_max, row_sum = attend_to_tile_with_care(
+            state = attend_to_tile_with_care(
                 part, pointers, bases, item, key, column, state, half, BLOCK, STRIDE, WINDOW, KEYS
             )
-        normaliser, _lse = finish_softmax(row_max, row_sum)
-        o = acc * gl.convert_layout(normaliser, gl.SliceLayout(1, PART_VALUES))[:, None]
-        store_part(pointers, work, item, gl.where(poison > 0.0, float("nan"), o), column, half)
+        store_part(pointers.o, work, item, state, column, half)
 
 
 @lean
 @gluon.jit(do_not_specialize=UNSPECIALIZED, repr=lambda launch: f"hopper_{kernel_name(launch.constants, 'repair')}")
 def hopper_banded_repair_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, broken_ptr, cu_seqlens,
+    q_ptr, k_ptr, v_ptr, o_ptr, broken_ptr,
+    cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     tokens_q, tokens_kv, num_sequences, num_tiles, total,
     PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, LAST: gl.constexpr,

@@ -22,7 +22,13 @@ from .hopper_rows import CHUNK, KEYS, PACK, QUERY_BLOCK, STAGED, TOKENS
 
 
 def hopper_banded_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, block: int, stride: int, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences,
+    block: int,
+    stride: int,
+    window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel: returns o (B, Tq, Hq, Dv) in q's dtype and lse (B, Tq, Hq) float32."""
     o = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, HEAD_DIM_V.value)
@@ -48,15 +54,15 @@ def hopper_banded_forward(
     tensors = q, k, v, o, lse, broken, sequences.cu_seqlens
     programs = min(total, configs.multiprocessors(q.device))
     launch(hopper_banded_forward_kernel, programs, boxed, (*tensors, *strides, *sizes), constants)
-    repair = prepare_repair(total, sequences.packed, block, stride, window, *strides, *sizes)
+    repair = prepare_repair(total, sequences.packed, block, stride, window, last, *strides, *sizes)
     repair(q, k, v, o, broken, sequences.cu_seqlens)
     return o, lse
 
 
 @kept
-def prepare_repair(total: int, packed: bool, block: int, stride: int, window: int, *numbers: int) -> Launch:
+def prepare_repair(total: int, packed: bool, block: int, stride: int, window: int, last: int, *numbers: int) -> Launch:
     """Prepare the launch that recomputes the broken tiles among `total` tiles."""
-    constants = {"PACKED": packed, "BLOCK": block, "STRIDE": stride, "WINDOW": window, "LAST": last_keys(window)}
+    constants = {"PACKED": packed, "BLOCK": block, "STRIDE": stride, "WINDOW": window, "LAST": last}
     grid = (cdiv(2 * total, HALVES.value),)
     return prepare(hopper_banded_repair_kernel, grid, *numbers, **constants, num_warps=4)
 

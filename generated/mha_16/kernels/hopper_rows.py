@@ -115,15 +115,10 @@ def end_visible(position, BLOCK: gl.constexpr, STRIDE: gl.constexpr):
 
 @gluon.jit
 def find_item(
-    index,
-    work,
-    PACKED: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr,
-    LAST: gl.constexpr,
+    index, work,
+    PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, LAST: gl.constexpr,
     KEYS: gl.constexpr = KEYS,
-):
+):  # fmt: skip
     """The row tile with a given number. In a batch entry, tiles that see most keys come first, and heads are adjacent.
 
     With LAST = 0, all keys are in tiles of KEYS keys, and there is no separate last tile.
@@ -224,23 +219,23 @@ def find_rows(work, item, GROUP_OF_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_lse(pointers, work, item, lse, GROUP_OF_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store the lse of a warpgroup's rows."""
+def store_statistic(pointer, work, item, values, GROUP_OF_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store one number for each of a warpgroup's rows."""
     queries, _, rows = find_rows(work, item, GROUP_OF_WARPS, LAYOUT)
-    gl.store(pointers.lse + rows, lse, mask=queries < item.tokens_q)
+    gl.store(pointer + rows, values, mask=queries < item.tokens_q)
 
 
 @gluon.jit
-def store_rows(pointers, work, item, o, GROUP_OF_WARPS: gl.constexpr):
+def store_rows(pointer, work, item, o, GROUP_OF_WARPS: gl.constexpr):
     """Store a warpgroup's rows of o, 16 bytes per thread."""
     queries, _, rows = find_rows(work, item, GROUP_OF_WARPS, gl.SliceLayout(1, STORED))
     columns = gl.arange(0, HEAD_DIM_V, gl.SliceLayout(0, STORED))
-    addresses = pointers.o + rows[:, None] * HEAD_DIM_V + columns[None, :]
+    addresses = pointer + rows[:, None] * HEAD_DIM_V + columns[None, :]
     gl.store(addresses, gl.convert_layout(o, STORED), mask=(queries < item.tokens_q)[:, None])
 
 
 @gluon.jit
-def stage_rows(o_desc, pointers, work, item, o, staged, GROUP_OF_WARPS: gl.constexpr, PACKED: gl.constexpr):
+def stage_rows(desc, pointer, work, item, o, staged, GROUP_OF_WARPS: gl.constexpr, PACKED: gl.constexpr):
     """Store a warpgroup's rows of o as a box, which is written while the next row tile is computed.
 
     A box is clipped at the end of its tensor, but not at the end of a packed sequence: there, rows are stored one by
@@ -248,7 +243,7 @@ def stage_rows(o_desc, pointers, work, item, o, staged, GROUP_OF_WARPS: gl.const
     """
     query = item.query + GROUP_OF_WARPS * TOKENS
     if PACKED and query + TOKENS > item.tokens_q:
-        store_rows(pointers, work, item, o, GROUP_OF_WARPS)
+        store_rows(pointer, work, item, o, GROUP_OF_WARPS)
     else:
         # The previous box has been read from shared memory.
         tma.store_wait(0)
@@ -256,4 +251,4 @@ def stage_rows(o_desc, pointers, work, item, o, staged, GROUP_OF_WARPS: gl.const
         staged.reshape([ROWS, HEAD_DIM_V]).store(o)
         fence_async_shared()
         barrier()
-        async_store(o_desc, [item.batch, item.first_row + query, item.head, 0], staged)
+        async_store(desc, [item.batch, item.first_row + query, item.head, 0], staged)

@@ -15,10 +15,12 @@ from ..runtime.sizes import cdiv, workspace_of
 from ..spec import HEAD_DIM_QK, HEAD_DIM_V, LIST_HEADS, QUERY_HEADS, SELECTION_BLOCK, SLOTS_PER_TOKEN
 from . import selected_key_major_backward, selected_key_major_forward, selected_query_major
 from .banded import LocalPart
-from .inverted_index import Layout, slot_keys, sort_slots
+from .inverted_index import Layout, find_local_lists, slot_keys, sort_slots
 
 # Tokens that a chunk may always have, even if workspace_bytes is too small for them.
 FEWEST_CHUNK_TOKENS = 64
+# What `window_does_local` returns if the lists are given.
+GIVEN_LISTS = 2
 
 
 def selected_forward(
@@ -33,7 +35,7 @@ def selected_forward(
 ) -> tuple[torch.Tensor, ...]:
     """Launch the forward: returns o (B, Tq, Hq, Dv) in q's dtype, lse (B, Tq, Hq) float32, and the inverted index.
 
-    With `local`, the window's kernel has already attended to the local blocks, which must be the last in `indices`.
+    With `local`, the window's kernel has already attended to the local blocks at the ends of lists.
     The inverted index, sorted keys and sorted slots, is for a backward with the same `chunk_tokens`. Both are empty if
     the forward did not need the index.
     """
@@ -41,7 +43,8 @@ def selected_forward(
     lse = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, dtype=torch.float32)
     if is_key_major(q, sequences):
         layout = Layout.of(sequences.sizes, chunk_tokens)
-        keys = slot_keys(indices, counts, sequences, layout, local is not None)
+        local_lists = local.lists if local else None
+        keys = slot_keys(indices, counts, sequences, layout, local is not None, local_lists)
         sorted_keys, sorted_slots = sort_slots(keys, layout)
         selected_key_major_forward.forward(
             q,
@@ -102,13 +105,28 @@ def token_bytes(config_of: Callable[[str], dict[str, int]]) -> int:
 
 
 def window_does_local(q: torch.Tensor, sequences: Sequences, indices: torch.Tensor | None = None) -> int:
-    """Whether the window's kernels process the local blocks: 0 or 1, the same in forward and backward of one call.
+    """Whether the window's kernels process the local blocks, the same in forward and backward of one call.
 
-    They do not if the caller passes `indices`, which need not contain the local blocks.
+    0 if not, 1 if so, and GIVEN_LISTS if so where a list ends with the local blocks: those that the caller passes as
+    `indices` need not.
     """
-    if indices is not None:
-        return 0
-    return configs.chosen("selected_attention", "LOCAL_IN_WINDOW", q.device, *sequences.bucket)
+    local = configs.chosen("selected_attention", "LOCAL_IN_WINDOW", q.device, *sequences.bucket)
+    return GIVEN_LISTS if local and indices is not None else int(local)
+
+
+def local_lists(
+    local_in_window: int, indices: torch.Tensor, counts: torch.Tensor | None, sequences: Sequences
+) -> torch.Tensor | None:
+    """Find the lists that end with their query's local blocks; None if all do, or if it does not matter."""
+    return find_local_lists(indices, counts, sequences) if local_in_window == GIVEN_LISTS else None
+
+
+def where_local(gradient: OutputGradient, lists: torch.Tensor | None) -> OutputGradient:
+    """The selected branch's gradient in the local blocks of `lists`: without p, and so 0, where a list is 0."""
+    if lists is None:
+        return gradient
+    lse = gradient.lse.unflatten(2, (lists.shape[2], -1)).masked_fill((lists == 0)[..., None], float("inf"))
+    return gradient._replace(lse=lse.flatten(2))
 
 
 def index_slots(q: torch.Tensor, sequences: Sequences) -> int:
@@ -141,6 +159,7 @@ def selected_backward(
     chunk_tokens: int,
     *,
     without_local: bool = False,
+    local_lists: torch.Tensor | None = None,
     dq_before: torch.Tensor | None = None,
 ) -> None:
     """Launch the backward, which adds to dk and dv, both float32, and writes dq, of any float dtype.
@@ -148,14 +167,14 @@ def selected_backward(
     `lists` are indices, counts, sorted keys and sorted slots. The last two are the forward's inverted index; if they
     are empty, it is built here. `dq_before`, the float32 sum of other branches, is added to dq; it may be the same
     tensor.
-    `without_local` skips each token's local blocks, as the forward did with `local`.
+    `without_local` skips the local blocks of `local_lists`, as the forward did with `local`.
     """
     indices, counts, sorted_keys, sorted_slots = lists
     layout = Layout.of(sequences.sizes, chunk_tokens)
     key_major_dq = configs.get("selected_attention", q.device)["KEY_MAJOR_DQ"]
     keys = None
     if key_major_dq or not sorted_keys.numel():
-        keys = slot_keys(indices, counts, sequences, layout, without_local)
+        keys = slot_keys(indices, counts, sequences, layout, without_local, local_lists)
     if not sorted_keys.numel():
         assert keys is not None
         sorted_keys, sorted_slots = sort_slots(keys, layout)
@@ -185,5 +204,6 @@ def selected_backward(
             dq,
             sequences,
             without_local=without_local,
+            local_lists=local_lists,
             dq_before=dq_before,
         )

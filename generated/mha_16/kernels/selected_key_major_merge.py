@@ -40,7 +40,7 @@ def part_offsets(rows, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows_total", "chunk_tokens", "no_key", "chunk"])
 def merge_outputs_kernel(
     parts_ptr, max_parts_ptr, sum_parts_ptr, slot_keys_ptr,
-    local_ptr, local_max_ptr, local_sum_ptr,
+    local_ptr, local_max_ptr, local_sum_ptr, local_lists_ptr,
     o_ptr, lse_ptr,
     rows_total, chunk_tokens, no_key, chunk,
     PARTS: tl.constexpr, PART_TILE: tl.constexpr, COLUMNS: tl.constexpr, ROW_BLOCK: tl.constexpr,
@@ -55,8 +55,12 @@ def merge_outputs_kernel(
     row_max = tl.full((ROW_BLOCK,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((ROW_BLOCK,), dtype=tl.float32)
     if local_ptr is not None:
-        local_max = tl.load(local_max_ptr + first_row + rows, mask=in_range, other=float("-inf"))
-        local_sum = tl.load(local_sum_ptr + first_row + rows, mask=in_range, other=0.0)
+        has_local = in_range
+        if local_lists_ptr is not None:
+            lists = (first_row + rows) // LIST_HEADS
+            has_local &= tl.load(local_lists_ptr + lists, mask=in_range, other=0) != 0
+        local_max = tl.load(local_max_ptr + first_row + rows, mask=has_local, other=float("-inf"))
+        local_sum = tl.load(local_sum_ptr + first_row + rows, mask=has_local, other=0.0)
         row_max, row_sum = local_max, local_sum
     for first_part in range(0, SELECTION_COUNT * PARTS, PART_TILE):
         parts = first_part + tl.arange(0, PART_TILE)
@@ -78,7 +82,7 @@ def merge_outputs_kernel(
     columns = tl.arange(0, COLUMNS)
     o = tl.zeros((ROW_BLOCK, COLUMNS), dtype=tl.float32)
     if local_ptr is not None:
-        mask = in_range[:, None] & (columns < HEAD_DIM_V)[None, :]
+        mask = has_local[:, None] & (columns < HEAD_DIM_V)[None, :]
         o_offsets = (first_row + rows)[:, None] * HEAD_DIM_V + columns[None, :]
         o_part = tl.load(local_ptr + o_offsets, mask=mask, other=0.0).to(tl.float32)
         o += (tl.exp2(local_max - reference) * local_sum * normaliser)[:, None] * o_part

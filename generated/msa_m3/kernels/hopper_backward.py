@@ -28,25 +28,31 @@ def module_for(
     return hopper_device.module_for(f"hopper_{kind}_backward", tokens, least, q, k, v, do)
 
 
+@triton.jit
+def load_statistics(
+    lse_ptr, delta_ptr, gate_ptr, row, in_range, stride_gb, stride_gt, stride_gh, tokens
+):  # fmt: skip
+    """Base-2 bias of scores, and delta, of a branch's rows, which are (token, head) pairs."""
+    bias = -tl.load(lse_ptr + row, mask=in_range, other=0.0) * LOG2_E
+    delta = tl.load(delta_ptr + row, mask=in_range, other=0.0)
+    return bias, delta
+
+
 @lean
 @triton.jit(do_not_specialize=["tokens", "rows"])
 def row_statistics_kernel(
-    lse_ptr,
-    delta_ptr,
-    gate_ptr,
+    lse_ptr, delta_ptr, gate_ptr,
     statistics_ptr,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    tokens,
-    rows,
+    stride_gb, stride_gt, stride_gh,
+    tokens, rows,
     ROW_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Two numbers per (token, head): the base-2 bias of its scores, and -delta."""
     row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     in_range = row < rows
-    bias = -tl.load(lse_ptr + row, mask=in_range, other=0.0) * LOG2_E
-    delta = tl.load(delta_ptr + row, mask=in_range, other=0.0)
+    bias, delta = load_statistics(
+        lse_ptr, delta_ptr, gate_ptr, row, in_range, stride_gb, stride_gt, stride_gh, tokens
+    )  # fmt: skip
     tl.store(statistics_ptr + row, bias, mask=in_range)
     tl.store(statistics_ptr + rows.to(tl.int64) + row, -delta, mask=in_range)
 
@@ -57,11 +63,10 @@ def row_statistics(gradient: OutputGradient) -> torch.Tensor:
     A scaled score plus the bias is the base-2 logarithm of gate * p. lse and delta are contiguous; the gate holds
     logits.
     """
-    _, lse, delta, gate = gradient
-    statistics = lse.new_empty(2, *lse.shape)
-    rows, row_block = lse.numel(), 1024
-    prepared = prepare_statistics(row_block, rows, lse.shape[1], *gradient.gate_strides)
-    prepared(lse, delta, gate, statistics)
+    rows, row_block = gradient.lse.numel(), 1024
+    statistics = gradient.lse.new_empty(2, *gradient.lse.shape)
+    prepared = prepare_statistics(row_block, rows, gradient.lse.shape[1], *gradient.gate_strides)
+    prepared(*gradient[1:], statistics)
     return statistics
 
 

@@ -32,7 +32,7 @@ from .banded import kernel_name
 from .hopper_backward import row_statistics
 from .hopper_banded_forward import new_barriers
 from .hopper_launch import launch
-from .hopper_rows import PACK, QUERY_BLOCK, TOKENS, Work, find_item, find_rows, find_visible, tile_at
+from .hopper_rows import PACK, QUERY_BLOCK, TOKENS, Work, find_item, find_rows, find_visible, first_local, tile_at
 from .hopper_tiles import DK, KEYS, ROWS, SCORES, store_rows
 
 # Key tiles (keys and values) in shared memory: the current one, the previous one, and two that are being loaded.
@@ -44,10 +44,15 @@ FACTOR = gl.constexpr(gl.DotOperandLayout(0, DK.value, 2))
 
 
 class Pointers(NamedTuple):
-    """Addresses of the statistics of rows, dq, the sum that is added to dq or None, and the flags of broken rows."""
+    """Addresses of the statistics of rows, dq, the sum that is added to dq or None, and the flags of broken rows.
+
+    Rows have other statistics for keys in their local blocks, or None.
+    """
 
     bias: gl.tensor
     minus_delta: gl.tensor
+    local_bias: gl.tensor
+    local_minus_delta: gl.tensor
     dq: gl.tensor
     dq_before: gl.tensor
     broken: gl.tensor
@@ -219,22 +224,35 @@ def differentiate(
         minus_delta = gl.load(pointers.minus_delta + numbers, mask=exists, other=0.0)
         mbarrier.wait(queries.full.index(WARPGROUP), phase)
         rows = Rows(q_smem.load(QUERIES), do_smem, bias, minus_delta, positions)
+        local_rows = rows
+        if work.local:
+            bias = gl.load(pointers.local_bias + numbers, mask=exists, other=0.0)
+            minus_delta = gl.load(pointers.local_minus_delta + numbers, mask=exists, other=0.0)
+            local_rows = Rows(rows.q, do_smem, bias, minus_delta, positions)
 
-        # The first tile, which has no previous tile.
+        # The first tile, which has no previous tile. It has the queries' own positions, so it is a local one.
         mbarrier.wait(ring.full.index(count % STAGES), (count // STAGES) & 1)
         scores, dp = start_products(rows, ring, count % STAGES)
         scores, dp = warpgroup_mma_wait(0, deps=(scores, dp))
         p = gl.exp2(gl.fma(scores, SCALE_LOG2, bias[:, None]))
-        ds = differentiate_scores(p, dp, rows, tile_at(item, 0, KEYS), BLOCK, STRIDE, WINDOW, True)
+        ds = differentiate_scores(p, dp, local_rows, tile_at(item, 0, KEYS), BLOCK, STRIDE, WINDOW, True)
         progress = Progress(gl.zeros([ROWS, HEAD_DIM_QK], gl.float32, DK), ds)
         count += 1
         for step in range(1, item.masked):
             key = tile_at(item, step, KEYS)
             progress = differentiate_tile(progress, rows, ring, count, key, BLOCK, STRIDE, WINDOW, True)
             count += 1
-        for step in range(gl.maximum(item.masked, 1), item.tiles):
+        # The other local tiles are the last.
+        end = item.tiles
+        if work.local:
+            end = 1 + gl.maximum(first_local(item.position) - item.first_key, 0) // KEYS
+        for step in range(gl.maximum(item.masked, 1), end):
             key = tile_at(item, step, KEYS)
             progress = differentiate_tile(progress, rows, ring, count, key, BLOCK, STRIDE, WINDOW, False)
+            count += 1
+        for step in range(gl.maximum(item.masked, end), item.tiles):
+            key = tile_at(item, step, KEYS)
+            progress = differentiate_tile(progress, local_rows, ring, count, key, BLOCK, STRIDE, WINDOW, False)
             count += 1
         # The next queries are loaded while this row tile is finished.
         mbarrier.arrive(queries.free.index(WARPGROUP), count=1)
@@ -269,7 +287,9 @@ def new_tiles(qk_desc, v_desc, AMOUNT: gl.constexpr, LENGTH: gl.constexpr, HEADS
     repr=lambda launch: f"hopper_{kernel_name(launch.constants, 'backward_dq')}",
 )
 def hopper_banded_backward_dq_kernel(
-    q_desc, do_desc, k_desc, v_desc, bias_ptr, minus_delta_ptr, dq_ptr, dq_before_ptr, broken_ptr, cu_seqlens,
+    q_desc, do_desc, k_desc, v_desc, bias_ptr, minus_delta_ptr,
+    local_bias_ptr, local_minus_delta_ptr,
+    dq_ptr, dq_before_ptr, broken_ptr, cu_seqlens,
     tokens_q, tokens_kv, num_sequences, num_tiles, total,
     PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
@@ -277,12 +297,16 @@ def hopper_banded_backward_dq_kernel(
 
     It is launched like hopper_banded_forward_kernel, with the same registers for computing and loading threads. For
     each row, broken_ptr gets 0, or 1 if dq is not finite and therefore not stored.
+    With `local_bias_ptr`, the selected branch's local blocks contribute too.
     """
-    work = Work(cu_seqlens, num_sequences, tokens_q, tokens_kv, num_tiles, total)
+    local = None if local_bias_ptr is None else True
+    work = Work(cu_seqlens, num_sequences, tokens_q, tokens_kv, num_tiles, total, local)
     queries = new_tiles(q_desc, do_desc, 2, TOKENS, PACK, 1)
     ring = new_tiles(k_desc, v_desc, STAGES, KEYS, 1, 2)
     fence_async_shared()
-    pointers = Pointers(bias_ptr, minus_delta_ptr, dq_ptr, dq_before_ptr, broken_ptr)
+    pointers = Pointers(
+        bias_ptr, minus_delta_ptr, local_bias_ptr, local_minus_delta_ptr, dq_ptr, dq_before_ptr, broken_ptr
+    )
     gl.warp_specialize(
         [
             (differentiate, (pointers, work, queries, ring, 0, PACKED, BLOCK, STRIDE, WINDOW)),
@@ -303,8 +327,12 @@ def backward_dq(
     dq: torch.Tensor,
     dq_before: torch.Tensor | None,
     sequences: Sequences,
+    selected: OutputGradient | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel that writes dq. Returns (B, Tq, Hq) int8: 1 for rows that it did not write."""
+    """Launch the kernel that writes dq. Returns (B, Tq, Hq) int8: 1 for rows that it did not write.
+
+    With `selected`, the selected branch's local blocks contribute too.
+    """
     num_tiles = sequences.tiles(sequences.tokens_q, QUERY_BLOCK.value)
     total = sequences.batch * num_tiles * (QUERY_HEADS.value // PACK.value)
     broken = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, dtype=torch.int8)
@@ -314,7 +342,8 @@ def backward_dq(
         (k, KEYS.value, 1, HEAD_DIM_QK.value),
         (v, KEYS.value, 1, HEAD_DIM_V.value),
     ]
-    tensors = *row_statistics(gradient), dq, dq_before, broken, sequences.cu_seqlens
+    statistics = *row_statistics(gradient, selected), *(() if selected else (None, None))
+    tensors = *statistics, dq, dq_before, broken, sequences.cu_seqlens
     sizes = sequences.tokens_q, sequences.tokens_kv, sequences.count, num_tiles, total
     programs = min(total, configs.multiprocessors(q.device))
     constants = {"PACKED": sequences.packed, **band}

@@ -22,14 +22,24 @@ from .hopper_rows import CHUNK, KEYS, PACK, QUERY_BLOCK, STAGED, TOKENS
 
 
 def hopper_banded_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, block: int, stride: int, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences,
+    block: int,
+    stride: int,
+    window: int,
+    local: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel: returns o (B, Tq, Hq, Dv) in q's dtype and lse (B, Tq, Hq) float32."""
+    """Launch the kernel: returns o (B, Tq, Hq, Dv) in q's dtype and lse (B, Tq, Hq) float32.
+
+    `local`, the first three tensors of a `LocalPart`, are filled if given.
+    """
     o = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, HEAD_DIM_V.value)
     lse = q.new_empty(sequences.batch, sequences.tokens_q, QUERY_HEADS.value, dtype=torch.float32)
     num_tiles = sequences.tiles(sequences.tokens_q, QUERY_BLOCK.value)
     total = sequences.batch * num_tiles * (QUERY_HEADS.value // PACK.value)
-    last = last_keys(window)
+    last = KEYS.value if local else last_keys(window)
     # Tensors that are loaded by boxes of (tokens, heads, columns).
     boxed: list[tuple | None] = [
         (q, TOKENS.value, PACK.value, CHUNK.value),
@@ -41,22 +51,23 @@ def hopper_banded_forward(
         boxed += [(k, last, 1, CHUNK.value), (v, last, 1, HEAD_DIM_V.value)]
     else:
         boxed += [None, None]
+    boxed.append((local[0], TOKENS.value, PACK.value, HEAD_DIM_V.value) if local else None)
     broken = q.new_empty(2 * total, dtype=torch.int32)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     sizes = sequences.tokens_q, sequences.tokens_kv, sequences.count, num_tiles, total
     constants = {"PACKED": sequences.packed, "BLOCK": block, "STRIDE": stride, "WINDOW": window, "LAST": last}
-    tensors = q, k, v, o, lse, broken, sequences.cu_seqlens
+    tensors = q, k, v, o, lse, broken, *(local or (None, None, None)), sequences.cu_seqlens
     programs = min(total, configs.multiprocessors(q.device))
     launch(hopper_banded_forward_kernel, programs, boxed, (*tensors, *strides, *sizes), constants)
-    repair = prepare_repair(total, sequences.packed, block, stride, window, *strides, *sizes)
-    repair(q, k, v, o, broken, sequences.cu_seqlens)
+    repair = prepare_repair(total, sequences.packed, block, stride, window, last, *strides, *sizes)
+    repair(q, k, v, o, broken, local and local[0], sequences.cu_seqlens)
     return o, lse
 
 
 @kept
-def prepare_repair(total: int, packed: bool, block: int, stride: int, window: int, *numbers: int) -> Launch:
+def prepare_repair(total: int, packed: bool, block: int, stride: int, window: int, last: int, *numbers: int) -> Launch:
     """Prepare the launch that recomputes the broken tiles among `total` tiles."""
-    constants = {"PACKED": packed, "BLOCK": block, "STRIDE": stride, "WINDOW": window, "LAST": last_keys(window)}
+    constants = {"PACKED": packed, "BLOCK": block, "STRIDE": stride, "WINDOW": window, "LAST": last}
     grid = (cdiv(2 * total, HALVES.value),)
     return prepare(hopper_banded_repair_kernel, grid, *numbers, **constants, num_warps=4)
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ..runtime.hopper_names import async_store, barrier
-from ..spec import GROUP, HEAD_DIM_QK, HEAD_DIM_V, QUERY_HEADS
+from ..spec import GROUP, HEAD_DIM_QK, HEAD_DIM_V, LOCAL_BLOCKS, QUERY_HEADS, SELECTION_BLOCK
 from .primitives import locate_tile
 
 # Rows of a warpgroup, and keys of a tile.
@@ -44,7 +44,11 @@ UNSPECIALIZED += ["tokens_q", "tokens_kv", "num_sequences", "num_tiles", "total"
 
 
 class Work(NamedTuple):
-    """Sizes of a call, with one sequence per batch entry or with packed sequences."""
+    """Sizes of a call, with one sequence per batch entry or with packed sequences.
+
+    `local` is True if the keys of the local blocks have tiles of their own, else None, because Triton 3.6 cannot pass a
+    False within a tuple.
+    """
 
     cu_seqlens: gl.tensor
     num_sequences: gl.tensor
@@ -52,6 +56,7 @@ class Work(NamedTuple):
     tokens_kv: gl.tensor
     num_tiles: gl.tensor
     total: gl.tensor
+    local: gl.constexpr
 
 
 class Item(NamedTuple):
@@ -79,6 +84,7 @@ class Pointers(NamedTuple):
     """Addresses, and strides of the dims B, T and H in elements.
 
     `broken` has one number per half of a row tile: 1 if o of the first computation is not finite, else 0.
+    The last three, or None, are for attention to the local blocks alone: o, and maximum and sum of the softmax.
     """
 
     q: gl.tensor
@@ -96,6 +102,9 @@ class Pointers(NamedTuple):
     stride_vb: gl.tensor
     stride_vt: gl.tensor
     stride_vh: gl.tensor
+    local: gl.tensor
+    local_max: gl.tensor
+    local_sum: gl.tensor
 
 
 # Visible keys
@@ -114,19 +123,22 @@ def end_visible(position, BLOCK: gl.constexpr, STRIDE: gl.constexpr):
 
 
 @gluon.jit
+def first_local(position):
+    """First key of a query's local blocks, the same for all queries of a row tile, since they are in one block."""
+    return gl.maximum(position // SELECTION_BLOCK - (LOCAL_BLOCKS - 1), 0) * SELECTION_BLOCK
+
+
+@gluon.jit
 def find_item(
-    index,
-    work,
-    PACKED: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr,
-    LAST: gl.constexpr,
+    index, work,
+    PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, LAST: gl.constexpr,
     KEYS: gl.constexpr = KEYS,
-):
+):  # fmt: skip
     """The row tile with a given number. In a batch entry, tiles that see most keys come first, and heads are adjacent.
 
     With LAST = 0, all keys are in tiles of KEYS keys, and there is no separate last tile.
+    With `work.local`, the keys of the local blocks are the last tile or, with LAST = 0, the last ones of `tiles`. The
+    first key may then be negative, since the tiles end where the local blocks begin.
     """
     HEADS: gl.constexpr = QUERY_HEADS // PACK
     tiles_per_batch = work.num_tiles * HEADS
@@ -147,8 +159,14 @@ def find_item(
     last_position = gl.maximum(gl.minimum(position + QUERY_BLOCK, tokens_kv) - 1, position)
 
     first_key = first_visible(position, WINDOW)
+    if work.local and LAST == 0:
+        first_key -= first_key % KEYS
     keys = end_visible(last_position, BLOCK, STRIDE) - first_key
     tiles = gl.maximum(keys - LAST + KEYS - 1, 0) // KEYS
+    if work.local and LAST > 0:
+        # At least one tile, because the pipeline starts after the local blocks.
+        tiles = gl.maximum(first_local(position) - first_key + KEYS - 1, KEYS) // KEYS
+        first_key = first_local(position) - tiles * KEYS
     if LAST < KEYS:
         # The last tile then has its own buffers, outside the pipeline, so at least one other tile must exist.
         tiles = gl.maximum(tiles, 1)
@@ -224,23 +242,23 @@ def find_rows(work, item, GROUP_OF_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_lse(pointers, work, item, lse, GROUP_OF_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store the lse of a warpgroup's rows."""
+def store_statistic(pointer, work, item, values, GROUP_OF_WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store one number for each of a warpgroup's rows."""
     queries, _, rows = find_rows(work, item, GROUP_OF_WARPS, LAYOUT)
-    gl.store(pointers.lse + rows, lse, mask=queries < item.tokens_q)
+    gl.store(pointer + rows, values, mask=queries < item.tokens_q)
 
 
 @gluon.jit
-def store_rows(pointers, work, item, o, GROUP_OF_WARPS: gl.constexpr):
+def store_rows(pointer, work, item, o, GROUP_OF_WARPS: gl.constexpr):
     """Store a warpgroup's rows of o, 16 bytes per thread."""
     queries, _, rows = find_rows(work, item, GROUP_OF_WARPS, gl.SliceLayout(1, STORED))
     columns = gl.arange(0, HEAD_DIM_V, gl.SliceLayout(0, STORED))
-    addresses = pointers.o + rows[:, None] * HEAD_DIM_V + columns[None, :]
+    addresses = pointer + rows[:, None] * HEAD_DIM_V + columns[None, :]
     gl.store(addresses, gl.convert_layout(o, STORED), mask=(queries < item.tokens_q)[:, None])
 
 
 @gluon.jit
-def stage_rows(o_desc, pointers, work, item, o, staged, GROUP_OF_WARPS: gl.constexpr, PACKED: gl.constexpr):
+def stage_rows(desc, pointer, work, item, o, staged, GROUP_OF_WARPS: gl.constexpr, PACKED: gl.constexpr):
     """Store a warpgroup's rows of o as a box, which is written while the next row tile is computed.
 
     A box is clipped at the end of its tensor, but not at the end of a packed sequence: there, rows are stored one by
@@ -248,7 +266,7 @@ def stage_rows(o_desc, pointers, work, item, o, staged, GROUP_OF_WARPS: gl.const
     """
     query = item.query + GROUP_OF_WARPS * TOKENS
     if PACKED and query + TOKENS > item.tokens_q:
-        store_rows(pointers, work, item, o, GROUP_OF_WARPS)
+        store_rows(pointer, work, item, o, GROUP_OF_WARPS)
     else:
         # The previous box has been read from shared memory.
         tma.store_wait(0)
@@ -256,4 +274,4 @@ def stage_rows(o_desc, pointers, work, item, o, staged, GROUP_OF_WARPS: gl.const
         staged.reshape([ROWS, HEAD_DIM_V]).store(o)
         fence_async_shared()
         barrier()
-        async_store(o_desc, [item.batch, item.first_row + query, item.head, 0], staged)
+        async_store(desc, [item.batch, item.first_row + query, item.head, 0], staged)

@@ -223,7 +223,7 @@ def forward(
         prepare_merge(merge_config, parts, layout, chunk)(
             *o_parts,
             slot_keys,
-            *(local or (None, None, None)),
+            *(local or (None, None, None, None)),
             o,
             lse,
         )

@@ -42,8 +42,8 @@ from .hopper_rows import (
     find_item,
     mask_products,
     stage_rows,
-    store_lse,
     store_rows,
+    store_statistic,
     tile_at,
 )
 from .primitives import finish_softmax, online_softmax_step
@@ -186,6 +186,15 @@ def attend_to_tile(
 
 
 @gluon.jit
+def store_output(desc, pointer, work, item, o, o_smem, WARPGROUP: gl.constexpr, PACKED: gl.constexpr):
+    """Store a warpgroup's rows of o, through shared memory if it has room for them."""
+    if STAGED:
+        stage_rows(desc, pointer, work, item, o, o_smem.index(WARPGROUP), WARPGROUP, PACKED)
+    else:
+        store_rows(pointer, work, item, o, WARPGROUP)
+
+
+@gluon.jit
 def attend(
     o_desc,
     pointers, work, queries, o_smem, ring, last,
@@ -219,9 +228,9 @@ def attend(
         last_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, LAST_SCORES))
         last_p, last_max, last_sum, _ = online_softmax_step(products, last_max, last_sum)
         rows = Progress(last_p, gl.convert_layout(last_max, ROW), gl.convert_layout(last_sum, ROW), acc)
+        key = tile_at(item, 0)
         FIRST: gl.constexpr = 1 if LAST < KEYS else 0
         if LAST < KEYS:
-            key = tile_at(item, 0)
             rows = attend_to_tile(
                 rows, last, 0, phase, count, queries, ring, key, positions, WARPGROUP, BLOCK, STRIDE, WINDOW, True
             )
@@ -252,12 +261,8 @@ def attend(
         gl.store(pointers.broken + 2 * index + WARPGROUP, gl.max(broken, 0))
         normaliser, lse = finish_softmax(rows.row_max, rows.row_sum)
         acc = acc * gl.convert_layout(normaliser, gl.SliceLayout(1, VALUES))[:, None]
-        store_lse(pointers, work, item, lse, WARPGROUP, ROW)
-        o = acc.to(ring.v.dtype)
-        if STAGED:
-            stage_rows(o_desc, pointers, work, item, o, o_smem.index(WARPGROUP), WARPGROUP, PACKED)
-        else:
-            store_rows(pointers, work, item, o, WARPGROUP)
+        store_statistic(pointers.lse, work, item, lse, WARPGROUP, ROW)
+        store_output(o_desc, pointers.o, work, item, acc.to(ring.v.dtype), o_smem, WARPGROUP, PACKED)
         phase ^= 1
     tma.store_wait(0)
 
@@ -286,7 +291,8 @@ def new_buffers(k_desc, v_desc, AMOUNT: gl.constexpr, LENGTH: gl.constexpr):
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, repr=lambda launch: f"hopper_{kernel_name(launch.constants, 'forward')}")
 def hopper_banded_forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_last_desc, v_last_desc, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
+    q_desc, k_desc, v_desc, o_desc, k_last_desc, v_last_desc,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
     cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     tokens_q, tokens_kv, num_sequences, num_tiles, total,
@@ -320,23 +326,11 @@ def hopper_banded_forward_kernel(
             (
                 load_tiles,
                 (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    k_last_desc,
-                    v_last_desc,
-                    work,
-                    queries,
-                    ring,
-                    last,
-                    PACKED,
-                    BLOCK,
-                    STRIDE,
-                    WINDOW,
-                    LAST,
+                    q_desc, k_desc, v_desc, k_last_desc, v_last_desc, work, queries, ring, last,
+                    PACKED, BLOCK, STRIDE, WINDOW, LAST,
                 ),
             ),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

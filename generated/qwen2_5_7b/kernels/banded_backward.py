@@ -338,8 +338,9 @@ def backward(
     """
     inputs = (q, k, v, *gradient, *(selected[1:] if selected else (None, None, None)))
     strides = q.stride(), k.stride(), v.stride(), gradient.gate_strides
+    serves_hopper = not selected
     hopper = hopper_backward.dq_module_for(q, k, v, gradient.do, sequences)
-    hopper = None if selected else hopper
+    hopper = hopper if serves_hopper else None
     # Rows that the Triton kernel writes: those that the kernel for Hopper skipped, or all.
     wanted = None
     if hopper is not None:
@@ -347,7 +348,8 @@ def backward(
     prepared = prepare_dq(configs.get(f"{branch}_backward_dq", q.device), band, strides, sequences.sizes)
     prepared(*inputs, dq, dq_before, wanted, sequences.cu_seqlens)
 
-    hopper = None if selected else hopper_backward.module_for("banded", q, k, v, gradient.do, sequences)
+    hopper = hopper_backward.module_for("banded", q, k, v, gradient.do, sequences)
+    hopper = hopper if serves_hopper else None
     if hopper is not None:
         hopper.backward_dkdv(band, q, k, v, gradient, dk, dv, sequences)
         return

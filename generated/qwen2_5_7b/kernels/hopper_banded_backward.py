@@ -268,7 +268,12 @@ def backward_dkdv(
 
 @kept
 def prepare_dkdv(
-    band: Constants, key_tiles: int, splits: int, key_rows: int, strides: Strides, sequences: Sequences
+    band: Constants,
+    key_tiles: int,
+    splits: int,
+    key_rows: int,
+    strides: Strides,
+    sequences: Sequences,
 ) -> Launch:
     """Prepare the launch for tiles of keys, each with shares of a group's heads."""
     numbers = (*row_strides(strides), sequences.tokens_q, sequences.tokens_kv, key_rows)

@@ -269,7 +269,8 @@ def new_tiles(qk_desc, v_desc, AMOUNT: gl.constexpr, LENGTH: gl.constexpr, HEADS
     repr=lambda launch: f"hopper_{kernel_name(launch.constants, 'backward_dq')}",
 )
 def hopper_banded_backward_dq_kernel(
-    q_desc, do_desc, k_desc, v_desc, bias_ptr, minus_delta_ptr, dq_ptr, dq_before_ptr, broken_ptr, cu_seqlens,
+    q_desc, do_desc, k_desc, v_desc, bias_ptr, minus_delta_ptr,
+    dq_ptr, dq_before_ptr, broken_ptr, cu_seqlens,
     tokens_q, tokens_kv, num_sequences, num_tiles, total,
     PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip

@@ -66,7 +66,7 @@ def selected_keys(block, tile, position, KEY_BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens_q", "tokens_kv", "num_sequences"])
 def selected_forward_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr,
-    local_ptr, local_max_ptr, local_sum_ptr,
+    local_ptr, local_max_ptr, local_sum_ptr, local_lists_ptr,
     o_ptr, lse_ptr, cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     tokens_q, tokens_kv, num_sequences,
@@ -103,10 +103,12 @@ def selected_forward_kernel(
     acc = zero_v_rows(ROWS)
     if local_ptr is not None:
         # The window's kernel has processed the local blocks, which come last. Start from its partial result.
-        blocks -= local_blocks(position)
-        row_max = tl.load(local_max_ptr + row_offsets, mask=in_group, other=float("-inf"))
-        row_sum = tl.load(local_sum_ptr + row_offsets, mask=in_group, other=0.0)
-        acc = load_v_rows(local_ptr, row_offsets, HEAD_DIM_V, in_group)
+        done = local_blocks(position, local_lists_ptr, row * LISTS + list_number)
+        blocks -= done
+        has_local = in_group & (done > 0)
+        row_max = tl.load(local_max_ptr + row_offsets, mask=has_local, other=float("-inf"))
+        row_sum = tl.load(local_sum_ptr + row_offsets, mask=has_local, other=0.0)
+        acc = load_v_rows(local_ptr, row_offsets, HEAD_DIM_V, has_local)
         acc = scale_rows(acc, row_sum[:, None])
     block = load_block(indices_base, 0, blocks)
     for step in range(0, blocks * TILES_PER_BLOCK):
@@ -136,16 +138,20 @@ def load_count(counts_ptr, offset):
 
 
 @triton.jit
-def local_blocks(position):
-    """Number of local blocks of a query at `position`; fewer at the start of the sequence."""
-    return tl.minimum(position // SELECTION_BLOCK + 1, LOCAL_BLOCKS)
+def local_blocks(position, local_lists_ptr, offset):
+    """Number of local blocks at the end of a list; fewer at the start of the sequence, and 0 if it lacks any."""
+    blocks = tl.minimum(position // SELECTION_BLOCK + 1, LOCAL_BLOCKS)
+    if local_lists_ptr is not None:
+        blocks = tl.where(tl.load(local_lists_ptr + offset) != 0, blocks, 0)
+    return blocks
 
 
 @lean
 @triton.jit(do_not_specialize=["tokens_q", "tokens_kv", "num_sequences"])
 def selected_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, dq_before_ptr,
-    cu_seqlens,
+    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr,
+    local_lists_ptr,
+    dq_ptr, dq_before_ptr, cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh,
     tokens_q, tokens_kv, num_sequences,
@@ -185,7 +191,7 @@ def selected_backward_dq_kernel(
 
     dq = zero_qk_rows(ROWS)
     if WITHOUT_LOCAL:
-        blocks -= local_blocks(position)
+        blocks -= local_blocks(position, local_lists_ptr, row * LISTS + list_number)
     block = load_block(indices_base, 0, blocks)
     for step in range(0, blocks * TILES_PER_BLOCK):
         slot = step // TILES_PER_BLOCK
@@ -217,7 +223,7 @@ def forward(
 ) -> None:
     """Launch the kernel that writes o (B, Tq, Hq, Dv) and lse (B, Tq, Hq) float32."""
     inputs = (q, k, v, indices, counts)
-    inputs += tuple(local or (None, None, None))
+    inputs += tuple(local or (None, None, None, None))
     config = configs.get("selected_forward", q.device)
     prepared = prepare_forward(config, (q.stride(), k.stride(), v.stride()), sequences.sizes)
     prepared(*inputs, o, lse, sequences.cu_seqlens)
@@ -242,13 +248,14 @@ def backward_dq(
     sequences: Sequences,
     *,
     without_local: bool,
+    local_lists: torch.Tensor | None,
     dq_before: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel that writes dq (B, Tq, Hq, Dk), plus `dq_before` if given."""
     config = configs.get("selected_backward_dq", q.device)
     strides = q.stride(), k.stride(), v.stride(), gradient.gate_strides
     prepared = prepare_dq(config, strides, sequences.sizes, without_local)
-    prepared(q, k, v, indices, counts, *gradient, dq, dq_before, sequences.cu_seqlens)
+    prepared(q, k, v, indices, counts, *gradient, local_lists, dq, dq_before, sequences.cu_seqlens)
 
 
 @kept

@@ -241,19 +241,21 @@ def locate_queries(tile, tokens_q, tokens_kv, QUERY_BLOCK: tl.constexpr):
 class LocalPart(NamedTuple):
     """Partial result of the selected branch: attention to its local blocks, computed by the window's kernel.
 
-    o is (B, Tq, Hq, Dv) in q's dtype. The base-2 maximum and sum of each row's softmax are (B, Tq, Hq) float32.
+    o is (B, Tq, Hq, Dv) in q's dtype. The base-2 maximum and sum of each row's softmax are (B, Tq, Hq) float32. `lists`
+    (B, Tq, S) int8 is 0 where a list does not end with the local blocks, and the part is not used; None means nowhere.
     """
 
     o: torch.Tensor
     row_max: torch.Tensor
     row_sum: torch.Tensor
+    lists: torch.Tensor | None
 
     @classmethod
-    def empty(cls, q: torch.Tensor) -> "LocalPart":
+    def empty(cls, q: torch.Tensor, lists: torch.Tensor | None = None) -> "LocalPart":
         """Allocate the partial result for queries q."""
         rows = q.shape[:3]
         row_max, row_sum = (q.new_empty(*rows, dtype=torch.float32) for _ in range(2))
-        return cls(q.new_empty(*rows, HEAD_DIM_V.value), row_max, row_sum)
+        return cls(q.new_empty(*rows, HEAD_DIM_V.value), row_max, row_sum, lists)
 
 
 WINDOW_BAND = Constants(BLOCK=1, STRIDE=1, WINDOW=spec.WINDOW.value)
@@ -298,7 +300,7 @@ def forward(
         v,
         o,
         lse,
-        *(local or (None, None, None)),
+        *(local[:3] if local else (None, None, None)),
         sequences.cu_seqlens,
     )
     return o, lse

@@ -38,23 +38,11 @@ def dq_module_for(
     return found if found is not None and all(map(hopper_device.has_boxes, (q, k, v, do))) else None
 
 
-@lean
-@triton.jit(do_not_specialize=["tokens", "rows"])
-def row_statistics_kernel(
-    lse_ptr,
-    delta_ptr,
-    gate_ptr,
-    statistics_ptr,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    tokens,
-    rows,
-    ROW_BLOCK: tl.constexpr,
-):
-    """Two numbers per (token, head): the base-2 bias of its scores, and -delta."""
-    row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    in_range = row < rows
+@triton.jit
+def load_statistics(
+    lse_ptr, delta_ptr, gate_ptr, row, in_range, stride_gb, stride_gt, stride_gh, tokens
+):  # fmt: skip
+    """Base-2 bias of scores, and delta, of a branch's rows, which are (token, head) pairs."""
     bias = -tl.load(lse_ptr + row, mask=in_range, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + row, mask=in_range, other=0.0)
     if gate_ptr is not None:
@@ -63,6 +51,24 @@ def row_statistics_kernel(
         logit = tl.load(gate_ptr + offsets, mask=in_range, other=0.0).to(tl.float32) * LOG2_E
         # Logarithm of the sigmoid, without overflow.
         bias += tl.minimum(logit, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(logit)))
+    return bias, delta
+
+
+@lean
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def row_statistics_kernel(
+    lse_ptr, delta_ptr, gate_ptr,
+    statistics_ptr,
+    stride_gb, stride_gt, stride_gh,
+    tokens, rows,
+    ROW_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Two numbers per (token, head): the base-2 bias of its scores, and -delta."""
+    row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    in_range = row < rows
+    bias, delta = load_statistics(
+        lse_ptr, delta_ptr, gate_ptr, row, in_range, stride_gb, stride_gt, stride_gh, tokens
+    )  # fmt: skip
     tl.store(statistics_ptr + row, bias, mask=in_range)
     tl.store(statistics_ptr + rows.to(tl.int64) + row, -delta, mask=in_range)
 
@@ -73,11 +79,10 @@ def row_statistics(gradient: OutputGradient) -> torch.Tensor:
     A scaled score plus the bias is the base-2 logarithm of gate * p. lse and delta are contiguous; the gate holds
     logits.
     """
-    _, lse, delta, gate = gradient
-    statistics = lse.new_empty(2, *lse.shape)
-    rows, row_block = lse.numel(), 1024
-    prepared = prepare_statistics(row_block, rows, lse.shape[1], *gradient.gate_strides)
-    prepared(lse, delta, gate, statistics)
+    rows, row_block = gradient.lse.numel(), 1024
+    statistics = gradient.lse.new_empty(2, *gradient.lse.shape)
+    prepared = prepare_statistics(row_block, rows, gradient.lse.shape[1], *gradient.gate_strides)
+    prepared(*gradient[1:], statistics)
     return statistics
 
 

@@ -33,7 +33,8 @@ SORT_TILE = 4096
     do_not_specialize=["tokens_q", "tokens_kv", "chunk_tokens", "blocks_per_batch", "block_rows", "num_sequences"]
 )
 def index_keys_kernel(
-    indices_ptr, counts_ptr, keys_ptr, cu_seqlens,
+    indices_ptr, counts_ptr,
+    keys_ptr, cu_seqlens,
     tokens_q, tokens_kv, chunk_tokens, blocks_per_batch, block_rows, num_sequences,
     PACKED: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
