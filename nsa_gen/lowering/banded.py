@@ -21,14 +21,11 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     tile,
 )
-from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits
+from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits
 from nsa_gen.lowering.parts import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
 HOPPER_TOKENS = "HOPPER_TOKENS"
-#: Query rows (tokens times heads) of a call from which Hopper's kernel is faster for both branches. With 64, 32 and 16
-#: heads it was faster from 8192, 16384 and 32768 tokens, and a few percent slower at half as many.
-_FROM_ROWS = 2**19
 
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
@@ -41,8 +38,7 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
 
 def choose_schedule(spec: Spec, target: str) -> Config:
     """The default for that number of tokens, on an architecture or on the interpreter."""
-    tokens = 2 ** max((_FROM_ROWS // spec.heads.query).bit_length() - 1, 11)
-    return Config("banded_attention", ((HOPPER_TOKENS, tokens if target == HOPPER else NEVER),))
+    return Config("banded_attention", ((HOPPER_TOKENS, banded_tokens(spec) if target == HOPPER else NEVER),))
 
 
 @dataclass(frozen=True)

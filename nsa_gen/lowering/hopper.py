@@ -15,6 +15,10 @@ _HEAD_DIMS = ((64, 64), (96, 128), (128, 128), (192, 128))
 #: The same for selected blocks. Their tiles have 64 rows, and 64 or more keys, all of one block.
 _SELECTED_QK, _SELECTED_V = (64, 128, 192), (64, 128)
 _SELECTED_ROWS, _SELECTED_KEYS = 64, 64
+#: Query rows (tokens times heads) of a call from which the kernels of banded attention, forward and gradients, are
+#: faster, and tokens from which they are with any number of heads. On an H200 they are with 64 heads from 4096 tokens,
+#: with 32, 28 and 16 heads from 8192. With half as many, the host's time decides, and these kernels take more of it.
+_BANDED_FROM_ROWS, _BANDED_FROM_TOKENS = 2**18, 8192
 #: From this many query tokens per call and heads per group, the kernel of selected blocks, and with it the key-major
 #: schedule, is the fastest. On an H200 that holds for groups of 4 and 16; with groups of 1 it is 15 to 20% slower.
 _SELECTED_FROM_TOKENS, _SELECTED_FROM_HEADS = 2048, 4
@@ -23,6 +27,11 @@ _STANDS_FOR = {
     "hopper_selected_forward": "selected_forward_key_major",
     "hopper_selected_backward": "selected_backward_dkdv",
 }
+
+
+def banded_tokens(spec: Spec) -> int:
+    """The fewest query tokens, a power of two, with which calls use the kernels of banded attention by default."""
+    return min(2 ** max((_BANDED_FROM_ROWS // spec.heads.query).bit_length() - 1, 10), _BANDED_FROM_TOKENS)
 
 
 def ordinary_kernel(name: str) -> str:

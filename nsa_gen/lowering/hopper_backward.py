@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits, selected_tiles_fit
+from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits, selected_tiles_fit
 from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
 
@@ -12,13 +12,6 @@ _HEAD_DIMS = (64, 128)
 #: Query tokens of a call from which the kernel of selected blocks is faster. With fewer tokens host time dominates, and
 #: this kernel takes more of it.
 _FROM_TOKENS = 2048
-#: Query rows (tokens times heads) of a call from which the kernel of banded attention is faster for both branches, and
-#: tokens from which it is faster with any number of heads. On an H200 with 64, 32 and 16 heads it is faster from 4096,
-#: 8192 and 8192 tokens. With half as many tokens it is up to 30% slower, because host time dominates.
-_FROM_ROWS, _FROM_BANDED_TOKENS = 2**18, 8192
-#: Query rows of a call from which the kernel of banded attention's dq is faster, with any number of heads. On an H200
-#: with 64 heads, the whole backward takes 4.36 ms instead of 4.56 at 8192 tokens, and 2.34 ms instead of 2.23 at 4096.
-_FROM_DQ_ROWS = 2**19
 
 
 def hopper_selected_backward_fits(spec: Spec) -> bool:
@@ -79,15 +72,9 @@ def _least_tokens(spec: Spec) -> dict[str, dict[str, int]]:
     """The fewest query tokens with which calls use Hopper's kernels, by decision and tunable."""
     found = {}
     if hopper_banded_backward_fits(spec):
-        least = min(_tokens_of(spec, _FROM_ROWS), _FROM_BANDED_TOKENS)
-        found["banded_backward"] = {HOPPER_BACKWARD_TOKENS: least}
+        found["banded_backward"] = {HOPPER_BACKWARD_TOKENS: banded_tokens(spec)}
         if hopper_banded_dq_fits(spec):
-            found["banded_backward"][HOPPER_DQ_TOKENS] = _tokens_of(spec, _FROM_DQ_ROWS)
+            found["banded_backward"][HOPPER_DQ_TOKENS] = banded_tokens(spec)
     if hopper_selected_backward_fits(spec):
         found["selected_backward"] = {HOPPER_BACKWARD_TOKENS: _FROM_TOKENS}
     return found
-
-
-def _tokens_of(spec: Spec, rows: int) -> int:
-    """The largest power of two of query tokens that have at most `rows` query rows, but at least 1024."""
-    return 2 ** max((rows // spec.heads.query).bit_length() - 1, 10)

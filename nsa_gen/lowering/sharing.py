@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.hopper import HOPPER, NEVER, hopper_fits
+from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits
 from nsa_gen.lowering.hopper_backward import hopper_banded_dq_fits
 from nsa_gen.lowering.parts import Config, Decision, Tunable
 from nsa_gen.spec import Spec
@@ -10,8 +10,6 @@ from nsa_gen.spec import Spec
 HOPPER_LOCAL_TOKENS = "HOPPER_LOCAL_TOKENS"
 #: Rows of a row tile of Hopper's kernels, and keys of a tile of the forward and of the gradients.
 _ROWS, _FORWARD_KEYS, _BACKWARD_KEYS = 128, 128, 64
-#: Query rows (tokens times heads) of a call from which the window's kernels for Hopper process the local blocks.
-_FROM_ROWS = 2**19
 
 
 def local_in_window(spec: Spec) -> bool:
@@ -56,5 +54,5 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:
     """The default of that decision on an architecture or on the interpreter, by the decision's name."""
-    least = 2 ** max((_FROM_ROWS // spec.heads.query).bit_length() - 1, 10) if target == HOPPER else NEVER
+    least = banded_tokens(spec) if target == HOPPER else NEVER
     return {each.name: Config(each.name, ((HOPPER_LOCAL_TOKENS, least),)) for each in decisions(spec)}

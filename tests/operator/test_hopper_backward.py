@@ -117,10 +117,9 @@ def test_a_package_has_the_kernels_where_their_tiles_fit(
         if has_it:
             least = {target: config.mapping()[tunable] for target, config in tables.items()}
             assert least.pop("sm_90") == from_tokens and set(least.values()) == {NEVER}
-    dq_tokens = max(2**power for power in range(10, 20) if 2**power * spec.heads.query <= 2**19)
     for target, table in program.defaults.items():
         config = table.get("banded_backward")
-        least = (dq_tokens if target == "sm_90" else NEVER) if dq else None
+        least = (most_rows if target == "sm_90" else NEVER) if dq else None
         assert (config.mapping() if config else {}).get("HOPPER_DQ_TOKENS") == least
 
 
@@ -250,7 +249,7 @@ def test_the_windows_kernels_do_the_local_blocks_where_these_are_whole_tiles(
     assert all((config is not None) is fits for config in least.values())
     if fits:
         tokens = {target: config.mapping()["HOPPER_LOCAL_TOKENS"] for target, config in least.items()}
-        assert tokens.pop("sm_90") * spec.heads.query <= 2**19 and set(tokens.values()) == {NEVER}
+        assert tokens.pop("sm_90") == 8192 and set(tokens.values()) == {NEVER}
 
 
 def test_two_branches_with_the_same_keys_are_one_with_other_row_statistics() -> None:
