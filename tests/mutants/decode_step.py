@@ -30,12 +30,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _mutant(
         "step_without_first_tiles", "in a step in one launch each program leaves out its first tile", STEP,
-        ("o_win",), "tl.where(asked.exists, share * TILES // shares, 0)", "share * TILES // shares + 1",
+        ("o_win",), "return tiles * share // shares,", "return tiles * share // shares + 1,",
     ),
     _mutant(
-        "step_without_compressed_blocks_of_one_program",
-        "in a step in one launch the first program's compressed blocks are left out", LONG, ("o_cmp",),
-        "range(tiles * share // shares, ", "range((tiles * share + shares - 1) // shares + (share == 0), ",
+        "step_without_last_compressed_blocks", "in a step in one launch the last tile of compressed blocks is left out",
+        LONG, ("o_cmp",), "tl.minimum(end_tile, tiles_before)", "tl.minimum(end_tile, tiles_before - 1)",
     ),
     _mutant(
         "step_sums_importance_twice", "in a step in one launch the second program sums importance twice", LONGER,
@@ -54,8 +53,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "stride_gh + branches[:, None], used_rows", "stride_gh + 0 * branches[:, None], used_rows",
     ),
     _mutant(
-        "step_parts_of_another_branch", "in a step in one launch the window's parts are those of selected blocks", STEP,
-        ("o_slc",), "store_part(win, parts, 2 * branch_rows", "store_part(win, parts, branch_rows",
+        "step_parts_of_another_branch", "in a step in one launch the parts of selected blocks are the window's", STEP,
+        ("o_win",), "store_part(slc, parts, branch_rows", "store_part(slc, parts, 2 * branch_rows",
+    ),
+    _mutant(
+        "step_window_overwritten", "in a step in one launch a window that came first is stored again, empty",
+        STEP, ("o_win",), "if not window_first:", "if window_first | (late > 0):",
     ),
     _mutant(
         "step_lse_of_all_branches", "in a step in one launch a branch's lse is the sum of all", STEP, ("lse_win",),

@@ -23,14 +23,14 @@ MUTANTS = (
         "the inverted index keeps the local blocks that the window's kernel has done",
         FORWARD,
         ("o_slc", "lse_slc"),
-        (Edit("kernels/inverted_index.py", "last_block -= LOCAL_BLOCKS", "last_block -= 0"),),
+        (Edit("kernels/inverted_index.py", "last_block -= left_out", "last_block -= 0"),),
     ),
     Mutant(
         "local_blocks_done_twice_token_by_token",
         "the query-major kernel does the local blocks again",
         TOKENS,
         ("o_slc", "lse_slc"),
-        (Edit(QUERY_MAJOR, "blocks -= local_blocks(position)\n        row_max", "row_max"),),
+        (Edit(QUERY_MAJOR, "blocks -= done", "blocks -= 0"),),
     ),
     Mutant(
         "own_block_alone_for_local_blocks",
@@ -133,6 +133,12 @@ MUTANTS = (
         "neither branch's backward does the local blocks",
         BACKWARD,
         ("dq", "dk", "dv"),
-        (Edit(ATTENTION, "selected=slc if local_in_window", "selected=slc if False"),),
+        (
+            Edit(
+                ATTENTION,
+                "selected=where_local(slc, lists) if local_in_window",
+                "selected=where_local(slc, lists) if False",
+            ),
+        ),
     ),
 )

@@ -80,29 +80,61 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def wait_for_all(arrivals_ptr):
-    """Wait until all programs of the list have arrived. After that, all that they stored before can be loaded."""
+def arrive(arrivals_ptr):
+    """Tell the other programs of the list that all stores of this program are done."""
     tl.debug_barrier()
     tl.atomic_add(arrivals_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_all(arrivals_ptr):
+    """Wait until all programs of the list have arrived. After that, all that they stored before can be loaded."""
     while tl.atomic_add(arrivals_ptr, 0, sem="acquire", scope="gpu") < tl.num_programs(0):
         pass
     tl.debug_barrier()
 
 
 @triton.jit
-def attend_to_compressed(asked, q, cached, scored, PAGE_SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr):
-    """Attend to this program's share of the compressed blocks, and store the importance of selection blocks."""
+def share_of(tiles):
+    """First tile of this program's share, and one past the last."""
+    share, shares = tl.program_id(0), tl.num_programs(0)
+    return tiles * share // shares, tiles * (share + 1) // shares
+
+
+@triton.jit
+def compressed_tiles(asked, KEY_BLOCK: tl.constexpr):
+    """Number of tiles of compressed blocks that a query sees."""
+    key_count = tl.where(asked.exists, end_compressed(asked.position), 0)
+    # One more tile if the last compressed blocks overlap its selection blocks: it stores their importance.
+    return tl.cdiv(tl.where(key_count > 0, key_count - FIRST_OVERLAP, 0), KEY_BLOCK)
+
+
+@triton.jit
+def attend_to_compressed(
+    asked, q, cached, scored, first_tile, end_tile, PAGE_SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr
+):
+    """Attend to tiles of compressed blocks, and store the importance of selection blocks."""
     key_count = tl.where(asked.exists, end_compressed(asked.position), 0)
     seen = tl.where(scored.stored, key_count, 0)
-    # One more tile if the last compressed blocks overlap its selection blocks: it stores their importance.
-    tiles = tl.cdiv(tl.where(key_count > 0, key_count - FIRST_OVERLAP, 0), KEY_BLOCK)
-    share, shares = tl.program_id(0), tl.num_programs(0)
     state = empty_softmax(HEAD_ROWS)
-    for tile in range(tiles * share // shares, tiles * (share + 1) // shares):
+    for tile in range(first_tile, end_tile):
         state = decode_compressed_step(
             state, q, cached, seen, key_count, scored, tile, HEAD_ROWS, PAGE_SIZE, KEY_BLOCK, EDGE=True
         )
     return state
+
+
+@triton.jit
+def attend_to_window(asked, q, windowed, first_tile, end_tile, PAGE_SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr):
+    """Attend to tiles of the window, counted from the one with its first key."""
+    win = empty_softmax(HEAD_ROWS)
+    window_start = tl.maximum(asked.position - WINDOW + 1, 0)
+    for tile in range(first_tile, end_tile):
+        keys = (window_start // KEY_BLOCK + tile) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+        visible = (keys <= asked.position) & (keys >= window_start)
+        k, v = load_keys(windowed, keys, visible, PAGE_SIZE)
+        win = attend_tile(win, dot_rows(q, k), v, visible)
+    return win
 
 
 @triton.jit
@@ -155,18 +187,15 @@ def choose_blocks(asked, sums_ptr, BLOCK_TILE: tl.constexpr):
 
 
 @triton.jit
-def attend_to_tokens(asked, q, chosen, selected, windowed, PAGE_SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr):
-    """Attend to this program's share of the tiles of selected blocks, which come first, and of the window."""
+def attend_to_selected(
+    asked, q, chosen, selected, first_tile, end_tile, PAGE_SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr
+):
+    """Attend to tiles of selected blocks, counted from the one with the first block's first keys."""
     TILES_PER_BLOCK: tl.constexpr = SELECTION_BLOCK // KEY_BLOCK
-    SELECTED_TILES: tl.constexpr = SELECTION_COUNT * TILES_PER_BLOCK
-    TILES: tl.constexpr = SELECTED_TILES + (WINDOW + KEY_BLOCK - 2) // KEY_BLOCK + 1
-    share, shares = tl.program_id(0), tl.num_programs(0)
-    first_tile = tl.where(asked.exists, share * TILES // shares, 0)
-    end_tile = tl.where(asked.exists, (share + 1) * TILES // shares, 0)
     slots = tl.arange(0, SLOTS)
 
     slc = empty_softmax(HEAD_ROWS)
-    for tile in range(first_tile, tl.minimum(end_tile, SELECTED_TILES)):
+    for tile in range(first_tile, end_tile):
         slot = tile // TILES_PER_BLOCK
         block = tl.max(tl.where(slots == slot, chosen, -1), 0)
         first_key = tl.maximum(block, 0) * SELECTION_BLOCK + (tile - slot * TILES_PER_BLOCK) * KEY_BLOCK
@@ -174,15 +203,7 @@ def attend_to_tokens(asked, q, chosen, selected, windowed, PAGE_SIZE: tl.constex
         visible = (block >= 0) & (keys <= asked.position)
         k, v = load_keys(selected, keys, visible, PAGE_SIZE)
         slc = attend_tile(slc, dot_rows(q, k), v, visible)
-
-    win = empty_softmax(HEAD_ROWS)
-    window_start = tl.maximum(asked.position - WINDOW + 1, 0)
-    for tile in range(tl.maximum(first_tile, SELECTED_TILES), end_tile):
-        keys = (window_start // KEY_BLOCK + tile - SELECTED_TILES) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
-        visible = (keys <= asked.position) & (keys >= window_start)
-        k, v = load_keys(windowed, keys, visible, PAGE_SIZE)
-        win = attend_tile(win, dot_rows(q, k), v, visible)
-    return slc, win
+    return slc
 
 
 @triton.jit
@@ -264,20 +285,44 @@ def decode_step_kernel(
     sums_ptr += list_row * blocks
     arrivals_ptr += list_row * 3
 
+    head = CachedHead(table_ptr, table_width, capacity, batch, list_number)
+    selected = CachedKeys(k_ptr, v_ptr, head)
+    windowed = selected
+    _, end_scored = end_scored_blocks(asked)
+    first_summed = split * SUMMED_BLOCKS
+
+    # The window need not wait for the choice of blocks. If no program has more than one tile then, its tiles follow the
+    # compressed ones; else they follow the selected ones, whose shares they even out.
+    SELECTED_TILES: tl.constexpr = SELECTION_COUNT * (SELECTION_BLOCK // KEY_BLOCK)
+    WINDOW_TILES: tl.constexpr = (WINDOW + KEY_BLOCK - 2) // KEY_BLOCK + 1
+    tiles_before = compressed_tiles(asked, KEY_BLOCK)
+    window_first = tiles_before + WINDOW_TILES <= SPLITS
+    early, late = tl.where(window_first, WINDOW_TILES, 0), tl.where(window_first, 0, WINDOW_TILES)
+    first_tile, end_tile = share_of(tl.where(asked.exists, tiles_before + early, 0))
     if STAGE is None or STAGE == 0:
-        head = CachedHead(table_ptr, table_width, compressed_capacity, batch, list_number)
+        compressed = CachedHead(table_ptr, table_width, compressed_capacity, batch, list_number)
         scored = Scored(importance_ptr, reference_ptr, output_rows, stored, blocks, tiles)
-        state = attend_to_compressed(asked, q, CachedKeys(k_cmp_ptr, v_cmp_ptr, head), scored, PAGE_SIZE, KEY_BLOCK)
+        cached = CachedKeys(k_cmp_ptr, v_cmp_ptr, compressed)
+        end_compressed_tile = tl.minimum(end_tile, tiles_before)
+        state = attend_to_compressed(asked, q, cached, scored, first_tile, end_compressed_tile, PAGE_SIZE, KEY_BLOCK)
         store_part(state, parts, part_rows, stored)
     if STAGE is None:
         if split == 0:
             tl.store(arrivals_ptr + 2, 0)
-        wait_for_all(arrivals_ptr)
+        arrive(arrivals_ptr)
+        if first_summed >= end_scored:
+            # This program has nothing to sum, so the others need not wait for its window either.
+            arrive(arrivals_ptr + 1)
+    if (STAGE is None or STAGE == 0) and window_first:
+        first_window_tile = tl.maximum(first_tile - tiles_before, 0)
+        win = attend_to_window(asked, q, windowed, first_window_tile, end_tile - tiles_before, PAGE_SIZE, KEY_BLOCK)
+        store_part(win, parts, 2 * branch_rows * SPLITS + part_rows, stored)
 
+    if STAGE is None and first_summed < end_scored:
+        wait_for_all(arrivals_ptr)
     if STAGE is None or STAGE == 1:
-        _, end_scored = end_scored_blocks(asked)
         scores = Scores(importance_ptr, reference_ptr, blocks, tiles)
-        for first_block in range(split * SUMMED_BLOCKS, end_scored, SPLITS * SUMMED_BLOCKS):
+        for first_block in range(first_summed, end_scored, SPLITS * SUMMED_BLOCKS):
             importance = tile_importance(
                 list_row * LIST_HEADS, first_block, end_scored, scores, parts, SPLITS, SPLITS_PADDED,
                 KEY_BLOCK // BLOCKS_PER_SELECTION, SUMMED_BLOCKS,
@@ -285,6 +330,8 @@ def decode_step_kernel(
             summed = first_block + tl.arange(0, SUMMED_BLOCKS)
             tl.store(sums_ptr + summed, importance, mask=summed < end_scored)
     if STAGE is None:
+        if first_summed < end_scored:
+            arrive(arrivals_ptr + 1)
         wait_for_all(arrivals_ptr + 1)
 
     if STAGE is None or STAGE == 2:
@@ -294,13 +341,17 @@ def decode_step_kernel(
             tl.store(indices_ptr + list_row * SELECTION_COUNT + slots, chosen, mask=slots < SELECTION_COUNT)
             count = tl.minimum(asked.position // SELECTION_BLOCK + 1, SELECTION_COUNT)
             tl.store(counts_ptr + list_row, tl.where(asked.exists, count, 0))
-        head = CachedHead(table_ptr, table_width, capacity, batch, list_number)
-        selected = CachedKeys(k_ptr, v_ptr, head)
-        windowed = selected
-        slc, win = attend_to_tokens(asked, q, chosen, selected, windowed, PAGE_SIZE, KEY_BLOCK)
+        first_tile, end_tile = share_of(tl.where(asked.exists, SELECTED_TILES + late, 0))
+        end_selected = tl.minimum(end_tile, SELECTED_TILES)
+        slc = attend_to_selected(asked, q, chosen, selected, first_tile, end_selected, PAGE_SIZE, KEY_BLOCK)
         store_part(slc, parts, branch_rows * SPLITS + part_rows, stored)
-        store_part(win, parts, 2 * branch_rows * SPLITS + part_rows, stored)
+        if not window_first:
+            first_window_tile = tl.maximum(first_tile - SELECTED_TILES, 0)
+            end_window_tile = end_tile - SELECTED_TILES
+            win = attend_to_window(asked, q, windowed, first_window_tile, end_window_tile, PAGE_SIZE, KEY_BLOCK)
+            store_part(win, parts, 2 * branch_rows * SPLITS + part_rows, stored)
     if STAGE is None:
+        arrive(arrivals_ptr + 2)
         wait_for_all(arrivals_ptr + 2)
         if split == 0:
             tl.store(arrivals_ptr, 0)
