@@ -126,8 +126,8 @@ MEANT = {
     # They tell who chooses among the blocks, and who adds up the parts, which are always added in the same order.
     "kernels/decode_select.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
     "kernels/decode_attend.py": r"tl\.atomic_add\(counters_ptr \+ list_row, 1, sem=\"acq_rel\", scope=\"gpu\"\)",
-    # It counts the programs that have arrived.
-    "kernels/decode_step.py": r"def wait_for_all\(.*?(?=\n@triton)",
+    # They count the programs that have arrived, and wait for all.
+    "kernels/decode_step.py": r"def arrive\(.*?def wait_for_all\(.*?(?=\n@triton)",
 }
 """What a module may have once of what is forbidden elsewhere."""
 
