@@ -170,9 +170,10 @@ KEPT: dict[str, dict[str, int | tuple[str, ...]]] = {
     },
     "tests/operator/test_replay.py": {
         "test_another_choice_is_what_a_spec_with_given_indices_makes_of_it": 1,
-        "test_local_blocks_are_the_windows_business_only_where_they_are_known_to_be_chosen": 1,
         "test_nothing_is_chosen_anew": 1,
         "test_the_operators_own_choice_gives_the_same_bits_again": 1,
+        "test_the_same_bits_again_if_the_window_does_the_local_blocks": 2,
+        "test_the_window_does_the_local_blocks_of_lists_that_end_with_them_alone": 2,
     },
     "tests/operator/test_rounding.py": {
         "test_a_gradient_is_the_float32_sum_of_its_parts_rounded_once": 4,
