@@ -21,7 +21,7 @@ from nsa_gen.lowering.common import (
     same_height_rule,
     tile,
 )
-from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits
+from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits, token_limit
 from nsa_gen.lowering.parts import Config, Decision, Kernel, Resources, Tunable
 from nsa_gen.spec import Spec
 
@@ -32,8 +32,7 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
     """The decision how many query tokens a call needs to use Hopper's kernel; empty if the package lacks it."""
     if not hopper_fits(spec):
         return ()
-    tokens = Tunable(HOPPER_TOKENS, (*(2**power for power in range(11, 20)), NEVER), size=True, least=0)
-    return (Decision("banded_attention", (tokens,), (HOPPER,)),)
+    return (Decision("banded_attention", (token_limit(HOPPER_TOKENS, 11),), (HOPPER,)),)
 
 
 def choose_schedule(spec: Spec, target: str) -> Config:

@@ -29,6 +29,11 @@ _STANDS_FOR = {
 }
 
 
+def token_limit(name: str, first: int = 10) -> Tunable:
+    """A tunable for the fewest query tokens with which calls use a kernel: powers of two from 2**first on, or NEVER."""
+    return Tunable(name, (*(2**power for power in range(first, 20)), NEVER), size=True, least=0)
+
+
 def banded_tokens(spec: Spec) -> int:
     """The fewest query tokens, a power of two, with which calls use the kernels of banded attention by default."""
     return min(2 ** max((_BANDED_FROM_ROWS // spec.heads.query).bit_length() - 1, 10), _BANDED_FROM_TOKENS)
@@ -72,8 +77,7 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
     """The decision how many query tokens a call needs to use Hopper's kernel of selected blocks, if there is one."""
     if not hopper_selected_forward_fits(spec):
         return ()
-    tokens = Tunable("HOPPER_TOKENS", (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
-    return (Decision("selected_outputs", (tokens,), (HOPPER,)),)
+    return (Decision("selected_outputs", (token_limit("HOPPER_TOKENS"),), (HOPPER,)),)
 
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits, selected_tiles_fit
-from nsa_gen.lowering.parts import Config, Decision, Tunable
+from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits, selected_tiles_fit, token_limit
+from nsa_gen.lowering.parts import Config, Decision
 from nsa_gen.spec import Spec
 
 HOPPER_BACKWARD_TOKENS, HOPPER_DQ_TOKENS = "HOPPER_BACKWARD_TOKENS", "HOPPER_DQ_TOKENS"
@@ -48,14 +48,8 @@ def _fits(spec: Spec) -> bool:
 
 def decisions(spec: Spec) -> tuple[Decision, ...]:
     """The decisions how many query tokens a call needs to use each of Hopper's kernels that the package has."""
-    values = (*(2**power for power in range(10, 20)), NEVER)
     return tuple(
-        Decision(
-            name,
-            tuple(Tunable(each, values, size=True, least=0) for each in tokens),
-            (HOPPER,),
-            ("backward",),
-        )
+        Decision(name, tuple(map(token_limit, tokens)), (HOPPER,), ("backward",))
         for name, tokens in _least_tokens(spec).items()
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits
+from nsa_gen.lowering.hopper import HOPPER, NEVER, banded_tokens, hopper_fits, token_limit
 from nsa_gen.lowering.hopper_backward import hopper_banded_dq_fits
-from nsa_gen.lowering.parts import Config, Decision, Tunable
+from nsa_gen.lowering.parts import Config, Decision
 from nsa_gen.spec import Spec
 
 HOPPER_LOCAL_TOKENS = "HOPPER_LOCAL_TOKENS"
@@ -48,8 +48,7 @@ def decisions(spec: Spec) -> tuple[Decision, ...]:
     """The decision how many query tokens a call needs so that Hopper's kernels process the local blocks."""
     if not hopper_local_fits(spec):
         return ()
-    tokens = Tunable(HOPPER_LOCAL_TOKENS, (*(2**power for power in range(10, 20)), NEVER), size=True, least=0)
-    return (Decision("local_blocks", (tokens,), (HOPPER,)),)
+    return (Decision("local_blocks", (token_limit(HOPPER_LOCAL_TOKENS),), (HOPPER,)),)
 
 
 def choose(spec: Spec, target: str) -> dict[str, Config]:

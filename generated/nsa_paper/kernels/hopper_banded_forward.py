@@ -196,8 +196,7 @@ def store_output(desc, pointer, work, item, o, o_smem, WARPGROUP: gl.constexpr, 
 
 @gluon.jit
 def attend(
-    o_desc,
-    pointers, work, queries, o_smem, ring, last,
+    o_desc, pointers, work, queries, o_smem, ring, last,
     WARPGROUP: gl.constexpr, PACKED: gl.constexpr, BLOCK: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr,
     LAST: gl.constexpr,
 ):  # fmt: skip
@@ -291,8 +290,7 @@ def new_buffers(k_desc, v_desc, AMOUNT: gl.constexpr, LENGTH: gl.constexpr):
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED, repr=lambda launch: f"hopper_{kernel_name(launch.constants, 'forward')}")
 def hopper_banded_forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, k_last_desc, v_last_desc,
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
+    q_desc, k_desc, v_desc, o_desc, k_last_desc, v_last_desc, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, broken_ptr,
     cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     tokens_q, tokens_kv, num_sequences, num_tiles, total,
